@@ -1,0 +1,310 @@
+r"""log p(x) by importance sampling, with a standard error and a warning where neither can be trusted."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyrovae import data as datasets
+from pyrovae import importance
+from pyrovae.arguments import positive_int
+from pyrovae.evaluate.psis import pareto_k, tail_size
+from pyrovae.programs import Program, eval_mode, isolated_rng, protected_buffers, reached_modules, roots
+from pyrovae.sites import latent, point_mass
+
+RELIABLE_K = 0.7
+MEMORY = 2 * 2**30  # bytes that one evaluation may take
+WORKING_SET = {"cpu": 96 * 2**20, "cuda": 2**30}  # larger passes gain nothing: they leave the caches
+
+
+@dataclass(frozen=True)
+class LikelihoodEstimate:
+    r"""Importance-sampling estimates :math:`\log \hat p(x_b) = \log \frac1S \sum_s w_{sb}`, in nats, float64.
+
+    ``std_error`` is the delta-method standard error of each :math:`\log \hat p`, ``ess`` the effective sample size
+    :math:`(\sum w)^2 / \sum w^2`, ``pareto_k`` the tail shape of the weights: above 0.7 the other two are not to be
+    trusted, and the estimate is probably too low. All are ``[B]``, or 0-d for a pair with joint weights.
+    """
+
+    log_prob: Tensor
+    std_error: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    num_samples: int
+    seed: int | None
+    dtype: str
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood in nats per datum (in all, for joint weights)."""
+        return -self.log_prob.mean().item()
+
+    @property
+    def nll_std_error(self) -> float:
+        """Standard error of :attr:`nll` over the draws of the guide, the data taken as given."""
+        return self.std_error.square().sum().sqrt().item() / max(self.std_error.numel(), 1)
+
+    @property
+    def nll_data_std_error(self) -> float:
+        """Standard error of :attr:`nll` over the data, as a sample of a population (NaN for a single datum)."""
+        return (
+            (self.log_prob.std() / math.sqrt(self.log_prob.numel())).item() if self.log_prob.numel() > 1 else math.nan
+        )
+
+    @property
+    def unreliable(self) -> float:
+        """The share of data whose Pareto k is above 0.7."""
+        return (self.pareto_k > RELIABLE_K).double().mean().item()
+
+    def warning(self) -> str | None:
+        """What a reader must know before quoting :attr:`nll`, or None."""
+        lost = int(torch.isinf(self.log_prob).sum())
+        notes = [f"log p(x) is -inf for {lost} of {self.log_prob.numel()} data"] if lost else []
+        if self.unreliable > 0:
+            notes.append(
+                f"Pareto k > {RELIABLE_K} for {self.unreliable:.1%} of the data: their log p(x) is likely too low and "
+                "its standard error too small; use more samples or a better guide"
+            )
+        return "; ".join(notes) or None
+
+    def __str__(self) -> str:
+        return (
+            f"NLL {self.nll:.2f} ± {self.nll_std_error:.2g} nats (± {self.nll_data_std_error:.2g} over data), "
+            f"{self.num_samples} samples, median ESS {self.ess.median().item():.0f}"
+        )
+
+    def to_arviz(self) -> Any:
+        """The estimates as ``arviz.InferenceData``, one entry per datum: ``log_likelihood`` and ``sample_stats``."""
+        import arviz
+        import xarray
+
+        def table(**columns: Tensor) -> Any:
+            return xarray.Dataset({k: ("datum", v.reshape(-1).cpu().numpy()) for k, v in columns.items()})
+
+        return arviz.InferenceData(
+            attrs={
+                "num_samples": self.num_samples,
+                "seed": "" if self.seed is None else self.seed,
+                "dtype": self.dtype,
+            },
+            log_likelihood=table(log_prob=self.log_prob),
+            sample_stats=table(std_error=self.std_error, ess=self.ess, pareto_k=self.pareto_k),
+        )
+
+
+def log_likelihood(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_samples: int = 5000,
+    seed: int | None = None,
+    chunk_size: int | None = None,
+    batch_size: int | None = None,
+    fold_particles: bool = False,
+    memory: int = MEMORY,
+    **kwargs: Any,
+) -> LikelihoodEstimate:
+    r"""Estimate :math:`\log p(x)` of every datum with exactly ``num_samples`` draws from the guide.
+
+    .. math:: \log \hat p(x_b) = \log \frac1S \sum_{s=1}^S \frac{p(x_b, z_s)}{q(z_s \mid x_b)},
+        \qquad z_s \sim q(z \mid x_b)
+
+    In expectation a lower bound on :math:`\log p(x_b)` (IWAE's with K = S) that rises to it with S. Scales are ignored;
+    modules run in eval mode. A dynamically binarised data set is drawn once, by ``seed``.
+
+    :param args: what the programs take: tensors, passed whole unless ``batch_size`` is given; or one Dataset or
+        DataLoader, which is batched (by 100, unless ``batch_size`` says otherwise).
+    :param num_samples: S.
+    :param seed: isolates and seeds the draws; None takes them from torch's global generator.
+    :param chunk_size: draws per pass; None takes what fits in ``memory`` bytes and halves it if memory runs out. The
+        same seed gives the same draws only with the same chunk_size, which None chooses from sizes alone.
+    :raises ValueError: for a pair without a density (a Delta guide on a continuous latent), or NaN weights.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("z", dist.Normal(x / 2, 0.8))
+    >>> estimate = log_likelihood(model, guide, torch.zeros(3), num_samples=1000, seed=0)
+    >>> exact = dist.Normal(0.0, 2**0.5).log_prob(torch.tensor(0.0))
+    >>> bool(((estimate.log_prob - exact).abs() < 5 * estimate.std_error).all())
+    True
+
+    Burda, Grosse, Salakhutdinov (2016), *Importance weighted autoencoders*.
+    """
+    num_samples = positive_int("num_samples", num_samples)
+    chunk_size = None if chunk_size is None else positive_int("chunk_size", chunk_size)
+    batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
+    device = next((p.device for module in roots(model, guide) for p in module.parameters()), None)
+    results: list[tuple[Tensor, ...]] = []
+    with torch.no_grad(), nullcontext() if seed is None else isolated_rng(seed):
+        sampler = None
+        for batch in datasets.batches(args, batch_size, seed=seed or 0, device=device):
+            if sampler is None:
+                sampler = _Sampler(model, guide, batch, kwargs, num_samples, chunk_size, fold_particles, memory)
+            results.append(sampler(batch))
+    if sampler is None:
+        raise datasets.DataError("there are no data to evaluate: pass at least one datum")
+    columns = [torch.cat(c) if c[0].dim() else c[0] for c in zip(*results, strict=True)]
+    return LikelihoodEstimate(*columns, num_samples, seed, str(sampler.dtype).removeprefix("torch."))
+
+
+class _Sampler:
+    """Draws log-weights of a pair, batch by batch, and sums them up."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        batch: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        num_samples: int,
+        chunk_size: int | None,
+        fold: bool,
+        memory: int,
+    ) -> None:
+        self.model, self.guide, self.kwargs, self.num_samples, self.fold = model, guide, kwargs, num_samples, fold
+        with reached_modules(model, guide) as modules:
+            checked = importance.probe(model, guide, batch, kwargs)
+        importance.check_fold(checked, fold)
+        self.modules, self.nesting = list(modules), importance.nesting(checked)
+        self.exact = not latent(checked.guide) and not latent(checked.model)
+        self.joint = not checked.common_dims
+        if self.joint and checked.uncommon_subsampled:
+            raise ValueError(
+                f'log p(x) needs the whole data set, but plate "{checked.uncommon_subsampled[0]}" is subsampled and its '
+                "latents are shared: evaluate with the full plate"
+            )
+        with protected_buffers(), isolated_rng(), _PeakBytes() as used:
+            self._refuse_without_density(self._run(batch, 2))
+        self.dtype = importance.measure(checked).dtype
+        self.chunk_size = chunk_size or _fitting_chunk(used.peak / 2, memory, batch)
+
+    def _run(self, batch: tuple[Any, ...], num_particles: int) -> importance.Particles:
+        with eval_mode(self.modules):
+            return importance.run(
+                self.model, self.guide, batch, self.kwargs,
+                num_particles=num_particles, nesting=self.nesting, fold=self.fold, scaled=False,
+            )  # fmt: skip
+
+    def _refuse_without_density(self, particles: importance.Particles) -> None:
+        """A continuous latent whose guide is a point mass that does not move between draws has no density."""
+        importance.measure(particles)  # also counts towards the memory of a pass
+        for name, site in latent(particles.guide).items():
+            prior = particles.model.get(name)
+            if not isinstance(point_mass(site["fn"]), Delta) or prior is None or prior["fn"].support.is_discrete:
+                continue
+            draws = site["value"].unflatten(0, (2, -1)) if self.fold else site["value"]
+            if torch.equal(draws[0], draws[1]):
+                raise ValueError(
+                    f'the pair has no log p(x): guide site "{name}" is a bare Delta on a continuous latent (an '
+                    "autoencoder); draw it from a distribution with a density"
+                )
+
+    def __call__(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """log_prob, std_error, ess and pareto_k of one batch."""
+        tally, drawn = _Tally(self.num_samples), 0
+        while drawn < self.num_samples:
+            size = min(self.chunk_size, self.num_samples - drawn)
+            try:
+                log_w = importance.measure(self._run(batch, size))
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if size == 1 or not _out_of_memory(error):
+                    raise
+                self.chunk_size = size // 2
+                continue
+            tally.add(log_w)
+            drawn += size
+        results = tally.results()
+        if torch.isnan(results[0]).any():
+            where = int(torch.isnan(results[0]).reshape(-1).nonzero()[0])
+            raise ValueError(f"the log-weights of datum {where} are NaN: check that data and parameters are finite")
+        if self.exact:
+            results = (results[0], torch.zeros_like(results[1]), *results[2:])
+        return results
+
+
+class _Tally:
+    """Running sums of weights in float64, with the largest ones kept for the Pareto fit."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples, self.keep = num_samples, min(tail_size(num_samples) + 1, num_samples)
+        self.pending: list[Tensor] = []
+        self.log_sum = self.log_sum_squares = self.largest = None
+
+    def add(self, log_w: Tensor) -> None:
+        self.pending.append(log_w.double())
+        if sum(map(len, self.pending)) >= 4 * self.keep:  # merging is dear in small portions
+            self._merge()
+
+    def _merge(self) -> None:
+        log_w = torch.cat(self.pending)
+        self.pending = []
+        sums = torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0)
+        if self.largest is None:
+            self.log_sum, self.log_sum_squares, candidates = *sums, log_w
+        else:
+            self.log_sum = torch.logaddexp(self.log_sum, sums[0])
+            self.log_sum_squares = torch.logaddexp(self.log_sum_squares, sums[1])
+            candidates = torch.cat([self.largest, log_w])
+        self.largest = candidates.movedim(0, -1).topk(min(self.keep, len(candidates)), -1).values.movedim(-1, 0)
+
+    def results(self) -> tuple[Tensor, ...]:
+        if self.pending:
+            self._merge()
+        num, dead = self.num_samples, torch.isneginf(self.log_sum)
+        ess = torch.where(dead, 0.0, (2 * self.log_sum - self.log_sum_squares).exp())
+        variance = (num / ess - 1).clamp(min=0) / max(num - 1, 1)
+        std_error = torch.where(dead, math.inf, variance.sqrt()) if num > 1 else torch.full_like(ess, math.inf)
+        k = pareto_k(self.largest.reshape(self.keep, -1).T, num).view_as(ess)
+        return self.log_sum - math.log(num), std_error, ess, k
+
+
+class _PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.holders: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr():
+                self._hold(tensor)
+        return out
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        pointer, size = storage.data_ptr(), storage.nbytes()
+        self.now += 0 if self.holders.get(pointer) else size
+        self.holders[pointer] = self.holders.get(pointer, 0) + 1
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self._release, pointer, size)
+
+    def _release(self, pointer: int, size: int) -> None:
+        self.holders[pointer] -= 1
+        self.now -= 0 if self.holders[pointer] else size
+
+
+def _fitting_chunk(bytes_per_particle: float, memory: int, batch: tuple[Any, ...]) -> int:
+    device = next((a.device.type for a in batch if isinstance(a, Tensor)), "cpu")
+    budget = min(memory, WORKING_SET.get(device, WORKING_SET["cpu"]))
+    return max(1, int(budget / max(bytes_per_particle, 1)))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

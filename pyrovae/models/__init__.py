@@ -1,0 +1,5 @@
+"""The zoo: one file per family, each model a Pyro program with ``.model`` and ``.guide``."""
+
+from pyrovae.models.vae import VAE
+
+__all__ = ["VAE"]

@@ -1,0 +1,336 @@
+r"""The contract of an objective: a bound on log-weights, and the coefficients that follow from it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import pyro.infer
+import torch
+from pyro.distributions import Unit
+from pyro.infer.elbo import ELBOModule
+from pyro.infer.enum import get_importance_trace
+from torch import Tensor, nn
+
+from pyrovae import importance
+from pyrovae.arguments import one_of, positive_int, weight
+from pyrovae.importance import Particles
+from pyrovae.programs import Program, roots
+from pyrovae.sites import counts, latent, point_mass, quoted
+
+Gradient = Literal["total", "stl", "dreg"]
+GRADIENTS = ("total", "stl", "dreg")
+
+
+class Options(TypedDict, total=False):
+    """The keywords that every objective takes."""
+
+    kl_weight: float | Tensor
+    likelihood_weight: float | Tensor
+    gradient: Gradient
+    fold_particles: bool
+
+
+class ParticleWeights(NamedTuple):
+    r"""Four detached coefficients per particle, each like the log-weights they were made from.
+
+    The gradient follows, with :math:`b` the kl_weight,
+
+    .. math::
+        \theta:&\; \sum_k \text{model}_k\, \nabla_\theta \log p(x, z_k) \\
+        \phi:&\; \sum_k \text{path}_k\, \nabla_z \log w_k\, \nabla_\phi z_k
+               + b\, \text{score}_k\, \nabla_\phi \log q(z_k \mid x)
+               + \text{reinforce}_k\, \nabla_\phi \log q_\text{non-reparameterised}.
+    """
+
+    model: Tensor
+    path: Tensor
+    score: Tensor
+    reinforce: Tensor
+
+
+def slope(bound: Callable[[Tensor], Tensor], log_w: Tensor) -> Tensor:
+    """d bound / d log_w, shaped like ``log_w``."""
+    with torch.enable_grad():
+        leaf = log_w.detach().requires_grad_()
+        return torch.autograd.grad(bound(leaf).sum(), leaf)[0]
+
+
+def curvature(bound: Callable[[Tensor], Tensor], log_w: Tensor) -> Tensor:
+    """The diagonal d^2 bound / d log_w_k^2, shaped like ``log_w``.
+
+    Copy k of the log-weights answers for particle k, so one double backward gives the diagonal without a loop.
+    """
+    num = log_w.shape[0]
+    with torch.enable_grad():
+        copies = log_w.detach().unsqueeze(1).repeat(1, num, *[1] * (log_w.dim() - 1)).requires_grad_()
+        first = torch.autograd.grad(bound(copies).sum(), copies, create_graph=True)[0]
+        if not first.requires_grad:  # a linear bound
+            return torch.zeros_like(log_w)
+        second = torch.autograd.grad(first.diagonal(dim1=0, dim2=1).sum(), copies, allow_unused=True)[0]
+    return torch.zeros_like(log_w) if second is None else second.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+
+
+class Objective(pyro.infer.ELBO):
+    r"""A training objective: a bound on :math:`\log p(x)` as a function of log-weights.
+
+    Write one by giving :meth:`bound`. Its derivatives say what model and guide follow, its value is what is reported.
+
+    :param num_particles: K, draws from the guide per datum (per group, where there are groups).
+    :param kl_weight: b in :math:`\log w = \log p(x \mid z) + b\,(\log p(z) - \log q(z \mid x))`; a float, or
+        a 0-d tensor that is annealed in place.
+    :param likelihood_weight: the weight of :math:`\log p(x \mid z)` in the same sum.
+    :param gradient: ``"total"``, the derivative of the bound as it stands; ``"stl"`` drops the score of the guide
+        (Roeder et al. 2017: unbiased for the ELBO, biased for bounds with K > 1); ``"dreg"`` replaces the score by its
+        reparameterised equal (Tucker et al. 2018: unbiased, and its signal-to-noise ratio grows with K).
+    :param fold_particles: fold particles into the batch, for networks that take one batch dimension only.
+    :raises ValueError: for values out of range, at construction; for impossible sites, by name, at the first call.
+
+    >>> import torch
+    >>> class SoftMin(Objective):
+    ...     '''A pessimist's bound.'''
+    ...     def bound(self, log_w):
+    ...         return -(torch.logsumexp(-log_w, 0) - math.log(log_w.shape[0]))
+    >>> SoftMin(num_particles=4)
+    SoftMin(num_particles=4)
+    >>> SoftMin(num_particles=2).weights(torch.zeros(2, 1)).model.squeeze()
+    tensor([0.5000, 0.5000])
+    """
+
+    num_groups: int = 1
+    kl_weight: Any
+    likelihood_weight: Any
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        kl_weight: float | Tensor = 1.0,
+        likelihood_weight: float | Tensor = 1.0,
+        gradient: Gradient = "total",
+        fold_particles: bool = False,
+    ) -> None:
+        super().__init__(vectorize_particles=True)
+        self.num_particles = positive_int("num_particles", num_particles)
+        self.kl_weight = weight("kl_weight", kl_weight)
+        self.likelihood_weight = weight("likelihood_weight", likelihood_weight)
+        self.gradient = one_of("gradient", gradient, GRADIENTS)
+        self.fold_particles = bool(fold_particles)
+        self._layout: tuple[Any, ...] | None = None
+
+    # --- what a subclass gives ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def bound(self, log_w: Tensor) -> Tensor:
+        """The bound per datum in nats, ``[K, ...] -> [...]``; pure."""
+
+    def path_bound(self, log_w: Tensor) -> Tensor:
+        """The bound that the guide follows; the same, unless an objective trains its two programs differently."""
+        return self.bound(log_w)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the bound is the mean of the log-weights."""
+        return self.total_particles == 1
+
+    # --- what follows ------------------------------------------------------------------------------------------
+
+    @property
+    def total_particles(self) -> int:
+        """Particles in all: groups times particles per group."""
+        return self.num_groups * self.num_particles
+
+    def weights(self, log_w: Tensor) -> ParticleWeights:
+        """The coefficients that model and guide follow at ``log_w`` (``[K, ...]``), each shaped like it."""
+        return self._weights(log_w, self.kl_weight, reinforce=True)
+
+    def _weights(self, log_w: Tensor, kl_weight: Any, *, reinforce: bool) -> ParticleWeights:
+        log_w = log_w.detach()
+        model = slope(self.bound, log_w)
+        path = slope(self.path_bound, log_w) if self._two_bounds else model
+        zero = torch.zeros_like(path)
+        score = -path if self.gradient == "total" else zero
+        if self.gradient == "dreg":
+            path = path - kl_weight * curvature(self.path_bound, log_w)
+        signal = self._learning_signal(log_w) if reinforce else zero
+        return _finite(ParticleWeights(model, path, score, signal), self.bound(log_w))
+
+    def _learning_signal(self, log_w: Tensor) -> Tensor:
+        """L - L_(k): the bound less the bound with log w_k replaced by the mean of the others of its group."""
+        bound, num = self.path_bound(log_w), self.num_particles
+        if num == 1:
+            return bound.expand_as(log_w).clone()
+        total = log_w.shape[0]
+        index = torch.arange(total, device=log_w.device)
+        same = index == index.unsqueeze(1)
+        others = (index // num == (index // num).unsqueeze(1)) & ~same
+        shape = (total, total, *[1] * (log_w.dim() - 1))
+        copies = log_w.unsqueeze(1)  # particle, copy: in copy k, particle k is the one replaced
+        mean = torch.where(others.view(shape), copies, 0.0).sum(0, keepdim=True) / (num - 1)
+        return bound - self.path_bound(torch.where(same.view(shape), mean, copies))
+
+    @property
+    def _two_bounds(self) -> bool:
+        return type(self).path_bound is not Objective.path_bound
+
+    @property
+    def _own_weights(self) -> bool:
+        return type(self).weights is not Objective.weights
+
+    @property
+    def _copies(self) -> bool:
+        """Whether model and path may differ, so that the model must run on detached copies of the samples."""
+        return self._own_weights or self._two_bounds or self.gradient == "dreg"
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether path + score may differ from zero, so that log q at fixed samples is needed."""
+        return self._own_weights or self.gradient != "total"
+
+    def _coefficients(self, log_w: Tensor, particles: Particles, reinforce: bool) -> ParticleWeights:
+        kl_weight = self.kl_weight * particles.guide_tempering[0] if particles.tempering else self.kl_weight
+        if self._own_weights:
+            weights = _finite(self.weights(log_w), self.bound(log_w))
+        else:
+            weights = self._weights(log_w, kl_weight, reinforce=reinforce)
+        # A weight below eps^2 is invisible in the sum, and its gradients are denormal: many times slower on CPUs.
+        tiny = torch.finfo(log_w.dtype).eps ** 2
+        kept = [torch.where(c.abs() < tiny, 0.0, c) * particles.scale for c in weights[:3]]
+        return ParticleWeights(*kept, weights.reinforce * particles.scale)
+
+    # --- pyro.infer.ELBO ---------------------------------------------------------------------------------------
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Minus the bound summed over data, 0-d, in nats; its ``backward()`` gives this objective's estimator."""
+        with_gradient = torch.is_grad_enabled()
+        particles = importance.run(
+            model, guide, args, kwargs,
+            num_particles=self.total_particles, nesting=self._check(model, guide, args, kwargs),
+            fold=self.fold_particles, detach=with_gradient and self._copies, rerun=with_gradient and self._fixed,
+        )  # fmt: skip
+        return self._loss(particles)
+
+    def _loss(self, particles: Particles) -> Tensor:
+        likelihood, prior, guide = particles.log_likelihood(), particles.log_prior(), particles.log_guide()
+        log_w = importance.combine(likelihood, prior, guide, self.kl_weight, self.likelihood_weight)
+        value = -(self.bound(log_w.detach()) * particles.scale).sum()
+        if not log_w.requires_grad:
+            return value
+        log_p = None
+        if self._copies:
+            log_p = importance.combine(likelihood, prior, None, self.kl_weight, self.likelihood_weight)
+        reinforce = any(not s["fn"].has_rsample for s in particles.guide.values() if counts(s))
+        ascent = importance.surrogate(
+            particles, log_p, guide, log_w, self._coefficients(log_w.detach(), particles, reinforce),
+            kl_weight=self.kl_weight, fixed=self._fixed, reinforce=reinforce,
+        )  # fmt: skip
+        return value - (ascent - ascent.detach())
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Minus the bound summed over data, in nats."""
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The loss, its gradients added to the parameters' ``.grad``."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    def __call__(self, model: Program, guide: Program) -> ELBOModule:  # type: ignore[override]
+        """A module that holds the pair (and the modules whose methods they are) and computes the loss."""
+        return _PairLoss(model, guide, self)
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        return get_importance_trace("flat", math.inf, model, guide, args, kwargs)
+
+    # --- checks, once per pair ---------------------------------------------------------------------------------
+
+    def _check(self, model: Program, guide: Program, args: Any, kwargs: Any) -> int:
+        """Check a pair at its first call; return the number of dimensions of its own plates."""
+        key = (model, guide, torch.is_grad_enabled(), self.gradient, self.fold_particles)
+        if self._layout is None or self._layout[0] != key:
+            particles = importance.probe(model, guide, args, kwargs)
+            self._check_pair(particles)
+            self._layout = key, importance.nesting(particles)
+        return self._layout[1]
+
+    def _check_pair(self, particles: Particles) -> None:
+        name = type(self).__name__
+        importance.check_fold(particles, self.fold_particles)
+        if (subsampled := particles.uncommon_subsampled) and not self.linear:
+            raise ValueError(
+                f'{name} with {self.total_particles} particles cannot subsample plate "{subsampled[0]}", which not '
+                "every site is inside of: its weights are joint over the data; use pyrovae.ELBO, or the whole data set"
+            )
+        if torch.is_grad_enabled():
+            self._check_gradient(particles)
+
+    def _check_gradient(self, particles: Particles) -> None:
+        drawn = latent(particles.guide)
+        for site, message in ((n, s) for run in (particles.guide, particles.model) for n, s in run.items()):
+            if message["infer"].get("enumerate"):
+                raise ValueError(
+                    f'site "{site}" is marked for enumeration, which {type(self).__name__} cannot do: '
+                    "use pyro.infer.TraceEnum_ELBO, or remove the mark"
+                )
+        for site, message in particles.guide.items():
+            inner = point_mass(message["fn"])
+            if isinstance(inner, Unit) and "has_rsample" not in inner.__dict__:
+                raise ValueError(f'guide factor "{site}" must say has_rsample=True or False: pass it to pyro.factor')
+        if self.gradient == "total":
+            return
+        for site, message in drawn.items():
+            if not message["fn"].has_rsample:
+                raise ValueError(
+                    f'gradient="{self.gradient}" needs reparameterised sites, but guide site "{site}" '
+                    f'({type(message["fn"]).__name__}) has no rsample: use gradient="total"'
+                )
+        if self.gradient == "dreg" and len({float(t) for t in particles.guide_tempering}) > 1:
+            raise ValueError(
+                f'gradient="dreg" needs one scale for all latent sites, but {quoted(drawn)} are scaled by '
+                f'{[float(t) for t in particles.guide_tempering]}: use gradient="total"'
+            )
+
+    # --- what it is made of ------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, by name."""
+        return {name: getattr(self, name) for name in self._defaults()}
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        own = inspect.signature(cls.__init__).parameters.values()
+        named = {p.name: p.default for p in own if p.name != "self" and p.kind is not p.VAR_KEYWORD}
+        if any(p.kind is p.VAR_KEYWORD for p in own):
+            shared = inspect.signature(Objective.__init__).parameters
+            named |= {name: shared[name].default for name in Options.__annotations__}
+        return named
+
+    @classmethod
+    def _own_arguments(cls) -> list[str]:
+        own = inspect.signature(cls.__init__).parameters.values()
+        return [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
+
+    def __repr__(self) -> str:
+        defaults = self._defaults()
+        shown = {k: v for k, v in self.config.items() if k in self._own_arguments() or v != defaults[k]}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
+
+class _PairLoss(ELBOModule):
+    def __init__(self, model: Any, guide: Any, objective: Objective) -> None:
+        super().__init__(model, guide, objective)
+        self.owners = nn.ModuleList(m for m in roots(model, guide) if m is not model and m is not guide)
+
+
+def _finite(weights: ParticleWeights, bound: Tensor) -> ParticleWeights:
+    """No gradient from a datum whose bound is not finite, nor from a learning signal that is not."""
+    usable = torch.isfinite(bound)
+    kept = [torch.where(usable, c, 0.0) for c in weights[:3]]
+    return ParticleWeights(*kept, torch.where(usable & torch.isfinite(weights.reinforce), weights.reinforce, 0.0))

@@ -1,0 +1,188 @@
+r"""The bounds: each a function of log-weights, each with its paper."""
+
+from __future__ import annotations
+
+import math
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from pyrovae.arguments import in_range, positive_int
+from pyrovae.objectives.base import Objective, Options
+
+
+def log_mean_exp(log_w: Tensor) -> Tensor:
+    r""":math:`\log \frac1K \sum_k w_k` over the first axis."""
+    return torch.logsumexp(log_w, 0) - math.log(log_w.shape[0])
+
+
+class IWAE(Objective):
+    r"""Importance-weighted autoencoder.
+
+    .. math:: L_K = \log \frac1K \sum_k w_k, \qquad \mathrm{ELBO} \le L_K \le L_{K+1} \le \log p(x)
+
+    The tightest bound per particle, for the model. The guide's gradient loses signal as K grows; take
+    ``gradient="dreg"`` there. Non-reparameterised sites follow VIMCO's leave-one-out signal.
+
+    >>> IWAE(num_particles=2).bound(torch.tensor([[0.0], [0.0]]))
+    tensor([0.])
+
+    Burda, Grosse, Salakhutdinov (2016), *Importance weighted autoencoders*.
+    """
+
+    def __init__(self, num_particles: int = 50, **options: Unpack[Options]) -> None:
+        super().__init__(num_particles, **options)
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return log_mean_exp(log_w)
+
+
+class VIMCO(IWAE):
+    r"""IWAE, under the name by which users of discrete latent variables know its gradient.
+
+    Each non-reparameterised site k is scored with :math:`L - L_{(k)}`, where :math:`L_{(k)}` replaces
+    :math:`\log w_k` by the mean of the others (the geometric mean of their weights).
+
+    >>> VIMCO(5)
+    VIMCO(num_particles=5)
+
+    Mnih and Rezende (2016), *Variational inference for Monte Carlo objectives*.
+    """
+
+    def __init__(self, num_particles: int = 5, **options: Unpack[Options]) -> None:
+        super().__init__(positive_int("num_particles", num_particles, 2), **options)
+
+
+class Renyi(Objective):
+    r"""Rényi's alpha-bound.
+
+    .. math:: L_\alpha = \frac{1}{1-\alpha} \log \frac1K \sum_k w_k^{1-\alpha}
+
+    alpha = 0 is IWAE, alpha = 1 exactly the ELBO; the bound falls as alpha grows, and with finite K its order against
+    log p(x) is sure only for alpha in [0, 1]. Any finite alpha is allowed.
+
+    >>> Renyi(alpha=1.0, num_particles=2).bound(torch.tensor([[0.0], [-2.0]]))
+    tensor([-1.])
+
+    :raises ValueError: if alpha is not finite.
+
+    Li and Turner (2016), *Rényi divergence variational inference*.
+    """
+
+    def __init__(self, alpha: float = 0.5, num_particles: int = 5, **options: Unpack[Options]) -> None:
+        super().__init__(num_particles, **options)
+        self.alpha = in_range("alpha", alpha, -math.inf)
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        if self.alpha == 1:
+            return log_w.mean(0)
+        return log_mean_exp((1 - self.alpha) * log_w) / (1 - self.alpha)
+
+    @property
+    def linear(self) -> bool:
+        return self.alpha == 1 or super().linear
+
+
+class VRMax(Objective):
+    r"""Variational Rényi at alpha -> -infinity: only the best particle counts.
+
+    .. math:: L_{\max} = \max_k \log w_k
+
+    Cheap when the backward pass is dear; an estimate that may exceed log p(x) by up to log K. No ``"dreg"``: its
+    weights jump.
+
+    >>> VRMax(num_particles=2).bound(torch.tensor([[0.0], [-2.0]]))
+    tensor([0.])
+
+    Li and Turner (2016), *Rényi divergence variational inference*.
+    """
+
+    def __init__(self, num_particles: int = 5, **options: Unpack[Options]) -> None:
+        super().__init__(num_particles, **options)
+        if self.gradient == "dreg":
+            raise ValueError('VRMax has no gradient="dreg", for its weights jump: pass gradient="total" or "stl"')
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return log_w.max(0).values
+
+
+class MIWAE(Objective):
+    r"""Mean of M independent IWAE bounds with K particles each.
+
+    .. math:: L_{M,K} = \frac1M \sum_m \log \frac1K \sum_k w_{mk}
+
+    Between the ELBO (K = 1) and IWAE (M = 1): more signal for the guide, a looser bound for the model.
+    ``num_particles`` is K, per group; log-weights are ``[M * K, ...]``, group after group.
+
+    >>> MIWAE(num_groups=2, num_particles=3).total_particles
+    6
+
+    Rainforth et al. (2018), *Tighter variational bounds are not necessarily better*.
+    """
+
+    def __init__(self, num_groups: int = 8, num_particles: int = 8, **options: Unpack[Options]) -> None:
+        super().__init__(num_particles, **options)
+        self.num_groups = positive_int("num_groups", num_groups)
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        groups = log_w.unflatten(0, (self.num_groups, self.num_particles))
+        return log_mean_exp(groups.transpose(0, 1)).mean(0)
+
+    @property
+    def linear(self) -> bool:
+        return self.num_particles == 1
+
+
+class PIWAE(MIWAE):
+    r"""Partially importance-weighted autoencoder: the model follows IWAE, the guide MIWAE.
+
+    The model follows, and what is reported is, :math:`L_{MK} = \log \frac{1}{MK} \sum_{mk} w_{mk}`; the guide follows
+    :math:`\frac1M \sum_m \log \frac1K \sum_k w_{mk}`. A tight bound for the one, signal for the other.
+
+    >>> PIWAE(num_groups=2, num_particles=1).bound(torch.tensor([[0.0], [0.0]]))
+    tensor([0.])
+
+    Rainforth et al. (2018), *Tighter variational bounds are not necessarily better*.
+    """
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return log_mean_exp(log_w)
+
+    def path_bound(self, log_w: Tensor) -> Tensor:
+        return super().bound(log_w)
+
+    @property
+    def linear(self) -> bool:
+        return self.total_particles == 1
+
+
+class CIWAE(Objective):
+    r"""Combination of ELBO and IWAE on the same particles.
+
+    .. math:: L = \beta\, \frac1K \sum_k \log w_k + (1 - \beta) \log \frac1K \sum_k w_k
+
+    beta = 1 is the ELBO, beta = 0 is IWAE.
+
+    >>> CIWAE(beta=1.0, num_particles=2).bound(torch.tensor([[0.0], [-2.0]]))
+    tensor([-1.])
+
+    :raises ValueError: if beta is outside [0, 1].
+
+    Rainforth et al. (2018), *Tighter variational bounds are not necessarily better*.
+    """
+
+    def __init__(self, beta: float = 0.5, num_particles: int = 64, **options: Unpack[Options]) -> None:
+        super().__init__(num_particles, **options)
+        self.beta = in_range("beta", beta, 0.0, 1.0)
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        if self.beta == 0:
+            return log_mean_exp(log_w)
+        if self.beta == 1:
+            return log_w.mean(0)
+        return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
+
+    @property
+    def linear(self) -> bool:
+        return self.beta == 1 or super().linear

@@ -1,0 +1,153 @@
+"""What a Pyro program is made of: its modules, its randomness, its buffers, its parameters.
+
+A program is any callable with Pyro primitives inside: a module, a bound method, a plain function that
+closes over networks. These helpers find what such a callable reaches without asking it to register anything.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+Program = Callable[..., Any]
+
+
+def roots(*programs: Program) -> list[nn.Module]:
+    """The modules that the programs are, or are methods of, each once and in order."""
+    found: dict[nn.Module, None] = {}
+    for program in programs:
+        while isinstance(program, partial):
+            program = program.func
+        for candidate in (program, getattr(program, "__self__", None)):
+            if isinstance(candidate, nn.Module):
+                found[candidate] = None
+    return list(found)
+
+
+@contextmanager
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
+    """Leave every random generator as it was found; inside, start from ``seed`` if one is given."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            seed_everything(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (every device), numpy and Python, as Pyro programs may draw from any of them."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def replayed_rng(state: Tensor, cuda_states: list[Tensor]) -> Iterator[None]:
+    """Draw again what was drawn from ``state`` on, then go on as if nothing had been drawn."""
+    now, cuda_now = rng_state()
+    _set_rng_state(state, cuda_states)
+    try:
+        yield
+    finally:
+        _set_rng_state(now, cuda_now)
+
+
+def rng_state() -> tuple[Tensor, list[Tensor]]:
+    """The states of torch's generators: the CPU's, and those of CUDA where it is in use."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_rng_state(state: Tensor, cuda_states: list[Tensor]) -> None:
+    torch.set_rng_state(state)
+    if cuda_states:
+        torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextmanager
+def _on_forward(hook: Callable[[nn.Module], None]) -> Iterator[None]:
+    handle = register_module_forward_pre_hook(lambda module, _: hook(module))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def protected_buffers() -> Iterator[None]:
+    """Let every module that runs inside work on copies of its buffers (BatchNorm's averages stay as they were)."""
+    originals: dict[nn.Module, dict[str, Tensor | None]] = {}
+
+    def lend_copies(module: nn.Module) -> None:
+        if module._buffers and module not in originals:
+            originals[module] = dict(module._buffers)
+            module._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})
+
+    with _on_forward(lend_copies):
+        try:
+            yield
+        finally:
+            for module, buffers in originals.items():
+                module._buffers.update(buffers)
+
+
+@contextmanager
+def reached_modules(*programs: Program) -> Iterator[dict[nn.Module, None]]:
+    """Collect, while the programs run inside, every module that they are, belong to or call."""
+    found: dict[nn.Module, None] = dict.fromkeys(roots(*programs))
+    with _on_forward(lambda module: found.setdefault(module)):
+        yield found
+
+
+@contextmanager
+def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run the modules, and all below them, in eval mode; restore each one's own mode afterwards."""
+    modes = {child: child.training for module in modules for child in module.modules()}
+    with ExitStack() as stack:
+        for module, training in modes.items():
+            stack.callback(setattr, module, "training", training)
+            module.training = False
+        yield
+
+
+def graph_leaves(root: Tensor) -> list[Tensor]:
+    """The leaf tensors that require grad and that ``root`` depends on, in the graph's order."""
+    found: dict[int, Tensor] = {}
+    seen, stack = set(), [root.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found.setdefault(id(variable), variable)
+        stack.extend(parent for parent, _ in reversed(node.next_functions))
+    return list(found.values())
+
+
+def depends_on(root: Tensor, nodes: set[Any]) -> bool:
+    """Whether the graph of ``root`` passes through one of the autograd ``nodes``."""
+    seen: set[Any] = set()
+    stack = [root.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node in nodes:
+            return True
+        seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False

@@ -1,0 +1,291 @@
+"""The VAE: its programs' traces, the paper's network, the linear case in closed form, errors and round trips."""
+
+import json
+import math
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from sklearn.datasets import load_digits
+
+from pyrovae.models.vae import POSTERIORS, VAE
+
+VARIANTS = [
+    {},
+    {"hidden": ()},
+    {"posterior": "full"},
+    {"network": "conv", "activation": "relu"},
+    {"network": "conv", "channels": (4,), "hidden": ()},
+    {"likelihood": "gaussian"},
+    {"likelihood": "gaussian", "scale": 0.1},
+    {"likelihood": "gaussian", "scale": "per_pixel", "network": "conv"},
+    {"likelihood": "continuous_bernoulli"},
+    {"likelihood": "discretized_logistic", "levels": 17},
+    {"likelihood": "discretized_logistic", "scale": "per_pixel", "levels": 17},
+]
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return torch.tensor(load_digits().images / 16, dtype=torch.float32).unsqueeze(1)
+
+
+def small(shape=(1, 8, 8), **variant):
+    return VAE(shape, 5, **{"hidden": (16,), **variant})
+
+
+def particles(program, num_particles):
+    def run(x):
+        with pyro.plate("k", num_particles, dim=-2):
+            return program(x)
+
+    return run
+
+
+def traces(vae, x, num_particles=None):
+    """Traces of the guide and of the model replayed on it, with the log-weights of shape [K, B] or [B]."""
+    guide, model = vae.guide, vae.model
+    if num_particles:
+        guide, model = particles(guide, num_particles), particles(model, num_particles)
+    q = poutine.trace(guide).get_trace(x)
+    p = poutine.trace(poutine.replay(model, trace=q)).get_trace(x)
+    q.compute_log_prob()
+    p.compute_log_prob()
+    log_w = p.nodes["x"]["log_prob"] + p.nodes["z"]["log_prob"] - q.nodes["z"]["log_prob"]
+    return q, p, log_w
+
+
+def test_defaults_are_the_papers_one_layer_network():
+    vae = VAE((784,))
+    encoder = 784 * 200 + 200 + 200 * 200 + 200 + 2 * (200 * 50 + 50)
+    decoder = 50 * 200 + 200 + 200 * 200 + 200 + 200 * 784 + 784
+    assert sum(p.numel() for p in vae.parameters()) == encoder + decoder
+    assert [tuple(p.shape) for p in vae.decoder.parameters() if p.ndim == 2] == [(200, 50), (200, 200), (784, 200)]
+    mean, log_sigma = vae.encoder.output.weight.split(50)
+    bound = (6 / 250) ** 0.5
+    # 10,000 uniforms all below 0.99 of their bound: probability 2e-44.
+    assert 0.99 * bound < mean.abs().max() <= bound
+    assert 0.99 * bound < log_sigma.abs().max() <= bound
+    x = torch.rand(3, 784)
+    torch.testing.assert_close(vae.posterior(x).base_dist.scale, vae.encoder(x)[:, 50:].exp())
+    assert all((p == 0).all() for p in vae.parameters() if p.ndim == 1)
+
+
+@each_variant
+@pytest.mark.parametrize("num_particles", [None, 1, 3])
+def test_traces_of_the_programs(variant, num_particles, digits):
+    vae, x = small(**variant), digits[:4].round()
+    q, p, log_w = traces(vae, x, num_particles)
+    batch = (4,) if num_particles is None else (num_particles, 4)
+    assert set(q.stochastic_nodes) - {"k", "data"} == set(p.stochastic_nodes) - {"k", "data"} == {"z"}
+    assert p.observation_nodes == ["x"]
+    assert q.nodes["z"]["value"].shape == (*batch, 5)
+    assert q.nodes["z"]["fn"].has_rsample
+    assert q.nodes["z"]["fn"].event_dim == 1
+    assert p.nodes["x"]["is_observed"]
+    assert p.nodes["x"]["value"] is x
+    assert p.nodes["x"]["fn"].batch_shape == batch
+    assert p.nodes["x"]["fn"].event_shape == (1, 8, 8)
+    assert log_w.shape == batch
+    assert log_w.isfinite().all()
+    assert [f.name for f in p.nodes["x"]["cond_indep_stack"] if f.dim == -1] == ["data"]
+    assert not pyro.get_param_store().keys()
+
+
+@each_variant
+def test_particles_are_independent_runs(variant, digits):
+    """Particle k of a run with K has the log-weight that its z has by itself."""
+    vae, x = small(**variant).double(), digits[:4].round().double()
+    q, _, log_w = traces(vae, x, 3)
+    for k, z in enumerate(q.nodes["z"]["value"]):
+        alone = vae.likelihood(z).log_prob(x) + vae.prior(x).log_prob(z) - vae.posterior(x).log_prob(z)
+        torch.testing.assert_close(log_w[k], alone)
+
+
+@each_variant
+def test_every_parameter_gets_a_finite_gradient(variant, digits):
+    vae, x = small(**variant), digits[:20].round()
+    Trace_ELBO(num_particles=2, vectorize_particles=True).differentiable_loss(vae.model, vae.guide, x).backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in vae.parameters())
+
+
+@each_variant
+def test_encode_decode_and_generation(variant):
+    vae = small(**variant)
+    z = vae.encode(torch.rand(2, 3, 1, 8, 8))
+    assert z.shape == (2, 3, 5)
+    assert vae.decode(z).shape == (2, 3, 1, 8, 8)
+    nothing = torch.empty(()).expand(7, 1, 8, 8)
+    x = poutine.uncondition(vae.model)(nothing)
+    assert x.shape == (7, 1, 8, 8)
+    assert x.isfinite().all()
+    assert vae.likelihood(vae.prior(nothing).sample((7,))).support.check(x).all()
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 4), (2, 3, 4, 5)])
+def test_any_event_shape(shape):
+    vae, x = small(shape), torch.rand(4, *shape).round()
+    _, p, log_w = traces(vae, x, 3)
+    assert p.nodes["x"]["fn"].event_shape == shape
+    assert log_w.shape == (3, 4)
+
+
+@pytest.mark.parametrize("posterior", POSTERIORS)
+def test_posterior_is_the_normal_it_says(posterior):
+    vae, x = small(posterior=posterior).double(), torch.rand(4, 1, 8, 8).double()
+    torch.nn.init.normal_(vae.encoder.output.bias)
+    q, params = vae.posterior(x), vae.encoder(x)
+    scale_tril = torch.diag_embed(params[:, 5:10].exp())
+    if posterior == "full":
+        rows, columns = torch.tril_indices(5, 5, -1)
+        scale_tril[:, rows, columns] = params[:, 10:]
+        assert (scale_tril.tril(-1) != 0).any()
+    z = q.rsample()
+    oracle = torch.distributions.MultivariateNormal(params[:, :5], scale_tril=scale_tril)
+    torch.testing.assert_close(q.log_prob(z), oracle.log_prob(z))
+    assert torch.equal(vae.encode(x), params[:, :5])
+
+
+def test_full_posterior_starts_as_the_diagonal_one():
+    vae, x = small(posterior="full"), torch.rand(4, 1, 8, 8)
+    q = vae.posterior(x)
+    assert torch.equal(q.scale_tril, q.scale_tril.diagonal(dim1=-2, dim2=-1).diag_embed())
+    assert small(posterior="full").encoder.output.out_features == 5 + 5 + 10
+    assert VAE((6,), 1, (), posterior="full").posterior(torch.rand(3, 6)).rsample().shape == (3, 1)
+
+
+def linear_vae(scale):
+    """A linear Gaussian VAE whose guide is its exact posterior, and the exact log p(x)."""
+    vae = VAE((7,), 3, hidden=(), likelihood="gaussian", scale=scale, posterior="full").double()
+    torch.nn.init.normal_(vae.decoder.output_bias)
+    loading, offset = vae.decoder.output.weight.detach(), vae.decoder.output_bias.detach()
+    eye = torch.eye(3).double()
+    covariance = torch.linalg.inv(eye + loading.T @ loading / scale**2)
+    root = torch.linalg.cholesky(covariance)
+    below = root[tuple(vae.normal.below)]
+    regression = covariance @ loading.T / scale**2
+    with torch.no_grad():
+        vae.encoder.output.weight.copy_(torch.cat([regression, torch.zeros(6, 7).double()]))
+        vae.encoder.output.bias.copy_(torch.cat([-regression @ offset, root.diagonal().log(), below]))
+    marginal = loading @ loading.T + scale**2 * torch.eye(7).double()
+    return vae, torch.distributions.MultivariateNormal(offset, marginal)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_linear_vae_has_its_exact_marginal(scale):
+    """At the exact posterior every importance weight is p(x) itself: no statistical error is left."""
+    vae, marginal = linear_vae(scale)
+    x = torch.randn(6, 7).double()
+    _, _, log_w = traces(vae, x, 20)
+    torch.testing.assert_close(log_w, marginal.log_prob(x).expand(20, 6), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_initialise_sets_the_bias_and_gains_nats(network, digits):
+    vae, x = small(network=network), digits.round()
+    before = vae.likelihood(torch.zeros(5)).log_prob(x).mean()
+    assert vae.initialise(x) is vae
+    expected = torch.logit(x.mean(0).clamp(0.001, 0.999))
+    torch.testing.assert_close(vae.decoder.output_bias.view(1, 8, 8), expected, rtol=1e-4, atol=1e-4)
+    pixels = torch.distributions.Bernoulli(x.mean(0)).entropy().sum()
+    after = vae.likelihood(torch.zeros(5)).log_prob(x).mean()
+    if network == "mlp":
+        torch.testing.assert_close(before, torch.tensor(-64 * math.log(2)))
+        torch.testing.assert_close(after, -pixels, rtol=0, atol=0.2)
+    assert after > before + 10
+
+
+@each_variant
+def test_initialise_serves_every_likelihood(variant, digits):
+    vae, x = small(**variant), digits.round() if not variant.get("levels") else digits
+    before = vae.likelihood(torch.zeros(5)).log_prob(x).mean()
+    assert vae.initialise(x).likelihood(torch.zeros(5)).log_prob(x).mean() > before
+    torch.testing.assert_close(
+        vae.decoder.output_bias.flatten(), vae.observation.initial_bias(x.double().mean(0)).float().flatten()
+    )
+
+
+def test_initialise_accepts_bytes():
+    data = torch.randint(0, 2, (50, 1, 8, 8), dtype=torch.uint8)
+    bias = small().initialise(data).decoder.output_bias
+    assert torch.equal(bias, small().initialise(data.float()).decoder.output_bias)
+
+
+@each_variant
+def test_config_rebuilds_the_model(variant):
+    vae = small(**variant)
+    config = json.loads(json.dumps(vae.config))
+    twin = VAE(**config)
+    assert config == vae.config == twin.config
+    twin.load_state_dict(vae.state_dict())
+    x = torch.rand(3, 1, 8, 8)
+    assert torch.equal(twin.encode(x), vae.encode(x))
+
+
+def test_config_holds_plain_numbers():
+    numpy = pytest.importorskip("numpy")
+    vae = VAE(numpy.array([1, 8, 8]), numpy.int64(3), numpy.array([4]))
+    assert json.loads(json.dumps(vae.config)) == vae.config
+
+
+def test_repr_shows_what_it_is_made_of():
+    text = repr(small(likelihood="gaussian", scale=0.1))
+    for part in ("input_shape=[1, 8, 8]", "latent_dim=5", "GaussianLikelihood", "scale=0.1", "Linear", "Tanh"):
+        assert part in text
+
+
+def test_float64_throughout():
+    vae, x = small().double(), torch.rand(4, 1, 8, 8).round().double()
+    _, p, log_w = traces(vae, x, 3)
+    assert log_w.dtype == p.nodes["z"]["value"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("program", ["model", "guide", "initialise"])
+@pytest.mark.parametrize("shape", [(4, 64), (1, 8, 8), (4, 1, 8, 9), (2, 4, 1, 8, 8)])
+def test_data_of_another_shape_is_refused(program, shape):
+    with pytest.raises(ValueError, match=r"input_shape=\(1, 8, 8\), got \("):
+        getattr(small(), program)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"input_shape": 784}, TypeError, r"input_shape must be a sequence of integers, got 784: write \(784,\)"),
+        ({"input_shape": ()}, ValueError, "input_shape is empty"),
+        ({"input_shape": (1, 0, 8)}, ValueError, "every entry of input_shape must be at least 1, got 0"),
+        ({"input_shape": (1, 8.0, 8)}, TypeError, "every entry of input_shape must be an integer, got 8.0"),
+        ({"input_shape": "abc"}, TypeError, "input_shape"),
+        ({"latent_dim": 0}, ValueError, "latent_dim must be at least 1, got 0"),
+        ({"latent_dim": 2.5}, TypeError, "latent_dim must be an integer, got 2.5"),
+        ({"hidden": 200}, TypeError, r"hidden must be a sequence of integers, got 200"),
+        ({"hidden": (200, -1)}, ValueError, "every entry of hidden must be at least 1"),
+        ({"likelihood": "gausian"}, ValueError, "unknown likelihood 'gausian', did you mean 'gaussian'"),
+        ({"likelihood": "bernoulli", "scale": 0.1}, ValueError, "likelihood='bernoulli' has no scale"),
+        ({"likelihood": "gaussian", "scale": 0.0}, ValueError, "scale must be positive"),
+        ({"likelihood": "gaussian", "scale": -0.1}, ValueError, "scale must be positive"),
+        ({"likelihood": "gaussian", "scale": "learnt"}, ValueError, "unknown scale 'learnt', did you mean 'learned'"),
+        ({"likelihood": "gaussian", "levels": 256}, ValueError, "has no levels"),
+        ({"posterior": "diag"}, ValueError, "unknown posterior 'diag', did you mean 'diagonal'"),
+        ({"network": "cnn"}, ValueError, "unknown network 'cnn'"),
+        ({"network": "mpl"}, ValueError, "did you mean 'mlp'"),
+        ({"activation": "tan"}, ValueError, "unknown activation 'tan', did you mean 'tanh'"),
+        ({"activation": torch.nn.Tanh}, TypeError, "activation must be a name"),
+        ({"channels": (8,)}, ValueError, "network='mlp' has no channels"),
+        ({"network": "conv", "channels": 8}, TypeError, "channels must be a sequence"),
+        ({"network": "conv", "channels": ()}, ValueError, "channels is empty"),
+        ({"network": "conv", "channels": (8,) * 4}, ValueError, "at least 16, got 8x8: give at most 3 channels"),
+        ({"network": "conv", "input_shape": (64,)}, ValueError, r"\(channels, height, width\), got \(64,\)"),
+    ],
+)
+def test_constructor_errors(arguments, error, match):
+    with pytest.raises(error, match=match):
+        VAE(**{"input_shape": (1, 8, 8), **arguments})
