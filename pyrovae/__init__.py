@@ -1,10 +1,18 @@
-"""pyrovae: variational autoencoders as Pyro programs."""
+"""pyrovae: variational autoencoders as Pyro programs.
 
-from pyrovae import data, models, nn
-from pyrovae.importance import log_weights
-from pyrovae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, VIMCO, Objective, ParticleWeights, Renyi, VRMax
+Every generative model is a Pyro model/guide pair, every training objective a :class:`pyro.infer.ELBO`, any pair meets
+any objective, and log p(x) is measured by importance sampling with a standard error.
+"""
 
 __version__ = "0.1.0"
+
+from pyrovae import data, models, nn
+from pyrovae.evaluate import LikelihoodEstimate, active_units, log_likelihood
+from pyrovae.fit import Fit, fit
+from pyrovae.importance import log_weights
+from pyrovae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, VIMCO, Objective, ParticleWeights, Renyi, VRMax
+from pyrovae.runs import load
+
 __all__ = [
     "CIWAE",
     "ELBO",
@@ -12,11 +20,17 @@ __all__ = [
     "MIWAE",
     "PIWAE",
     "VIMCO",
+    "Fit",
+    "LikelihoodEstimate",
     "Objective",
     "ParticleWeights",
     "Renyi",
     "VRMax",
+    "active_units",
     "data",
+    "fit",
+    "load",
+    "log_likelihood",
     "log_weights",
     "models",
     "nn",

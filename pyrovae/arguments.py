@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class DataError(ValueError):
+    """The data themselves are bad or absent; a wrong *argument* is a plain ``ValueError``."""
 
 
 def positive_int(name: str, value: Any, minimum: int = 1) -> int:
@@ -16,6 +23,13 @@ def positive_int(name: str, value: Any, minimum: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}: pass {minimum} or more")
     return int(value)
+
+
+def sizes(name: str, value: Any) -> tuple[int, ...]:
+    """``value`` as a tuple of integers of at least 1, or one clear error."""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of integers, got {value!r}: write ({value!r},)")
+    return tuple(positive_int(f"every entry of {name}", v) for v in value)
 
 
 def in_range(name: str, value: Any, low: float, high: float = math.inf) -> float:
@@ -37,4 +51,30 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> Any:
     if value in choices:
         return value
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
-    raise ValueError(f'unknown {name} {value!r}: did you mean "{near[0]}"? Choose one of {", ".join(choices)}')
+    raise ValueError(f"unknown {name} {value!r}: did you mean {near[0]!r}? Choose one of {', '.join(choices)}")
+
+
+def lookup(name: str, value: Any, table: Mapping[str, T]) -> T:
+    """The entry of ``table`` under ``value``, or an error that names the nearest.
+
+    >>> lookup("activation", "thanh", {"tanh": 1, "relu": 2})
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown activation 'thanh': did you mean 'tanh'? Choose one of tanh, relu
+    """
+    return table[one_of(name, value, table)]
+
+
+def pick_device(device: Any) -> torch.device:
+    """The device asked for, never another: "auto" is CUDA where there is one, and the CPU elsewhere."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'unknown device {device!r}: pass "auto", "cpu", "cuda" or "cuda:0"') from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f'device "{device}" was asked for, but {torch.cuda.device_count()} CUDA devices are here: pass device="cpu"'
+        )
+    return place

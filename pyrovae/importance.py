@@ -37,6 +37,7 @@ from pyrovae.sites import (
     oversampling,
     point_mass,
     quoted,
+    record_pair,
     refuse_live_point_mass,
     reparameterised,
     same,
@@ -235,14 +236,7 @@ def run(
 def probe(model: Program, guide: Program, args: tuple, kwargs: dict) -> Particles:
     """Run the pair once with one particle, checked by Pyro and by us, leaving no trace in generators and buffers."""
     with torch.no_grad(), isolated_rng(), protected_buffers():
-        guide_record, model_record = Record(), Record()
-        with guide_record:
-            guide(*args, **kwargs)
-        values = {n: s["value"] for n, s in guide_record.sites.items() if not s["is_observed"]}
-        model_record.replay = values
-        with model_record:
-            model(*args, **kwargs)
-        particles = Particles(guide_record.sites, model_record.sites, 1, None, False, True, {}, dict)
+        particles = Particles(*record_pair(model, guide, args, kwargs), 1, None, False, True, {}, dict)
         _check_match(particles)
         _check_shapes(particles)
     return particles

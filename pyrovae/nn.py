@@ -9,15 +9,15 @@ deep feedforward neural networks*, 2010), the start of the IWAE paper.
 
 from __future__ import annotations
 
-import difflib
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from pyrovae.arguments import lookup, positive_int, sizes
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,12 +28,8 @@ __all__ = [
     "DenseDecoder",
     "DenseEncoder",
     "fold",
-    "lookup",
-    "size",
-    "sizes",
 ]
 
-T = TypeVar("T")
 Activation = str | Callable[[], nn.Module]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -46,46 +42,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
     "sigmoid": nn.Sigmoid,
 }
-
-
-def lookup(what: str, name: str, table: Mapping[str, T]) -> T:
-    """``table[name]``, or an error that names the nearest entry and lists them all.
-
-    Raises:
-        TypeError: ``name`` is not a string.
-        ValueError: ``name`` is not in the table.
-
-    Example:
-        >>> lookup("activation", "thanh", ACTIVATIONS)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: unknown activation 'thanh', did you mean 'tanh'? Known: tanh, relu, leaky_relu, elu, gelu, ...
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"{what} must be a name, one of {', '.join(table)}; got {name!r}")
-    if name not in table:
-        near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
-        hint = f", did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(table)}")
-    return table[name]
-
-
-def size(name: str, value: int) -> int:
-    """``value`` as an ``int`` that is at least 1; else a TypeError or ValueError that names the argument."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
-    return number
-
-
-def sizes(name: str, value: Sequence[int]) -> tuple[int, ...]:
-    """``value`` as a tuple of integers that are at least 1; else a TypeError or ValueError that names the argument."""
-    if isinstance(value, int) or not hasattr(value, "__iter__"):
-        raise TypeError(f"{name} must be a sequence of integers, got {value!r}: write ({value!r},)")
-    return tuple(size(f"every entry of {name}", v) for v in value)
 
 
 def fold(function: Callable[[Tensor], Tensor], x: Tensor, event_ndim: int) -> Tensor:
@@ -153,7 +109,7 @@ class MLP(nn.Sequential):
         activation: Activation = "tanh",
     ) -> None:
         heads = sizes("out_features", [out_features] if isinstance(out_features, int) else out_features)
-        widths = (size("in_features", in_features), *sizes("hidden", hidden))
+        widths = (positive_int("in_features", in_features), *sizes("hidden", hidden))
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
             layers += [_linear(fan_in, [fan_out]), _activation(activation)]

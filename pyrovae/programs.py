@@ -9,10 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pyro.poutine as poutine
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -112,13 +114,13 @@ def reached_modules(*programs: Program) -> Iterator[dict[nn.Module, None]]:
 
 
 @contextmanager
-def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run the modules, and all below them, in eval mode; restore each one's own mode afterwards."""
+def eval_mode(modules: Iterable[nn.Module], *, training: bool = False) -> Iterator[None]:
+    """Run the modules, and all below them, in eval mode (or train mode); restore each one's own mode afterwards."""
     modes = {child: child.training for module in modules for child in module.modules()}
     with ExitStack() as stack:
-        for module, training in modes.items():
-            stack.callback(setattr, module, "training", training)
-            module.training = False
+        for module, mode in modes.items():
+            stack.callback(setattr, module, "training", mode)
+            module.training = training
         yield
 
 
@@ -151,3 +153,39 @@ def depends_on(root: Tensor, nodes: set[Any]) -> bool:
         seen.add(node)
         stack.extend(parent for parent, _ in node.next_functions)
     return False
+
+
+@dataclass
+class Reach:
+    """What a pair of programs reaches: its modules, its parameters, and all that a checkpoint must hold, by name."""
+
+    modules: list[nn.Module]
+    parameters: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+
+
+def reach(model: Program, guide: Program, log_prob: Callable[[], Tensor]) -> Reach:
+    """Find the parameters of a pair, wherever they live, while ``log_prob`` runs it once.
+
+    In this order, each tensor once: those of the modules that the programs are, belong to or call; those of Pyro's
+    parameter store; leaves that the programs close over.
+    """
+    with reached_modules(model, guide) as found, poutine.trace(param_only=True) as store:
+        leaves = graph_leaves(log_prob())
+    below = {child for module in found for child in module.modules() if child is not module}
+    modules = [module for module in found if module not in below]
+    prefixes = [""] if len(modules) == 1 else [f"{i}." for i in range(len(modules))]
+    tensors = {
+        prefix + name: tensor
+        for prefix, module in zip(prefixes, modules, strict=True)
+        for name, tensor in module.state_dict(keep_vars=True).items()
+    }
+    known = {id(tensor) for tensor in tensors.values()}
+    stored = {f"param.{name}": site["value"].unconstrained() for name, site in store.trace.nodes.items()}
+    for name, tensor in (stored | {f"leaf.{i}": leaf for i, leaf in enumerate(leaves)}).items():
+        if id(tensor) not in known:
+            known.add(id(tensor))
+            tensors[name] = tensor
+    unique = {id(tensor): name for name, tensor in reversed(tensors.items()) if tensor.requires_grad}
+    parameters = {name: tensors[name] for name in reversed(unique.values())}
+    return Reach(modules, parameters, tensors)

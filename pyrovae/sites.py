@@ -15,6 +15,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyrovae.programs import Program
+
 Site = dict[str, Any]
 Sites = dict[str, Site]
 PARTICLE_PLATE = "_particles"
@@ -55,6 +57,15 @@ class Record(Messenger):
 
 def _is_subsample(site: Site) -> bool:
     return type(site["fn"]).__name__ == "_Subsample"
+
+
+def record_pair(model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> tuple[Sites, Sites]:
+    """Run the guide, then the model on its samples, once and as they are; the sites of both."""
+    with Record() as drawn:
+        guide(*args, **kwargs)
+    with Record({n: s["value"] for n, s in drawn.sites.items() if not s["is_observed"]}) as joint:
+        model(*args, **kwargs)
+    return drawn.sites, joint.sites
 
 
 def counts(site: Site) -> bool:

@@ -11,8 +11,9 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyrovae.arguments import DataError, lookup, positive_int, sizes
 from pyrovae.likelihoods import make_likelihood
-from pyrovae.nn import ACTIVATIONS, NETWORKS, lookup, size, sizes
+from pyrovae.nn import ACTIVATIONS, NETWORKS
 
 __all__ = ["POSTERIORS", "VAE", "DiagonalNormal", "FullNormal"]
 
@@ -100,8 +101,8 @@ class VAE(nn.Module):
         ``[K, B, latent_dim]`` and the decoder's output ``[K, B, *input_shape]``. Nats throughout.
 
     Raises:
-        TypeError, ValueError: at construction, for arguments that are out of range, unknown or do not go together; from
-            the programs, for data of another shape.
+        TypeError, ValueError: at construction, for arguments that are out of range, unknown or do not go together.
+        DataError: from the programs, for data of another shape.
 
     Example:
         >>> vae = VAE((1, 8, 8), latent_dim=5, hidden=(32,))
@@ -141,17 +142,17 @@ class VAE(nn.Module):
 
         self.config = {
             "input_shape": list(shape),
-            "latent_dim": size("latent_dim", latent_dim),
+            "latent_dim": positive_int("latent_dim", latent_dim),
             "hidden": list(widths),
             "likelihood": likelihood,
             "scale": scale,
-            "levels": None if levels is None else size("levels", levels),
+            "levels": None if levels is None else positive_int("levels", levels, minimum=2),
             "posterior": posterior,
             "network": network,
             "activation": activation,
             "channels": None if channels is None else list(channels),
         }
-        self.input_shape, self.latent_dim = shape, size("latent_dim", latent_dim)
+        self.input_shape, self.latent_dim = shape, positive_int("latent_dim", latent_dim)
         self.observation = make_likelihood(likelihood, shape, scale, levels)
         self.normal = lookup("posterior", posterior, POSTERIORS)(self.latent_dim)
 
@@ -214,7 +215,7 @@ class VAE(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         if x.shape[1:] != self.input_shape:
-            raise ValueError(
+            raise DataError(
                 f"data must be [batch, *input_shape] with input_shape={self.input_shape}, got {tuple(x.shape)}: "
                 "reshape it, or build the model with the shape of one datum"
             )

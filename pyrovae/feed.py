@@ -1,0 +1,96 @@
+"""Data to the device, batch by batch, in a new order every epoch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+from torch.utils.data import DataLoader, Dataset
+
+from pyrovae.arguments import DataError
+from pyrovae.data import Images, as_dataset, check_support
+
+Batch = tuple[Any, ...]
+
+
+class Feed:
+    """Batches of a data set, as tuples of tensors on ``device``.
+
+    Data held in tensors live on the device if they fill at most half of its free memory; everything else streams
+    through a DataLoader. The order comes from torch's global generator.
+    """
+
+    def __init__(self, data: Any, batch_size: int, device: torch.device, num_workers: int | None = None) -> None:
+        source = as_dataset(data)
+        self.device, self.batch_size = device, batch_size
+        self.images = source.to(device) if isinstance(source, Images) and _fits(source, device) else None
+        self.loader: DataLoader[Any] | None = None
+        if self.images is None:
+            self.loader = source if isinstance(source, DataLoader) else _loader(source, batch_size, device, num_workers)
+        if (size := self.size) == 0:
+            raise DataError("there are no data to train on: pass at least one datum")
+        self.steps = -(-size // batch_size) if self.images is not None and size else _length(self.loader)
+
+    @property
+    def size(self) -> int | None:
+        """The number of data, where it is known."""
+        return len(self.images) if self.images is not None else _length(self.loader.dataset)  # type: ignore[union-attr]
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.images is None:
+            yield from (self._moved(batch) for batch in self.loader)  # type: ignore[union-attr]
+            return
+        order = torch.randperm(len(self.images)).to(self.device, non_blocking=True)
+        for index in order.split(self.batch_size):
+            yield _as_tuple(self.images.batch(index))
+
+    def first(self, count: int | None = None) -> Batch:
+        """The first data, ``count`` of them where they can be counted out (else one batch), on the device.
+
+        A dynamic set is drawn once here, to the same bits every time.
+        """
+        if self.images is None:
+            batch = next(iter(self.loader), None)  # type: ignore[arg-type]
+            if batch is None:
+                raise DataError("there are no data to train on: the DataLoader is empty")
+            return self._moved(batch)
+        index = torch.arange(min(count or self.batch_size, len(self.images)), device=self.device)
+        some = self.images.subset(index).fixed()
+        return _as_tuple(some.batch(torch.arange(len(some), device=self.device)))
+
+    def check(self, position: int, support: Constraint | None, site: str, shape: torch.Size) -> None:
+        """Check that what the site observes, argument ``position``, lies in its support: all of it, if held here."""
+        images = self.images
+        whole = images is not None and images.binarization != "dynamic" and position == 0
+        x = images.x if whole and images is not None else self.first()[position]
+        check_support(x.reshape(-1, *shape) if shape.numel() == x[0].numel() else x, support, site=site)
+
+    def _moved(self, batch: Any) -> Batch:
+        return tuple(a.to(self.device, non_blocking=True) if isinstance(a, Tensor) else a for a in _as_tuple(batch))
+
+
+def _as_tuple(batch: Any) -> Batch:
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def _length(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except TypeError:  # an iterable data set
+        return None
+
+
+def _fits(images: Images, device: torch.device) -> bool:
+    return device.type != "cuda" or images.x.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
+
+
+def _loader(source: Dataset[Any], batch_size: int, device: torch.device, num_workers: int | None) -> DataLoader[Any]:
+    workers = min(4, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
+    shuffle = not isinstance(source, torch.utils.data.IterableDataset)
+    return DataLoader(
+        source, batch_size=batch_size, shuffle=shuffle, num_workers=workers, pin_memory=device.type == "cuda"
+    )

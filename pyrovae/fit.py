@@ -1,0 +1,420 @@
+"""The one visible training loop."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.infer
+import torch
+from pyro.poutine.runtime import effectful
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from pyrovae import data as datasets
+from pyrovae import runs
+from pyrovae.arguments import DataError, in_range, pick_device, positive_int
+from pyrovae.feed import Feed
+from pyrovae.monitor import Monitor
+from pyrovae.objectives import Objective
+from pyrovae.programs import Program, Reach, eval_mode, isolated_rng, protected_buffers, reach, roots
+from pyrovae.progress import ProgressBar
+from pyrovae.schedules import Plan, Schedule
+from pyrovae.sites import Sites, counts, log_prob, record_pair
+
+MONITORED = 1000  # data on which units are watched, at most
+
+
+@dataclass
+class Fit:
+    """What came of training: one dict per epoch, and how long it took.
+
+    ``history`` has, per epoch, ``bound`` (mean over the epoch, nats per datum), ``reconstruction``, ``kl``,
+    ``kl_per_unit``, ``active_units``, ``grad_norm``, ``learning_rate``, ``kl_weight``, ``seconds``, and
+    ``validation_bound`` if asked for. ``timings`` has ``ms_per_step``, ``images_per_second``, ``seconds``, ``path``
+    ("eager"), ``threads`` and ``device``.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    timings: dict[str, Any] = field(default_factory=dict)
+    best_epoch: int | None = None
+    finished: bool = False
+
+    def add(self, metrics: dict[str, Any], patience: int | None) -> None:
+        """Take in one epoch; training is finished if the validation bound has not improved for ``patience`` epochs."""
+        self.history.append(metrics)
+        bounds = [row["validation_bound"] for row in self.history if "validation_bound" in row]
+        if bounds:
+            self.best_epoch = 1 + max(range(len(bounds)), key=lambda i: (bounds[i], -i))
+            self.finished = patience is not None and len(bounds) - self.best_epoch >= patience
+
+    def finish(self, device: torch.device) -> None:
+        """Sum up the timings."""
+        seconds = sum(row["seconds"] for row in self.history)
+        steps = sum(row["steps"] for row in self.history)
+        images = sum(row["images_per_second"] * row["seconds"] for row in self.history)
+        self.timings = {
+            "ms_per_step": 1e3 * seconds / max(steps, 1),
+            "images_per_second": images / max(seconds, 1e-9),
+            "seconds": seconds,
+            "steps": steps,
+            "path": "eager",
+            "threads": torch.get_num_threads(),
+            "device": str(device),
+        }
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    data: Any,
+    *,
+    objective: pyro.infer.ELBO,
+    epochs: int,
+    batch_size: int = 100,
+    optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+    lr: float | None = None,
+    schedule: str | Schedule = "constant",
+    particles: Sequence[int] | None = None,
+    kl_warmup: float = 0,
+    clip_norm: float | None = None,
+    validation: Any = None,
+    patience: int | None = None,
+    compile: bool | str = "auto",
+    device: str | torch.device = "auto",
+    num_workers: int | None = None,
+    seed: int = 0,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    config: dict[str, Any] | None = None,
+    progress: bool | None = None,
+) -> Fit:
+    r"""Train a pair of Pyro programs on an objective, minimising its loss in nats per datum.
+
+    Any pair: modules, bound methods, plain functions, ``pyro.param`` programs, Pyro's autoguides; parameters are found
+    wherever they live. Any objective: ours, or any :class:`pyro.infer.ELBO`. The pair ends with the last weights;
+    fitting it again goes on from them with a fresh optimizer and schedule.
+
+    :param data: a tensor ``[N, ...]``, :class:`pyrovae.data.Images`, a tuple of tensors, a Dataset or a DataLoader;
+        batches that are tuples become ``model(*batch)``. What is held in tensors lives on the device; other data sets
+        stream through a DataLoader with ``num_workers``.
+    :param objective: for instance ``pyrovae.IWAE(5)``.
+    :param epochs: passes over the data.
+    :param batch_size: data per step (a DataLoader has its own).
+    :param optimizer: parameters -> ``torch.optim`` optimizer; by default fused Adam with learning rate ``lr`` (1e-3).
+    :param schedule: "constant", "cosine", "iwae" (the paper's stages), or a function of progress in [0, 1) that gives
+        the factor of the learning rate.
+    :param particles: numbers of particles for equal parts of the epochs, for instance ``(1, 5, 20, 50)``.
+    :param kl_warmup: epochs over which kl_weight rises linearly from 0 to the objective's own.
+    :param clip_norm: largest 2-norm of the gradient.
+    :param validation: data on which the bound is measured after each epoch, always on the same noise.
+    :param patience: stop after that many epochs without a better validation bound.
+    :param compile: "auto", True or False; this version always runs eagerly, and says so for True.
+    :param device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+    :param seed: of the noise, the order of the data and the binarisation; torch's global generator is left as found.
+    :param run_dir: a folder for config, metrics and checkpoints (every epoch; with ``validation`` the best as well).
+    :param resume: go on from the last checkpoint in ``run_dir``, on CPU to the same bits as if never interrupted.
+    :param config: more entries for the run's config.json.
+    :param progress: show a progress bar; None shows it on terminals only.
+    :raises DataError: for data outside the observed sites' support, saying where.
+    :raises ValueError: for arguments out of range.
+    :raises FloatingPointError: where the loss becomes NaN, naming the site; the last checkpoint is kept.
+
+    >>> import pyrovae as pv
+    >>> digits = pv.data.load("digits", binarization="dynamic").train
+    >>> vae = pv.models.VAE(digits.event_shape, latent_dim=2, hidden=(32,)).initialise(digits.x)
+    >>> result = pv.fit(vae.model, vae.guide, digits, objective=pv.IWAE(5), epochs=2)
+    >>> result.history[1]["bound"] > result.history[0]["bound"]
+    True
+    """
+    epochs, batch_size = positive_int("epochs", epochs), positive_int("batch_size", batch_size)
+    plan = Plan.make(objective, epochs, schedule, particles, kl_warmup)
+    place = pick_device(device)
+    if optimizer is not None and lr is not None:
+        raise ValueError(f"lr={lr} belongs to the default optimizer: set it in optimizer=, or leave optimizer out")
+    rate = 1e-3 if lr is None else in_range("lr", lr, 0.0)
+    make_optimizer = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=rate, fused=True))
+    clip = None if clip_norm is None else in_range("clip_norm", clip_norm, 1e-12)
+    if patience is not None and validation is None:
+        raise ValueError("patience needs data to validate on: pass validation, or leave patience out")
+    patience = None if patience is None else positive_int("patience", patience)
+    if compile not in ("auto", True, False):
+        raise ValueError(f'compile must be "auto", True or False, got {compile!r}: pass one of these')
+    if compile is True:
+        warnings.warn("compiled steps are not part of this version: running eagerly", stacklevel=2)
+    if resume and run_dir is None:
+        raise ValueError("resume=True needs the folder of the run to go on with: pass run_dir")
+
+    with isolated_rng(seed):
+        feed = Feed(data, batch_size, place, num_workers)
+        pair = prepare(model, guide, feed)
+        stepper = Stepper(model, guide, pair, make_optimizer(list(pair.parameters.values())), feed, clip)
+        monitor = Monitor(model, guide, pair.modules, feed.first(min(MONITORED, max(100, (feed.size or 0) // 10))))
+        validate = None if validation is None else Validation(model, guide, pair, validation, plan.final, batch_size)
+        training = {
+            "epochs": epochs, "batch_size": batch_size, "schedule": schedule if isinstance(schedule, str) else "custom",
+            "lr": rate if optimizer is None else None, "optimizer": type(stepper.optimizer).__name__,
+            "particles": None if particles is None else list(particles), "kl_warmup": kl_warmup, "clip_norm": clip,
+            "patience": patience, "device": str(place), "seed": seed, "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        log = Log(run_dir, pair, stepper.optimizer, resume)
+        result = log.open(
+            {"model": runs.describe(_owner(model, guide)), "objective": describe_objective(objective)}
+            | {"training": training, "versions": runs.versions()}
+            | (config or {})
+        )
+        with eval_mode(pair.modules, training=True), ProgressBar(epochs, progress) as bar:
+            for epoch in range(len(result.history), 0 if result.finished else epochs):
+                metrics = run_epoch(epoch, feed, stepper, plan)
+                if not metrics["bound"] == metrics["bound"]:
+                    raise FloatingPointError(_blame(model, guide, feed.first(), epoch + 1, run_dir))
+                metrics |= monitor()
+                if validate is not None:
+                    metrics["validation_bound"] = validate()
+                result.add(metrics, patience)
+                log.write(result)
+                bar.update(epoch + 1, metrics["bound"], metrics["images_per_second"])
+                if result.finished:
+                    break
+        result.finish(place)
+        log.close(result)
+    return result
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def prepare(model: Program, guide: Program, feed: Feed) -> Reach:
+    """Find a pair's parameters, check the data against its observed sites, and move it to the device of the data."""
+    home = next((p.device for module in roots(model, guide) for p in module.parameters()), None)
+    batch = tuple(a.to(home) if home and isinstance(a, Tensor) else a for a in feed.first())
+
+    def log_joint() -> Tensor:
+        drawn, joint = record_pair(model, guide, batch, {})
+        _check_observed(joint, batch, feed)
+        terms = [log_prob(s, in_guide=run is drawn) for run in (drawn, joint) for s in run.values() if counts(s)]
+        return torch.stack([term.sum() for term in terms]).sum() if terms else torch.zeros(())
+
+    with isolated_rng(), protected_buffers(), pyro.validation_enabled(False), torch.enable_grad():
+        pair = reach(model, guide, log_joint)
+    if not pair.parameters:
+        raise ValueError("the pair has no parameters to train: use modules, pyro.param or tensors that require grad")
+    for tensor in pair.tensors.values():
+        tensor.data = tensor.data.to(feed.device)
+    return pair
+
+
+def _check_observed(sites: Sites, batch: tuple[Any, ...], feed: Feed) -> None:
+    for name, site in sites.items():
+        if not (counts(site) and site["is_observed"] and site["value"].numel()):
+            continue
+        for position, argument in enumerate(batch):
+            if isinstance(argument, Tensor) and argument.data_ptr() == site["value"].data_ptr():
+                feed.check(position, site["fn"].support, name, site["fn"].event_shape)
+
+
+class Stepper:
+    """One optimisation step: loss in nats per datum, gradients, clipping, optimizer."""
+
+    def __init__(
+        self, model: Program, guide: Program, pair: Reach, optimizer: Optimizer, feed: Feed, clip_norm: float | None
+    ) -> None:
+        self.model, self.guide, self.optimizer, self.clip_norm = model, guide, optimizer, clip_norm
+        self.parameters = list(pair.parameters.values())
+        self.announcing_model = _announcing(model, self.parameters[0])
+        self.base_lr = [float(group["lr"]) for group in optimizer.param_groups]
+        self.full_size = _full_size(model, guide, feed.first())
+
+    def set_lr(self, factor: float) -> None:
+        """Scale every group's learning rate from where it started."""
+        for group, base in zip(self.optimizer.param_groups, self.base_lr, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(base * factor)
+            else:
+                group["lr"] = base * factor
+
+    def __call__(self, objective: pyro.infer.ELBO, batch: tuple[Any, ...]) -> Tensor | float:
+        """The loss per datum of one step; nothing is read back from the device."""
+        size = self.full_size or len(batch[0])
+        self.optimizer.zero_grad()
+        if hasattr(objective, "differentiable_loss"):
+            loss = objective.differentiable_loss(self.model, self.guide, *batch) / size
+            loss.backward()
+            loss = loss.detach()
+        else:
+            loss = objective.loss_and_grads(self.announcing_model, self.guide, *batch) / size
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], size)
+        if self.clip_norm is not None:
+            clip_grad_norm_(self.parameters, self.clip_norm)
+        self.optimizer.step()
+        return loss
+
+    def grad_norm(self) -> float:
+        """The 2-norm of the gradient of the last step (after clipping)."""
+        return float(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+
+
+def _announcing(model: Program, parameter: Tensor) -> Program:
+    """The model with one param site in front; without any, Pyro's ``loss_and_grads`` leaves out the backward pass."""
+    announce = effectful(lambda: parameter, type="param")
+
+    def announced(*args: Any, **kwargs: Any) -> Any:
+        announce(name="pyrovae.parameters")
+        return model(*args, **kwargs)
+
+    return announced
+
+
+def _full_size(model: Program, guide: Program, batch: tuple[Any, ...]) -> int | None:
+    """The full size of the rightmost plate around the observed sites if it is subsampled, else None."""
+    with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
+        _, joint = record_pair(model, guide, batch, {})
+    observed = [s for s in joint.values() if counts(s) and s["is_observed"]]
+    plates = {f.name: f for s in observed for f in s["cond_indep_stack"] if f.dim in (-1, None)}
+    return next((f.full_size for f in plates.values() if f.full_size and f.full_size > f.size), None)
+
+
+class Validation:
+    """The bound on held-out data, in nats per datum, in eval mode and on the same noise every time."""
+
+    def __init__(
+        self, model: Program, guide: Program, pair: Reach, data: Any, objective: pyro.infer.ELBO, batch_size: int
+    ) -> None:
+        self.model, self.guide, self.pair, self.objective = model, guide, pair, copy.copy(objective)
+        self.data, self.batch_size = datasets.as_dataset(data), batch_size
+
+    def __call__(self) -> float:
+        device = next(iter(self.pair.parameters.values())).device
+        total = count = 0.0
+        with torch.no_grad(), isolated_rng(0), eval_mode(self.pair.modules):
+            for batch in datasets.batches((self.data,), self.batch_size, device=device):
+                total -= self.objective.loss(self.model, self.guide, *batch)
+                count += len(batch[0])
+        return total / count
+
+
+def run_epoch(epoch: int, feed: Feed, step: Stepper, plan: Plan) -> dict[str, Any]:
+    """One pass over the data; the losses are read back once, at its end."""
+    began, steps, data, total = time.perf_counter(), 0, 0, 0.0
+    for batch in feed:
+        now = epoch + (steps / feed.steps if feed.steps else 0.0)
+        step.set_lr(plan.factor(now))
+        total = total + step(plan.at(now), batch) * len(batch[0])
+        steps, data = steps + 1, data + len(batch[0])
+    if not data:
+        raise DataError("there are no data to train on: the data set is empty")
+    bound = -float(total) / data
+    seconds = time.perf_counter() - began
+    return {
+        "epoch": epoch + 1,
+        "bound": bound,
+        "grad_norm": step.grad_norm(),
+        "learning_rate": float(step.optimizer.param_groups[0]["lr"]),
+        "kl_weight": float(getattr(plan.at(now), "kl_weight", 1.0)),
+        "num_particles": plan.at(now).num_particles,
+        "seconds": seconds,
+        "steps": steps,
+        "images_per_second": data / seconds,
+    }
+
+
+class Log:
+    """The run directory of one call of :func:`fit`, if it has one."""
+
+    def __init__(self, run_dir: Any, pair: Reach, optimizer: Optimizer, resume: bool) -> None:
+        self.run = None if run_dir is None else runs.Run(run_dir)
+        self.pair, self.optimizer, self.resume = pair, optimizer, resume
+
+    def open(self, config: dict[str, Any]) -> Fit:
+        """Start the run, or take up its last checkpoint."""
+        run = self.run
+        if run is None:
+            return Fit()
+        if run.exists and not self.resume:
+            raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
+        state = run.state() if self.resume and run.exists else None
+        if state is None:
+            run.start(config)
+            return Fit()
+        _check_same(run, config)
+        runs.restore(self.pair.tensors, run.weights(), where=str(run.path))
+        self.optimizer.load_state_dict(state["optimizer"])
+        runs.restore_rng(state["rng"])
+        return Fit(run.rewind(state["epoch"]), best_epoch=state["best_epoch"], finished=state["finished"])
+
+    def write(self, result: Fit) -> None:
+        """Log the epoch just done and write its checkpoints."""
+        if self.run is None:
+            return
+        self.run.log(result.history[-1])
+        epoch = len(result.history)
+        if result.best_epoch == epoch:
+            self.run.save("best", self.pair.tensors)
+        self._save_last(result)
+
+    def close(self, result: Fit) -> None:
+        """Mark the run as finished."""
+        if self.run is not None and not result.finished:
+            result.finished = True
+            self._save_last(result)
+
+    def _save_last(self, result: Fit) -> None:
+        state = {
+            "epoch": len(result.history), "best_epoch": result.best_epoch, "finished": result.finished,
+            "optimizer": self.optimizer.state_dict(), "rng": runs.rng_snapshot(),
+        }  # fmt: skip
+        self.run.save("last", self.pair.tensors, state)  # type: ignore[union-attr]
+
+
+def _check_same(run: runs.Run, config: dict[str, Any]) -> None:
+    """A run goes on under the settings it began with, or its result would be neither one's nor the other's."""
+    then = run.config()
+    for part in ("model", "objective", "training", "data"):
+        old, new = runs.as_json(then.get(part)), runs.as_json(config.get(part))
+        if old != new and not _same_but(("threads", "device"), old, new):
+            raise ValueError(f'"{run.path}" was begun with {part} {old}, got {new}: resume with the same settings')
+
+
+def _same_but(ignored: tuple[str, ...], old: Any, new: Any) -> bool:
+    both = isinstance(old, dict) and isinstance(new, dict)
+    return both and all(old.get(k) == new.get(k) for k in old.keys() | new.keys() if k not in ignored)
+
+
+def describe_objective(objective: pyro.infer.ELBO) -> dict[str, Any]:
+    """Class and arguments of an objective, as JSON can hold them."""
+    cls = type(objective)
+    arguments = objective.config if isinstance(objective, Objective) else {"num_particles": objective.num_particles}
+    return {
+        "class": f"{cls.__module__}:{cls.__qualname__}",
+        "arguments": {k: v.item() if isinstance(v, Tensor) else v for k, v in arguments.items()},
+    }
+
+
+def _owner(model: Program, guide: Program) -> Any:
+    """The one object whose programs these are, if it is one."""
+    owners = roots(model, guide)
+    return owners[0] if len(owners) == 1 else None
+
+
+def _blame(model: Program, guide: Program, batch: tuple[Any, ...], epoch: int, run_dir: Any) -> str:
+    """Say where the first value that is not finite came from."""
+    with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
+        drawn, joint = record_pair(model, guide, batch, {})
+    where = next(
+        (
+            f'{role} site "{name}" has the first value or log-probability that is not finite'
+            for role, sites in (("guide", drawn), ("model", joint))
+            for name, s in sites.items()
+            if counts(s) and not (torch.isfinite(log_prob(s)).all() and torch.isfinite(s["value"]).all())
+        ),
+        "every site is finite on the first batch",
+    )
+    kept = f'; the last good checkpoint is in "{run_dir}"' if run_dir is not None else ""
+    return f"the loss became NaN in epoch {epoch}: {where}{kept}; lower lr, or pass clip_norm"

@@ -1,0 +1,48 @@
+"""What is logged about a pair after each epoch, so that collapse is seen while it happens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pyrovae import importance
+from pyrovae.divergence import site_kl
+from pyrovae.evaluate.diagnostics import posterior_means
+from pyrovae.programs import Program, eval_mode, isolated_rng
+from pyrovae.sites import latent, point_mass
+
+
+class Monitor:
+    """Reconstruction, KL of every unit and active units of a pair, on a fixed batch of data, in eval mode."""
+
+    def __init__(self, model: Program, guide: Program, modules: list[torch.nn.Module], batch: tuple[Any, ...]) -> None:
+        self.model, self.guide, self.modules, self.batch = model, guide, modules, batch
+        try:
+            importance.probe(model, guide, batch, {})
+            self.usable = True
+        except ValueError:  # for instance a latent that only Pyro's enumeration knows
+            self.usable = False
+
+    def __call__(self) -> dict[str, Any]:
+        """``reconstruction`` = E log p(x | z) and ``kl`` in nats per datum; ``kl_per_unit`` and ``active_units`` by site."""
+        if not self.usable:
+            return {}
+        with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
+            particles = importance.run(self.model, self.guide, self.batch, {}, scaled=False)
+            likelihood = particles.log_likelihood()
+            found: dict[str, Any] = {}
+            if likelihood is not None:
+                found["reconstruction"] = likelihood.mean().item()
+            kls = {
+                name: site_kl(particles, name).flatten(0, -2).mean(0)
+                for name in latent(particles.model)
+                if point_mass(particles.guide[name]["fn"]) is None
+            }
+            found["kl_per_unit"] = {name: kl.tolist() for name, kl in kls.items()}
+            found["kl"] = sum(kl.sum().item() for kl in kls.values())
+            means = posterior_means(self.guide, self.batch)
+            found["active_units"] = {
+                name: int((m.double().var(0) > 0.01).sum()) for name, m in means.items() if len(m) > 1
+            }
+        return found

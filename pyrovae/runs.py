@@ -1,0 +1,267 @@
+"""The run directory: config, checkpoints, metrics, resume. Nothing in it is code, and every write is atomic."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import platform
+import random
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pyrovae.arguments import DataError
+
+CONFIG, METRICS, RESULTS, WEIGHTS, STATE = (
+    "config.json",
+    "metrics.jsonl",
+    "results.json",
+    "weights.safetensors",
+    "state.pt",
+)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that no reader, and no crash, ever meets half of it."""
+    aside = path.with_name(path.name + ".new")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as strict JSON: what is not finite becomes null."""
+    write_text(path, json.dumps(as_json(content), indent=2, allow_nan=False) + "\n")
+
+
+def as_json(content: Any) -> Any:
+    """``content`` as it reads back from JSON: numbers that are not finite become null, tuples lists."""
+    if isinstance(content, Mapping):
+        return {str(key): as_json(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [as_json(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+class Run:
+    """One run directory, ``runs/NAME``.
+
+    >>> import tempfile
+    >>> run = Run(Path(tempfile.mkdtemp()) / "first")
+    >>> run.start({"seed": 0})
+    >>> run.log({"epoch": 1, "bound": -90.0})
+    >>> run.history()
+    [{'epoch': 1, 'bound': -90.0}]
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    # --- config and metrics --------------------------------------------------------------------------------------
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / CONFIG).is_file()
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Begin a run: make the folder, write its config, drop what an attempt without a checkpoint left."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / METRICS).unlink(missing_ok=True)
+        write_json(self.path / CONFIG, config)
+
+    def config(self) -> dict[str, Any]:
+        """The run's config; a DataError where there is none, or it is not JSON."""
+        try:
+            return json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(
+                f'"{self.path}" holds no run: {CONFIG} is absent or unreadable ({_brief(error)}); pass the folder that '
+                "pyrovae train or pyrovae.fit(run_dir=...) wrote"
+            ) from error
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Append one epoch's metrics."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(as_json(metrics), allow_nan=False) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics of every epoch; a last line cut short by a crash is left out."""
+        path = self.path / METRICS
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def rewind(self, epoch: int) -> list[dict[str, Any]]:
+        """Forget the metrics of epochs after ``epoch``, which a resumed run will log again."""
+        rows = [row for row in self.history() if row["epoch"] <= epoch]
+        write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save(self, name: str, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
+        """Write the checkpoint ``name`` ("last" or "best") aside, then swap it in."""
+        new, old = self.path / f"{name}.new", self.path / f"{name}.old"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, new / WEIGHTS)
+        if state is not None:
+            torch.save(dict(state), new / STATE)
+        shutil.rmtree(old, ignore_errors=True)
+        if (self.path / name).exists():
+            (self.path / name).replace(old)
+        new.replace(self.path / name)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def checkpoint(self, name: str = "last") -> Path | None:
+        """The folder of a complete checkpoint, or None. A crash between two renames leaves it under the old name."""
+        for candidate in (self.path / name, self.path / f"{name}.old"):
+            if (candidate / WEIGHTS).is_file():
+                return candidate
+        return None
+
+    def weights(self, name: str = "last") -> dict[str, Tensor]:
+        """The tensors of a checkpoint."""
+        folder = self.checkpoint(name)
+        if folder is None:
+            raise DataError(f'"{self.path}" has no checkpoint "{name}": train at least one epoch, or pass another run')
+        try:
+            return load_file(folder / WEIGHTS)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f'"{folder / WEIGHTS}" is damaged ({_brief(error)}): restore it, or train again') from error
+
+    def state(self) -> dict[str, Any] | None:
+        """The loop's state at the last checkpoint, or None before the first."""
+        folder = self.checkpoint("last")
+        if folder is None:
+            return None
+        try:
+            return torch.load(folder / STATE, weights_only=True)
+        except Exception as error:
+            raise DataError(f'"{folder / STATE}" is damaged ({_brief(error)}): restore it, or train again') from error
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# --- what a run consists of ----------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    packages = {name: version(name) for name in ("torch", "pyro-ppl", "numpy")}
+    from pyrovae import __version__
+
+    return {"pyrovae": __version__, "python": platform.python_version(), **packages}
+
+
+def describe(owner: Any) -> dict[str, Any] | None:
+    """How to build a model object again: its class and its arguments, or None if it does not say (no ``.config``)."""
+    arguments = getattr(owner, "config", None)
+    if owner is None or not isinstance(arguments, dict):
+        return None
+    cls = type(owner)
+    return {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments}
+
+
+def find_class(path: str) -> type:
+    """The model class at ``module:Class``; a ValueError where there is none, or it is no ``nn.Module``."""
+    module, _, name = path.partition(":")
+    try:
+        cls: Any = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f'cannot import "{module}" for the model "{path}" ({error}): run where it can be') from error
+    for part in name.split("."):
+        cls = getattr(cls, part, None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f'"{path}" is no model class: name an nn.Module with .model and .guide as module:Class')
+    return cls
+
+
+def load(run_dir: str | os.PathLike[str], *, pair: nn.Module | None = None, checkpoint: str = "last") -> nn.Module:
+    """Build the model of a run again, with its weights, in eval mode.
+
+    No code in the run is executed: the config is JSON, the weights are safetensors, and the class is imported from the
+    installed package (or your own module) and must be an ``nn.Module``.
+
+    :param pair: an object to load the weights into, for a class that has no ``.config``.
+    :param checkpoint: ``"last"`` or ``"best"``.
+    :raises DataError: if the folder holds no run, or its files are damaged or of another class.
+
+    >>> load("runs/digits").guide  # doctest: +SKIP
+    """
+    run = Run(run_dir)
+    described = run.config().get("model")
+    if pair is None:
+        if not described:
+            raise ValueError(
+                f'the run "{run.path}" was made of programs without a .config, which cannot be built again: '
+                "build the pair yourself and pass pair="
+            )
+        pair = find_class(described["class"])(**described["arguments"])
+    elif described and describe(pair) not in (None, described):
+        raise DataError(f'the run "{run.path}" holds {described}, the pair is {describe(pair)}: pass the same model')
+    restore(dict(pair.state_dict(keep_vars=True)), run.weights(checkpoint), where=str(run.path))
+    return pair.eval()
+
+
+def restore(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy ``weights`` into the tensors of the same names; any difference in names or shapes is an error."""
+    missing, extra = sorted(targets.keys() - weights.keys()), sorted(weights.keys() - targets.keys())
+    shapes = [n for n in targets.keys() & weights.keys() if targets[n].shape != weights[n].shape]
+    if missing or extra or shapes:
+        raise DataError(
+            f'the weights of "{where}" are of another model: missing {_some(missing)}, unknown {_some(extra)}, '
+            f"of other shape {_some(sorted(shapes))}; pass the model they were saved from"
+        )
+    with torch.no_grad():
+        for name, tensor in targets.items():
+            tensor.copy_(weights[name])
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return (", ".join(names[:3]) + (", ..." if len(names) > 3 else "")) or "none"
+
+
+# --- randomness ------------------------------------------------------------------------------------------------------
+
+
+def rng_snapshot() -> dict[str, Any]:
+    """The state of every generator, in types that ``torch.load(weights_only=True)`` accepts."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def restore_rng(snapshot: Mapping[str, Any]) -> None:
+    """Put every generator back to where :func:`rng_snapshot` saw it."""
+    torch.set_rng_state(snapshot["torch"])
+    if snapshot["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(snapshot["cuda"])
+    kind, keys, *rest = snapshot["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version_, internal, gauss = snapshot["python"]
+    random.setstate((version_, tuple(internal), gauss))

@@ -1,0 +1,94 @@
+"""What changes while training: the learning rate, the number of particles, the weight of the KL."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.infer
+
+from pyrovae.arguments import in_range, lookup, positive_int
+from pyrovae.objectives import Objective
+
+Schedule = Callable[[float], float]  # training progress in [0, 1) -> factor of the learning rate
+
+
+def constant(progress: float) -> float:
+    """The learning rate as it is."""
+    return 1.0
+
+
+def cosine(progress: float) -> float:
+    r""":math:`0.01 + 0.99\,(1 + \cos \pi t)/2`: from the learning rate down to a hundredth of it."""
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def iwae(progress: float) -> float:
+    r"""Stages i = 0..7 of :math:`3^i` epochs (3,280 in all) at :math:`10^{-i/7}`, stretched to the epochs at hand.
+
+    Burda, Grosse, Salakhutdinov (2016), *Importance weighted autoencoders*.
+
+    >>> [round(iwae(epoch / 3280), 3) for epoch in (0, 1, 4, 3279)]
+    [1.0, 0.72, 0.518, 0.1]
+    """
+    epochs = progress * 3280 + 1e-6  # an epoch that begins exactly at a boundary belongs to the later stage
+    stage = next((i for i in range(8) if epochs < (3 ** (i + 1) - 1) / 2), 7)
+    return 10 ** (-stage / 7)
+
+
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "iwae": iwae}
+
+
+def make_schedule(schedule: str | Schedule) -> Schedule:
+    """A schedule by its name, or any function of progress."""
+    return schedule if callable(schedule) else lookup("schedule", schedule, SCHEDULES)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What changes while training: learning rate, particles and kl_weight, as functions of progress."""
+
+    objective: pyro.infer.ELBO
+    epochs: int
+    schedule: Schedule
+    particles: tuple[int, ...] | None
+    kl_warmup: float
+
+    @classmethod
+    def make(cls, objective: Any, epochs: int, schedule: Any, particles: Any, kl_warmup: float) -> Plan:
+        if not isinstance(objective, pyro.infer.ELBO):
+            raise TypeError(f"objective must be a pyro.infer.ELBO such as pyrovae.IWAE(5), got {objective!r}: pass one")
+        if not isinstance(objective, Objective) and (particles is not None or kl_warmup):
+            raise ValueError(
+                f"particles and kl_warmup need one of pyrovae's objectives, got {type(objective).__name__}: "
+                "leave them out, or take pyrovae's equal of it"
+            )
+        stages = None if particles is None else tuple(positive_int("particles", k) for k in particles)
+        if stages == ():
+            raise ValueError("particles is empty: give a number for each stage, or leave it out")
+        warmup = in_range("kl_warmup", kl_warmup, 0.0)
+        return cls(copy.copy(objective), epochs, make_schedule(schedule), stages, warmup)
+
+    @property
+    def final(self) -> pyro.infer.ELBO:
+        """The objective as it is once everything has grown."""
+        return self.at(self.epochs)
+
+    def at(self, epoch: float) -> pyro.infer.ELBO:
+        """The objective after ``epoch`` epochs (a fraction counts)."""
+        if self.particles is None and not self.kl_warmup:
+            return self.objective
+        objective = copy.copy(self.objective)
+        if self.particles is not None:
+            stage = min(int(epoch * len(self.particles) / self.epochs), len(self.particles) - 1)
+            objective.num_particles = self.particles[stage]
+        if epoch < self.kl_warmup:
+            objective.kl_weight = self.objective.kl_weight * (epoch / self.kl_warmup)
+        return objective
+
+    def factor(self, epoch: float) -> float:
+        """The factor of the learning rate after ``epoch`` epochs."""
+        return self.schedule(epoch / self.epochs)
