@@ -115,6 +115,10 @@ class Images(Dataset[Any]):
             raise DataError(f"a subset needs data, but the index selects 0 of {len(self)} in {self.name!r}: widen it")
         return self._replace(x=x, labels=None if self.labels is None else self.labels[index])
 
+    def unlabelled(self) -> Images:
+        """The same data without labels, as unconditional models take them."""
+        return self._replace(labels=None)
+
     def __repr__(self) -> str:
         dtype = str(self.x.dtype).removeprefix("torch.")
         labels = "no labels" if self.labels is None else "labelled"
@@ -151,7 +155,7 @@ def load(
     *,
     binarization: str = "none",
     validation: int | float = 0,
-    labels: bool = False,
+    labels: bool | None = False,
     seed: int = 0,
     download: bool = True,
 ) -> Splits:
@@ -171,7 +175,7 @@ def load(
         validation: how many (int) or which fraction (float below 1) of the training data to set aside at random. With 0
             it is the set's own validation part, if it has one (binarized_mnist, a folder with ``train``, ``val`` and
             ``test``), else None; with any other value, that part joins the training data before the cut.
-        labels: whether the parts carry labels.
+        labels: whether the parts carry labels; None, where they have them.
         seed: of the validation cut and of the draws.
         download: whether torchvision's sets may be fetched, md5-checked, when they are not there.
 
@@ -314,14 +318,14 @@ def _binarized(x: Tensor, binarization: str, seed: int) -> Tensor:
     return torch.bernoulli(x.cpu(), generator=generator).to(x.device)
 
 
-def _images(part: Part, labels: bool, *, name: str, **options: Any) -> Images:
+def _images(part: Part, labels: bool | None, *, name: str, **options: Any) -> Images:
     x, y = part
     if labels and y is None:
         raise DataError(f"labels=True needs labels in every part of a set, {name!r} lacks them: load it without labels")
     scaled = x.to(torch.get_default_dtype()).contiguous()
     if x.dtype == torch.uint8:
         scaled.div_(255)
-    return Images(scaled, y if labels else None, name=name, **options)
+    return Images(scaled, None if labels is False else y, name=name, **options)
 
 
 def _cut(images: Images, amount: int | float, seed: int) -> tuple[Images, Images]:

@@ -240,7 +240,7 @@ class Stepper:
             else:
                 group["lr"] = base * factor
 
-    def __call__(self, objective: pyro.infer.ELBO, batch: tuple[Any, ...]) -> Tensor | float:
+    def __call__(self, objective: Any, batch: tuple[Any, ...]) -> Tensor | float:
         """The loss per datum of one step; nothing is read back from the device."""
         size = self.full_size or len(batch[0])
         self.optimizer.zero_grad()
@@ -284,9 +284,7 @@ def _full_size(model: Program, guide: Program, batch: tuple[Any, ...]) -> int | 
 class Validation:
     """The bound on held-out data, in nats per datum, in eval mode and on the same noise every time."""
 
-    def __init__(
-        self, model: Program, guide: Program, pair: Reach, data: Any, objective: pyro.infer.ELBO, batch_size: int
-    ) -> None:
+    def __init__(self, model: Program, guide: Program, pair: Reach, data: Any, objective: Any, batch_size: int) -> None:
         self.model, self.guide, self.pair, self.objective = model, guide, pair, copy.copy(objective)
         self.data, self.batch_size = datasets.as_dataset(data), batch_size
 
@@ -302,7 +300,8 @@ class Validation:
 
 def run_epoch(epoch: int, feed: Feed, step: Stepper, plan: Plan) -> dict[str, Any]:
     """One pass over the data; the losses are read back once, at its end."""
-    began, steps, data, total = time.perf_counter(), 0, 0, 0.0
+    total: Any = 0.0
+    began, steps, data = time.perf_counter(), 0, 0
     for batch in feed:
         now = epoch + (steps / feed.steps if feed.steps else 0.0)
         step.set_lr(plan.factor(now))

@@ -43,6 +43,8 @@ from pyrovae.sites import (
     same,
 )
 
+_ANY: Any = math.inf
+
 
 @dataclass
 class Particles:
@@ -62,7 +64,10 @@ class Particles:
         stacks = [frames(site) for site in self.counted]
         self.plates = {key: f for key, f in (stacks[0] if stacks else {}).items() if all(key in s for s in stacks)}
         self.common_dims = sorted(dim for _, dim, _ in self.plates)
-        self.scale, self.tempering = self._scales() if self.scaled else (1.0, {})
+        self.scale: Any = 1.0
+        self.tempering: dict[tuple[str, str], Any] = {}
+        if self.scaled:
+            self.scale, self.tempering = self._scales()
 
     # --- plates and scales -------------------------------------------------------------------------------------
 
@@ -217,7 +222,7 @@ def run(
         return record.sites
 
     with pyro.validation_enabled(False):
-        states = rng_state() if rerun else None
+        states = rng_state() if rerun else (torch.empty(0), [])
         guide_sites = execute(guide, Record())
         values = {n: s["value"] for n, s in guide_sites.items() if not s["is_observed"]}
         leaves = {}
@@ -273,7 +278,8 @@ def _check_shapes(particles: Particles) -> None:
             if not counts(site):
                 continue
             try:
-                check_site_shape({**site, "log_prob": log_prob(site, in_guide=role == "guide")}, math.inf)
+                scored: Any = {**site, "log_prob": log_prob(site, in_guide=role == "guide")}
+                check_site_shape(scored, max_plate_nesting=_ANY)
             except ValueError as error:
                 raise ValueError(f'{role} site "{name}": ' + " ".join(str(error).split())) from error
 

@@ -25,7 +25,7 @@ class Monitor:
             self.usable = False
 
     def __call__(self) -> dict[str, Any]:
-        """``reconstruction`` = E log p(x | z) and ``kl`` in nats per datum; ``kl_per_unit`` and ``active_units`` by site."""
+        """``reconstruction`` = E log p(x | z), ``kl``: nats per datum; ``kl_per_unit``, ``active_units``: by site."""
         if not self.usable:
             return {}
         with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):

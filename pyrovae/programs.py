@@ -124,6 +124,27 @@ def eval_mode(modules: Iterable[nn.Module], *, training: bool = False) -> Iterat
         yield
 
 
+@contextmanager
+def evaluating(*programs: Program) -> Iterator[None]:
+    """Run the programs in eval mode, with every module that they are, belong to or come to call; restore the modes."""
+    modes: dict[nn.Module, bool] = {}
+
+    def enter(module: nn.Module) -> None:
+        if module not in modes:
+            for child in module.modules():
+                modes.setdefault(child, child.training)
+                child.training = False
+
+    for root in roots(*programs):
+        enter(root)
+    with _on_forward(enter):
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
 def graph_leaves(root: Tensor) -> list[Tensor]:
     """The leaf tensors that require grad and that ``root`` depends on, in the graph's order."""
     found: dict[int, Tensor] = {}
@@ -181,7 +202,7 @@ def reach(model: Program, guide: Program, log_prob: Callable[[], Tensor]) -> Rea
         for name, tensor in module.state_dict(keep_vars=True).items()
     }
     known = {id(tensor) for tensor in tensors.values()}
-    stored = {f"param.{name}": site["value"].unconstrained() for name, site in store.trace.nodes.items()}
+    stored = {f"param.{name}": site["value"].unconstrained() for name, site in store.trace.nodes.items()}  # type: ignore[union-attr]
     for name, tensor in (stored | {f"leaf.{i}": leaf for i, leaf in enumerate(leaves)}).items():
         if id(tensor) not in known:
             known.add(id(tensor))

@@ -247,11 +247,11 @@ def _some(names: Iterable[str]) -> str:
 
 def rng_snapshot() -> dict[str, Any]:
     """The state of every generator, in types that ``torch.load(weights_only=True)`` accepts."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "python": random.getstate(),
     }
 

@@ -86,7 +86,7 @@ class Plan:
             stage = min(int(epoch * len(self.particles) / self.epochs), len(self.particles) - 1)
             objective.num_particles = self.particles[stage]
         if epoch < self.kl_warmup:
-            objective.kl_weight = self.objective.kl_weight * (epoch / self.kl_warmup)
+            objective.kl_weight = self.objective.kl_weight * (epoch / self.kl_warmup)  # type: ignore[attr-defined]
         return objective
 
     def factor(self, epoch: float) -> float:

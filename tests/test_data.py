@@ -42,10 +42,15 @@ def grey() -> Tensor:
 
 def test_images_hold_data_and_describe_themselves(grey):
     images = Images(grey, torch.arange(50, dtype=torch.int16), name="some")
-    assert len(images) == 50 and images.event_shape == (1, 4, 4) and images.labels.dtype == torch.int64
-    assert torch.equal(images.mean, grey.mean(0)) and torch.equal(images[3][0], grey[3]) and images[3][1] == 3
+    assert len(images) == 50
+    assert images.event_shape == (1, 4, 4)
+    assert images.labels.dtype == torch.int64
+    assert torch.equal(images.mean, grey.mean(0))
+    assert torch.equal(images[3][0], grey[3])
+    assert images[3][1] == 3
     assert repr(images) == "Images('some', 50 of [1, 4, 4], float32, binarization='none', labelled, cpu)"
-    assert "no labels" in repr(Images(grey)) and torch.equal(Images(grey)[-1], grey[-1])
+    assert "no labels" in repr(Images(grey))
+    assert torch.equal(Images(grey)[-1], grey[-1])
     with pytest.raises(IndexError):
         images[50]
 
@@ -53,18 +58,21 @@ def test_images_hold_data_and_describe_themselves(grey):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
 def test_other_types_become_floats_unscaled(dtype):
     x = Images(torch.ones(3, 2, dtype=dtype)).x
-    assert x.dtype == torch.float32 and x.eq(1).all()
+    assert x.dtype == torch.float32
+    assert x.eq(1).all()
 
 
 def test_float64_stays_and_gradients_end(grey):
     x = Images(grey.double().requires_grad_()).x
-    assert x.dtype == torch.float64 and not x.requires_grad
+    assert x.dtype == torch.float64
+    assert not x.requires_grad
 
 
 def test_batch_gathers(grey):
     index = torch.tensor([4, 4, 0])
     x, y = Images(grey, torch.arange(50)).batch(index)
-    assert torch.equal(x, grey[index]) and torch.equal(y, index)
+    assert torch.equal(x, grey[index])
+    assert torch.equal(y, index)
     assert torch.equal(Images(grey).batch(index), grey[index])
 
 
@@ -92,17 +100,23 @@ def test_dynamic_draws_anew_with_the_right_mean():
     """False-alarm rate: below 1e-6 for each (|mean error| under 5 standard errors; 800 equal fair bits)."""
     images = Images(torch.full((800, 1), 0.3), binarization="dynamic")
     first, second = images.batch(torch.arange(800)), images.batch(torch.arange(800))
-    assert first.unique().tolist() == [0, 1] and not torch.equal(first, second)
+    assert first.unique().tolist() == [0, 1]
+    assert not torch.equal(first, second)
     assert abs(first.mean() - 0.3) < 5 * (0.3 * 0.7 / 800) ** 0.5
-    assert images.x.eq(0.3).all() and images.mean.item() == pytest.approx(0.3)
-    assert images[0].item() in (0, 1) and next(iter(DataLoader(images, 7))).shape == (7, 1)
+    assert images.x.eq(0.3).all()
+    assert images.mean.item() == pytest.approx(0.3)
+    assert images[0].item() in (0, 1)
+    assert next(iter(DataLoader(images, 7))).shape == (7, 1)
 
 
 def test_static_draws_once_by_seed(grey):
     one, same, other = (Images(grey, binarization="static", seed=s) for s in (0, 0, 1))
-    assert torch.equal(one.x, same.x) and not torch.equal(one.x, other.x)
-    assert torch.equal(one.batch(torch.arange(50)), one.x) and torch.equal(one[7], one.x[7])
-    assert torch.equal(one.subset([1, 2]).x, one.x[1:3]) and torch.equal(one.to("cpu").x, one.x)
+    assert torch.equal(one.x, same.x)
+    assert not torch.equal(one.x, other.x)
+    assert torch.equal(one.batch(torch.arange(50)), one.x)
+    assert torch.equal(one[7], one.x[7])
+    assert torch.equal(one.subset([1, 2]).x, one.x[1:3])
+    assert torch.equal(one.to("cpu").x, one.x)
 
 
 def test_threshold():
@@ -119,16 +133,22 @@ def test_drawing_static_or_fixed_leaves_the_global_generator_alone(grey):
 def test_fixed_draws_a_dynamic_set_once(grey):
     dynamic = Images(grey, torch.arange(50), binarization="dynamic", name="d")
     fixed = dynamic.fixed(seed=4)
-    assert torch.equal(fixed.x, dynamic.fixed(seed=4).x) and not torch.equal(fixed.x, dynamic.fixed(seed=5).x)
-    assert fixed.binarization == "static" and fixed.name == "d" and torch.equal(fixed.labels, dynamic.labels)
+    assert torch.equal(fixed.x, dynamic.fixed(seed=4).x)
+    assert not torch.equal(fixed.x, dynamic.fixed(seed=5).x)
+    assert fixed.binarization == "static"
+    assert fixed.name == "d"
+    assert torch.equal(fixed.labels, dynamic.labels)
     assert torch.equal(fixed.x, Images(grey, binarization="static", seed=4).x)
-    assert fixed.fixed(9) is fixed and dynamic.binarization == "dynamic"
+    assert fixed.fixed(9) is fixed
+    assert dynamic.binarization == "dynamic"
 
 
 @pytest.mark.parametrize("index", [torch.tensor([1, 3]), [1, 3], range(1, 5, 2), slice(1, 5, 2), np.array([1, 3])])
 def test_subset(grey, index):
     subset = Images(grey, torch.arange(50), binarization="dynamic").subset(index)
-    assert torch.equal(subset.x, grey[[1, 3]]) and subset.labels.tolist() == [1, 3] and subset.binarization == "dynamic"
+    assert torch.equal(subset.x, grey[[1, 3]])
+    assert subset.labels.tolist() == [1, 3]
+    assert subset.binarization == "dynamic"
 
 
 def test_subset_by_mask_and_empty(grey):
@@ -185,14 +205,18 @@ def test_labels_are_checked(grey):
 
 def test_digits_need_no_files():
     train, validation, test = load(root="/nowhere", labels=True)
-    assert (len(train), validation, len(test)) == (1437, None, 360) and train.event_shape == (1, 8, 8)
-    assert train.x.min() == 0 and train.x.max() == 1 and train.labels.unique().tolist() == list(range(10))
+    assert (len(train), validation, len(test)) == (1437, None, 360)
+    assert train.event_shape == (1, 8, 8)
+    assert train.x.min() == 0
+    assert train.x.max() == 1
+    assert train.labels.unique().tolist() == list(range(10))
     assert load().train.labels is None
 
 
 def test_digits_split_is_the_same_whatever_the_seed():
     a, b = load(seed=0), load(seed=1)
-    assert torch.equal(a.train.x, b.train.x) and torch.equal(a.test.x, b.test.x)
+    assert torch.equal(a.train.x, b.train.x)
+    assert torch.equal(a.test.x, b.test.x)
     everything = torch.cat([a.train.x, a.test.x]).flatten(1)
     assert len(everything.unique(dim=0)) == 1797, "the parts overlap"
 
@@ -200,7 +224,8 @@ def test_digits_split_is_the_same_whatever_the_seed():
 @pytest.mark.parametrize(("validation", "count"), [(100, 100), (0.1, 144), (0.0, 0), (1e-9, 1), (1436, 1436)])
 def test_validation_is_cut_from_the_training_data(validation, count):
     train, held_out, test = load(validation=validation, seed=3)
-    assert len(train) == 1437 - count and (len(held_out) if held_out else 0) == count
+    assert len(train) == 1437 - count
+    assert (len(held_out) if held_out else 0) == count
     assert torch.equal(test.x, load().test.x)
     if held_out:
         together = torch.cat([train.x, held_out.x]).flatten(1)
@@ -250,7 +275,8 @@ def test_unknown_names():
 
 def test_datasets_are_listed():
     names = "digits mnist fashion_mnist kmnist omniglot omniglot28 binarized_mnist cifar10 svhn folder:PATH npz:PATH"
-    assert list(data.DATASETS) == names.split() and all(data.DATASETS.values())
+    assert list(data.DATASETS) == names.split()
+    assert all(data.DATASETS.values())
 
 
 # torchvision's sets --------------------
@@ -327,7 +353,8 @@ def no_network(*args, **kwargs):
 
 def test_downloads_what_is_absent(tmp_path, monkeypatch):
     def download(url, download_root, filename, md5):
-        assert md5 and not Path(download_root, filename).exists()
+        assert md5
+        assert not Path(download_root, filename).exists()
         fake_mnist(tmp_path)
 
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
@@ -341,7 +368,8 @@ def test_cifar10_and_svhn_are_channels_first(tmp_path, monkeypatch):
         scipy.io.savemat(tmp_path / f"{part}_32x32.mat", {"X": x.transpose(1, 2, 3, 0), "y": np.arange(5, 11)[:, None]})
     expected = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
     train = load("svhn", tmp_path, labels=True).train
-    assert torch.equal(train.x, expected) and train.labels.tolist() == [5, 6, 7, 8, 9, 0]
+    assert torch.equal(train.x, expected)
+    assert train.labels.tolist() == [5, 6, 7, 8, 9, 0]
 
     class FakeCIFAR10:
         def __init__(self, root, train, download):
@@ -349,7 +377,9 @@ def test_cifar10_and_svhn_are_channels_first(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCIFAR10)
     test = load("cifar10", tmp_path, labels=True).test
-    assert torch.equal(test.x, expected) and test.labels.tolist() == [0, 1, 2, 3, 4, 5] and test.x.is_contiguous()
+    assert torch.equal(test.x, expected)
+    assert test.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert test.x.is_contiguous()
 
 
 def test_omniglot_strokes_are_one(tmp_path, monkeypatch):
@@ -364,8 +394,11 @@ def test_omniglot_strokes_are_one(tmp_path, monkeypatch):
             drawing[i, 50] = False
             Image.fromarray(drawing).save(folder / f"{i:04}_01.png")
     train, _, test = load("omniglot", tmp_path, labels=True)
-    assert train.x.shape == (3, 1, 105, 105) and len(test) == 2 and train.labels.tolist() == [0, 1, 2]
-    assert train.x.sum() == 3 and train.x[2, 0, 2, 50] == 1
+    assert train.x.shape == (3, 1, 105, 105)
+    assert len(test) == 2
+    assert train.labels.tolist() == [0, 1, 2]
+    assert train.x.sum() == 3
+    assert train.x[2, 0, 2, 50] == 1
 
 
 # omniglot28 and binarized_mnist --------------------
@@ -379,7 +412,8 @@ def test_omniglot28_is_upright(tmp_path, place):
     (tmp_path / place).parent.mkdir(exist_ok=True)
     scipy.io.savemat(tmp_path / place, arrays)
     train, _, test = load("omniglot28", tmp_path)
-    assert torch.equal(torch.cat([train.x, test.x])[:, 0], torch.from_numpy(x).float()) and train.labels is None
+    assert torch.equal(torch.cat([train.x, test.x])[:, 0], torch.from_numpy(x).float())
+    assert train.labels is None
     with fails(DataError, "labels=True", "'omniglot28'"):
         load("omniglot28", tmp_path, labels=True)
     scipy.io.savemat(tmp_path / place, arrays | {"testtargetchar": np.arange(3)[None]})
@@ -414,7 +448,8 @@ def write_amat(folder: Path, counts=(5, 3, 4)) -> Tensor:
 def test_binarized_mnist_brings_its_own_validation(tmp_path, place):
     bits = write_amat(tmp_path / place)
     train, validation, test = load("binarized_mnist", tmp_path)
-    assert torch.equal(torch.cat([train.x, validation.x, test.x]), bits) and len(validation) == 3
+    assert torch.equal(torch.cat([train.x, validation.x, test.x]), bits)
+    assert len(validation) == 3
     train, validation, test = load("binarized_mnist", tmp_path, validation=2)
     assert (len(train), len(validation), len(test)) == (6, 2, 4)
     assert torch.equal(load("binarized_mnist", tmp_path, binarization="dynamic").test.x, test.x)
@@ -453,8 +488,11 @@ def test_folder_with_parts_and_classes(tmp_path):
         Image.new("L", (1, 1)).save(tmp_path / part / ".cache" / "hidden.png")
         (tmp_path / part / "notes.txt").write_text("no image")
     train, validation, test = load(f"folder:{tmp_path}", labels=True)
-    assert train.x.shape == (8, 3, 4, 5) and len(test) == 4 and validation is None
-    assert train.labels.tolist() == [0] * 4 + [1] * 4 and test.labels.tolist() == [0, 0, 1, 1]
+    assert train.x.shape == (8, 3, 4, 5)
+    assert len(test) == 4
+    assert validation is None
+    assert train.labels.tolist() == [0] * 4 + [1] * 4
+    assert test.labels.tolist() == [0, 0, 1, 1]
     assert train.x[6, :, 0, 0].tolist() == pytest.approx([102 / 255, 0, 1])
     assert load(f"folder:{tmp_path}").train.labels is None
 
@@ -464,7 +502,9 @@ def test_folder_class_indices_agree_between_parts(tmp_path):
     write_images(tmp_path / "train" / "b")
     write_images(tmp_path / "val" / "b")
     train, validation, test = load(f"folder:{tmp_path}", labels=True)
-    assert validation is None and test.labels.tolist() == [1, 1, 1] and train.labels.unique().tolist() == [0, 1]
+    assert validation is None
+    assert test.labels.tolist() == [1, 1, 1]
+    assert train.labels.unique().tolist() == [0, 1]
 
 
 def test_folder_with_its_own_validation(tmp_path):
@@ -477,7 +517,8 @@ def test_folder_with_its_own_validation(tmp_path):
 def test_flat_grey_folder_is_cut_once_and_for_all(tmp_path):
     write_images(tmp_path, 20, mode="L", suffix="PNG")
     train, _, test = load(f"folder:{tmp_path}", seed=0)
-    assert train.x.shape == (18, 1, 4, 5) and len(test) == 2
+    assert train.x.shape == (18, 1, 4, 5)
+    assert len(test) == 2
     assert torch.equal(test.x, load(f"folder:{tmp_path}", seed=1).test.x)
     with fails(DataError, "labels"):
         load(f"folder:{tmp_path}", labels=True)
@@ -555,7 +596,10 @@ def saved(path: Path, **arrays) -> str:
 def test_npz_8_bit(tmp_path, shape, event):
     x = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     train, _, test = load(saved(tmp_path / "a.npz", x=x, x_test=x[:4]))
-    assert train.event_shape == event and len(train) == 20 and len(test) == 4 and train.x.dtype == torch.float32
+    assert train.event_shape == event
+    assert len(train) == 20
+    assert len(test) == 4
+    assert train.x.dtype == torch.float32
     expected = x.transpose(0, 3, 1, 2) if shape[-1] in (1, 3) else x
     assert torch.equal(train.x.flatten(), torch.from_numpy(expected.copy()).flatten().float() / 255)
 
@@ -564,7 +608,9 @@ def test_npz_8_bit(tmp_path, shape, event):
 def test_npz_other_numbers_are_taken_as_they_are(tmp_path, dtype):
     x = np.array([[0, 1, 3]] * 10, dtype=dtype)
     train, _, test = load(saved(tmp_path / "a.npz", x=x))
-    assert train.x.dtype == torch.float32 and len(train) == 9 and len(test) == 1
+    assert train.x.dtype == torch.float32
+    assert len(train) == 9
+    assert len(test) == 1
     assert train.x[0].tolist() == x[0].astype(float).tolist()
 
 
@@ -645,7 +691,9 @@ def test_as_dataset_makes_images(grey):
     y = torch.arange(50)
     for given in (grey, (grey,), TensorDataset(grey), grey.numpy(), grey.double().numpy()):
         images = as_dataset(given, name="mine")
-        assert isinstance(images, Images) and torch.equal(images.x, grey) and images.name == "mine"
+        assert isinstance(images, Images)
+        assert torch.equal(images.x, grey)
+        assert images.name == "mine"
     for given in ((grey, y), TensorDataset(grey, y), (grey.numpy(), y.numpy().astype(np.uint8))):
         assert torch.equal(as_dataset(given).labels, y)
     assert as_dataset(torch.tensor([[0, 255]], dtype=torch.uint8)).x.tolist() == [[0, 255]]
@@ -669,12 +717,15 @@ def test_as_dataset_covariates_are_not_labels(grey):
     """A second tensor that is no vector of integers goes to the model as it is."""
     for rest in ((torch.rand(50, 3),), (torch.rand(50),), (torch.arange(50), torch.rand(50))):
         dataset = as_dataset((grey, *rest))
-        assert isinstance(dataset, TensorDataset) and all(map(torch.equal, dataset.tensors, (grey, *rest)))
+        assert isinstance(dataset, TensorDataset)
+        assert all(map(torch.equal, dataset.tensors, (grey, *rest)))
 
 
 def test_as_dataset_reads_subsets_of_images_at_once(grey):
     subset = as_dataset(Subset(Images(grey, binarization="dynamic"), [3, 1]))
-    assert isinstance(subset, Images) and torch.equal(subset.x, grey[[3, 1]]) and subset.binarization == "dynamic"
+    assert isinstance(subset, Images)
+    assert torch.equal(subset.x, grey[[3, 1]])
+    assert subset.binarization == "dynamic"
 
 
 def test_as_dataset_refuses(grey):
@@ -750,16 +801,17 @@ def test_values_outside(values, support, fragments):
 
 
 def test_first_offender_is_found_across_pieces(monkeypatch):
-    monkeypatch.setattr(data, "_CHUNK_BYTES", 3 * 5 * 4)
+    monkeypatch.setattr("pyrovae.support.CHUNK_BYTES", 3 * 5 * 4)
     x = torch.zeros(20, 5)
     x[10, 4], x[10, 2], x[15, 0] = 0.1, 0.2, 0.3
     with fails(DataError, "data[10, 2] = 0.2", "0.0 to 0.3"):
         check_support(x, constraints.boolean)
     pieces = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_inside", lambda x, support: pieces.append(x.nbytes) or torch.isfinite(x))
+        patch.setattr("pyrovae.support._inside", lambda x, support: pieces.append(x.nbytes) or torch.isfinite(x))
         check_support(x, constraints.boolean)
-    assert sum(pieces) == x.nbytes and max(pieces) == 60
+    assert sum(pieces) == x.nbytes
+    assert max(pieces) == 60
 
 
 def test_bounds_of_another_batch_count_with_their_widest_values():
@@ -780,15 +832,21 @@ def test_mixture_supports():
 @needs("MNIST", "raw")
 def test_real_mnist():
     train, _, test = load("mnist", REAL, labels=True, download=False)
-    assert train.x.shape == (60_000, 1, 28, 28) and test.x.shape == (10_000, 1, 28, 28)
-    assert train.x.mean().item() == pytest.approx(0.1307, abs=5e-5) and train.x.max() == 1
-    assert train.labels[:5].tolist() == [5, 0, 4, 1, 9] and train.labels.bincount().min() == 5421
+    assert train.x.shape == (60_000, 1, 28, 28)
+    assert test.x.shape == (10_000, 1, 28, 28)
+    assert train.x.mean().item() == pytest.approx(0.1307, abs=5e-5)
+    assert train.x.max() == 1
+    assert train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert train.labels.bincount().min() == 5421
     assert train.mean.shape == (1, 28, 28)
 
 
 @needs("omniglot28", "chardata.mat")
 def test_real_omniglot28():
     train, _, test = load("omniglot28", REAL, labels=True)
-    assert train.x.shape == (24_345, 1, 28, 28) and test.x.shape == (8_070, 1, 28, 28)
-    assert train.x.min() == 0 and train.x.max() == 1 and 0.05 < train.x.mean() < 0.2
+    assert train.x.shape == (24_345, 1, 28, 28)
+    assert test.x.shape == (8_070, 1, 28, 28)
+    assert train.x.min() == 0
+    assert train.x.max() == 1
+    assert 0.05 < train.x.mean() < 0.2
     assert train.labels.max() == 1622

@@ -20,7 +20,7 @@ class ActiveUnits(NamedTuple):
     """Variance over data of a site's posterior mean, shaped like its event, and how many exceed the threshold."""
 
     variances: Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
 
 
 def active_units(

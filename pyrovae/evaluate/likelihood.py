@@ -158,7 +158,8 @@ def log_likelihood(
     if sampler is None:
         raise datasets.DataError("there are no data to evaluate: pass at least one datum")
     columns = [torch.cat(c) if c[0].dim() else c[0] for c in zip(*results, strict=True)]
-    return LikelihoodEstimate(*columns, num_samples, seed, str(sampler.dtype).removeprefix("torch."))
+    log_prob, std_error, ess, k = columns
+    return LikelihoodEstimate(log_prob, std_error, ess, k, num_samples, seed, str(sampler.dtype).removeprefix("torch."))
 
 
 class _Sampler:
@@ -184,8 +185,8 @@ class _Sampler:
         self.joint = not checked.common_dims
         if self.joint and checked.uncommon_subsampled:
             raise ValueError(
-                f'log p(x) needs the whole data set, but plate "{checked.uncommon_subsampled[0]}" is subsampled and its '
-                "latents are shared: evaluate with the full plate"
+                f'log p(x) needs the whole data set, but plate "{checked.uncommon_subsampled[0]}" is subsampled and '
+                "its latents are shared: evaluate with the full plate"
             )
         with protected_buffers(), isolated_rng(), _PeakBytes() as used:
             self._refuse_without_density(self._run(batch, 2))
@@ -242,7 +243,8 @@ class _Tally:
     def __init__(self, num_samples: int) -> None:
         self.num_samples, self.keep = num_samples, min(tail_size(num_samples) + 1, num_samples)
         self.pending: list[Tensor] = []
-        self.log_sum = self.log_sum_squares = self.largest = None
+        self.log_sum = self.log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64)
+        self.largest: Tensor | None = None
 
     def add(self, log_w: Tensor) -> None:
         self.pending.append(log_w.double())
@@ -253,17 +255,15 @@ class _Tally:
         log_w = torch.cat(self.pending)
         self.pending = []
         sums = torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0)
-        if self.largest is None:
-            self.log_sum, self.log_sum_squares, candidates = *sums, log_w
-        else:
-            self.log_sum = torch.logaddexp(self.log_sum, sums[0])
-            self.log_sum_squares = torch.logaddexp(self.log_sum_squares, sums[1])
-            candidates = torch.cat([self.largest, log_w])
+        self.log_sum = torch.logaddexp(self.log_sum.to(log_w.device), sums[0])
+        self.log_sum_squares = torch.logaddexp(self.log_sum_squares.to(log_w.device), sums[1])
+        candidates = log_w if self.largest is None else torch.cat([self.largest, log_w])
         self.largest = candidates.movedim(0, -1).topk(min(self.keep, len(candidates)), -1).values.movedim(-1, 0)
 
     def results(self) -> tuple[Tensor, ...]:
         if self.pending:
             self._merge()
+        assert self.largest is not None
         num, dead = self.num_samples, torch.isneginf(self.log_sum)
         ess = torch.where(dead, 0.0, (2 * self.log_sum - self.log_sum_squares).exp())
         variance = (num / ess - 1).clamp(min=0) / max(num - 1, 1)

@@ -2,4 +2,6 @@
 
 from pyrovae.models.vae import VAE
 
-__all__ = ["VAE"]
+MODELS = {"vae": VAE}
+
+__all__ = ["MODELS", "VAE"]

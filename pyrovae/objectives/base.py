@@ -52,11 +52,12 @@ class ParticleWeights(NamedTuple):
     reinforce: Tensor
 
 
-def slope(bound: Callable[[Tensor], Tensor], log_w: Tensor) -> Tensor:
-    """d bound / d log_w, shaped like ``log_w``."""
+def slope(bound: Callable[[Tensor], Tensor], log_w: Tensor) -> tuple[Tensor, Tensor]:
+    """The bound at ``log_w``, and d bound / d log_w, shaped like it."""
     with torch.enable_grad():
         leaf = log_w.detach().requires_grad_()
-        return torch.autograd.grad(bound(leaf).sum(), leaf)[0]
+        value = bound(leaf)
+        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
 
 def curvature(bound: Callable[[Tensor], Tensor], log_w: Tensor) -> Tensor:
@@ -145,18 +146,19 @@ class Objective(pyro.infer.ELBO):
 
     def weights(self, log_w: Tensor) -> ParticleWeights:
         """The coefficients that model and guide follow at ``log_w`` (``[K, ...]``), each shaped like it."""
-        return self._weights(log_w, self.kl_weight, reinforce=True)
+        bound, weights = self._weights(log_w, self.kl_weight, reinforce=True)
+        return _finite(weights, bound)
 
-    def _weights(self, log_w: Tensor, kl_weight: Any, *, reinforce: bool) -> ParticleWeights:
+    def _weights(self, log_w: Tensor, kl_weight: Any, *, reinforce: bool) -> tuple[Tensor, ParticleWeights]:
+        """The bound, and the coefficients as they follow from it, finite or not."""
         log_w = log_w.detach()
-        model = slope(self.bound, log_w)
-        path = slope(self.path_bound, log_w) if self._two_bounds else model
-        zero = torch.zeros_like(path)
-        score = -path if self.gradient == "total" else zero
+        bound, model = slope(self.bound, log_w)
+        path = slope(self.path_bound, log_w)[1] if self._two_bounds else model
+        score = -path if self.gradient == "total" else torch.zeros_like(path)
         if self.gradient == "dreg":
             path = path - kl_weight * curvature(self.path_bound, log_w)
-        signal = self._learning_signal(log_w) if reinforce else zero
-        return _finite(ParticleWeights(model, path, score, signal), self.bound(log_w))
+        signal = self._learning_signal(log_w) if reinforce else torch.zeros_like(path)
+        return bound, ParticleWeights(model, path, score, signal)
 
     def _learning_signal(self, log_w: Tensor) -> Tensor:
         """L - L_(k): the bound less the bound with log w_k replaced by the mean of the others of its group."""
@@ -190,16 +192,14 @@ class Objective(pyro.infer.ELBO):
         """Whether path + score may differ from zero, so that log q at fixed samples is needed."""
         return self._own_weights or self.gradient != "total"
 
-    def _coefficients(self, log_w: Tensor, particles: Particles, reinforce: bool) -> ParticleWeights:
+    def _followed(self, log_w: Tensor, particles: Particles, reinforce: bool) -> tuple[Tensor, ParticleWeights]:
+        """The bound, and what the gradient follows: the coefficients, tiny ones dropped, times the common scale."""
         kl_weight = self.kl_weight * particles.guide_tempering[0] if particles.tempering else self.kl_weight
         if self._own_weights:
-            weights = _finite(self.weights(log_w), self.bound(log_w))
+            bound, weights = self.bound(log_w), self.weights(log_w)
         else:
-            weights = self._weights(log_w, kl_weight, reinforce=reinforce)
-        # A weight below eps^2 is invisible in the sum, and its gradients are denormal: many times slower on CPUs.
-        tiny = torch.finfo(log_w.dtype).eps ** 2
-        kept = [torch.where(c.abs() < tiny, 0.0, c) * particles.scale for c in weights[:3]]
-        return ParticleWeights(*kept, weights.reinforce * particles.scale)
+            bound, weights = self._weights(log_w, kl_weight, reinforce=reinforce)
+        return bound, _finite(weights, bound, tiny=torch.finfo(log_w.dtype).eps ** 2, scale=particles.scale)
 
     # --- pyro.infer.ELBO ---------------------------------------------------------------------------------------
 
@@ -216,18 +216,18 @@ class Objective(pyro.infer.ELBO):
     def _loss(self, particles: Particles) -> Tensor:
         likelihood, prior, guide = particles.log_likelihood(), particles.log_prior(), particles.log_guide()
         log_w = importance.combine(likelihood, prior, guide, self.kl_weight, self.likelihood_weight)
-        value = -(self.bound(log_w.detach()) * particles.scale).sum()
         if not log_w.requires_grad:
-            return value
+            return -(self.bound(log_w) * particles.scale).sum()
         log_p = None
         if self._copies:
             log_p = importance.combine(likelihood, prior, None, self.kl_weight, self.likelihood_weight)
         reinforce = any(not s["fn"].has_rsample for s in particles.guide.values() if counts(s))
+        bound, weights = self._followed(log_w.detach(), particles, reinforce)
         ascent = importance.surrogate(
-            particles, log_p, guide, log_w, self._coefficients(log_w.detach(), particles, reinforce),
+            particles, log_p, guide, log_w, weights,
             kl_weight=self.kl_weight, fixed=self._fixed, reinforce=reinforce,
         )  # fmt: skip
-        return value - (ascent - ascent.detach())
+        return -(bound * particles.scale).sum() - (ascent - ascent.detach())
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Minus the bound summed over data, in nats."""
@@ -329,8 +329,21 @@ class _PairLoss(ELBOModule):
         self.owners = nn.ModuleList(m for m in roots(model, guide) if m is not model and m is not guide)
 
 
-def _finite(weights: ParticleWeights, bound: Tensor) -> ParticleWeights:
-    """No gradient from a datum whose bound is not finite, nor from a learning signal that is not."""
+def _finite(weights: ParticleWeights, bound: Tensor, tiny: float = 0.0, scale: Any = 1.0) -> ParticleWeights:
+    """No gradient from a datum whose bound is not finite, nor from a learning signal that is not.
+
+    Nor from a weight below ``tiny``, eps^2 in training: it is invisible in the sum, and its gradients are denormal,
+    many times slower on CPUs.
+    """
     usable = torch.isfinite(bound)
-    kept = [torch.where(usable, c, 0.0) for c in weights[:3]]
-    return ParticleWeights(*kept, torch.where(usable & torch.isfinite(weights.reinforce), weights.reinforce, 0.0))
+    done: dict[int, Tensor] = {}  # model and path are often one tensor
+    for c in weights[:3]:
+        if id(c) not in done:
+            kept = torch.where(usable & (c.abs() >= tiny), c, 0.0) if tiny else torch.where(usable, c, 0.0)
+            done[id(c)] = _times(kept, scale)
+    signal = torch.where(usable & torch.isfinite(weights.reinforce), weights.reinforce, 0.0)
+    return ParticleWeights(*(done[id(c)] for c in weights[:3]), _times(signal, scale))  # type: ignore[call-arg]
+
+
+def _times(value: Tensor, scale: Any) -> Tensor:
+    return value if isinstance(scale, int | float) and scale == 1 else value * scale

@@ -2,7 +2,7 @@ r"""The evidence lower bound, and its variant with free bits."""
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -70,8 +70,8 @@ class ELBO(Objective):
     def _free_bits_loss(self, particles: Particles) -> Tensor:
         likelihood = particles.log_likelihood()
         kls = [site_kl(particles, name) for name in latent(particles.model)]
-        cost = -self.likelihood_weight * likelihood if likelihood is not None else 0.0
-        loss = (cost * particles.scale).mean(0).sum() if likelihood is not None else 0.0
+        cost: Any = 0.0 if likelihood is None else -self.likelihood_weight * likelihood
+        loss: Any = 0.0 if likelihood is None else (cost * particles.scale).mean(0).sum()
         for kl in kls:  # [K, *plates, units]
             mean = kl.flatten(0, -2).mean(0)
             data = kl[0, ..., 0]

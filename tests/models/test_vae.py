@@ -10,6 +10,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from sklearn.datasets import load_digits
 
+from pyrovae.data import DataError
 from pyrovae.models.vae import POSTERIORS, VAE
 
 VARIANTS = [
@@ -252,7 +253,7 @@ def test_float64_throughout():
 @pytest.mark.parametrize("program", ["model", "guide", "initialise"])
 @pytest.mark.parametrize("shape", [(4, 64), (1, 8, 8), (4, 1, 8, 9), (2, 4, 1, 8, 8)])
 def test_data_of_another_shape_is_refused(program, shape):
-    with pytest.raises(ValueError, match=r"input_shape=\(1, 8, 8\), got \("):
+    with pytest.raises(DataError, match=r"input_shape=\(1, 8, 8\), got \("):
         getattr(small(), program)(torch.zeros(shape))
 
 
@@ -261,24 +262,24 @@ def test_data_of_another_shape_is_refused(program, shape):
     [
         ({"input_shape": 784}, TypeError, r"input_shape must be a sequence of integers, got 784: write \(784,\)"),
         ({"input_shape": ()}, ValueError, "input_shape is empty"),
-        ({"input_shape": (1, 0, 8)}, ValueError, "every entry of input_shape must be at least 1, got 0"),
-        ({"input_shape": (1, 8.0, 8)}, TypeError, "every entry of input_shape must be an integer, got 8.0"),
+        ({"input_shape": (1, 0, 8)}, ValueError, "every entry of input_shape must be an integer of at least 1, got 0"),
+        ({"input_shape": (1, 8.0, 8)}, ValueError, "every entry of input_shape must be an integer .*got 8.0"),
         ({"input_shape": "abc"}, TypeError, "input_shape"),
-        ({"latent_dim": 0}, ValueError, "latent_dim must be at least 1, got 0"),
-        ({"latent_dim": 2.5}, TypeError, "latent_dim must be an integer, got 2.5"),
+        ({"latent_dim": 0}, ValueError, "latent_dim must be an integer of at least 1, got 0"),
+        ({"latent_dim": 2.5}, ValueError, "latent_dim must be an integer of at least 1, got 2.5"),
         ({"hidden": 200}, TypeError, r"hidden must be a sequence of integers, got 200"),
-        ({"hidden": (200, -1)}, ValueError, "every entry of hidden must be at least 1"),
-        ({"likelihood": "gausian"}, ValueError, "unknown likelihood 'gausian', did you mean 'gaussian'"),
+        ({"hidden": (200, -1)}, ValueError, "every entry of hidden must be an integer of at least 1"),
+        ({"likelihood": "gausian"}, ValueError, "unknown likelihood 'gausian': did you mean 'gaussian'"),
         ({"likelihood": "bernoulli", "scale": 0.1}, ValueError, "likelihood='bernoulli' has no scale"),
         ({"likelihood": "gaussian", "scale": 0.0}, ValueError, "scale must be positive"),
         ({"likelihood": "gaussian", "scale": -0.1}, ValueError, "scale must be positive"),
-        ({"likelihood": "gaussian", "scale": "learnt"}, ValueError, "unknown scale 'learnt', did you mean 'learned'"),
+        ({"likelihood": "gaussian", "scale": "learnt"}, ValueError, "unknown scale 'learnt': did you mean 'learned'"),
         ({"likelihood": "gaussian", "levels": 256}, ValueError, "has no levels"),
-        ({"posterior": "diag"}, ValueError, "unknown posterior 'diag', did you mean 'diagonal'"),
+        ({"posterior": "diag"}, ValueError, "unknown posterior 'diag': did you mean 'diagonal'"),
         ({"network": "cnn"}, ValueError, "unknown network 'cnn'"),
         ({"network": "mpl"}, ValueError, "did you mean 'mlp'"),
-        ({"activation": "tan"}, ValueError, "unknown activation 'tan', did you mean 'tanh'"),
-        ({"activation": torch.nn.Tanh}, TypeError, "activation must be a name"),
+        ({"activation": "tan"}, ValueError, "unknown activation 'tan': did you mean 'tanh'"),
+        ({"activation": torch.nn.Tanh}, ValueError, "unknown activation"),
         ({"channels": (8,)}, ValueError, "network='mlp' has no channels"),
         ({"network": "conv", "channels": 8}, TypeError, "channels must be a sequence"),
         ({"network": "conv", "channels": ()}, ValueError, "channels is empty"),

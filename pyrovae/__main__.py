@@ -1,0 +1,5 @@
+"""``python -m pyrovae``."""
+
+from pyrovae.cli import main
+
+main()

@@ -1,0 +1,263 @@
+"""One experiment, from names to results: what the command line runs, usable from Python as well."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from pyrovae import data as datasets
+from pyrovae import models, objectives, runs
+from pyrovae.arguments import lookup, one_of, pick_device, positive_int
+from pyrovae.evaluate import active_units, log_likelihood
+from pyrovae.fit import fit
+from pyrovae.objectives import Objective
+from pyrovae.report import pictures, print_results
+from pyrovae.sampling import sample as draw
+
+BINARY = ("bernoulli",)  # likelihoods that need binarised images
+
+
+@dataclass
+class Settings:
+    """The settings of one experiment, by name; ``settings`` holds any other argument of its parts."""
+
+    model: str = "vae"
+    data: str = "digits"
+    data_dir: str | None = None
+    objective: str = "elbo"
+    particles: int | None = None
+    groups: int | None = None
+    latent_dim: int | None = None
+    epochs: int = 200
+    batch_size: int = 100
+    lr: float = 1e-3
+    device: str = "auto"
+    seed: int = 0
+    samples: int = 5000
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` pairs, each value read as JSON where it is JSON, else as a string.
+
+    >>> parse_settings(["hidden=[64, 64]", "likelihood=gaussian"])
+    {'hidden': [64, 64], 'likelihood': 'gaussian'}
+    """
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--set takes KEY=VALUE, got {pair!r}: write, for instance, --set hidden=[200,200]")
+        try:
+            settings[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key.strip()] = value
+    return settings
+
+
+def _keywords(function: Callable[..., Any]) -> list[str]:
+    return [
+        name for name in inspect.signature(function).parameters if name not in ("self", "options", "args", "kwargs")
+    ]
+
+
+FIT_KEYS = ("schedule", "kl_warmup", "clip_norm", "patience", "num_workers")
+DATA_KEYS = ("binarization", "validation")
+
+
+@dataclass
+class Parts:
+    """The settings sorted by the part that takes them."""
+
+    model_class: type[nn.Module]
+    objective: Objective
+    model: dict[str, Any]
+    fit: dict[str, Any]
+    data: dict[str, Any]
+
+    @classmethod
+    def of(cls, job: Settings) -> Parts:
+        """Look every name up, and give each setting to the part that knows it."""
+        model_class = models.MODELS[job.model] if job.model in models.MODELS else _own_class(job.model)
+        objective_class = lookup("objective", job.objective.lower(), objectives.OBJECTIVES)
+        known = {
+            "model": [k for k in _keywords(model_class) if k != "input_shape"],
+            "objective": list(objective_class._defaults()),
+            "fit": list(FIT_KEYS),
+            "data": list(DATA_KEYS),
+        }
+        sorted_: dict[str, dict[str, Any]] = {part: {} for part in known}
+        shorthand = {"latent_dim": job.latent_dim, "num_particles": job.particles, "num_groups": job.groups}
+        for key, value in (job.settings | {k: v for k, v in shorthand.items() if v is not None}).items():
+            part = next((p for p, keys in known.items() if key in keys), None)
+            if part is None:
+                everything = sorted({k for keys in known.values() for k in keys})
+                one_of(f"setting of {job.model}, {job.objective}, training and data", key, everything)
+            sorted_[part][key] = value  # type: ignore[index]
+        objective = objective_class(**sorted_.pop("objective"))
+        return cls(model_class, objective, **sorted_)
+
+
+def _own_class(path: str) -> type[nn.Module]:
+    if ":" in path:
+        return runs.find_class(path)
+    return lookup("model", path, models.MODELS)
+
+
+def load_data(name: str, root: str | None, model: dict[str, Any], keys: dict[str, Any], seed: int) -> datasets.Splits:
+    """A data set, labelled where it has labels, binarised dynamically where the likelihood needs bits."""
+    binary = model.get("likelihood", "bernoulli") in BINARY
+    default = "dynamic" if binary and name != "binarized_mnist" else "none"
+    options: dict[str, Any] = {"binarization": default, "seed": seed} | keys
+    return datasets.load(name, root, labels=None, **options)
+
+
+def build(parts: Parts, shape: torch.Size, grey: Tensor, seed: int) -> Any:
+    """The model, with its weights drawn from ``seed`` and its output bias started from the data where it can be."""
+    takes = _keywords(parts.model_class)
+    arguments = ({"input_shape": tuple(shape)} if "input_shape" in takes else {}) | parts.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pair: Any = parts.model_class(**arguments)
+    for program in ("model", "guide"):
+        if not callable(getattr(pair, program, None)):
+            raise ValueError(
+                f"{parts.model_class.__name__} has no .{program}(x): a model class needs .model and .guide"
+            )
+    if hasattr(pair, "initialise"):
+        pair.initialise(grey)
+    return pair
+
+
+def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[str], out: Console) -> None:
+    """Train, evaluate, draw: the main job."""
+    folder = _folder(job, run_dir, resume)
+    run = runs.Run(folder)
+    if resume and run.exists and (then := run.config().get("settings")):
+        changed = {k: v for k, v in dataclasses.asdict(job).items() if k in explicit}
+        job = Settings(**(then | changed))
+    parts, place = Parts.of(job), pick_device(job.device)
+    positive_int("samples", job.samples)
+    splits = load_data(job.data, job.data_dir, parts.model, parts.data, job.seed)
+    training = _unlabelled(splits.train)
+    pair = build(parts, training.event_shape, training.x, job.seed)
+    out.print(f"{type(pair).__name__} on {job.data} ({len(training):,} images), {parts.objective}, run in {folder}")
+    result = fit(
+        pair.model, pair.guide, training, objective=parts.objective, epochs=job.epochs, batch_size=job.batch_size,
+        lr=job.lr, device=place, seed=job.seed, run_dir=folder, resume=resume,
+        validation=None if splits.validation is None else _unlabelled(splits.validation),
+        config={"settings": dataclasses.asdict(job), "data": {"name": job.data, "shape": list(training.event_shape)}},
+        **parts.fit,
+    )  # fmt: skip
+    if (folder / runs.RESULTS).exists():
+        out.print(f'the run "{folder}" is finished; its results are in {runs.RESULTS}')
+        return
+    if result.timings["steps"]:
+        t = result.timings
+        speed = f"{t['ms_per_step']:.2f} ms a step, {t['path']}"
+        out.print(f"trained {len(result.history)} epochs in {t['seconds']:.1f} s ({speed})")
+    results = measure(pair, splits.test, samples=job.samples, seed=job.seed) | {"timings": result.timings}
+    drawn = pictures(pair, splits.test, result.history, folder, seed=job.seed)
+    runs.write_json(folder / runs.RESULTS, results | {"checkpoint": "last"})
+    print_results(results, out)
+    out.print(f"pictures in {folder}: " + ", ".join(path.name for path in drawn))
+
+
+def measure(pair: Any, test: datasets.Images, *, samples: int, seed: int) -> dict[str, Any]:
+    """Test NLL with its errors, and active units, as JSON can hold them."""
+    test = _unlabelled(test)
+    estimate = log_likelihood(pair.model, pair.guide, test, num_samples=samples, seed=seed)
+    units = active_units(pair.guide, test)
+    return {
+        "nll": estimate.nll,
+        "nll_std_error": estimate.nll_std_error,
+        "nll_data_std_error": estimate.nll_data_std_error,
+        "bits_per_dim": estimate.nll / (test.event_shape.numel() * 0.6931471805599453),
+        "num_images": len(test),
+        "num_samples": samples,
+        "median_ess": estimate.ess.median().item(),
+        "unreliable": estimate.unreliable,
+        "warning": estimate.warning(),
+        "active_units": {name: {"active": u.count, "of": u.variances.numel()} for name, u in units.items()},
+        "seed": seed,
+        "precision": estimate.dtype,
+    }
+
+
+def evaluate(
+    folder: Path, *, samples: int, checkpoint: str, data_dir: str | None, device: str, seed: int, out: Console
+) -> None:
+    """Measure a run again and write its results.json."""
+    positive_int("samples", samples)
+    place = pick_device(device)
+    pair, job, parts = reopen(folder, checkpoint)
+    splits = load_data(job.data, data_dir or job.data_dir, parts.model, parts.data, job.seed)
+    results = measure(pair.to(place), splits.test, samples=samples, seed=seed) | {"checkpoint": checkpoint}
+    runs.write_json(folder / runs.RESULTS, results)
+    print_results(results, out)
+
+
+def sample(folder: Path, number: int, *, draws: bool, output: Path | None, checkpoint: str, seed: int) -> Path:
+    """Draw new data from a run's model into a picture."""
+    from pyrovae.plots import image_grid
+
+    number = positive_int("number", number)
+    pair, _, _ = reopen(folder, checkpoint)
+    images = draw(pair, number, returns="draws" if draws else "means", seed=seed, like=_example(folder))
+    return Path(image_grid(images, output or folder / "samples.png"))
+
+
+def _example(folder: Path) -> Tensor:
+    return torch.zeros(1, *runs.Run(folder).config()["data"]["shape"])
+
+
+def reopen(folder: Path, checkpoint: str = "last") -> tuple[Any, Settings, Parts]:
+    """The trained pair of a run, with the settings it was made with."""
+    one_of("checkpoint", checkpoint, ("last", "best"))
+    config = runs.Run(folder).config()
+    if "settings" not in config:
+        raise ValueError(f'the run "{folder}" was not made by pyrovae train: load it in Python with pyrovae.load')
+    job = Settings(**config["settings"])
+    parts = Parts.of(job)
+    pair = None
+    if config.get("model") is None:  # a class without .config: its arguments are the settings
+        pair = build(parts, torch.Size(config["data"]["shape"]), _example(folder), job.seed)
+    return runs.load(folder, pair=pair, checkpoint=checkpoint), job, parts
+
+
+def catalogue() -> dict[str, dict[str, str]]:
+    """Models, objectives and data sets, with one line each."""
+    return {
+        "Models": {name: _first_line(cls) for name, cls in models.MODELS.items()}
+        | {"my_module:MyPair": "Your own nn.Module with .model(x) and .guide(x)."},
+        "Objectives": {name: _first_line(cls) for name, cls in objectives.OBJECTIVES.items()},
+        "Data": dict(datasets.DATASETS),
+    }
+
+
+def _first_line(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").split("\n")[0]
+
+
+def _unlabelled(images: datasets.Images) -> datasets.Images:
+    return images.unlabelled() if images.labels is not None else images
+
+
+def _folder(job: Settings, run_dir: Path | None, resume: bool) -> Path:
+    """The run's folder: as given, else runs/MODEL-DATA-OBJECTIVE, numbered on if that is taken."""
+    if run_dir is not None:
+        return run_dir
+    words = (job.model.rpartition(":")[2], Path(job.data.rpartition(":")[2]).stem, job.objective)
+    base = Path("runs") / "-".join(words).lower()
+    taken = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))]
+    free = next(i for i, path in enumerate(taken) if not runs.Run(path).exists)
+    return taken[max(free - 1, 0)] if resume else taken[free]

@@ -1,0 +1,478 @@
+"""Shapes and Pyro semantics: what a pair's log-weights are, sentence by sentence of the contract."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, autoguide
+from torch import nn
+
+import pyrovae as pv
+
+X = torch.tensor([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.8]], dtype=torch.float64)
+B = len(X)
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(7)
+    yield
+    torch.set_default_dtype(dtype)
+    pyro.clear_param_store()
+
+
+def normal(loc, scale=1.0):
+    return dist.Normal(loc, scale)
+
+
+def plain_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", normal(x.new_zeros(2)).to_event(1))
+        pyro.sample("x", normal(z, 0.7).to_event(1), obs=x)
+
+
+def plain_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", normal(0.5 * x, 0.8).to_event(1))
+
+
+def run_of(call, model, guide, *args):
+    """What ``call`` returns, and the values of all sites in its last run of the programs."""
+    seen = {}
+
+    class Keep(poutine.messenger.Messenger):
+        def _pyro_post_sample(self, msg):
+            seen[msg["name"]] = msg["value"].detach()
+
+    def kept(program):
+        def run(*args):
+            with Keep():
+                program(*args)
+
+        return run
+
+    return call(kept(model), kept(guide), *args), seen
+
+
+def weights_and_values(model, guide, *args, num_particles=4, **options):
+    def call(*programs_and_args):
+        return pv.log_weights(*programs_and_args, num_particles=num_particles, **options)
+
+    return run_of(call, model, guide, *args)
+
+
+def lp(fn, value, event_dim=0):
+    """Log-probability by hand, event dimensions summed."""
+    out = fn.log_prob(value)
+    return out.sum(tuple(range(-event_dim, 0))) if event_dim else out
+
+
+def seeded_loss(objective, model, guide, *args, params=()):
+    pyro.set_rng_seed(3)
+    loss = objective.differentiable_loss(model, guide, *args)
+    grads = torch.autograd.grad(loss, params, allow_unused=True) if params else ()
+    return loss.item(), grads
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num", [1, 4])
+def test_log_weights_are_particles_by_data(num):
+    log_w, seen = weights_and_values(plain_model, plain_guide, X, num_particles=num)
+    z = seen["z"].view(num, B, 2)
+    assert log_w.shape == (num, B)
+    by_hand = lp(normal(0.0), z, 1) + lp(normal(z, 0.7), X, 1) - lp(normal(0.5 * X, 0.8), z, 1)
+    torch.testing.assert_close(log_w, by_hand)
+
+
+def test_several_latents_and_plates_inside_the_data_plate():
+    def model(x):
+        with pyro.plate("data", B, dim=-1):
+            h = pyro.sample("h", normal(0.0))
+            with pyro.plate("pixels", 2, dim=-2):
+                z = pyro.sample("z", normal(h, 0.5))
+                pyro.sample("x", normal(z, 0.7), obs=x.T)
+            pyro.sample("y", normal(h, 0.3), obs=x[:, 0])
+
+    def guide(x):
+        with pyro.plate("data", B, dim=-1):
+            with pyro.plate("pixels", 2, dim=-2):
+                z = pyro.sample("z", normal(0.5 * x.T, 0.8))
+            pyro.sample("h", normal(z.sum(-2, keepdim=True), 0.6))
+
+    log_w, seen = weights_and_values(model, guide, X)
+    z, h = seen["z"], seen["h"].view(4, B)
+    assert log_w.shape == (4, B)
+    inner = lp(normal(h.unsqueeze(1), 0.5), z) + lp(normal(z, 0.7), X.T) - lp(normal(0.5 * X.T, 0.8), z)
+    outer = lp(normal(0.0), h) + lp(normal(h, 0.3), X[:, 0]) - lp(normal(z.sum(-2), 0.6), h)
+    torch.testing.assert_close(log_w, inner.sum(1) + outer)
+
+
+def global_model(x):
+    g = pyro.sample("g", normal(0.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", normal(g))
+        pyro.sample("x", normal(z), obs=x)
+
+
+def global_guide(x):
+    g = pyro.sample("g", normal(0.1, 0.5))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", normal(0.5 * x + g, 0.7))
+
+
+def test_global_latents_have_joint_weights():
+    x = X[:, 0]
+    log_w, seen = weights_and_values(global_model, global_guide, x)
+    g, z = seen["g"].view(4, 1), seen["z"]
+    assert log_w.shape == (4,)
+    each = lp(normal(g), z) + lp(normal(z), x) - lp(normal(0.5 * x + g, 0.7), z)
+    torch.testing.assert_close(log_w, each.sum(1) + (lp(normal(0.0), g) - lp(normal(0.1, 0.5), g)).squeeze(1))
+    pyro.set_rng_seed(3)
+    again = pv.log_weights(global_model, global_guide, x, num_particles=4)
+    loss, _ = seeded_loss(pv.IWAE(4), global_model, global_guide, x)
+    assert loss == pytest.approx(-float(again.logsumexp(0) - math.log(4)))
+
+
+def test_a_global_guide_of_an_observed_only_plate():
+    # The latent is outside of the data plate, every observation inside: one weight for the data set.
+    def model(x):
+        g = pyro.sample("g", normal(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", normal(g), obs=x)
+
+    log_w, seen = weights_and_values(model, lambda x: pyro.sample("g", normal(0.3, 0.5)), X[:, 0])
+    g = seen["g"].view(4, 1)
+    by_hand = lp(normal(g), X[:, 0]).sum(1, keepdim=True) + lp(normal(0.0), g) - lp(normal(0.3, 0.5), g)
+    torch.testing.assert_close(log_w, by_hand.squeeze(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_losses_and_gradients_keep_their_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    slope = torch.tensor(0.5, requires_grad=True)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", normal(slope * x, 0.8).to_event(1))
+
+    assert pv.log_weights(plain_model, guide, X.to(dtype), num_particles=2).dtype == dtype
+    for objective in (pv.ELBO(2), pv.IWAE(2, gradient="dreg"), pv.PIWAE(2, 3), pv.ELBO(free_bits=0.1)):
+        loss = objective.differentiable_loss(plain_model, guide, X.to(dtype))
+        assert loss.dtype == dtype
+        assert torch.autograd.grad(loss, slope)[0].dtype == dtype
+
+
+# --- scales -----------------------------------------------------------------------------------------------------------
+
+
+def learned(theta, phi, scale_x=1.0, scale_z=1.0, guide_scale=None):
+    """A two-layer pair whose sites are scaled as asked."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=scale_z):
+                z = pyro.sample("z", normal(torch.zeros(2)).to_event(1))
+                y = pyro.sample("y", normal(theta * z.sum(-1), 0.9))
+            with poutine.scale(scale=scale_x):
+                pyro.sample("x", normal(theta * z + y.unsqueeze(-1), 0.7).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)), poutine.scale(scale=scale_z if guide_scale is None else guide_scale):
+            z = pyro.sample("z", normal(phi * x, phi.exp() / 2).to_event(1))
+            pyro.sample("y", normal(phi * z.sum(-1), 0.8))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("gradient", ["total", "stl", "dreg"])
+@pytest.mark.parametrize("make", [pv.ELBO, pv.IWAE, pv.MIWAE, pv.PIWAE])
+def test_a_scale_on_some_sites_tempers_them_as_the_weights_do(make, gradient):
+    params = [torch.tensor(0.6, requires_grad=True), torch.tensor(0.4, requires_grad=True)]
+    weighted = make(num_particles=3, gradient=gradient, kl_weight=0.5, likelihood_weight=2.0)
+    scaled = make(num_particles=3, gradient=gradient)
+    a = seeded_loss(weighted, *learned(*params), X, params=params)
+    b = seeded_loss(scaled, *learned(*params, scale_x=2.0, scale_z=0.5), X, params=params)
+    assert a[0] == pytest.approx(b[0], rel=1e-12)
+    torch.testing.assert_close(a[1], b[1], rtol=1e-10, atol=1e-11)
+
+
+def test_tempering_of_one_site_is_inside_the_logarithm_and_log_weights_ignore_it():
+    model, guide = learned(torch.tensor(0.6), torch.tensor(0.4), scale_x=2.0)
+    plain = learned(torch.tensor(0.6), torch.tensor(0.4))
+    values = []
+    for pair in ((model, guide), plain):
+        pyro.set_rng_seed(3)
+        values.append(pv.log_weights(*pair, X, num_particles=3))
+    torch.testing.assert_close(*values)
+    (loss, _), seen = run_of(lambda m, g, x: seeded_loss(pv.IWAE(3), m, g, x), model, guide, X)
+    likelihood = lp(normal(0.6 * seen["z"] + seen["y"].unsqueeze(-1), 0.7), X, 1)
+    assert loss == pytest.approx(-float((values[0] + likelihood).exp().mean(0).log().sum()), rel=1e-12)
+
+
+def test_the_elbo_scales_each_site_as_trace_elbo_does():
+    params = [torch.tensor(0.6, requires_grad=True), torch.tensor(0.4, requires_grad=True)]
+    pair = learned(*params, scale_x=3.0, scale_z=0.5, guide_scale=2.0)
+    ours = seeded_loss(pv.ELBO(3), *pair, X, params=params)
+    theirs = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    theirs = seeded_loss(theirs, *pair, X, params=params)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-12)
+    torch.testing.assert_close(ours[1], theirs[1])
+
+
+def test_a_tempered_discrete_latent_has_the_gradient_of_kl_weight():
+    logit = torch.tensor(0.3, requires_grad=True)
+
+    def pair(scale):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                with poutine.scale(scale=scale):
+                    c = pyro.sample("c", dist.Bernoulli(0.4))
+                pyro.sample("x", normal(c, 0.7), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)), poutine.scale(scale=scale):
+                pyro.sample("c", dist.Bernoulli(logits=logit * x))
+
+        return model, guide
+
+    scaled = seeded_loss(pv.IWAE(3), *pair(0.5), X[:, 0], params=[logit])
+    weighted = seeded_loss(pv.IWAE(3, kl_weight=0.5), *pair(1.0), X[:, 0], params=[logit])
+    assert scaled[0] == pytest.approx(weighted[0])
+    torch.testing.assert_close(scaled[1], weighted[1])
+
+
+def test_dreg_refuses_latents_tempered_differently():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(0.5 * x, 0.8).to_event(1))
+            with poutine.scale(scale=0.5):
+                pyro.sample("y", normal(z.sum(-1), 0.8))
+
+    model, _ = learned(torch.tensor(0.6), torch.tensor(0.4))
+    with pytest.raises(ValueError, match='"y"'):
+        pv.IWAE(3, gradient="dreg").differentiable_loss(model, guide, X)
+    pv.IWAE(3).differentiable_loss(model, guide, X)
+
+
+# --- masks, factors, marks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["poutine", "distribution"])
+def test_masked_sites_count_as_zero(where):
+    kept = torch.tensor([True, False, True])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(torch.zeros(2)).to_event(1))
+            fn = normal(z, 0.7).to_event(1)
+            if where == "distribution":
+                pyro.sample("x", fn.mask(kept), obs=x)
+            else:
+                with poutine.mask(mask=kept):
+                    pyro.sample("x", fn, obs=x)
+
+    log_w, seen = weights_and_values(model, plain_guide, X)
+    z = seen["z"]
+    kl = lp(normal(0.0), z, 1) - lp(normal(0.5 * X, 0.8), z, 1)
+    torch.testing.assert_close(log_w, kl + lp(normal(z, 0.7), X, 1) * kept)
+    loss, _ = seeded_loss(pv.IWAE(4), poutine.mask(plain_model, kept), poutine.mask(plain_guide, kept), X)
+    pyro.set_rng_seed(3)
+    whole = pv.log_weights(plain_model, plain_guide, X, num_particles=4)
+    assert loss == pytest.approx(-float(((whole.logsumexp(0) - math.log(4)) * kept).sum()))
+
+
+def test_factors_are_likelihood_in_the_model_and_are_subtracted_in_the_guide():
+    strength = torch.tensor(0.7, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(torch.zeros(2)).to_event(1))
+            pyro.factor("energy", -z.square().sum(-1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(0.5 * x, 0.8).to_event(1))
+            pyro.factor("loss", strength * z[..., 0], has_rsample=True)
+
+    log_w, seen = weights_and_values(model, guide, X)
+    z = seen["z"]
+    q = lp(normal(0.5 * X, 0.8), z, 1) + 0.7 * z[..., 0]
+    torch.testing.assert_close(log_w, lp(normal(0.0), z, 1) - z.square().sum(-1) - q)
+    objective = pv.ELBO(4, likelihood_weight=3.0, kl_weight=0.5)
+    (loss, (grad,)), seen = run_of(lambda *a: seeded_loss(objective, *a, params=[strength]), model, guide, X)
+    z = seen["z"]
+    q = lp(normal(0.5 * X, 0.8), z, 1) + 0.7 * z[..., 0]
+    weighted = -3 * z.square().sum(-1) + 0.5 * (lp(normal(0.0), z, 1) - q)
+    assert loss == pytest.approx(-float(weighted.mean(0).sum()))
+    assert grad == pytest.approx(float(0.5 * z[..., 0].mean(0).sum()))
+
+
+def test_enumeration_marks_are_ignored_in_weights_and_refused_in_gradients():
+    logit = torch.tensor(0.3, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.4))
+            pyro.sample("x", normal(c, 0.7), obs=x)
+
+    @pyro.infer.config_enumerate
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Bernoulli(logits=logit * x))
+
+    log_w, seen = weights_and_values(model, guide, X[:, 0])
+    c, x = seen["c"], X[:, 0]
+    assert log_w.shape == (4, B)
+    by_hand = lp(dist.Bernoulli(0.4), c) + lp(normal(c, 0.7), x) - lp(dist.Bernoulli(logits=0.3 * x), c)
+    torch.testing.assert_close(log_w, by_hand)
+    assert math.isfinite(pv.IWAE(4).loss(model, guide, x))
+    for objective in (pv.ELBO(), pv.IWAE(4), pv.VIMCO(2)):
+        with pytest.raises(ValueError, match='"c"'):
+            objective.differentiable_loss(model, guide, x)
+
+
+def test_guides_without_latents_and_deterministic_sites():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            loc = pyro.deterministic("loc", x.new_tensor(0.2).expand(len(x)))
+            pyro.sample("x", normal(loc.unsqueeze(-1), 0.7).to_event(1), obs=x)
+
+    def guide(x):
+        pass
+
+    exact = lp(normal(0.2, 0.7), X, 1)
+    torch.testing.assert_close(pv.log_weights(model, guide, X, num_particles=3), exact.expand(3, B))
+    for objective in (pv.ELBO(), pv.IWAE(5), pv.PIWAE(2, 3), pv.VRMax(2)):
+        assert objective.loss(model, guide, X) == pytest.approx(-float(exact.sum()))
+
+
+# --- autoguides ---------------------------------------------------------------------------------------------------------
+
+
+def auto_model(x):
+    g = pyro.sample("g", normal(0.0))
+    s = pyro.sample("s", dist.LogNormal(0.0, 0.3))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", normal(g, s), obs=x)
+
+
+def structured(model, **options):
+    conditionals = {"g": "normal", "s": "normal"}
+    return autoguide.AutoStructured(model, conditionals=conditionals, dependencies={"s": {"g": "linear"}}, **options)
+
+
+AUTOGUIDES = {
+    "AutoNormal": autoguide.AutoNormal,
+    "AutoDiagonalNormal": autoguide.AutoDiagonalNormal,
+    "AutoMultivariateNormal": autoguide.AutoMultivariateNormal,
+    "AutoLowRankMultivariateNormal": autoguide.AutoLowRankMultivariateNormal,
+    "AutoStructured": structured,
+}
+
+
+@pytest.mark.parametrize("kind", AUTOGUIDES)
+def test_autoguides_have_true_weights(kind):
+    x = X.flatten()
+    guide = AUTOGUIDES[kind](auto_model, init_scale=0.8)  # wider than the posterior: bounded weights
+    guide(x)
+    log_w = pv.log_weights(auto_model, guide, x, num_particles=20_000).detach()
+    assert log_w.shape == (20_000,)
+    # The evidence by quadrature over (g, log s); |z| < 5 has a false-alarm rate of 6e-7.
+    g, t = torch.linspace(-6, 6, 601), torch.linspace(-1.8, 1.8, 361)
+    joint = lp(normal(0.0), g)[:, None] + lp(normal(0.0, 0.3), t)
+    joint = joint + sum(lp(normal(g[:, None], t.exp()), xi) for xi in x)
+    evidence = joint.flatten().logsumexp(0) + math.log(0.02 * 0.01)
+    w = (log_w - evidence).exp()
+    assert abs(w.mean() - 1) < 5 * w.std() / len(w) ** 0.5
+    loss, _ = seeded_loss(pv.ELBO(), auto_model, guide, x)
+    theirs, _ = seeded_loss(Trace_ELBO(), auto_model, guide, x)
+    assert loss == pytest.approx(theirs, rel=1e-10)
+
+
+@pytest.mark.parametrize("kind", AUTOGUIDES)
+@pytest.mark.parametrize("gradient", ["total", "stl", "dreg"])
+def test_autoguides_train_or_are_refused_by_name(kind, gradient):
+    x = X.flatten()
+    guide = AUTOGUIDES[kind](auto_model)
+    guide(x)
+    objective = pv.IWAE(3, gradient=gradient)
+    if kind == "AutoStructured" and gradient != "total":
+        with pytest.raises(ValueError, match=r'"(g|s)\w*".*total'):
+            objective.differentiable_loss(auto_model, guide, x)
+        return
+    objective.differentiable_loss(auto_model, guide, x).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in guide.parameters())
+
+
+def test_autodelta_is_map_under_total_and_refused_under_stl():
+    x = X.flatten()
+    guide = autoguide.AutoDelta(auto_model)
+    guide(x)
+    ours = seeded_loss(pv.ELBO(), auto_model, guide, x, params=list(guide.parameters()))
+    theirs = seeded_loss(Trace_ELBO(), auto_model, guide, x, params=list(guide.parameters()))
+    assert ours[0] == pytest.approx(theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1])
+    for gradient in ("stl", "dreg"):
+        with pytest.raises(ValueError, match=r'"[gs]".*Delta'):
+            pv.ELBO(gradient=gradient).differentiable_loss(auto_model, guide, x)
+
+
+# --- folding --------------------------------------------------------------------------------------------------------------
+
+
+class OneBatchDimension(nn.Module):
+    """A user's network, which takes one batch dimension only; at loc = x / 2 the guide is the posterior."""
+
+    def forward(self, z):
+        if z.dim() != 2:
+            raise RuntimeError(f"expected [batch, features], got {tuple(z.shape)}")
+        return z.clone()
+
+
+@pytest.mark.parametrize("objective", [pv.IWAE, pv.PIWAE, pv.ELBO])
+def test_folded_particles_reach_networks_of_one_batch_dimension(objective):
+    network = OneBatchDimension()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(x.new_zeros(len(x), 2)).to_event(1))
+            pyro.sample("x", normal(network(z)).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", normal(network(x) / 2, 0.5**0.5).to_event(1))
+
+    exact = lp(normal(0.0, 2**0.5), X, 1)
+    torch.testing.assert_close(pv.log_weights(model, guide, X, num_particles=4, fold_particles=True), exact.expand(4, B))
+    assert objective(num_particles=4, fold_particles=True).loss(model, guide, X) == pytest.approx(-float(exact.sum()))
+    with pytest.raises(RuntimeError, match="expected"):
+        objective(num_particles=4).loss(model, guide, X)
+
+
+def test_folding_is_refused_with_a_subsample_and_with_joint_weights():
+    def subsampled(program):
+        def run(x):
+            with pyro.plate("data", 6, subsample=torch.arange(B)):
+                program(x)
+
+        return run
+
+    def site(x):
+        pyro.sample("z", normal(torch.zeros(B, 2)).to_event(1))
+
+    def observed(x):
+        site(x)
+        pyro.sample("x", normal(torch.zeros(B, 2)).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match='"data"'):
+        pv.IWAE(3, fold_particles=True).loss(subsampled(observed), subsampled(site), X)
+    with pytest.raises(ValueError, match="fold_particles"):
+        pv.log_weights(global_model, global_guide, X[:, 0], num_particles=3, fold_particles=True)

@@ -1,0 +1,235 @@
+"""Generation from plain functions and from the zoo. The laws compare moments with exact ones at a false-alarm rate of
+1e-6 each (|z| < 4.9), seeded."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import nn
+
+from pyrovae.data import Images
+from pyrovae.models import VAE
+from pyrovae.sampling import sample
+
+Z_LIMIT = 4.9  # of a two-sided test with a false-alarm rate of 1e-6
+W = torch.tensor([[1.0, -2.0], [0.5, 0.0], [0.0, 1.5]])
+B = torch.tensor([0.3, -1.0, 2.0])
+NOISE = 0.4
+
+
+def linear(x):
+    """x = W z + b + noise: mean b, covariance W W' + noise^2."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ W.T + B, NOISE).to_event(1), obs=x)
+
+
+def check_moments(x, mean, covariance):
+    """Mean (standard error sqrt(C_ii / n)) and covariance (sqrt((C_ii C_jj + C_ij^2) / n)) of normal ``x``."""
+    n, variance = len(x), covariance.diagonal()
+    z = (x.mean(0) - mean) / (variance / n).sqrt()
+    assert z.abs().max() < Z_LIMIT
+    error = ((variance[:, None] * variance + covariance**2) / n).sqrt()
+    assert ((x.T.cov() - covariance).abs() / error).max() < Z_LIMIT
+
+
+def test_draws_have_the_model_s_moments():
+    x = sample(linear, 20_000, like=torch.zeros(1, 3), returns="draws", seed=0)
+    assert x.shape == (20_000, 3)
+    check_moments(x, B, W @ W.T + NOISE**2 * torch.eye(3))
+
+
+def test_means_leave_the_pixel_noise_out():
+    x = sample(linear, 20_000, like=torch.zeros(1, 3), seed=0)
+    check_moments(x, B, W @ W.T)
+
+
+def test_linear_vae_has_its_exact_moments():
+    torch.manual_seed(0)
+    vae = VAE((3,), latent_dim=2, hidden=(), likelihood="gaussian", scale=0.5)
+    x = sample(vae, 20_000, returns="draws", seed=1)
+    w = vae.decoder.output.weight.detach()
+    check_moments(x, vae.decoder.output_bias.detach(), w @ w.T + 0.25 * torch.eye(3))
+
+
+@pytest.mark.parametrize("returns", ["means", "draws"])
+def test_pair_method_and_module_are_one_model(returns):
+    vae = VAE((1, 4, 4), latent_dim=3, hidden=(8,))
+
+    class Program(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = vae
+
+        def forward(self, x):
+            return self.inner.model(x)
+
+    x = sample(vae, 5, returns=returns, seed=3)
+    assert x.shape == (5, 1, 4, 4)
+    assert not x.requires_grad
+    assert torch.equal(x, sample(vae.model, 5, returns=returns, seed=3))
+    assert torch.equal(x, sample(Program(), 5, returns=returns, seed=3, like=torch.zeros(9, 1, 4, 4)))
+    assert (set(x.unique().tolist()) <= {0.0, 1.0}) == (returns == "draws")
+
+
+def test_a_seed_isolates_and_none_uses_the_global_generator():
+    vae = VAE((4,), latent_dim=2, hidden=(3,))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    first = sample(vae, 4, seed=7)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, sample(vae, 4, seed=7))
+    assert not torch.equal(first, sample(vae, 4, seed=8))
+    torch.manual_seed(0)
+    one, two = sample(vae, 4), sample(vae, 4)
+    assert not torch.equal(one, two)
+    torch.manual_seed(0)
+    assert torch.equal(one, sample(vae, 4))
+
+
+def test_modules_run_in_eval_mode_and_get_their_mode_back():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.dropout, self.frozen = nn.BatchNorm1d(2), nn.Dropout(0.5), nn.Dropout(0.5).eval()
+
+        def forward(self, z):
+            assert not any(module.training for module in self.modules())
+            return self.frozen(self.dropout(self.norm(z)))
+
+    net = Net()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+
+    def model(x):  # a plain function: its network is found when it is called
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    sample(model, 5, like=torch.zeros(1, 2))
+    assert [m.training for m in (net, net.norm, net.dropout, net.frozen)] == [True, True, True, False]
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    with pytest.raises(ValueError, match="no site"):
+        sample(model, 5, like=torch.zeros(1, 2), site="y")
+    assert net.training
+
+
+def test_the_parameter_store_is_untouched():
+    pyro.clear_param_store()
+    sample(VAE((4,), latent_dim=2, hidden=()), 3)
+    assert not len(pyro.get_param_store())
+    pyro.param("loc", torch.tensor(3.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("loc"), 1.0), obs=x)
+
+    assert torch.equal(sample(model, 2, like=torch.zeros(1)), torch.full((2,), 3.0))
+    assert list(pyro.get_param_store().keys()) == ["loc"]
+    assert pyro.param("loc").item() == 3.0
+    pyro.clear_param_store()
+
+
+@pytest.mark.parametrize("subsample_size", [1, 4, 10])
+def test_subsampled_plates_run_until_there_are_n(subsample_size):
+    def model(x):
+        with pyro.plate("data", len(x), subsample_size=subsample_size) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    x = sample(model, 10, like=torch.zeros(1), returns="draws", seed=0)
+    assert x.shape == (10,)
+    assert len(x.unique()) == 10
+
+
+def test_the_full_size_of_a_plate_does_not_matter():
+    def model(x):
+        with pyro.plate("data", 60_000, subsample_size=len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1), obs=x)
+
+    assert sample(model, 7, like=torch.zeros(1, 3)).shape == (7, 3)
+
+
+def labelled(x, y):
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Categorical(torch.ones(3)), obs=y)
+        pyro.sample("x", dist.Normal(10.0 * y, 0.1), obs=x.clone())
+
+
+def test_labels_stay_as_given():
+    y = torch.tensor([2, 0, 1])
+    x = sample(labelled, 3, y, like=torch.zeros(1), site="x", returns="draws", seed=0)
+    assert (x - 10.0 * y).abs().max() < 1
+    latent = sample(labelled, 30, None, like=torch.zeros(1), seed=0) / 10  # x alone is observed now
+    assert set(latent.tolist()) == {0.0, 1.0, 2.0}
+    assert sample(labelled, 30, None, like=torch.zeros(1), site="y", returns="draws").dtype == torch.int64
+
+
+def test_conditioned_latents_stay_as_given():
+    vae = VAE((4,), latent_dim=2, hidden=())
+    z = torch.randn(3, 2)
+    given = poutine.condition(vae.model, {"z": z})
+    torch.testing.assert_close(sample(given, 3, like=torch.zeros(1, 4)), vae.decode(z).detach())
+
+
+def test_factors_and_deterministic_sites_are_no_data():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("f", -z.square())
+            pyro.deterministic("double", 2 * z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.clone())
+
+    assert sample(model, 4, like=torch.zeros(1)).shape == (4,)
+
+
+def test_dtype_and_like():
+    assert sample(VAE((4,), latent_dim=2, hidden=()).double(), 2).dtype == torch.float64
+    for like in (torch.zeros(5, 3), Images(torch.zeros(5, 3)), Images(torch.zeros(5, 3), torch.arange(5))):
+        assert sample(linear, 2, like=like).shape == (2, 3)
+    loader = torch.utils.data.DataLoader(Images(torch.zeros(5, 3)), batch_size=2)
+    assert sample(linear, 2, like=loader).shape == (2, 3)
+
+
+def nothing(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def several(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("a", dist.Normal(0.0, 1.0), obs=x[:, 0])
+        pyro.sample("b", dist.Normal(0.0, 1.0), obs=x[:, 1])
+
+
+def heavy(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Cauchy(0.0, 1.0), obs=x)
+
+
+def bare(x):
+    pyro.sample("x", dist.Normal(0.0, 1.0), obs=x.sum())
+
+
+@pytest.mark.parametrize(
+    ("model", "n", "options", "match"),
+    [
+        (linear, 0, {}, "n must be an integer of at least 1, got 0"),
+        (linear, 2, {"returns": "mean"}, "unknown returns 'mean': did you mean 'means'"),
+        (linear, 2, {"like": None}, "pass like="),
+        (linear, 2, {"like": torch.tensor(1.0)}, "without dimensions"),
+        (linear, 2, {"site": "y"}, 'no site "y", but "z", "x"'),
+        (nothing, 2, {}, "observes nothing"),
+        (several, 2, {}, 'several sites, "a", "b": name the one'),
+        (heavy, 2, {}, 'site "x" is a Cauchy, which has no finite mean: ask for returns="draws"'),
+        (bare, 2, {}, "no row for each datum"),
+    ],
+)
+def test_errors_name_the_rule_and_the_fix(model, n, options, match):
+    with pytest.raises(ValueError, match=match):
+        sample(model, n, **{"like": torch.zeros(1, 3), **options})
+
+
+def test_one_of_several_sites():
+    assert sample(several, 4, like=torch.zeros(1, 2), site="b", returns="draws").shape == (4,)
