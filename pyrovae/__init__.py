@@ -6,12 +6,13 @@ any objective, and log p(x) is measured by importance sampling with a standard e
 
 __version__ = "0.1.0"
 
-from pyrovae import data, models, nn
+from pyrovae import data, models, nn, plots
 from pyrovae.evaluate import LikelihoodEstimate, active_units, log_likelihood
 from pyrovae.fit import Fit, fit
 from pyrovae.importance import log_weights
 from pyrovae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, VIMCO, Objective, ParticleWeights, Renyi, VRMax
 from pyrovae.runs import load
+from pyrovae.sampling import sample
 
 __all__ = [
     "CIWAE",
@@ -34,4 +35,6 @@ __all__ = [
     "log_weights",
     "models",
     "nn",
+    "plots",
+    "sample",
 ]

@@ -7,7 +7,6 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +23,7 @@ app = typer.Typer(
 )
 out = Console(soft_wrap=True)
 DataDir = Annotated[str | None, typer.Option(help="Folder of the data sets; else $PYROVAE_DATA, else a cache folder.")]
+_INTERRUPTED = 130
 Device = Annotated[str, typer.Option(help='"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...')]
 
 
@@ -68,7 +68,7 @@ def train(
     Without arguments: a VAE on the embedded digits.
     """
     given = {k: v for k, v in context.params.items() if k not in ("run_dir", "resume", "set_")}
-    explicit = {k for k in given if context.get_parameter_source(k) is not click.core.ParameterSource.DEFAULT}
+    explicit = {k for k in given if context.get_parameter_source(k).name != "DEFAULT"}
     job = experiment.Settings(**given, settings=experiment.parse_settings(set_ or []))
     experiment.train(
         job, run_dir=run_dir, resume=resume, explicit=explicit | ({"settings"} if set_ else set()), out=out
@@ -125,19 +125,21 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [a for a in arguments if a != "--debug"]
     try:
         code = app(arguments, prog_name="pyrovae", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        code = 2
-    except click.ClickException as error:
-        code = _fail(error.format_message(), error.exit_code, debug)
-    except DataError as error:
-        code = _fail(error, 3, debug)
-    except (ValueError, TypeError) as error:
-        code = _fail(error, 2, debug)
-    except (FloatingPointError, OSError) as error:
-        code = _fail(error, 1, debug)
-    except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted; go on with --resume", 130, False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            code = 2  # the help is on the screen already
+        elif hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
+            code = _fail(error.format_message(), error.exit_code, debug)
+        else:
+            kinds = {DataError: 3, ValueError: 2, TypeError: 2, FloatingPointError: 1, OSError: 1}
+            known = next((code for kind, code in kinds.items() if isinstance(error, kind)), None)
+            if known is None:
+                raise
+            code = _fail(error, known, debug)
+    if code == _INTERRUPTED:  # some releases of typer return it, others raise
+        _fail("interrupted; go on with --resume", code, debug=False)
     sys.exit(code or 0)
 
 

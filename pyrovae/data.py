@@ -33,16 +33,13 @@ class Images(Dataset[Any]):
     protocol of the IWAE paper (Burda et al., 2016); ``"static"`` draws once, from a CPU generator seeded with ``seed``;
     ``"threshold"`` is :math:`p > 0.5`; ``"none"`` leaves the values alone.
 
-    Args:
-        x: ``[N, *event]``, channels first; integers and booleans become the default float type, unscaled.
-        labels: integers ``[N]``, kept as int64.
-        binarization: "none", "dynamic", "static" or "threshold"; all but "none" ask for values in [0, 1].
-        seed: of the static draw.
-        name: the data's name in messages.
-
-    Raises:
-        DataError: no data, a value that is not finite or outside [0, 1], labels that are not N integers.
-        ValueError: an unknown binarization.
+    :param x: ``[N, *event]``, channels first; integers and booleans become the default float type, unscaled.
+    :param labels: integers ``[N]``, kept as int64.
+    :param binarization: "none", "dynamic", "static" or "threshold"; all but "none" ask for values in [0, 1].
+    :param seed: of the static draw.
+    :param name: the data's name in messages.
+    :raises DataError: no data, a value that is not finite or outside [0, 1], labels that are not N integers.
+    :raises ValueError: an unknown binarization.
 
     >>> grey = Images(torch.full((4, 1, 2, 2), 0.5), torch.arange(4), binarization="dynamic", name="grey")
     >>> grey
@@ -167,21 +164,18 @@ def load(
     below ``train`` and ``test`` (or ``val``, ``valid``) if there are such. Of a set without a test part a tenth is set
     aside, the same tenth whatever the seed, so that no run is tested on what another one was trained on.
 
-    Args:
-        name: of the set.
-        root: the folder with the files, else ``$PYROVAE_DATA``, else ``pyrovae`` in the user's cache folder.
-        binarization: as in :class:`Images`. With "dynamic" the validation and test parts are drawn once per seed, so
-            that models are compared on the same bits.
-        validation: how many (int) or which fraction (float below 1) of the training data to set aside at random. With 0
-            it is the set's own validation part, if it has one (binarized_mnist, a folder with ``train``, ``val`` and
-            ``test``), else None; with any other value, that part joins the training data before the cut.
-        labels: whether the parts carry labels; None, where they have them.
-        seed: of the validation cut and of the draws.
-        download: whether torchvision's sets may be fetched, md5-checked, when they are not there.
-
-    Raises:
-        ValueError: an argument outside its range, an unknown name.
-        DataError: files absent or damaged, images of several sizes, no labels where they are asked for.
+    :param name: of the set.
+    :param root: the folder with the files, else ``$PYROVAE_DATA``, else ``pyrovae`` in the user's cache folder.
+    :param binarization: as in :class:`Images`. With "dynamic" the validation and test parts are drawn once per seed, so
+        that models are compared on the same bits.
+    :param validation: how many (int) or which fraction (float below 1) of the training data to set aside at random.
+        With 0 it is the set's own validation part, if it has one (binarized_mnist, a folder with ``train``, ``val`` and
+        ``test``), else None; with any other value, that part joins the training data before the cut.
+    :param labels: whether the parts carry labels; None, where they have them.
+    :param seed: of the validation cut and of the draws.
+    :param download: whether torchvision's sets may be fetched, md5-checked, when they are not there.
+    :raises ValueError: an argument outside its range, an unknown name.
+    :raises DataError: files absent or damaged, images of several sizes, no labels where they are asked for.
 
     >>> train, validation, test = load("digits", binarization="dynamic", validation=0.1, labels=True)
     >>> len(train), len(validation), len(test), train.event_shape
@@ -212,9 +206,8 @@ def as_dataset(data: Any, *, name: str = "data") -> Images | Dataset[Any] | Data
     ``y`` as labels (a TensorDataset, where ``y`` is not a vector of integers or there are more than two). Integers and
     booleans become the default float type, unscaled; so do the values of NumPy arrays. The rest is returned as it is.
 
-    Raises:
-        DataError: as :class:`Images`; arrays of objects; lengths that differ.
-        TypeError: anything else.
+    :raises DataError: as :class:`Images`; arrays of objects; lengths that differ.
+    :raises TypeError: anything else.
 
     >>> as_dataset((torch.rand(10, 3), torch.arange(10)))
     Images('data', 10 of [3], float32, binarization='none', labelled, cpu)

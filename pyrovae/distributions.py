@@ -66,12 +66,10 @@ class Gaussian(_PixelDistribution):
 
     .. math:: \log p(x \mid \mu, s) = -\tfrac12 ((x - \mu) / s)^2 - \log s - \tfrac12 \log 2 \pi
 
-    Shapes:
-        ``loc`` and ``scale`` broadcast; nats of density per element.
+    Shapes: ``loc`` and ``scale`` broadcast; nats of density per element.
 
-    Example:
-        >>> Gaussian(torch.zeros(2), 1.0).log_prob(torch.tensor([0.0, 2.0]))
-        tensor([-0.9189, -2.9189])
+    >>> Gaussian(torch.zeros(2), 1.0).log_prob(torch.tensor([0.0, 2.0]))
+    tensor([-0.9189, -2.9189])
     """
 
     arg_constraints: ClassVar[dict] = {"loc": constraints.real, "scale": constraints.positive}
@@ -109,16 +107,12 @@ class ContinuousBernoulli(_PixelDistribution):
     :math:`l = 0`, and it saturates at :math:`|l| = 16`. Here the normaliser is a function of the logit, by its power
     series near 0.
 
-    Shapes:
-        ``logits`` of any shape; nats of density per element.
+    Shapes: ``logits`` of any shape; nats of density per element.
 
-    Example:
-        >>> ContinuousBernoulli(torch.tensor([1e-6, 40.0])).log_prob(torch.tensor([1.0, 1.0]))
-        tensor([5.0000e-07, 3.6889e+00])
+    >>> ContinuousBernoulli(torch.tensor([1e-6, 40.0])).log_prob(torch.tensor([1.0, 1.0]))
+    tensor([5.0000e-07, 3.6889e+00])
 
-    Reference:
-        Loaiza-Ganem and Cunningham, *The continuous Bernoulli: fixing a pervasive error in variational autoencoders*,
-        2019.
+    Loaiza-Ganem and Cunningham, *The continuous Bernoulli: fixing a pervasive error in variational autoencoders*, 2019.
     """
 
     _wide = "logits"
@@ -161,17 +155,14 @@ class DiscretizedLogistic(_PixelDistribution):
     midpoint rule, :math:`s \, [\zeta(\mu/s) - \zeta((\mu - 1)/s)]` with :math:`\zeta` the softplus: off by at most 0.15
     of a level for :math:`s \geq w/8`, by 0.03 for :math:`s \geq w/2`.
 
-    Shapes:
-        ``loc`` and ``scale`` broadcast; nats of probability (not density) per element.
+    Shapes: ``loc`` and ``scale`` broadcast; nats of probability (not density) per element.
 
-    Example:
-        >>> pixel = DiscretizedLogistic(torch.tensor(0.4), torch.tensor(0.1))
-        >>> pixel.log_prob(torch.arange(256) / 255).exp().sum()
-        tensor(1.0000)
+    >>> pixel = DiscretizedLogistic(torch.tensor(0.4), torch.tensor(0.1))
+    >>> pixel.log_prob(torch.arange(256) / 255).exp().sum()
+    tensor(1.0000)
 
-    Reference:
-        Kingma et al., *Improving variational inference with inverse autoregressive flow*, 2016; Salimans et al.,
-        *PixelCNN++*, 2017.
+    Kingma et al., *Improving variational inference with inverse autoregressive flow*, 2016; Salimans et al.,
+    *PixelCNN++*, 2017.
     """
 
     arg_constraints: ClassVar[dict] = {"loc": constraints.real, "scale": constraints.positive}

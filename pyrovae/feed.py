@@ -30,9 +30,11 @@ class Feed:
         self.images = source.to(device) if isinstance(source, Images) and _fits(source, device) else None
         self.loader: DataLoader[Any] | None = None
         if self.images is None:
+            if _length(source) == 0:
+                raise DataError("there are no data to train on: pass at least one datum")
             self.loader = source if isinstance(source, DataLoader) else _loader(source, batch_size, device, num_workers)
-        if (size := self.size) == 0:
-            raise DataError("there are no data to train on: pass at least one datum")
+        self._first: Batch | None = None
+        size = self.size
         self.steps = -(-size // batch_size) if self.images is not None and size else _length(self.loader)
 
     @property
@@ -54,10 +56,9 @@ class Feed:
         A dynamic set is drawn once here, to the same bits every time.
         """
         if self.images is None:
-            batch = next(iter(self.loader), None)  # type: ignore[arg-type]
-            if batch is None:
-                raise DataError("there are no data to train on: the DataLoader is empty")
-            return self._moved(batch)
+            if self._first is None:
+                self._first = self._from_loader()
+            return self._first
         index = torch.arange(min(count or self.batch_size, len(self.images)), device=self.device)
         some = self.images.subset(index).fixed()
         return _as_tuple(some.batch(torch.arange(len(some), device=self.device)))
@@ -68,6 +69,18 @@ class Feed:
         whole = images is not None and images.binarization != "dynamic" and position == 0
         x = images.x if whole and images is not None else self.first()[position]
         check_support(x.reshape(-1, *shape) if shape.numel() == x[0].numel() else x, support, site=site)
+
+    def _from_loader(self) -> Batch:
+        batch = next(iter(self.loader), None)  # type: ignore[arg-type]
+        if batch is None:
+            raise DataError("there are no data to train on: the DataLoader is empty")
+        moved = self._moved(batch)
+        if not (moved and isinstance(moved[0], Tensor) and moved[0].dim()):
+            kind = type(batch).__name__
+            raise TypeError(
+                f"batches must be tensors [B, ...], or tuples that begin with one, got a {kind}: convert them"
+            )
+        return moved
 
     def _moved(self, batch: Any) -> Batch:
         return tuple(a.to(self.device, non_blocking=True) if isinstance(a, Tensor) else a for a in _as_tuple(batch))
@@ -89,8 +102,9 @@ def _fits(images: Images, device: torch.device) -> bool:
 
 
 def _loader(source: Dataset[Any], batch_size: int, device: torch.device, num_workers: int | None) -> DataLoader[Any]:
-    workers = min(4, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
     shuffle = not isinstance(source, torch.utils.data.IterableDataset)
+    most = 4 if shuffle else 1  # several workers would each deliver the whole of a stream
+    workers = min(most, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
     return DataLoader(
         source, batch_size=batch_size, shuffle=shuffle, num_workers=workers, pin_memory=device.type == "cuda"
     )

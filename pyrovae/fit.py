@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.infer
 import torch
@@ -50,10 +53,9 @@ class Fit:
     def add(self, metrics: dict[str, Any], patience: int | None) -> None:
         """Take in one epoch; training is finished if the validation bound has not improved for ``patience`` epochs."""
         self.history.append(metrics)
-        bounds = [row["validation_bound"] for row in self.history if "validation_bound" in row]
-        if bounds:
-            self.best_epoch = 1 + max(range(len(bounds)), key=lambda i: (bounds[i], -i))
-            self.finished = patience is not None and len(bounds) - self.best_epoch >= patience
+        if "validation_bound" in metrics:
+            self.best_epoch = max(self.history, key=_validated)["epoch"]
+            self.finished = patience is not None and metrics["epoch"] - self.best_epoch >= patience
 
     def finish(self, device: torch.device) -> None:
         """Sum up the timings."""
@@ -142,6 +144,13 @@ def fit(
     rate = 1e-3 if lr is None else in_range("lr", lr, 0.0)
     make_optimizer = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=rate, fused=True))
     clip = None if clip_norm is None else in_range("clip_norm", clip_norm, 1e-12)
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise ValueError(f"seed must be an integer, got {seed!r}: pass one, and another one for another run")
+    if optimizer is not None and (isinstance(optimizer, Optimizer) or not callable(optimizer)):
+        raise TypeError(
+            f"optimizer must be a function of the parameters, got {type(optimizer).__name__}: "
+            "pass, for instance, lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
     if patience is not None and validation is None:
         raise ValueError("patience needs data to validate on: pass validation, or leave patience out")
     patience = None if patience is None else positive_int("patience", patience)
@@ -155,14 +164,22 @@ def fit(
     with isolated_rng(seed):
         feed = Feed(data, batch_size, place, num_workers)
         pair = prepare(model, guide, feed)
-        stepper = Stepper(model, guide, pair, make_optimizer(list(pair.parameters.values())), feed, clip)
+        made = make_optimizer(list(pair.parameters.values()))
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"optimizer must return a torch.optim optimizer, got {type(made).__name__}: return one")
+        stepper = Stepper(model, guide, pair, made, feed, clip)
         monitor = Monitor(model, guide, pair.modules, feed.first(min(MONITORED, max(100, (feed.size or 0) // 10))))
-        validate = None if validation is None else Validation(model, guide, pair, validation, plan.final, batch_size)
+        validate = None
+        if validation is not None:
+            held_out = Feed(validation, batch_size, place, num_workers)
+            check_data(model, guide, held_out)
+            validate = Validation(model, guide, pair.modules, held_out, plan.final)
         training = {
             "epochs": epochs, "batch_size": batch_size, "schedule": schedule if isinstance(schedule, str) else "custom",
             "lr": rate if optimizer is None else None, "optimizer": type(stepper.optimizer).__name__,
-            "particles": None if particles is None else list(particles), "kl_warmup": kl_warmup, "clip_norm": clip,
-            "patience": patience, "device": str(place), "seed": seed, "threads": torch.get_num_threads(),
+            "particles": plan.particles, "kl_warmup": plan.kl_warmup, "clip_norm": clip,
+            "patience": patience, "device": str(place), "seed": int(seed), "threads": torch.get_num_threads(),
+            "num_data": feed.size, "num_validation": None if validate is None else validate.feed.size,
         }  # fmt: skip
         log = Log(run_dir, pair, stepper.optimizer, resume)
         result = log.open(
@@ -173,8 +190,8 @@ def fit(
         with eval_mode(pair.modules, training=True), ProgressBar(epochs, progress) as bar:
             for epoch in range(len(result.history), 0 if result.finished else epochs):
                 metrics = run_epoch(epoch, feed, stepper, plan)
-                if not metrics["bound"] == metrics["bound"]:
-                    raise FloatingPointError(_blame(model, guide, feed.first(), epoch + 1, run_dir))
+                if math.isnan(metrics["bound"]) or not stepper.finite():
+                    raise FloatingPointError(_blame(model, guide, feed.first(), epoch + 1, log.checkpoint))
                 metrics |= monitor()
                 if validate is not None:
                     metrics["validation_bound"] = validate()
@@ -202,13 +219,19 @@ def prepare(model: Program, guide: Program, feed: Feed) -> Reach:
         terms = [log_prob(s, in_guide=run is drawn) for run in (drawn, joint) for s in run.values() if counts(s)]
         return torch.stack([term.sum() for term in terms]).sum() if terms else torch.zeros(())
 
-    with isolated_rng(), protected_buffers(), pyro.validation_enabled(False), torch.enable_grad():
+    with isolated_rng(), pyro.validation_enabled(False), torch.enable_grad():
         pair = reach(model, guide, log_joint)
     if not pair.parameters:
         raise ValueError("the pair has no parameters to train: use modules, pyro.param or tensors that require grad")
-    for tensor in pair.tensors.values():
-        tensor.data = tensor.data.to(feed.device)
+    pair.to(feed.device)
     return pair
+
+
+def check_data(model: Program, guide: Program, feed: Feed) -> None:
+    """Check the data of a pair that is prepared already."""
+    with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
+        _, joint = record_pair(model, guide, feed.first(), {})
+    _check_observed(joint, feed.first(), feed)
 
 
 def _check_observed(sites: Sites, batch: tuple[Any, ...], feed: Feed) -> None:
@@ -227,7 +250,8 @@ class Stepper:
         self, model: Program, guide: Program, pair: Reach, optimizer: Optimizer, feed: Feed, clip_norm: float | None
     ) -> None:
         self.model, self.guide, self.optimizer, self.clip_norm = model, guide, optimizer, clip_norm
-        self.parameters = list(pair.parameters.values())
+        self.reached = list(pair.parameters.values())
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]  # maybe not all reached ones
         self.announcing_model = _announcing(model, self.parameters[0])
         self.base_lr = [float(group["lr"]) for group in optimizer.param_groups]
         self.full_size = _full_size(model, guide, feed.first())
@@ -243,13 +267,14 @@ class Stepper:
     def __call__(self, objective: Any, batch: tuple[Any, ...]) -> Tensor | float:
         """The loss per datum of one step; nothing is read back from the device."""
         size = self.full_size or len(batch[0])
-        self.optimizer.zero_grad()
+        for parameter in (*self.reached, *self.parameters):
+            parameter.grad = None
         if hasattr(objective, "differentiable_loss"):
             loss = objective.differentiable_loss(self.model, self.guide, *batch) / size
             loss.backward()
             loss = loss.detach()
         else:
-            loss = objective.loss_and_grads(self.announcing_model, self.guide, *batch) / size
+            loss = _first(objective.loss_and_grads(self.announcing_model, self.guide, *batch)) / size
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], size)
         if self.clip_norm is not None:
             clip_grad_norm_(self.parameters, self.clip_norm)
@@ -259,6 +284,15 @@ class Stepper:
     def grad_norm(self) -> float:
         """The 2-norm of the gradient of the last step (after clipping)."""
         return float(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+
+    def finite(self) -> bool:
+        """Whether all parameters still are."""
+        return all(torch.isfinite(p).all().item() for p in self.parameters)
+
+
+def _first(loss: Any) -> Any:
+    """A loss; the model's, where an objective gives one each for model and guide (Pyro's ReweightedWakeSleep)."""
+    return loss[0] if isinstance(loss, tuple) else loss
 
 
 def _announcing(model: Program, parameter: Tensor) -> Program:
@@ -284,16 +318,19 @@ def _full_size(model: Program, guide: Program, batch: tuple[Any, ...]) -> int | 
 class Validation:
     """The bound on held-out data, in nats per datum, in eval mode and on the same noise every time."""
 
-    def __init__(self, model: Program, guide: Program, pair: Reach, data: Any, objective: Any, batch_size: int) -> None:
-        self.model, self.guide, self.pair, self.objective = model, guide, pair, copy.copy(objective)
-        self.data, self.batch_size = datasets.as_dataset(data), batch_size
+    def __init__(
+        self, model: Program, guide: Program, modules: list[torch.nn.Module], feed: Feed, objective: Any
+    ) -> None:
+        self.model, self.guide, self.modules, self.feed, self.objective = model, guide, modules, feed, objective
+        self.full_size = _full_size(model, guide, feed.first())
 
     def __call__(self) -> float:
-        device = next(iter(self.pair.parameters.values())).device
+        data: Any = self.feed.images if self.feed.images is not None else self.feed.loader
         total = count = 0.0
-        with torch.no_grad(), isolated_rng(0), eval_mode(self.pair.modules):
-            for batch in datasets.batches((self.data,), self.batch_size, device=device):
-                total -= self.objective.loss(self.model, self.guide, *batch)
+        with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
+            for batch in datasets.batches((data,), self.feed.batch_size, device=self.feed.device):
+                loss = _first(self.objective.loss(self.model, self.guide, *batch))
+                total -= loss / (self.full_size or len(batch[0])) * len(batch[0])
                 count += len(batch[0])
         return total / count
 
@@ -305,7 +342,9 @@ def run_epoch(epoch: int, feed: Feed, step: Stepper, plan: Plan) -> dict[str, An
     for batch in feed:
         now = epoch + (steps / feed.steps if feed.steps else 0.0)
         step.set_lr(plan.factor(now))
-        total = total + step(plan.at(now), batch) * len(batch[0])
+        # What Pyro's own checks can find they find at the first step; later they cost time, and hide what became NaN.
+        with nullcontext() if epoch == steps == 0 else pyro.validation_enabled(False):
+            total = total + step(plan.at(now), batch) * len(batch[0])
         steps, data = steps + 1, data + len(batch[0])
     if not data:
         raise DataError("there are no data to train on: the data set is empty")
@@ -343,10 +382,16 @@ class Log:
             run.start(config)
             return Fit()
         _check_same(run, config)
+        history = run.rewind(state["epoch"])
         runs.restore(self.pair.tensors, run.weights(), where=str(run.path))
         self.optimizer.load_state_dict(state["optimizer"])
         runs.restore_rng(state["rng"])
-        return Fit(run.rewind(state["epoch"]), best_epoch=state["best_epoch"], finished=state["finished"])
+        return Fit(history, best_epoch=state["best_epoch"], finished=state["finished"])
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last checkpoint, if there is one."""
+        return None if self.run is None else self.run.checkpoint()
 
     def write(self, result: Fit) -> None:
         """Log the epoch just done and write its checkpoints."""
@@ -360,8 +405,8 @@ class Log:
 
     def close(self, result: Fit) -> None:
         """Mark the run as finished."""
-        if self.run is not None and not result.finished:
-            result.finished = True
+        already, result.finished = result.finished, True
+        if self.run is not None and not already:
             self._save_last(result)
 
     def _save_last(self, result: Fit) -> None:
@@ -389,11 +434,9 @@ def _same_but(ignored: tuple[str, ...], old: Any, new: Any) -> bool:
 def describe_objective(objective: pyro.infer.ELBO) -> dict[str, Any]:
     """Class and arguments of an objective, as JSON can hold them."""
     cls = type(objective)
-    arguments = objective.config if isinstance(objective, Objective) else {"num_particles": objective.num_particles}
-    return {
-        "class": f"{cls.__module__}:{cls.__qualname__}",
-        "arguments": {k: v.item() if isinstance(v, Tensor) else v for k, v in arguments.items()},
-    }
+    names = objective._defaults() if isinstance(objective, Objective) else ("num_particles",)
+    arguments = {name: getattr(objective, name) for name in names if hasattr(objective, name)}
+    return {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments}
 
 
 def _owner(model: Program, guide: Program) -> Any:
@@ -402,7 +445,13 @@ def _owner(model: Program, guide: Program) -> Any:
     return owners[0] if len(owners) == 1 else None
 
 
-def _blame(model: Program, guide: Program, batch: tuple[Any, ...], epoch: int, run_dir: Any) -> str:
+def _validated(row: dict[str, Any]) -> float:
+    """An epoch's validation bound; what is not finite was read back from JSON as None."""
+    bound = row.get("validation_bound")
+    return -math.inf if bound is None or math.isnan(bound) else bound
+
+
+def _blame(model: Program, guide: Program, batch: tuple[Any, ...], epoch: int, checkpoint: Path | None) -> str:
     """Say where the first value that is not finite came from."""
     with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
         drawn, joint = record_pair(model, guide, batch, {})
@@ -415,5 +464,5 @@ def _blame(model: Program, guide: Program, batch: tuple[Any, ...], epoch: int, r
         ),
         "every site is finite on the first batch",
     )
-    kept = f'; the last good checkpoint is in "{run_dir}"' if run_dir is not None else ""
-    return f"the loss became NaN in epoch {epoch}: {where}{kept}; lower lr, or pass clip_norm"
+    kept = f'; the last good checkpoint is in "{checkpoint}"' if checkpoint is not None else ""
+    return f"the loss or a parameter became NaN in epoch {epoch}: {where}{kept}; lower lr, or pass clip_norm"

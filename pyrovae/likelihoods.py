@@ -41,16 +41,12 @@ class Likelihood(nn.Module):
     A subclass defines :meth:`pixel`, the distribution of single pixels, and :meth:`start`, the first output to start
     from where the data's mean is known.
 
-    Args:
-        event_shape: shape of one datum.
+    Shapes: ``params`` is ``[..., outputs * event_shape[0], *event_shape[1:]]``, the outputs one after another along the
+    first event axis; :meth:`distribution` has batch shape ``[...]`` and event shape ``event_shape``.
 
-    Attributes:
-        outputs: numbers that the decoder has to give per pixel.
-        options: names of the constructor's other arguments.
-
-    Shapes:
-        ``params`` is ``[..., outputs * event_shape[0], *event_shape[1:]]``, the outputs one after another along the
-        first event axis; :meth:`distribution` has batch shape ``[...]`` and event shape ``event_shape``.
+    :param event_shape: shape of one datum.
+    :ivar outputs: numbers that the decoder has to give per pixel.
+    :ivar options: names of the constructor's other arguments.
     """
 
     outputs: int = 1
@@ -83,9 +79,8 @@ class Likelihood(nn.Module):
 class BernoulliLikelihood(Likelihood):
     """Binary pixels; the decoder gives logits.
 
-    Example:
-        >>> BernoulliLikelihood((1, 28, 28)).distribution(torch.zeros(5, 20, 1, 28, 28)).batch_shape
-        torch.Size([5, 20])
+    >>> BernoulliLikelihood((1, 28, 28)).distribution(torch.zeros(5, 20, 1, 28, 28)).batch_shape
+    torch.Size([5, 20])
     """
 
     def pixel(self, logits: Tensor) -> TorchDistribution:  # type: ignore[override]
@@ -108,14 +103,11 @@ class ContinuousBernoulliLikelihood(BernoulliLikelihood):
 class ScaledLikelihood(Likelihood):
     r"""A likelihood of location and scale; the decoder gives the location.
 
-    Args:
-        event_shape: shape of one datum.
-        scale: a number fixes the scale; ``"learned"`` learns one (see the subclass); ``"per_pixel"`` asks it of the
-            decoder as a second output. The last two are :math:`\mathrm{floor} + \mathrm{softplus}(r + c)`, with c such
-            that :math:`r = 0`, where they start, gives ``floor + first``: the density stays bounded.
-
-    Raises:
-        TypeError, ValueError: ``scale`` is none of these, or a number that is not positive and finite.
+    :param event_shape: shape of one datum.
+    :param scale: a number fixes the scale; ``"learned"`` learns one (see the subclass); ``"per_pixel"`` asks it of the
+        decoder as a second output. The last two are :math:`\mathrm{floor} + \mathrm{softplus}(r + c)`, with c such that
+        :math:`r = 0`, where they start, gives ``floor + first``: the density stays bounded.
+    :raises TypeError, ValueError: ``scale`` is none of these, or a number that is not positive and finite.
     """
 
     options: ClassVar[tuple[str, ...]] = ("scale",)
@@ -155,9 +147,8 @@ class ScaledLikelihood(Likelihood):
 class GaussianLikelihood(ScaledLikelihood):
     """Real pixels, normal around the decoder's output; a learned scale is one number, at least 1e-3, at first 1.
 
-    Example:
-        >>> GaussianLikelihood((3, 32, 32), scale=0.1).distribution(torch.zeros(20, 3, 32, 32)).event_shape
-        torch.Size([3, 32, 32])
+    >>> GaussianLikelihood((3, 32, 32), scale=0.1).distribution(torch.zeros(20, 3, 32, 32)).event_shape
+    torch.Size([3, 32, 32])
     """
 
     floor = 1e-3
@@ -173,10 +164,9 @@ class DiscretizedLogisticLikelihood(ScaledLikelihood):
     A learned scale is one number per channel of an image ``(channels, height, width)``, else one number; it is at
     least an eighth of the grid's step, at first 0.1 above that.
 
-    Example:
-        >>> likelihood = DiscretizedLogisticLikelihood((3, 32, 32), scale="per_pixel")
-        >>> likelihood.distribution(torch.zeros(20, 6, 32, 32)).log_prob(torch.zeros(20, 3, 32, 32)).shape
-        torch.Size([20])
+    >>> likelihood = DiscretizedLogisticLikelihood((3, 32, 32), scale="per_pixel")
+    >>> likelihood.distribution(torch.zeros(20, 6, 32, 32)).log_prob(torch.zeros(20, 3, 32, 32)).shape
+    torch.Size([20])
     """
 
     options: ClassVar[tuple[str, ...]] = ("scale", "levels")
@@ -210,16 +200,14 @@ def make_likelihood(
 ) -> Likelihood:
     """The likelihood of that name; ``scale`` and ``levels`` are refused where it has none.
 
-    Raises:
-        TypeError, ValueError: an unknown name, or an option that this likelihood does not have.
+    :raises TypeError, ValueError: an unknown name, or an option that this likelihood does not have.
 
-    Example:
-        >>> make_likelihood("gaussian", (1, 28, 28), scale=0.1)
-        GaussianLikelihood(event_shape=(1, 28, 28), scale=0.1)
-        >>> make_likelihood("bernoulli", (1, 28, 28), scale=0.1)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: likelihood='bernoulli' has no scale, got scale=0.1: leave it out, or use 'gaussian' or ...
+    >>> make_likelihood("gaussian", (1, 28, 28), scale=0.1)
+    GaussianLikelihood(event_shape=(1, 28, 28), scale=0.1)
+    >>> make_likelihood("bernoulli", (1, 28, 28), scale=0.1)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: likelihood='bernoulli' has no scale, got scale=0.1: leave it out, or use 'gaussian' or ...
     """
     family = lookup("likelihood", name, LIKELIHOODS)
     given: dict[str, Any] = {} if scale == "learned" else {"scale": scale}

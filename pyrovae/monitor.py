@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ class Monitor:
         try:
             importance.probe(model, guide, batch, {})
             self.usable = True
-        except ValueError:  # for instance a latent that only Pyro's enumeration knows
+        except Exception as error:  # for instance a latent that only Pyro's enumeration knows; training may go on
             self.usable = False
+            warnings.warn(f"KL and active units will not be logged: {' '.join(str(error).split())}", stacklevel=3)
 
     def __call__(self) -> dict[str, Any]:
         """``reconstruction`` = E log p(x | z), ``kl``: nats per datum; ``kl_per_unit``, ``active_units``: by site."""
@@ -40,7 +42,12 @@ class Monitor:
                 if point_mass(particles.guide[name]["fn"]) is None
             }
             found["kl_per_unit"] = {name: kl.tolist() for name, kl in kls.items()}
-            found["kl"] = sum(kl.sum().item() for kl in kls.values())
+            if kls.keys() == latent(particles.model).keys():
+                found["kl"] = sum(kl.sum().item() for kl in kls.values())
+            else:  # point masses (autoguides, codes) have a KL only together with the sites that they transform
+                found["kl"] = (
+                    -importance.combine(None, particles.log_prior(), particles.log_guide(), 1, 1).mean().item()
+                )
             means = posterior_means(self.guide, self.batch)
             found["active_units"] = {
                 name: int((m.double().var(0) > 0.01).sum()) for name, m in means.items() if len(m) > 1

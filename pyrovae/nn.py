@@ -47,13 +47,11 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 def fold(function: Callable[[Tensor], Tensor], x: Tensor, event_ndim: int) -> Tensor:
     """Apply a function of one batch dimension to ``x`` with any leading dimensions, as a single batch.
 
-    Shapes:
-        ``x`` is ``[*leading, *event]`` with ``event_ndim`` event dimensions; ``function`` maps ``[N, *event]`` to
-        ``[N, *out]``; the result is ``[*leading, *out]``.
+    Shapes: ``x`` is ``[*leading, *event]`` with ``event_ndim`` event dimensions; ``function`` maps ``[N, *event]`` to
+    ``[N, *out]``; the result is ``[*leading, *out]``.
 
-    Example:
-        >>> fold(nn.Conv2d(1, 3, 4), torch.zeros(5, 2, 1, 8, 8), event_ndim=3).shape
-        torch.Size([5, 2, 3, 5, 5])
+    >>> fold(nn.Conv2d(1, 3, 4), torch.zeros(5, 2, 1, 8, 8), event_ndim=3).shape
+    torch.Size([5, 2, 3, 5, 5])
     """
     leading, event = x.shape[: x.ndim - event_ndim], x.shape[x.ndim - event_ndim :]
     y = function(x.reshape(math.prod(leading), *event))
@@ -84,21 +82,18 @@ class MLP(nn.Sequential):
     .. math:: y = W_L \, a(\cdots a(W_1 x + b_1) \cdots) + b_L, \qquad
               W_{ij} \sim U\!\left(\pm\sqrt{6 / (\mathrm{in} + \mathrm{out})}\right), \quad b = 0
 
-    Args:
-        in_features: size of the last axis of the input.
-        hidden: widths of the hidden layers; ``()`` makes the network one linear layer.
-        out_features: size of the output, or the sizes of several heads that lie side by side in it. Heads share one
-            matrix product and start as separate layers would: "out" in the equation is the size of the head.
-        activation: a name from :data:`ACTIVATIONS`, or anything that returns a module when called.
+    Shapes: ``[..., in_features]`` to ``[..., sum(out_features)]``.
 
-    Shapes:
-        ``[..., in_features]`` to ``[..., sum(out_features)]``.
+    :param in_features: size of the last axis of the input.
+    :param hidden: widths of the hidden layers; ``()`` makes the network one linear layer.
+    :param out_features: size of the output, or the sizes of several heads that lie side by side in it. Heads share one
+        matrix product and start as separate layers would: "out" in the equation is the size of the head.
+    :param activation: a name from :data:`ACTIVATIONS`, or anything that returns a module when called.
 
-    Example:
-        >>> net = MLP(784, (200, 200), (50, 50))
-        >>> mean, log_sigma = net(torch.zeros(5, 20, 784)).split(50, dim=-1)
-        >>> mean.shape
-        torch.Size([5, 20, 50])
+    >>> net = MLP(784, (200, 200), (50, 50))
+    >>> mean, log_sigma = net(torch.zeros(5, 20, 784)).split(50, dim=-1)
+    >>> mean.shape
+    torch.Size([5, 20, 50])
     """
 
     def __init__(
@@ -129,9 +124,8 @@ class MLP(nn.Sequential):
 class DenseEncoder(MLP):
     """An :class:`MLP` that reads an image: ``[..., *input_shape]`` to ``[..., sum(out_features)]``.
 
-    Example:
-        >>> DenseEncoder((1, 8, 8), (32,), 10)(torch.zeros(5, 20, 1, 8, 8)).shape
-        torch.Size([5, 20, 10])
+    >>> DenseEncoder((1, 8, 8), (32,), 10)(torch.zeros(5, 20, 1, 8, 8)).shape
+    torch.Size([5, 20, 10])
     """
 
     def __init__(
@@ -152,12 +146,10 @@ class DenseEncoder(MLP):
 class DenseDecoder(MLP):
     """An :class:`MLP` that writes an image, or ``heads`` images one after another along the first event axis.
 
-    Shapes:
-        ``[..., in_features]`` to ``[..., heads * output_shape[0], *output_shape[1:]]``.
+    Shapes: ``[..., in_features]`` to ``[..., heads * output_shape[0], *output_shape[1:]]``.
 
-    Example:
-        >>> DenseDecoder(10, (32,), (1, 8, 8), heads=2)(torch.zeros(5, 20, 10)).shape
-        torch.Size([5, 20, 2, 8, 8])
+    >>> DenseDecoder(10, (32,), (1, 8, 8), heads=2)(torch.zeros(5, 20, 10)).shape
+    torch.Size([5, 20, 2, 8, 8])
     """
 
     def __init__(
@@ -205,22 +197,17 @@ class ConvEncoder(nn.Module):
 
     Every convolution is 4x4 with padding 1: it halves height and width, rounding down.
 
-    Args:
-        input_shape: ``(channels, height, width)``.
-        hidden: widths of the dense layers between the last convolution and the output.
-        out_features: as in :class:`MLP`.
-        activation: as in :class:`MLP`.
-        channels: output channels of each convolution.
+    Shapes: ``[..., *input_shape]`` to ``[..., sum(out_features)]``.
 
-    Shapes:
-        ``[..., *input_shape]`` to ``[..., sum(out_features)]``.
+    :param input_shape: ``(channels, height, width)``.
+    :param hidden: widths of the dense layers between the last convolution and the output.
+    :param out_features: as in :class:`MLP`.
+    :param activation: as in :class:`MLP`.
+    :param channels: output channels of each convolution.
+    :raises ValueError: the image is too small to be halved ``len(channels)`` times.
 
-    Raises:
-        ValueError: the image is too small to be halved ``len(channels)`` times.
-
-    Example:
-        >>> ConvEncoder((1, 28, 28), (256,), 10)(torch.zeros(5, 20, 1, 28, 28)).shape
-        torch.Size([5, 20, 10])
+    >>> ConvEncoder((1, 28, 28), (256,), 10)(torch.zeros(5, 20, 1, 28, 28)).shape
+    torch.Size([5, 20, 10])
     """
 
     def __init__(
@@ -255,23 +242,18 @@ class ConvDecoder(nn.Module):
     The last layer's bias has the shape of the output, not one number per channel, so that it can hold the data's mean
     image.
 
-    Args:
-        in_features: size of the last axis of the input.
-        hidden: widths of the dense layers in front of the first transposed convolution.
-        output_shape: ``(channels, height, width)``.
-        activation: as in :class:`MLP`.
-        heads: number of images to write, one after another along the channel axis.
-        channels: input channels of each transposed convolution.
+    Shapes: ``[..., in_features]`` to ``[..., heads * channels, height, width]``.
 
-    Shapes:
-        ``[..., in_features]`` to ``[..., heads * channels, height, width]``.
+    :param in_features: size of the last axis of the input.
+    :param hidden: widths of the dense layers in front of the first transposed convolution.
+    :param output_shape: ``(channels, height, width)``.
+    :param activation: as in :class:`MLP`.
+    :param heads: number of images to write, one after another along the channel axis.
+    :param channels: input channels of each transposed convolution.
+    :raises ValueError: the image is too small to be halved ``len(channels)`` times.
 
-    Raises:
-        ValueError: the image is too small to be halved ``len(channels)`` times.
-
-    Example:
-        >>> ConvDecoder(10, (256,), (3, 27, 31))(torch.zeros(5, 20, 10)).shape
-        torch.Size([5, 20, 3, 27, 31])
+    >>> ConvDecoder(10, (256,), (3, 27, 31))(torch.zeros(5, 20, 10)).shape
+    torch.Size([5, 20, 3, 27, 31])
     """
 
     def __init__(

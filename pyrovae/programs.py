@@ -23,11 +23,16 @@ Program = Callable[..., Any]
 
 
 def roots(*programs: Program) -> list[nn.Module]:
-    """The modules that the programs are, or are methods of, each once and in order."""
+    """The modules that the programs are, or are methods of, each once and in order.
+
+    Partial functions are looked into: Pyro's handlers (``poutine.scale(model, ...)``) hold a program as an argument.
+    """
     found: dict[nn.Module, None] = {}
-    for program in programs:
-        while isinstance(program, partial):
-            program = program.func
+    pending: list[Any] = list(programs)
+    while pending:
+        program = pending.pop(0)
+        if isinstance(program, partial):
+            pending = [program.func, *program.args, *program.keywords.values(), *pending]
         for candidate in (program, getattr(program, "__self__", None)):
             if isinstance(candidate, nn.Module):
                 found[candidate] = None
@@ -178,11 +183,23 @@ def depends_on(root: Tensor, nodes: set[Any]) -> bool:
 
 @dataclass
 class Reach:
-    """What a pair of programs reaches: its modules, its parameters, and all that a checkpoint must hold, by name."""
+    """What a pair of programs reaches: its modules, its parameters, and tensors that belong to no module, by name."""
 
     modules: list[nn.Module]
     parameters: dict[str, Tensor]
-    tensors: dict[str, Tensor]
+    loose: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold, as it is now: a module may have put other tensors in its buffers' place."""
+        return _module_state(self.modules) | self.loose
+
+    def to(self, device: torch.device) -> None:
+        """Move everything, in place."""
+        for module in self.modules:
+            module.to(device)
+        for tensor in self.loose.values():
+            tensor.data = tensor.data.to(device)
 
 
 def reach(model: Program, guide: Program, log_prob: Callable[[], Tensor]) -> Reach:
@@ -191,22 +208,28 @@ def reach(model: Program, guide: Program, log_prob: Callable[[], Tensor]) -> Rea
     In this order, each tensor once: those of the modules that the programs are, belong to or call; those of Pyro's
     parameter store; leaves that the programs close over.
     """
-    with reached_modules(model, guide) as found, poutine.trace(param_only=True) as store:
+    with protected_buffers(), reached_modules(model, guide) as found, poutine.trace(param_only=True) as store:
         leaves = graph_leaves(log_prob())
     below = {child for module in found for child in module.modules() if child is not module}
     modules = [module for module in found if module not in below]
-    prefixes = [""] if len(modules) == 1 else [f"{i}." for i in range(len(modules))]
-    tensors = {
-        prefix + name: tensor
-        for prefix, module in zip(prefixes, modules, strict=True)
-        for name, tensor in module.state_dict(keep_vars=True).items()
-    }
+    tensors = _module_state(modules)
     known = {id(tensor) for tensor in tensors.values()}
+    loose = {}
     stored = {f"param.{name}": site["value"].unconstrained() for name, site in store.trace.nodes.items()}  # type: ignore[union-attr]
     for name, tensor in (stored | {f"leaf.{i}": leaf for i, leaf in enumerate(leaves)}).items():
         if id(tensor) not in known:
             known.add(id(tensor))
-            tensors[name] = tensor
+            loose[name] = tensor
+    tensors |= loose
     unique = {id(tensor): name for name, tensor in reversed(tensors.items()) if tensor.requires_grad}
     parameters = {name: tensors[name] for name in reversed(unique.values())}
-    return Reach(modules, parameters, tensors)
+    return Reach(modules, parameters, loose)
+
+
+def _module_state(modules: list[nn.Module]) -> dict[str, Tensor]:
+    prefixes = [""] if len(modules) == 1 else [f"{i}." for i in range(len(modules))]
+    return {
+        prefix + name: tensor
+        for prefix, module in zip(prefixes, modules, strict=True)
+        for name, tensor in module.state_dict(keep_vars=True).items()
+    }

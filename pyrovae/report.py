@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrovae import plots
 from pyrovae.data import Images
 from pyrovae.evaluate.diagnostics import posterior_means
-from pyrovae.programs import eval_mode, isolated_rng, roots
+from pyrovae.programs import evaluating, isolated_rng, roots
 from pyrovae.sampling import sample
 from pyrovae.sites import counts, record_pair
 
@@ -32,7 +32,7 @@ def pictures(pair: Any, test: Images, history: list[dict[str, Any]], folder: Pat
         if rebuilt is not None:
             drawn.append(plots.reconstructions(x[:16], rebuilt, folder / "reconstructions.png"))
     device = next((p.device for module in roots(pair.model) for p in module.parameters()), None)
-    with torch.no_grad(), isolated_rng(seed), eval_mode(roots(pair.model, pair.guide)):
+    with torch.no_grad(), isolated_rng(seed), evaluating(pair.model, pair.guide):
         means = posterior_means(pair.guide, (x[:PLANE_POINTS].to(device),))
     vectors = [mean for mean in means.values() if mean.dim() == 2]
     if vectors:
@@ -47,7 +47,7 @@ def pictures(pair: Any, test: Images, history: list[dict[str, Any]], folder: Pat
 def reconstruct(pair: Any, x: Tensor, *, seed: int = 0) -> Tensor | None:
     """Mean of p(x' | z) at one draw z from q(z | x); None where the observed site has no mean."""
     device = next((p.device for module in roots(pair.model) for p in module.parameters()), x.device)
-    with torch.no_grad(), isolated_rng(seed), eval_mode(roots(pair.model, pair.guide)):
+    with torch.no_grad(), isolated_rng(seed), evaluating(pair.model, pair.guide):
         _, joint = record_pair(pair.model, pair.guide, (x.to(device),), {})
     observed = [s for s in joint.values() if counts(s) and s["is_observed"] and s["value"].shape == x.shape]
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pyrovae.arguments import DataError
+from pyrovae.programs import isolated_rng
 
 CONFIG, METRICS, RESULTS, WEIGHTS, STATE = (
     "config.json",
@@ -47,12 +48,23 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def as_json(content: Any) -> Any:
-    """``content`` as it reads back from JSON: numbers that are not finite become null, tuples lists."""
+    """``content`` as it reads back from JSON: numbers that are not finite become null, tuples and tensors lists.
+
+    What JSON cannot hold becomes its name.
+    """
     if isinstance(content, Mapping):
         return {str(key): as_json(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [as_json(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    if isinstance(content, Tensor | np.ndarray | np.generic):
+        return as_json(content.tolist())
+    if isinstance(content, float):
+        return float(content) if math.isfinite(content) else None
+    if content is None or isinstance(content, str | int):
+        return content
+    return (
+        str(content) if isinstance(content, os.PathLike) else getattr(content, "__qualname__", type(content).__name__)
+    )
 
 
 class Run:
@@ -85,23 +97,28 @@ class Run:
     def config(self) -> dict[str, Any]:
         """The run's config; a DataError where there is none, or it is not JSON."""
         try:
-            return json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            config = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError(f"it holds a {type(config).__name__}")
+            return config
+        except (OSError, ValueError) as error:
             raise DataError(
                 f'"{self.path}" holds no run: {CONFIG} is absent or unreadable ({_brief(error)}); pass the folder that '
                 "pyrovae train or pyrovae.fit(run_dir=...) wrote"
             ) from error
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Append one epoch's metrics."""
+        """Append one epoch's metrics, and wait until they are on disk: no checkpoint may be ahead of them."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(as_json(metrics), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def history(self) -> list[dict[str, Any]]:
         """The metrics of every epoch; a last line cut short by a crash is left out."""
         path = self.path / METRICS
         rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
@@ -110,7 +127,12 @@ class Run:
 
     def rewind(self, epoch: int) -> list[dict[str, Any]]:
         """Forget the metrics of epochs after ``epoch``, which a resumed run will log again."""
-        rows = [row for row in self.history() if row["epoch"] <= epoch]
+        rows = self.history()[:epoch]
+        if [row.get("epoch") for row in rows] != list(range(1, epoch + 1)):
+            raise DataError(
+                f'"{self.path / METRICS}" is damaged: its epochs do not run from 1 to {epoch}, where the '
+                "last checkpoint is; restore it, or train again"
+            )
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
@@ -119,11 +141,16 @@ class Run:
     def save(self, name: str, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
         """Write the checkpoint ``name`` ("last" or "best") aside, then swap it in."""
         new, old = self.path / f"{name}.new", self.path / f"{name}.old"
+        if old.exists() and not (self.path / name).exists():  # a crash came between two renames: the old one counts
+            old.replace(self.path / name)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, new / WEIGHTS)
         if state is not None:
             torch.save(dict(state), new / STATE)
+        for path in new.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         shutil.rmtree(old, ignore_errors=True)
         if (self.path / name).exists():
             (self.path / name).replace(old)
@@ -153,7 +180,12 @@ class Run:
         if folder is None:
             return None
         try:
-            return torch.load(folder / STATE, weights_only=True)
+            state = torch.load(folder / STATE, weights_only=True)
+            if not (
+                isinstance(state, dict) and {"epoch", "best_epoch", "finished", "optimizer", "rng"} <= state.keys()
+            ):
+                raise ValueError("it is no state of a run")
+            return state
         except Exception as error:
             raise DataError(f'"{folder / STATE}" is damaged ({_brief(error)}): restore it, or train again') from error
 
@@ -182,18 +214,40 @@ def describe(owner: Any) -> dict[str, Any] | None:
     return {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments}
 
 
-def find_class(path: str) -> type:
-    """The model class at ``module:Class``; a ValueError where there is none, or it is no ``nn.Module``."""
+def find_class(path: str, *, outside: Path | None = None) -> type:
+    """The model class at ``module:Class``; a ValueError where there is none, or it is no ``nn.Module``.
+
+    With ``outside`` nothing that lies in that folder is imported.
+    """
     module, _, name = path.partition(":")
+    if outside is not None and _lies_in(outside, module):
+        raise ValueError(f'the class "{path}" lies in the run itself, whose code is never executed: move it elsewhere')
     try:
         cls: Any = importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise ValueError(f'cannot import "{module}" for the model "{path}" ({error}): run where it can be') from error
     for part in name.split("."):
         cls = getattr(cls, part, None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f'"{path}" is no model class: name an nn.Module with .model and .guide as module:Class')
     return cls
+
+
+def _lies_in(folder: Path, module: str) -> bool:
+    """Whether a part of a dotted module path would be read from the folder; nothing in the folder is executed."""
+    folder, parts = folder.resolve(), module.split(".")
+    for i in range(len(parts)):
+        try:
+            spec = importlib.util.find_spec(".".join(parts[: i + 1]))  # imports the parts before it
+        except (ImportError, ValueError):
+            return False
+        if spec is None:
+            return False
+        places = [spec.origin] if spec.has_location and spec.origin else []
+        for place in map(Path, [*places, *(spec.submodule_search_locations or ())]):
+            if folder in (place.resolve(), *place.resolve().parents):
+                return True
+    return False
 
 
 def load(run_dir: str | os.PathLike[str], *, pair: nn.Module | None = None, checkpoint: str = "last") -> nn.Module:
@@ -211,13 +265,14 @@ def load(run_dir: str | os.PathLike[str], *, pair: nn.Module | None = None, chec
     run = Run(run_dir)
     described = run.config().get("model")
     if pair is None:
-        if not described:
+        if not (isinstance(described, dict) and described.keys() >= {"class", "arguments"}):
             raise ValueError(
                 f'the run "{run.path}" was made of programs without a .config, which cannot be built again: '
                 "build the pair yourself and pass pair="
             )
-        pair = find_class(described["class"])(**described["arguments"])
-    elif described and describe(pair) not in (None, described):
+        with isolated_rng():
+            pair = find_class(described["class"], outside=run.path)(**described["arguments"])
+    elif described and as_json(describe(pair)) not in (None, described):
         raise DataError(f'the run "{run.path}" holds {described}, the pair is {describe(pair)}: pass the same model')
     restore(dict(pair.state_dict(keep_vars=True)), run.weights(checkpoint), where=str(run.path))
     return pair.eval()

@@ -40,22 +40,17 @@ def sample(
     Modules run in eval mode and get their own mode back. Where a plate subsamples, the model is run until there are
     ``n`` data; latents outside the plate are then drawn once per run.
 
-    Args:
-        model: a pair (its ``.model`` is run), or any Pyro model whose first argument is ``x``.
-        n: how many.
-        args: what the model takes after ``x``, such as labels ``[n]``.
-        returns: "means" or "draws".
-        site: which site to return; needed where the model observes several, allowed for latent ones.
-        like: data as the model takes them (a tensor ``[N, *event]``, a Dataset, ...), of which only the shape of a
-            datum and the dtype are used; not needed where the model belongs to a module that has an ``input_shape``.
-        seed: isolates and seeds the draws; None takes them from the global generators.
-
-    Shapes:
-        ``[n, *event]``, without gradient.
-
-    Raises:
-        ValueError: an argument outside its range; no ``like`` where it is needed; no site that observes ``x``, or
-            several; a distribution without a mean.
+    :param model: a pair (its ``.model`` is run), or any Pyro model whose first argument is ``x``.
+    :param n: how many.
+    :param args: what the model takes after ``x``, such as labels ``[n]``.
+    :param returns: "means" or "draws".
+    :param site: which site to return; needed where the model observes several, allowed for latent ones.
+    :param like: data as the model takes them (a tensor ``[N, *event]``, a Dataset, ...), of which only the shape of a
+        datum and the dtype are used; not needed where the model belongs to a module that has an ``input_shape``.
+    :param seed: isolates and seeds the draws; None takes them from the global generators.
+    :return: ``[n, *event]``, without gradient.
+    :raises ValueError: an argument outside its range; no ``like`` where it is needed; no site that observes ``x``, or
+        several; a distribution without a mean.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -112,9 +107,8 @@ def _run(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], redraw
         if redraw.site not in redraw.names:  # it observes a copy of x, as of x[index]: now known by its name
             return _run(program, args, kwargs, redraw)
     if redraw.site not in record.sites:
-        raise ValueError(
-            f'the model has no site "{redraw.site}", but {quoted(record.sites)}: pass one of those as site'
-        )
+        known = quoted(name for name, found in record.sites.items() if counts(found))
+        raise ValueError(f'the model has no site "{redraw.site}", but {known}: choose one of those')
     return record.sites[redraw.site]
 
 

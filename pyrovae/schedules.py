@@ -10,7 +10,7 @@ from typing import Any
 
 import pyro.infer
 
-from pyrovae.arguments import in_range, lookup, positive_int
+from pyrovae.arguments import in_range, lookup, sizes
 from pyrovae.objectives import Objective
 
 Schedule = Callable[[float], float]  # training progress in [0, 1) -> factor of the learning rate
@@ -51,7 +51,8 @@ def make_schedule(schedule: str | Schedule) -> Schedule:
 class Plan:
     """What changes while training: learning rate, particles and kl_weight, as functions of progress."""
 
-    objective: pyro.infer.ELBO
+    objective: pyro.infer.ELBO  # the caller's, never changed
+    current: pyro.infer.ELBO
     epochs: int
     schedule: Schedule
     particles: tuple[int, ...] | None
@@ -66,28 +67,36 @@ class Plan:
                 f"particles and kl_warmup need one of pyrovae's objectives, got {type(objective).__name__}: "
                 "leave them out, or take pyrovae's equal of it"
             )
-        stages = None if particles is None else tuple(positive_int("particles", k) for k in particles)
+        stages = None if particles is None else sizes("particles", particles)
         if stages == ():
             raise ValueError("particles is empty: give a number for each stage, or leave it out")
+        for number in stages or ():  # some objectives need two at least
+            cls._check_number(objective, number)
         warmup = in_range("kl_warmup", kl_warmup, 0.0)
-        return cls(copy.copy(objective), epochs, make_schedule(schedule), stages, warmup)
+        return cls(objective, copy.copy(objective), epochs, make_schedule(schedule), stages, warmup)
+
+    @staticmethod
+    def _check_number(objective: Any, number: int) -> None:
+        if type(objective).__module__.startswith("pyrovae."):
+            type(objective)(**objective.config | {"num_particles": number})
 
     @property
     def final(self) -> pyro.infer.ELBO:
-        """The objective as it is once everything has grown."""
-        return self.at(self.epochs)
+        """The objective as it is once everything has grown, as an object of its own."""
+        return copy.copy(self.at(self.epochs, warm=True))
 
-    def at(self, epoch: float) -> pyro.infer.ELBO:
-        """The objective after ``epoch`` epochs (a fraction counts)."""
-        if self.particles is None and not self.kl_warmup:
-            return self.objective
-        objective = copy.copy(self.objective)
+    def at(self, epoch: float, *, warm: bool = False) -> pyro.infer.ELBO:
+        """The objective after ``epoch`` epochs (a fraction counts): one object, so that it checks its pair only once.
+
+        With ``warm`` the KL's warm-up counts as over.
+        """
         if self.particles is not None:
             stage = min(int(epoch * len(self.particles) / self.epochs), len(self.particles) - 1)
-            objective.num_particles = self.particles[stage]
-        if epoch < self.kl_warmup:
-            objective.kl_weight = self.objective.kl_weight * (epoch / self.kl_warmup)  # type: ignore[attr-defined]
-        return objective
+            self.current.num_particles = self.particles[stage]
+        if self.kl_warmup:
+            factor = 1.0 if warm else min(epoch / self.kl_warmup, 1.0)
+            self.current.kl_weight = self.objective.kl_weight * factor  # type: ignore[attr-defined]
+        return self.current
 
     def factor(self, epoch: float) -> float:
         """The factor of the learning rate after ``epoch`` epochs."""

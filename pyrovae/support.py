@@ -26,14 +26,11 @@ def check_support(
     Works through ``x`` in pieces of about 64 MB, with one wait for the device each. A dependent support (or None) asks
     only for finite values; bounds that vary between pixels count with their widest values.
 
-    Args:
-        x: the data.
-        support: a constraint of ``torch.distributions``, such as ``distribution.support``.
-        site: the observed site's name.
-        likelihood: the likelihood's name, for the message.
-
-    Raises:
-        DataError: naming the first offending index, its value, the range received and the fix.
+    :param x: the data.
+    :param support: a constraint of ``torch.distributions``, such as ``distribution.support``.
+    :param site: the observed site's name.
+    :param likelihood: the likelihood's name, for the message.
+    :raises DataError: naming the first offending index, its value, the range received and the fix.
 
     >>> check_support(torch.tensor([[0.0, 1.0]]), constraints.boolean)
     >>> check_support(torch.tensor([[0.0, 0.53]]), constraints.boolean)  # doctest: +ELLIPSIS

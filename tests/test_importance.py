@@ -11,9 +11,7 @@ from pyro.infer import Trace_ELBO, autoguide
 from torch import nn
 
 import pyrovae as pv
-
-X = torch.tensor([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.8]], dtype=torch.float64)
-B = len(X)
+from tests.laws.programs import B, X, lp, normal, plain_guide, plain_model, run_of, seeded_loss, weights_and_values
 
 
 @pytest.fixture(autouse=True)
@@ -27,60 +25,7 @@ def clean_state():
     pyro.clear_param_store()
 
 
-def normal(loc, scale=1.0):
-    return dist.Normal(loc, scale)
-
-
-def plain_model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", normal(x.new_zeros(2)).to_event(1))
-        pyro.sample("x", normal(z, 0.7).to_event(1), obs=x)
-
-
-def plain_guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", normal(0.5 * x, 0.8).to_event(1))
-
-
-def run_of(call, model, guide, *args):
-    """What ``call`` returns, and the values of all sites in its last run of the programs."""
-    seen = {}
-
-    class Keep(poutine.messenger.Messenger):
-        def _pyro_post_sample(self, msg):
-            seen[msg["name"]] = msg["value"].detach()
-
-    def kept(program):
-        def run(*args):
-            with Keep():
-                program(*args)
-
-        return run
-
-    return call(kept(model), kept(guide), *args), seen
-
-
-def weights_and_values(model, guide, *args, num_particles=4, **options):
-    def call(*programs_and_args):
-        return pv.log_weights(*programs_and_args, num_particles=num_particles, **options)
-
-    return run_of(call, model, guide, *args)
-
-
-def lp(fn, value, event_dim=0):
-    """Log-probability by hand, event dimensions summed."""
-    out = fn.log_prob(value)
-    return out.sum(tuple(range(-event_dim, 0))) if event_dim else out
-
-
-def seeded_loss(objective, model, guide, *args, params=()):
-    pyro.set_rng_seed(3)
-    loss = objective.differentiable_loss(model, guide, *args)
-    grads = torch.autograd.grad(loss, params, allow_unused=True) if params else ()
-    return loss.item(), grads
-
-
-# --- shapes -----------------------------------------------------------------------------------------------------------
+# --- shapes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num", [1, 4])
@@ -170,99 +115,7 @@ def test_weights_losses_and_gradients_keep_their_dtype(dtype):
         assert torch.autograd.grad(loss, slope)[0].dtype == dtype
 
 
-# --- scales -----------------------------------------------------------------------------------------------------------
-
-
-def learned(theta, phi, scale_x=1.0, scale_z=1.0, guide_scale=None):
-    """A two-layer pair whose sites are scaled as asked."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            with poutine.scale(scale=scale_z):
-                z = pyro.sample("z", normal(torch.zeros(2)).to_event(1))
-                y = pyro.sample("y", normal(theta * z.sum(-1), 0.9))
-            with poutine.scale(scale=scale_x):
-                pyro.sample("x", normal(theta * z + y.unsqueeze(-1), 0.7).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)), poutine.scale(scale=scale_z if guide_scale is None else guide_scale):
-            z = pyro.sample("z", normal(phi * x, phi.exp() / 2).to_event(1))
-            pyro.sample("y", normal(phi * z.sum(-1), 0.8))
-
-    return model, guide
-
-
-@pytest.mark.parametrize("gradient", ["total", "stl", "dreg"])
-@pytest.mark.parametrize("make", [pv.ELBO, pv.IWAE, pv.MIWAE, pv.PIWAE])
-def test_a_scale_on_some_sites_tempers_them_as_the_weights_do(make, gradient):
-    params = [torch.tensor(0.6, requires_grad=True), torch.tensor(0.4, requires_grad=True)]
-    weighted = make(num_particles=3, gradient=gradient, kl_weight=0.5, likelihood_weight=2.0)
-    scaled = make(num_particles=3, gradient=gradient)
-    a = seeded_loss(weighted, *learned(*params), X, params=params)
-    b = seeded_loss(scaled, *learned(*params, scale_x=2.0, scale_z=0.5), X, params=params)
-    assert a[0] == pytest.approx(b[0], rel=1e-12)
-    torch.testing.assert_close(a[1], b[1], rtol=1e-10, atol=1e-11)
-
-
-def test_tempering_of_one_site_is_inside_the_logarithm_and_log_weights_ignore_it():
-    model, guide = learned(torch.tensor(0.6), torch.tensor(0.4), scale_x=2.0)
-    plain = learned(torch.tensor(0.6), torch.tensor(0.4))
-    values = []
-    for pair in ((model, guide), plain):
-        pyro.set_rng_seed(3)
-        values.append(pv.log_weights(*pair, X, num_particles=3))
-    torch.testing.assert_close(*values)
-    (loss, _), seen = run_of(lambda m, g, x: seeded_loss(pv.IWAE(3), m, g, x), model, guide, X)
-    likelihood = lp(normal(0.6 * seen["z"] + seen["y"].unsqueeze(-1), 0.7), X, 1)
-    assert loss == pytest.approx(-float((values[0] + likelihood).exp().mean(0).log().sum()), rel=1e-12)
-
-
-def test_the_elbo_scales_each_site_as_trace_elbo_does():
-    params = [torch.tensor(0.6, requires_grad=True), torch.tensor(0.4, requires_grad=True)]
-    pair = learned(*params, scale_x=3.0, scale_z=0.5, guide_scale=2.0)
-    ours = seeded_loss(pv.ELBO(3), *pair, X, params=params)
-    theirs = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
-    theirs = seeded_loss(theirs, *pair, X, params=params)
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-12)
-    torch.testing.assert_close(ours[1], theirs[1])
-
-
-def test_a_tempered_discrete_latent_has_the_gradient_of_kl_weight():
-    logit = torch.tensor(0.3, requires_grad=True)
-
-    def pair(scale):
-        def model(x):
-            with pyro.plate("data", len(x)):
-                with poutine.scale(scale=scale):
-                    c = pyro.sample("c", dist.Bernoulli(0.4))
-                pyro.sample("x", normal(c, 0.7), obs=x)
-
-        def guide(x):
-            with pyro.plate("data", len(x)), poutine.scale(scale=scale):
-                pyro.sample("c", dist.Bernoulli(logits=logit * x))
-
-        return model, guide
-
-    scaled = seeded_loss(pv.IWAE(3), *pair(0.5), X[:, 0], params=[logit])
-    weighted = seeded_loss(pv.IWAE(3, kl_weight=0.5), *pair(1.0), X[:, 0], params=[logit])
-    assert scaled[0] == pytest.approx(weighted[0])
-    torch.testing.assert_close(scaled[1], weighted[1])
-
-
-def test_dreg_refuses_latents_tempered_differently():
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", normal(0.5 * x, 0.8).to_event(1))
-            with poutine.scale(scale=0.5):
-                pyro.sample("y", normal(z.sum(-1), 0.8))
-
-    model, _ = learned(torch.tensor(0.6), torch.tensor(0.4))
-    with pytest.raises(ValueError, match='"y"'):
-        pv.IWAE(3, gradient="dreg").differentiable_loss(model, guide, X)
-    pv.IWAE(3).differentiable_loss(model, guide, X)
-
-
-# --- masks, factors, marks ----------------------------------------------------------------------------------------------
+# --- masks, factors, marks ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["poutine", "distribution"])
@@ -354,7 +207,7 @@ def test_guides_without_latents_and_deterministic_sites():
         assert objective.loss(model, guide, X) == pytest.approx(-float(exact.sum()))
 
 
-# --- autoguides ---------------------------------------------------------------------------------------------------------
+# --- autoguides -----------------------------------------------------------------------------------------------------
 
 
 def auto_model(x):
@@ -425,7 +278,7 @@ def test_autodelta_is_map_under_total_and_refused_under_stl():
             pv.ELBO(gradient=gradient).differentiable_loss(auto_model, guide, x)
 
 
-# --- folding --------------------------------------------------------------------------------------------------------------
+# --- folding --------------------------------------------------------------------------------------------------------
 
 
 class OneBatchDimension(nn.Module):
@@ -451,7 +304,9 @@ def test_folded_particles_reach_networks_of_one_batch_dimension(objective):
             pyro.sample("z", normal(network(x) / 2, 0.5**0.5).to_event(1))
 
     exact = lp(normal(0.0, 2**0.5), X, 1)
-    torch.testing.assert_close(pv.log_weights(model, guide, X, num_particles=4, fold_particles=True), exact.expand(4, B))
+    torch.testing.assert_close(
+        pv.log_weights(model, guide, X, num_particles=4, fold_particles=True), exact.expand(4, B)
+    )
     assert objective(num_particles=4, fold_particles=True).loss(model, guide, X) == pytest.approx(-float(exact.sum()))
     with pytest.raises(RuntimeError, match="expected"):
         objective(num_particles=4).loss(model, guide, X)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.arguments import in_range
-from pyrovae.programs import Program, eval_mode, isolated_rng, reached_modules, roots
+from pyrovae.programs import Program, evaluating, isolated_rng, roots
 from pyrovae.sites import Record, Site, frames, latent, point_mass
 
 _DRAWS = 64  # where a site's mean is not known in closed form
@@ -50,22 +50,20 @@ def active_units(
     source = datasets.as_dataset(data)
     device = next((p.device for module in roots(guide) for p in module.parameters()), None)
     means: dict[str, list[Tensor]] = {}
-    modules = None
-    with torch.no_grad(), isolated_rng(0):
+    size = 0
+    with torch.no_grad(), isolated_rng(0), evaluating(guide):
         for batch in datasets.batches((source,), batch_size, device=device):
-            if modules is None:
-                with reached_modules(guide) as found, eval_mode(roots(guide)):
-                    _record(guide, batch)
-                modules = list(found)
-            with eval_mode(modules):
-                for name, mean in posterior_means(guide, batch).items():
-                    means.setdefault(name, []).append(mean.double())
+            size += len(batch[0])
+            for name, mean in posterior_means(guide, batch).items():
+                means.setdefault(name, []).append(mean.double())
+    if size < 2:
+        raise datasets.DataError(f"a variance over data needs two of them at least, got {size}: pass more")
     variances = {name: torch.cat(parts).var(0) for name, parts in means.items()}
     return {name: ActiveUnits(v, int((v > threshold).sum())) for name, v in variances.items()}
 
 
 def posterior_means(guide: Program, batch: tuple[Any, ...]) -> dict[str, Tensor]:
-    """The mean of each latent site over the guide, ``[B, *event]``; see :func:`active_units`."""
+    """The mean of each latent site over the guide, ``[B, *other plates, *event]``; see :func:`active_units`."""
     sites = _record(guide, batch)
     auxiliary = any(site["infer"].get("is_auxiliary") for site in sites.values())
     means = {name: _closed_form_mean(site, auxiliary) for name, site in sites.items() if _per_datum(site)}
@@ -73,7 +71,7 @@ def posterior_means(guide: Program, batch: tuple[Any, ...]) -> dict[str, Tensor]
     if unknown:
         draws = [sites, *(_record(guide, batch) for _ in range(_DRAWS - 1))]
         means |= {name: torch.stack([d[name]["value"].double() for d in draws]).mean(0) for name in unknown}
-    return means  # type: ignore[return-value]
+    return {name: mean.movedim(-1 - len(sites[name]["fn"].event_shape), 0) for name, mean in means.items()}  # type: ignore[union-attr]
 
 
 def _record(guide: Program, batch: tuple[Any, ...]) -> dict[str, Site]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import Delta
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,10 +19,19 @@ from pyrovae import data as datasets
 from pyrovae import importance
 from pyrovae.arguments import positive_int
 from pyrovae.evaluate.psis import pareto_k, tail_size
-from pyrovae.programs import Program, eval_mode, isolated_rng, protected_buffers, reached_modules, roots
+from pyrovae.programs import (
+    Program,
+    eval_mode,
+    evaluating,
+    isolated_rng,
+    protected_buffers,
+    reached_modules,
+    roots,
+)
 from pyrovae.sites import latent, point_mass
 
 RELIABLE_K = 0.7
+EQUAL = 1e-3  # relative spread of the weights of a posterior-equal guide, which is rounding only
 MEMORY = 2 * 2**30  # bytes that one evaluation may take
 WORKING_SET = {"cpu": 96 * 2**20, "cuda": 2**30}  # larger passes gain nothing: they leave the caches
 
@@ -62,8 +72,9 @@ class LikelihoodEstimate:
 
     @property
     def unreliable(self) -> float:
-        """The share of data whose Pareto k is above 0.7."""
-        return (self.pareto_k > RELIABLE_K).double().mean().item()
+        """The share of data whose Pareto k is above 0.7; weights that are all but equal are reliable whatever it is."""
+        spread = self.std_error * math.sqrt(self.num_samples)
+        return ((self.pareto_k > RELIABLE_K) & (spread > EQUAL)).double().mean().item()
 
     def warning(self) -> str | None:
         """What a reader must know before quoting :attr:`nll`, or None."""
@@ -127,7 +138,8 @@ def log_likelihood(
     :param seed: isolates and seeds the draws; None takes them from torch's global generator.
     :param chunk_size: draws per pass; None takes what fits in ``memory`` bytes and halves it if memory runs out. The
         same seed gives the same draws only with the same chunk_size, which None chooses from sizes alone.
-    :raises ValueError: for a pair without a density (a Delta guide on a continuous latent), or NaN weights.
+    :raises ValueError: for a pair without a density (a Delta guide on a continuous latent), weights that are NaN or
+        infinite, and joint weights (latents outside the data plate) of data that come in several batches.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -154,10 +166,15 @@ def log_likelihood(
         for batch in datasets.batches(args, batch_size, seed=seed or 0, device=device):
             if sampler is None:
                 sampler = _Sampler(model, guide, batch, kwargs, num_samples, chunk_size, fold_particles, memory)
+            if sampler.joint and (results or batch_size is not None):
+                raise ValueError(
+                    "the pair has latents outside the data plate, so that its weights are joint over the data, which "
+                    "therefore cannot come in batches: pass them whole, as tensors, without batch_size"
+                )
             results.append(sampler(batch))
     if sampler is None:
         raise datasets.DataError("there are no data to evaluate: pass at least one datum")
-    columns = [torch.cat(c) if c[0].dim() else c[0] for c in zip(*results, strict=True)]
+    columns = [torch.cat(c, -1) if c[0].dim() else c[0] for c in zip(*results, strict=True)]
     log_prob, std_error, ess, k = columns
     return LikelihoodEstimate(log_prob, std_error, ess, k, num_samples, seed, str(sampler.dtype).removeprefix("torch."))
 
@@ -177,9 +194,10 @@ class _Sampler:
         memory: int,
     ) -> None:
         self.model, self.guide, self.kwargs, self.num_samples, self.fold = model, guide, kwargs, num_samples, fold
-        with reached_modules(model, guide) as modules:
+        with reached_modules(model, guide) as modules, evaluating(model, guide):
             checked = importance.probe(model, guide, batch, kwargs)
         importance.check_fold(checked, fold)
+        self.seen = 0
         self.modules, self.nesting = list(modules), importance.nesting(checked)
         self.exact = not latent(checked.guide) and not latent(checked.model)
         self.joint = not checked.common_dims
@@ -201,14 +219,22 @@ class _Sampler:
             )  # fmt: skip
 
     def _refuse_without_density(self, particles: importance.Particles) -> None:
-        """A continuous latent whose guide is a point mass that does not move between draws has no density."""
+        """A continuous latent at a point mass has no density, unless that transforms another draw and says by how much.
+
+        Autoguides do: their draw is auxiliary, or the Delta carries the log-density.
+        """
         importance.measure(particles)  # also counts towards the memory of a pass
+        auxiliary = any(site["infer"].get("is_auxiliary") for site in particles.guide.values())
         for name, site in latent(particles.guide).items():
             prior = particles.model.get(name)
-            if not isinstance(point_mass(site["fn"]), Delta) or prior is None or prior["fn"].support.is_discrete:
+            mass = point_mass(site["fn"])
+            if not isinstance(mass, Delta) or prior is None or prior["fn"].support.is_discrete:
+                continue
+            if isinstance(point_mass(prior["fn"]), Delta) and prior["mask"] is None:  # a deterministic relation
                 continue
             draws = site["value"].unflatten(0, (2, -1)) if self.fold else site["value"]
-            if torch.equal(draws[0], draws[1]):
+            bare = not auxiliary and not mass.log_density.any()
+            if bare or torch.equal(draws[0], draws[1]):
                 raise ValueError(
                     f'the pair has no log p(x): guide site "{name}" is a bare Delta on a continuous latent (an '
                     "autoencoder); draw it from a distribution with a density"
@@ -216,11 +242,12 @@ class _Sampler:
 
     def __call__(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """log_prob, std_error, ess and pareto_k of one batch."""
-        tally, drawn = _Tally(self.num_samples), 0
+        tally, drawn, subsample = _Tally(self.num_samples), 0, _SameSubsample()
         while drawn < self.num_samples:
             size = min(self.chunk_size, self.num_samples - drawn)
             try:
-                log_w = importance.measure(self._run(batch, size))
+                with subsample:
+                    log_w = importance.measure(self._run(batch, size))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if size == 1 or not _out_of_memory(error):
                     raise
@@ -229,12 +256,32 @@ class _Sampler:
             tally.add(log_w)
             drawn += size
         results = tally.results()
-        if torch.isnan(results[0]).any():
-            where = int(torch.isnan(results[0]).reshape(-1).nonzero()[0])
-            raise ValueError(f"the log-weights of datum {where} are NaN: check that data and parameters are finite")
+        bad = torch.isnan(results[0]) | torch.isposinf(results[0])
+        if bad.any():
+            where = self.seen + int(bad.reshape(-1).nonzero()[0])
+            raise ValueError(
+                f"the log-weights of datum {where} are NaN or +inf: check that data and parameters are finite"
+            )
+        self.seen += len(results[0]) if results[0].dim() else 0
         if self.exact:
             results = (results[0], torch.zeros_like(results[1]), *results[2:])
         return results
+
+
+class _SameSubsample(Messenger):
+    """Keeps what a subsampling plate drew at the first pass: all passes weigh the same data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.drawn:
+            msg["value"] = self.drawn[msg["name"]]
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if type(msg["fn"]).__name__ == "_Subsample":
+            self.drawn[msg["name"]] = msg["value"]
 
 
 class _Tally:

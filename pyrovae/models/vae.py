@@ -21,8 +21,7 @@ __all__ = ["POSTERIORS", "VAE", "DiagonalNormal", "FullNormal"]
 class DiagonalNormal(nn.Module):
     r"""Encoder output as :math:`N(\mu, \mathrm{diag}\,\sigma^2)` with :math:`\sigma = \exp(\text{output})`.
 
-    Shapes:
-        ``[..., 2 * dim]`` to a distribution of batch shape ``[...]`` and event shape ``[dim]``.
+    Shapes: ``[..., 2 * dim]`` to a distribution of batch shape ``[...]`` and event shape ``[dim]``.
     """
 
     def __init__(self, dim: int) -> None:
@@ -43,8 +42,8 @@ class FullNormal(DiagonalNormal):
 
     The weights of the elements below the diagonal start at 0, so that it starts as the :class:`DiagonalNormal`.
 
-    Shapes:
-        ``[..., 2 * dim + dim * (dim - 1) / 2]`` to a distribution of batch shape ``[...]`` and event shape ``[dim]``.
+    Shapes: ``[..., 2 * dim + dim * (dim - 1) / 2]`` to a distribution of batch shape ``[...]`` and event shape
+    ``[dim]``.
     """
 
     below: Tensor
@@ -80,40 +79,32 @@ class VAE(nn.Module):
     :math:`\sigma` the exponential of a linear layer, Glorot-uniform weights and zero biases. ``hidden=()`` is the
     linear VAE, whose log p(x) is known exactly with a Gaussian likelihood.
 
-    Args:
-        input_shape: shape of one datum, such as ``(1, 28, 28)`` or ``(784,)``.
-        latent_dim: number of latent units.
-        hidden: widths of the encoder's dense layers; the decoder has them in reverse.
-        likelihood: ``"bernoulli"``, ``"gaussian"``, ``"continuous_bernoulli"`` or ``"discretized_logistic"``.
-        scale: for the Gaussian and the discretized logistic: a number (fixed), ``"learned"`` or ``"per_pixel"``.
-        levels: for the discretized logistic: number of grey values, by default 256.
-        posterior: ``"diagonal"``, or ``"full"`` for a full covariance.
-        network: ``"mlp"`` or ``"conv"``; convolutions come in front of the encoder's dense layers.
-        activation: a name from :data:`pyrovae.nn.ACTIVATIONS`.
-        channels: for convolutions of stride 2: output channels of each in the encoder, by default ``(32, 64)``.
+    Shapes: Data is ``[B, *input_shape]``; the plate ``"data"`` is at dim -1, with sites ``"z"`` of event
+    ``[latent_dim]`` and ``"x"`` of event ``input_shape``. Within an outer plate of K particles at dim -2, z is
+    ``[K, B, latent_dim]`` and the decoder's output ``[K, B, *input_shape]``. Nats throughout.
 
-    Attributes:
-        config: the arguments, as JSON can hold them; ``VAE(**vae.config)`` has the same architecture.
+    :param input_shape: shape of one datum, such as ``(1, 28, 28)`` or ``(784,)``.
+    :param latent_dim: number of latent units.
+    :param hidden: widths of the encoder's dense layers; the decoder has them in reverse.
+    :param likelihood: ``"bernoulli"``, ``"gaussian"``, ``"continuous_bernoulli"`` or ``"discretized_logistic"``.
+    :param scale: for the Gaussian and the discretized logistic: a number (fixed), ``"learned"`` or ``"per_pixel"``.
+    :param levels: for the discretized logistic: number of grey values, by default 256.
+    :param posterior: ``"diagonal"``, or ``"full"`` for a full covariance.
+    :param network: ``"mlp"`` or ``"conv"``; convolutions come in front of the encoder's dense layers.
+    :param activation: a name from :data:`pyrovae.nn.ACTIVATIONS`.
+    :param channels: for convolutions of stride 2: output channels of each in the encoder, by default ``(32, 64)``.
+    :ivar config: the arguments, as JSON can hold them; ``VAE(**vae.config)`` has the same architecture.
+    :raises TypeError, ValueError: at construction, for arguments that are out of range, unknown or do not go together.
+    :raises DataError: from the programs, for data of another shape.
 
-    Shapes:
-        Data is ``[B, *input_shape]``; the plate ``"data"`` is at dim -1, with sites ``"z"`` of event ``[latent_dim]``
-        and ``"x"`` of event ``input_shape``. Within an outer plate of K particles at dim -2, z is
-        ``[K, B, latent_dim]`` and the decoder's output ``[K, B, *input_shape]``. Nats throughout.
+    >>> vae = VAE((1, 8, 8), latent_dim=5, hidden=(32,))
+    >>> x = torch.rand(20, 1, 8, 8).round()
+    >>> loss = pyro.infer.Trace_ELBO()(vae.initialise(x).model, vae.guide)(x)
+    >>> vae.decode(vae.encode(x)).shape
+    torch.Size([20, 1, 8, 8])
 
-    Raises:
-        TypeError, ValueError: at construction, for arguments that are out of range, unknown or do not go together.
-        DataError: from the programs, for data of another shape.
-
-    Example:
-        >>> vae = VAE((1, 8, 8), latent_dim=5, hidden=(32,))
-        >>> x = torch.rand(20, 1, 8, 8).round()
-        >>> loss = pyro.infer.Trace_ELBO()(vae.initialise(x).model, vae.guide)(x)
-        >>> vae.decode(vae.encode(x)).shape
-        torch.Size([20, 1, 8, 8])
-
-    Reference:
-        Kingma and Welling, *Auto-encoding variational Bayes*, 2014; Burda, Grosse and Salakhutdinov, *Importance
-        weighted autoencoders*, 2016.
+    Kingma and Welling, *Auto-encoding variational Bayes*, 2014; Burda, Grosse and Salakhutdinov, *Importance weighted
+    autoencoders*, 2016.
     """
 
     def __init__(

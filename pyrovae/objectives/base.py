@@ -146,19 +146,20 @@ class Objective(pyro.infer.ELBO):
 
     def weights(self, log_w: Tensor) -> ParticleWeights:
         """The coefficients that model and guide follow at ``log_w`` (``[K, ...]``), each shaped like it."""
-        bound, weights = self._weights(log_w, self.kl_weight, reinforce=True)
+        bound, weights = self._weights(log_w, self.kl_weight)
         return _finite(weights, bound)
 
-    def _weights(self, log_w: Tensor, kl_weight: Any, *, reinforce: bool) -> tuple[Tensor, ParticleWeights]:
-        """The bound, and the coefficients as they follow from it, finite or not."""
+    def _weights(
+        self, log_w: Tensor, kl_weight: Any, *, score: bool = True, reinforce: bool = True
+    ) -> tuple[Tensor, ParticleWeights]:
+        """The bound, and the coefficients as they follow from it, finite or not; those not asked for are ``path``."""
         log_w = log_w.detach()
         bound, model = slope(self.bound, log_w)
         path = slope(self.path_bound, log_w)[1] if self._two_bounds else model
-        score = -path if self.gradient == "total" else torch.zeros_like(path)
         if self.gradient == "dreg":
             path = path - kl_weight * curvature(self.path_bound, log_w)
-        signal = self._learning_signal(log_w) if reinforce else torch.zeros_like(path)
-        return bound, ParticleWeights(model, path, score, signal)
+        along = path if not score else -path if self.gradient == "total" else torch.zeros_like(path)
+        return bound, ParticleWeights(model, path, along, self._learning_signal(log_w) if reinforce else path)
 
     def _learning_signal(self, log_w: Tensor) -> Tensor:
         """L - L_(k): the bound less the bound with log w_k replaced by the mean of the others of its group."""
@@ -198,7 +199,7 @@ class Objective(pyro.infer.ELBO):
         if self._own_weights:
             bound, weights = self.bound(log_w), self.weights(log_w)
         else:
-            bound, weights = self._weights(log_w, kl_weight, reinforce=reinforce)
+            bound, weights = self._weights(log_w, kl_weight, score=self._fixed, reinforce=reinforce)
         return bound, _finite(weights, bound, tiny=torch.finfo(log_w.dtype).eps ** 2, scale=particles.scale)
 
     # --- pyro.infer.ELBO ---------------------------------------------------------------------------------------
@@ -336,13 +337,15 @@ def _finite(weights: ParticleWeights, bound: Tensor, tiny: float = 0.0, scale: A
     many times slower on CPUs.
     """
     usable = torch.isfinite(bound)
-    done: dict[int, Tensor] = {}  # model and path are often one tensor
+    done: dict[int, Tensor] = {}  # several coefficients are often one tensor
     for c in weights[:3]:
         if id(c) not in done:
             kept = torch.where(usable & (c.abs() >= tiny), c, 0.0) if tiny else torch.where(usable, c, 0.0)
             done[id(c)] = _times(kept, scale)
-    signal = torch.where(usable & torch.isfinite(weights.reinforce), weights.reinforce, 0.0)
-    return ParticleWeights(*(done[id(c)] for c in weights[:3]), _times(signal, scale))  # type: ignore[call-arg]
+    if id(weights.reinforce) not in done:
+        finite = usable & torch.isfinite(weights.reinforce)
+        done[id(weights.reinforce)] = _times(torch.where(finite, weights.reinforce, 0.0), scale)
+    return ParticleWeights(*(done[id(c)] for c in weights))  # type: ignore[call-arg]
 
 
 def _times(value: Tensor, scale: Any) -> Tensor:

@@ -16,7 +16,9 @@ TABLE = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--law-table", action="store_true", help="print the largest |bias|/standard error per objective and pair")
+    parser.addoption(
+        "--law-table", action="store_true", help="print the largest |bias|/standard error per objective and pair"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,7 +64,8 @@ def agree(request: pytest.FixtureRequest):
         key = (objective, pair)
         table[key] = max(table.get(key, (0.0, "")), (abs(z), what))
         assert abs(z) < Z_LIMIT, (
-            f"{objective} on {pair}: {what} is {draws.mean():.6g} +- {error:.2g}, should be {float(truth):.6g} (z = {z:.1f})"
+            f"{objective} on {pair}: {what} is {draws.mean():.6g} +- {error:.2g}, "
+            f"should be {float(truth):.6g} (z = {z:.1f})"
         )
 
     return check

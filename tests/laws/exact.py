@@ -1,8 +1,8 @@
 r"""Exact answers, independent of the engine: what a bound is in expectation, and its gradients.
 
-Guide and model run under plain ``pyro.poutine`` on every node of an integration grid (a fine trapezoid of standard normal
-noise, all states of a discrete site), which gives one particle's mass and log-weight, both live in the parameters. K
-independent particles then need no K-fold grid:
+Guide and model run under plain ``pyro.poutine`` on every node of an integration grid (a fine trapezoid of standard
+normal noise, all states of a discrete site), which gives one particle's mass and log-weight, both live in the
+parameters. K independent particles then need no K-fold grid:
 
 .. math:: \mathbb E \log \sum_k w_k = \int_{-\infty}^\infty \Big( e^{-e^u} - \big(\mathbb E e^{-e^u w}\big)^K \Big) du,
     \qquad \mathbb E \max_k \log w_k = \int \ell \; dF(\ell)^K .
@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import pyro.poutine as poutine
 import torch
@@ -104,7 +104,7 @@ def grid(pair: Pair, params: Params, datum: Tensor, *, path_only: bool = False, 
     return parts
 
 
-# --- expectations over K independent particles -----------------------------------------------------------------------
+# --- expectations over K independent particles ----------------------------------------------------------------------
 
 
 def mean(log_mass: Tensor, log_w: Tensor, num: int) -> Tensor:
@@ -146,7 +146,7 @@ def by_enumeration(bound: Callable[[Tensor], Tensor]) -> Expectation:
     return expectation
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected(
     pair: Pair, expectation: Expectation, num: int, *, kl_weight: float = 1.0, likelihood_weight: float = 1.0,
     path_only: bool = False,

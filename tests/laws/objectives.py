@@ -64,7 +64,10 @@ class Row:
 
     @property
     def weighting(self) -> dict[str, float]:
-        return {"kl_weight": self.kwargs.get("kl_weight", 1.0), "likelihood_weight": self.kwargs.get("likelihood_weight", 1.0)}
+        return {
+            "kl_weight": self.kwargs.get("kl_weight", 1.0),
+            "likelihood_weight": self.kwargs.get("likelihood_weight", 1.0),
+        }
 
     @property
     def biased(self) -> bool:
@@ -76,7 +79,9 @@ class Row:
         return self.weighting != {"kl_weight": 1.0, "likelihood_weight": 1.0}
 
 
-def rows(make: Callable, kwargs: dict, hand: Callable, expectation: Expectation, particles: int, *options: dict, **more) -> list[Row]:
+def rows(
+    make: Callable, kwargs: dict, hand: Callable, expectation: Expectation, particles: int, *options: dict, **more
+) -> list[Row]:
     return [Row(make, kwargs | option, hand, expectation, particles, **more) for option in ({}, *options)]
 
 
@@ -88,7 +93,10 @@ OBJECTIVES: list[Row] = [
     *rows(pv.ELBO, {"num_particles": 3}, hand_mean, mean, 3, STL, DREG, KL, LIKELIHOOD, KL | STL),
     *rows(pv.IWAE, {"num_particles": 1}, hand_iwae, iwae, 1, DREG),
     *rows(pv.IWAE, {"num_particles": 2}, hand_iwae, iwae, 2),
-    *rows(pv.IWAE, {"num_particles": 3}, hand_iwae, iwae, 3, STL, DREG, KL, LIKELIHOOD, KL | DREG, LIKELIHOOD | DREG, KL | STL),
+    *rows(
+        pv.IWAE, {"num_particles": 3}, hand_iwae, iwae, 3,
+        STL, DREG, KL, LIKELIHOOD, KL | DREG, LIKELIHOOD | DREG, KL | STL,
+    ),
     *rows(pv.IWAE, {"num_particles": 8}, hand_iwae, iwae, 8, DREG),
     *rows(pv.Renyi, {"alpha": 0.5, "num_particles": 3}, hand_power(0.5), power_mean(0.5), 3, STL, DREG, KL, KL | DREG),
     *rows(pv.Renyi, {"alpha": 0.0, "num_particles": 3}, hand_iwae, iwae, 3),
@@ -101,7 +109,8 @@ OBJECTIVES: list[Row] = [
     *rows(pv.PIWAE, {"num_groups": 3, "num_particles": 2}, hand_iwae, iwae, 6, phi=(iwae, 2)),
     *rows(
         pv.CIWAE, {"beta": 0.3, "num_particles": 3}, lambda log_w: 0.3 * hand_mean(log_w) + 0.7 * hand_iwae(log_w),
-        lambda mass, log_w, num: 0.3 * mean(mass, log_w, num) + 0.7 * iwae(mass, log_w, num), 3, STL, DREG, KL, KL | DREG,
+        lambda mass, log_w, num: 0.3 * mean(mass, log_w, num) + 0.7 * iwae(mass, log_w, num), 3,
+        STL, DREG, KL, KL | DREG,
     ),
     *rows(pv.VIMCO, {"num_particles": 3}, hand_iwae, iwae, 3),
     *rows(Pessimist, {"num_particles": 2}, hand_power(1.25), power_mean(1.25), 2, DREG),

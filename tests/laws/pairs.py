@@ -61,7 +61,7 @@ def normal(loc: Tensor, scale: Tensor | float) -> dist.Normal:
     return dist.Normal(loc, torch.as_tensor(scale).expand_as(loc))
 
 
-# --- z ~ N(0, 1), x ~ N(w z + a, s^2); guide N(m x + c, e^r) ------------------------------------------------------
+# --- z ~ N(0, 1), x ~ N(w z + a, s^2); guide N(m x + c, e^r) --------------------------------------------------------
 
 NOISE = 0.8
 
@@ -94,7 +94,7 @@ POSTERIOR = Pair(
 )  # fmt: skip
 
 
-# --- z ~ N(0, I_2), x ~ N(W z + a, s^2 I_3), parameters scale fixed matrices; diagonal guide --------------------------
+# --- z ~ N(0, I_2), x ~ N(W z + a, s^2 I_3), parameters scale fixed matrices; diagonal guide ------------------------
 
 LOADING = torch.tensor([[0.8, 0.1], [-0.3, 0.7], [0.4, 0.4]], dtype=torch.float64)
 READING = torch.tensor([[0.5, -0.2, 0.3], [0.1, 0.5, 0.2]], dtype=torch.float64)
@@ -124,7 +124,7 @@ MULTIVARIATE = Pair(
 )  # fmt: skip
 
 
-# --- z2 ~ N(0, 1), z1 ~ N(v z2, .7^2), x ~ N(w z1 + a, s^2); guide z1 | x, then z2 | z1 --------------------------------
+# --- z2 ~ N(0, 1), z1 ~ N(v z2, .7^2), x ~ N(w z1 + a, s^2); guide z1 | x, then z2 | z1 -----------------------------
 
 
 def hierarchy_model(p: Params, x: Tensor, **plate: object) -> None:
@@ -152,7 +152,7 @@ HIERARCHY = Pair(
 )  # fmt: skip
 
 
-# --- a mixture of three Bernoulli components over two bits: z ~ Categorical, no reparameterised site ------------------
+# --- a mixture of three Bernoulli components over two bits: z ~ Categorical, no reparameterised site ----------------
 
 PROTOTYPES = torch.tensor([[1.0, -0.5], [-1.2, 0.4], [0.3, 0.8]], dtype=torch.float64)
 COMPONENTS = torch.arange(3.0, dtype=torch.float64)
@@ -185,7 +185,7 @@ MIXTURE = Pair(
 )  # fmt: skip
 
 
-# --- a belief net of two binary units: h2 -> h1 -> x; guide h1 | x, then h2 | h1 ---------------------------------------
+# --- a belief net of two binary units: h2 -> h1 -> x; guide h1 | x, then h2 | h1 ------------------------------------
 
 BITS = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
@@ -206,7 +206,9 @@ def net_guide(p: Params, x: Tensor, **plate: object) -> None:
 def net_log_px(p: Params, x: Tensor) -> Tensor:
     total = torch.zeros_like(x)
     for h1, h2 in torch.cartesian_prod(BITS, BITS):
-        log_joint = dist.Bernoulli(logits=p["b"]).log_prob(h2) + dist.Bernoulli(logits=p["v"] * (2 * h2 - 1)).log_prob(h1)
+        log_joint = dist.Bernoulli(logits=p["b"]).log_prob(h2) + dist.Bernoulli(logits=p["v"] * (2 * h2 - 1)).log_prob(
+            h1
+        )
         total = total + (log_joint + dist.Bernoulli(logits=p["w"] * (2 * h1 - 1) + 0.3).log_prob(x)).exp()
     return total.log()
 
@@ -217,7 +219,7 @@ NET = Pair(
 )  # fmt: skip
 
 
-# --- discrete and continuous: c ~ Bernoulli, z ~ N(+-1, .6^2), x ~ N(w z + a, s^2) ------------------------------------
+# --- discrete and continuous: c ~ Bernoulli, z ~ N(+-1, .6^2), x ~ N(w z + a, s^2) ----------------------------------
 
 
 def mixed_model(p: Params, x: Tensor, **plate: object) -> None:

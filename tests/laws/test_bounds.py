@@ -1,7 +1,7 @@
-"""What is reported: each bound is its formula, has its exact mean, lies below log p(x), and is ordered in K and alpha."""
+"""What is reported: each bound is its formula, has its exact mean, is below log p(x), and is ordered in K and alpha."""
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ TOTAL = [row for row in OBJECTIVES if row.gradient == "total"]
 UNWEIGHTED = [row for row in TOTAL if not row.weighted]
 
 
-@lru_cache(maxsize=None)
+@cache
 def particles(pair):
     return simulate(pair, 8, REPETITIONS)
 
@@ -70,7 +70,7 @@ def test_all_bounds_are_log_px_where_the_guide_is_the_posterior(row):
     assert loss == pytest.approx(-float(POSTERIOR.log_px().sum()), abs=1e-11)
 
 
-# --- order, particle by particle: Jensen's inequality holds on every set of log-weights ------------------------------
+# --- order, particle by particle: Jensen's inequality holds on every set of log-weights -----------------------------
 
 
 @pytest.fixture
@@ -79,7 +79,9 @@ def log_w():
 
 
 @pytest.mark.parametrize(
-    "family", [pv.IWAE, *(lambda k, a=a: pv.Renyi(a, k) for a in (-0.5, 0.0, 0.5, 0.9))], ids=["IWAE", -0.5, 0.0, 0.5, 0.9]
+    "family",
+    [pv.IWAE, *(lambda k, a=a: pv.Renyi(a, k) for a in (-0.5, 0.0, 0.5, 0.9))],
+    ids=["IWAE", -0.5, 0.0, 0.5, 0.9],
 )
 def test_bounds_grow_with_particles(family, log_w):
     # The mean of L_{K-1} over the K subsets never exceeds L_K on the same particles.
@@ -110,10 +112,12 @@ def test_groups_are_made_of_neighbours():
     # Regression: normalising over the wrong axis is invisible while M = K.
     log_w = torch.arange(6.0).mul(2).unsqueeze(1)
     found = pv.MIWAE(num_groups=2, num_particles=3).bound(log_w)
-    assert found.item() == pytest.approx(sum(math.log(sum(math.exp(2 * k) for k in g) / 3) for g in ((0, 1, 2), (3, 4, 5))) / 2)
+    assert found.item() == pytest.approx(
+        sum(math.log(sum(math.exp(2 * k) for k in g) / 3) for g in ((0, 1, 2), (3, 4, 5))) / 2
+    )
 
 
-# --- rates ---------------------------------------------------------------------------------------------------------
+# --- rates ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pair", [GAUSSIAN, MIXTURE, NET], ids=name)

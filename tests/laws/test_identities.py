@@ -118,7 +118,7 @@ def test_value_is_the_loss_and_gradients_add_over_data(row):
             torch.testing.assert_close(-each[n].sum(), shared[n], rtol=1e-10, atol=1e-11)
 
 
-# --- the coefficients, from the table ----------------------------------------------------------------------------------
+# --- the coefficients, from the table -------------------------------------------------------------------------------
 
 
 def softmax(log_w):
@@ -143,7 +143,10 @@ def table(b):
             pv.MIWAE, {"num_groups": 2, "num_particles": 3}, lambda w: groups_of(softmax, 2, w),
             lambda w: groups_of(lambda g: square(softmax(g)), 2, w),
         ),
-        (pv.PIWAE, {"num_groups": 3, "num_particles": 2}, softmax, lambda w: groups_of(lambda g: square(softmax(g)), 3, w)),
+        (
+            pv.PIWAE, {"num_groups": 3, "num_particles": 2}, softmax,
+            lambda w: groups_of(lambda g: square(softmax(g)), 3, w),
+        ),
         (
             pv.CIWAE, {"beta": 0.2, "num_particles": 6}, lambda w: 0.2 / 6 + 0.8 * softmax(w),
             lambda w: 0.2 / 6 + 0.8 * square(softmax(w)),

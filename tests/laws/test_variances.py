@@ -1,7 +1,7 @@
 """How noisy the gradients are: what each estimator is for.
 
-The tolerance of a variance s^2 from R draws is its own standard error, sqrt((m4 - s^4) / R); ratios of variances below are
-asserted far outside of it (R = 8000 gives about 2%).
+The tolerance of a variance s^2 from R draws is its own standard error, sqrt((m4 - s^4) / R); ratios of variances
+below are asserted far outside of it (R = 8000 gives about 2%).
 """
 
 import math
@@ -51,8 +51,8 @@ def test_dreg_is_less_noisy_than_the_total_gradient(pair):
     [("total", "phi", 64, -0.5), ("dreg", "phi", 16, 0.5), ("total", "theta", 64, 0.5)],
 )
 def test_signal_to_noise_has_its_rate_in_k(gradient, names, low, power):
-    # Rainforth et al. (2018). The signal is exact, the noise known to 2%, which moves the measured power by 0.02; terms of
-    # order 1/K move it by 0.2 from K = 16 (the model's gradient, small at first), by a quarter of that from 64.
+    # Rainforth et al. (2018). The signal is exact, the noise known to 2%, which moves the measured power by 0.02; terms
+    # of order 1/K move it by 0.2 from K = 16 (the model's gradient, small at first), by a quarter of that from 64.
     snr = []
     for num in (low, 4 * low):
         _, signal = expected(GAUSSIAN, power_mean(0.0), num)

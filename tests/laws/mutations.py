@@ -1,0 +1,261 @@
+"""Does the suite bite? Break each formula in turn and see a test fail: ``python tests/laws/mutations.py [NAME ...]``.
+
+A mutation is a list of edits (a fragment of pyrovae's source, which must occur exactly once in the engine, and what it
+becomes). They are made in memory, while the package is imported, in a process of their own, which runs the suite until
+its first failure. Exit 1 if a mutation survives; a fragment that has vanished stops everything, for then the list must
+be mended.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE = ["pyrovae", "pyrovae/objectives"]
+VARIABLE = "PYROVAE_MUTATION"
+# The quickest to kill first.
+SUITE = [
+    *("tests/laws/test_identities.py", "tests/laws/test_scales.py", "tests/laws/test_free_bits.py"),
+    *("tests/test_importance.py", "tests/test_objectives.py", "tests/laws/test_oracles.py"),
+    *("tests/laws/test_subsampling.py", "tests/laws/test_gradients.py", "tests/laws/test_bounds.py"),
+    "tests/laws/test_variances.py",
+]
+
+VALUE = "-(bound * particles.scale).sum() - (ascent"
+DREG = "path - kl_weight * curvature(self.path_bound, log_w)"
+SCORE = "dot(kl_weight * (weights.path + weights.score), log_q)"
+REINFORCE = "dot(weights.reinforce, log_q)"
+RENYI = "log_mean_exp((1 - self.alpha) * log_w) / (1 - self.alpha)"
+MIWAE = "log_mean_exp(groups.transpose(0, 1)).mean(0)"
+SIGNAL = "bound - self.path_bound(torch.where(same.view(shape), mean, copies))"
+MEAN_EXP = "return torch.logsumexp(log_w, 0) - math.log(log_w.shape[0])"
+MODEL = "total = dot(weights.model, log_p)"
+KL = "log_prior - log_guide"
+PROBE = "torch.no_grad(), isolated_rng(), protected_buffers():\n        particles = Particles("
+LIVE = "leaf = log_w if log_w.requires_grad else log_w.detach().requires_grad_()"
+
+MUTATIONS: dict[str, list[tuple[str, str]]] = {
+    # the bounds
+    "IWAE without log K": [(MEAN_EXP, "return torch.logsumexp(log_w, 0)")],
+    "IWAE with the log of another number": [(MEAN_EXP, MEAN_EXP.replace("[0])", "[0] + 1)"))],
+    "sum of wn * log w as the bound": [(MEAN_EXP, "return (torch.softmax(log_w, 0) * log_w).sum(0)")],
+    "softmax of plus the loss": [(MEAN_EXP, "return -torch.logsumexp(-log_w, 0) + math.log(log_w.shape[0])")],
+    "MIWAE: M and K swapped": [("(self.num_groups, self.num_particles))", "(self.num_particles, self.num_groups))")],
+    "MIWAE: normalised over the wrong axis": [(MIWAE, "log_mean_exp(groups).mean(0)")],
+    "MIWAE: groups interleaved": [
+        (
+            "groups = log_w.unflatten(0, (self.num_groups, self.num_particles))",
+            "groups = log_w.unflatten(0, (self.num_particles, self.num_groups)).transpose(0, 1)",
+        ),
+    ],
+    "MIWAE: sum over groups": [(MIWAE, MIWAE.replace("mean(0)", "sum(0)"))],
+    "PIWAE: guide follows IWAE": [("return super().bound(log_w)", "return log_mean_exp(log_w)")],
+    "PIWAE: guide receives both losses": [
+        ("return super().bound(log_w)", "return super().bound(log_w) + log_mean_exp(log_w)")
+    ],
+    "PIWAE: model follows MIWAE": [("slope(self.bound, log_w)", "slope(self.path_bound, log_w)")],
+    "CIWAE: beta on the wrong side": [
+        ("self.beta * log_w.mean(0) + (1 - self.beta)", "(1 - self.beta) * log_w.mean(0) + self.beta")
+    ],
+    "Renyi: not divided by 1 - alpha": [(RENYI, RENYI.rpartition(" / ")[0])],
+    "Renyi: alpha for 1 - alpha": [(RENYI, RENYI.replace("(1 - self.alpha)", "self.alpha"))],
+    "VR-max: the worst particle": [("log_w.max(0).values", "log_w.min(0).values")],
+    "ELBO: free bits datum by datum": [
+        ("torch.clamp(mean, min=self.free_bits).sum()", "kl.flatten(0, -2).clamp(min=self.free_bits).mean(0).sum()")
+    ],
+    "ELBO: free bits not per datum": [
+        ("self.kl_weight * paid * (torch.ones_like(data) * particles.scale).sum()", "self.kl_weight * paid")
+    ],
+    # what is reported
+    "reported: sum of wn * log w": [
+        (VALUE, "-((torch.softmax(log_w, 0) * log_w).sum(0).detach() * particles.scale).sum() - (ascent")
+    ],
+    "reported: the surrogate": [("- (ascent - ascent.detach())", "- ascent")],
+    "reported: mean over data": [(VALUE, VALUE.replace("sum", "mean"))],
+    "reported: N/B inside the logsumexp": [(VALUE, "-self.bound((log_w * particles.scale).detach()).sum() - (ascent")],
+    "reported without gradient: N/B inside the logsumexp": [
+        ("-(self.bound(log_w) * particles.scale).sum()", "-self.bound(log_w * particles.scale).sum()")
+    ],
+    "reported without gradient: mean over data": [
+        ("-(self.bound(log_w) * particles.scale).sum()", "-(self.bound(log_w) * particles.scale).mean()")
+    ],
+    # what is followed
+    "followed: N/B inside the logsumexp": [
+        ("self._followed(log_w.detach(),", "self._followed(log_w.detach() * particles.scale,")
+    ],
+    "followed: mean over data": [("torch.where(alive, value, 0.0)).sum()", "torch.where(alive, value, 0.0)).mean()")],
+    "followed: no N/B": [("eps ** 2, scale=particles.scale", "eps ** 2, scale=1.0")],
+    "weights not detached": [
+        ("self._followed(log_w.detach(),", "self._followed(log_w,"),
+        ("        log_w = log_w.detach()\n        bound, model", "        bound, model"),
+        ("leaf = log_w.detach().requires_grad_()", LIVE),
+        ("torch.autograd.grad(value.sum(), leaf)[0]", "torch.autograd.grad(value.sum(), leaf, create_graph=True)[0]"),
+    ],
+    "dreg: squares the weight whatever b": [(DREG, "path**2")],
+    "dreg: forgets kl_weight": [(DREG, DREG.replace("kl_weight * ", ""))],
+    "dreg: wrong sign": [(DREG, DREG.replace("-", "+"))],
+    "dreg: curvature of the model's bound": [(DREG, DREG.replace("path_bound", "bound"))],
+    "dreg: squares log w": [(DREG, "path * log_w**2")],
+    "stl sold as total": [
+        ('self._own_weights or self.gradient != "total"', "True"),
+        ('-path if self.gradient == "total" else ', ""),
+    ],
+    "total sold as stl": [('self._own_weights or self.gradient != "total"', "self._own_weights")],
+    "score: wrong sign": [(SCORE, SCORE.replace("kl_weight *", "-kl_weight *"))],
+    "score: without kl_weight": [(SCORE, SCORE.replace("kl_weight * ", ""))],
+    "score: samples not held fixed": [
+        ("if not cuttable:", "if False:"),
+        ('log_prob(s, s["value"].detach())', "log_prob(s)"),
+    ],
+    "score: only the leading layer held fixed": [("if not cuttable:", "if False:")],
+    "model follows the path's weights": [(MODEL, MODEL.replace("model", "path"))],
+    "path follows the model's weights": [("dot(weights.path, log_p), leaves", "dot(weights.model, log_p), leaves")],
+    "log q forgets kl_weight": [("dot(weights.path * kl_weight, log_guide)", "dot(weights.path, log_guide)")],
+    "reinforce: dropped": [(REINFORCE, "0 * " + REINFORCE)],
+    "reinforce: wrong sign": [(REINFORCE, "-" + REINFORCE)],
+    "reinforce: times kl_weight": [(REINFORCE, "kl_weight * " + REINFORCE)],
+    "reinforce: tempered": [("tempered=False", "tempered=True")],
+    "reinforce: baseline counted twice": [(SIGNAL, SIGNAL.replace("- self", "- 2 * self"))],
+    "reinforce: no baseline": [(SIGNAL, "bound.expand_as(log_w).clone()")],
+    "reinforce: baseline has the particle itself": [(" & ~same", "")],
+    "reinforce: baseline over all groups": [
+        ("(index // num == (index // num).unsqueeze(1)) & ~same", "~same"),
+        (".sum(0, keepdim=True) / (num - 1)", ".sum(0, keepdim=True) / (total - 1)"),
+    ],
+    # the log-weight
+    "kl_weight on the likelihood": [
+        (
+            "((log_likelihood, likelihood_weight), (kl, kl_weight))",
+            "((log_likelihood, kl_weight), (kl, likelihood_weight))",
+        )
+    ],
+    "kl_weight ignored": [("(kl, kl_weight))", "(kl, 1.0))")],
+    "log q added": [(KL, KL.replace("-", "+"))],
+    "masks ignored": [("return torch.zeros_like(lp) if mask is False else torch.where(mask, lp, 0.0)", "return lp")],
+    "model factors in the prior": [
+        (
+            "log_prob(site) for name, site in latent(self.model).items()",
+            'log_prob(site) for name, site in self.model.items() if counts(site) and name != "x"',
+        ),
+        ('if counts(s) and s["is_observed"]}', 'if name_of(s) == "x"}'),
+        (
+            "def nesting(particles: Particles)",
+            'def name_of(site: Any) -> str:\n    return site["name"]\n\n\ndef nesting(particles: Particles)',
+        ),
+    ],
+    "guide factors ignored": [
+        (
+            "log_prob(s, in_guide=True) for n, s in sites.items()})",
+            'log_prob(s, in_guide=True) for n, s in sites.items() if not s["is_observed"]})',
+        )
+    ],
+    "common scale ignored": [("return self._per_datum(first), {}", "return 1.0, {}")],
+    "tempering outside of the bound": [("lp = lp * self.tempering[role, name]", "pass")],
+    # dead particles, state
+    "a hopeless datum has a gradient": [
+        ("usable = torch.isfinite(bound)", "usable = torch.ones_like(bound, dtype=torch.bool)")
+    ],
+    "dead particles not masked": [("torch.where(alive, value, 0.0)).sum()", "value).sum()")],
+    "dropout drawn anew in the second run": [("replayed_rng(*states), protected_buffers()", "protected_buffers()")],
+    "batch norm moved by the second run": [("replayed_rng(*states), protected_buffers()", "replayed_rng(*states)")],
+    "probing draws from the generator": [(PROBE, PROBE.replace("isolated_rng(), ", ""))],
+    "probing moves batch norm": [(PROBE, PROBE.replace(", protected_buffers()", ""))],
+}
+
+
+def edits(name: str) -> dict[Path, str]:
+    """The package's files that a mutation changes, and their changed text."""
+    texts = {path: path.read_text() for folder in ENGINE for path in sorted((ROOT / folder).glob("*.py"))}
+    changed = {}
+    for old, new in MUTATIONS[name]:
+        found = [path for path, text in texts.items() for _ in range(text.count(old))]
+        if len(found) != 1:
+            raise LookupError(
+                f'mutation "{name}": {old!r} occurs {len(found)} times in the engine, not once: mend the list'
+            )
+        changed[found[0]] = texts[found[0]] = texts[found[0]].replace(old, new)
+    return changed
+
+
+def apply(name: str) -> None:
+    """Import pyrovae with the mutation in it; its files stay as they are."""
+    if "pyrovae" in sys.modules:
+        raise RuntimeError("pyrovae is imported already: a mutation must come first")
+    changed = {str(path): text for path, text in edits(name).items()}
+
+    class Loader(importlib.machinery.SourceFileLoader):
+        def get_code(self, fullname: str):
+            return compile(changed[self.path], self.path, "exec")
+
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, fullname, path=None, target=None):
+            spec = importlib.machinery.PathFinder.find_spec(fullname, path) if fullname.startswith("pyrovae") else None
+            if spec is not None and spec.origin in changed:
+                spec.loader = Loader(fullname, spec.origin)
+                return spec
+            return None
+
+    sys.meta_path.insert(0, Finder())
+
+
+class FirstFailure:
+    """A pytest plugin that keeps the name of the first test to fail."""
+
+    name: str | None = None
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed and self.name is None:
+            self.name = report.nodeid.removeprefix("tests/")
+
+
+def attack(name: str) -> tuple[str, str | None, float, str]:
+    """The first test that fails under a mutation (None: it survives), and what a suite that broke itself said."""
+    import pytest
+
+    start, first = time.monotonic(), FirstFailure()
+    os.environ[VARIABLE] = name
+    with tempfile.TemporaryFile("w+") as output:
+        for descriptor in (1, 2):
+            os.dup2(output.fileno(), descriptor)
+        code = pytest.main([*SUITE, "-x", "-q", "--tb=line", "-p", "no:cacheprovider"], plugins=[first])
+        sys.stdout.flush()
+        output.seek(0)
+        broken = output.read() if first.name is None and code != 0 else ""
+    return name, first.name, time.monotonic() - start, broken
+
+
+def preload() -> None:
+    """What every process needs but the package itself, so that forks start in no time."""
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    for module in ("pytest", "torch", "torchvision", "pyro.infer.autoguide", "scipy.stats", "sklearn.datasets"):
+        importlib.import_module(module)
+    importlib.import_module("torch").set_num_threads(1)
+
+
+def main(chosen: list[str]) -> int:
+    names = chosen or list(MUTATIONS)
+    for name in names:
+        edits(name)
+    preload()
+    survivors = []
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        for name, killer, seconds, broken in pool.imap(attack, names):
+            if broken:
+                raise RuntimeError(f'mutation "{name}" stopped the suite itself:\n{broken}')
+            print(f"{'killed  ' if killer else 'SURVIVED'} {seconds:5.1f} s  {name:<45} {killer or ''}", flush=True)
+            if killer is None:
+                survivors.append(name)
+    print(f"{len(names) - len(survivors)} of {len(names)} mutations killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

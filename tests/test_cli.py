@@ -1,0 +1,263 @@
+"""The command line as its users meet it: outputs, files, exit codes, one-line errors."""
+
+import json
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+import pyrovae as pv
+from pyrovae.cli import main
+
+SMALL = ["--epochs", "2", "--samples", "20", "--set", "hidden=[16]", "--latent-dim", "3", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line; return exit code, standard output and standard error."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return call
+
+
+def test_train_without_a_model_name_trains_measures_and_draws(run, tmp_path):
+    code, out, err = run("train", *SMALL)
+    folder = tmp_path / "runs" / "vae-digits-elbo"
+    assert code == 0, err
+    assert "test NLL" in out
+    assert "active units" in out
+    for name in ("config.json", "metrics.jsonl", "results.json", "last/weights.safetensors", "last/state.pt"):
+        assert (folder / name).is_file()
+    for name in ("curves", "samples", "reconstructions", "latent_plane"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["num_samples"] == 20
+    assert results["num_images"] == 360
+    assert results["nll_std_error"] > 0
+    assert [row["epoch"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())] == [1, 2]
+
+
+def test_evaluate_repeats_the_results_of_train(run, tmp_path):
+    run("train", *SMALL, "--run-dir", "a")
+    trained = json.loads((tmp_path / "a/results.json").read_text())
+    code, out, _ = run("evaluate", "a", "--samples", 20)
+    evaluated = json.loads((tmp_path / "a/results.json").read_text())
+    assert code == 0
+    assert "test NLL" in out
+    assert evaluated["nll"] == trained["nll"]
+
+
+def test_sample_writes_a_picture(run, tmp_path):
+    run("train", *SMALL, "--run-dir", "a")
+    code, out, _ = run("sample", "a", "-n", 9, "--output", "nine.png", "--draws")
+    assert code == 0
+    assert "nine.png" in out
+    assert (tmp_path / "nine.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_takes_a_new_folder(run, tmp_path):
+    run("train", *SMALL)
+    run("train", *SMALL)
+    assert (tmp_path / "runs/vae-digits-elbo-2/results.json").is_file()
+
+
+def test_resume_of_an_interrupted_run_ends_where_an_uninterrupted_one_does(run, tmp_path, monkeypatch):
+    run("train", *SMALL, "--run-dir", "whole")
+    save, calls = pv.runs.Run.save, []
+
+    def save_once(self, *args, **kwargs):
+        calls.append(args[0])
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        save(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pv.runs.Run, "save", save_once)
+        code, _, err = run("train", *SMALL, "--run-dir", "cut")
+        assert code == 130
+        assert "--resume" in err
+    code, _, _ = run("train", "--resume", "--run-dir", "cut")
+    assert code == 0
+    results = [json.loads((tmp_path / name / "results.json").read_text())["nll"] for name in ("whole", "cut")]
+    assert results[0] == results[1]
+
+
+def test_resume_of_a_finished_run_does_nothing(run, tmp_path):
+    run("train", *SMALL, "--run-dir", "a")
+    before = (tmp_path / "a/results.json").read_bytes(), (tmp_path / "a/last/weights.safetensors").read_bytes()
+    code, out, _ = run("train", "--resume", "--run-dir", "a")
+    assert code == 0
+    assert "finished" in out
+    assert before == (
+        (tmp_path / "a/results.json").read_bytes(),
+        (tmp_path / "a/last/weights.safetensors").read_bytes(),
+    )
+
+
+def test_resume_refuses_other_settings(run):
+    run("train", *SMALL, "--run-dir", "a")
+    code, _, err = run("train", "--resume", "--run-dir", "a", "--lr", 0.5)
+    assert code == 2
+    assert "begun with" in err
+
+
+def test_a_users_own_class_trains_and_comes_back(run, tmp_path):
+    (tmp_path / "my_pair.py").write_text(
+        textwrap.dedent(
+            """
+            import pyro, pyro.distributions as dist
+            from torch import nn
+
+            class MyPair(nn.Module):
+                def __init__(self, latent_dim=2, width=8):
+                    super().__init__()
+                    self.latent_dim = latent_dim
+                    self.decoder = nn.Sequential(nn.Linear(latent_dim, width), nn.Tanh(), nn.Linear(width, 64))
+                    self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 2 * latent_dim))
+
+                def model(self, x):
+                    with pyro.plate("data", len(x)):
+                        z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent_dim), 1.0).to_event(1))
+                        logits = self.decoder(z).unflatten(-1, (1, 8, 8))
+                        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+                def guide(self, x):
+                    with pyro.plate("data", len(x)):
+                        mean, log_scale = self.encoder(x).chunk(2, -1)
+                        pyro.sample("z", dist.Normal(mean, log_scale.exp()).to_event(1))
+            """
+        )
+    )
+    arguments = ["train", "my_pair:MyPair", "--epochs", 1, "--samples", 10, "--set", "width=4", "--run-dir", "mine"]
+    code, _, err = run(*arguments, "--objective", "iwae", "--particles", 3)
+    assert code == 0, err
+    assert run("evaluate", "mine", "--samples", 10)[0] == 0
+    assert run("sample", "mine", "-n", 4)[0] == 0
+
+
+def test_list_names_every_model_objective_and_data_set(run):
+    code, out, _ = run("list")
+    assert code == 0
+    for name in (*pv.models.MODELS, *pv.objectives.OBJECTIVES, *pv.data.DATASETS):
+        assert name in out
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "list"])
+def test_help(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "vea"], "did you mean 'vae'"),
+        (["train", "--objective", "iwea"], "did you mean 'iwae'"),
+        (["train", "--data", "mnits"], "did you mean 'mnist'"),
+        (["train", "--set", "likelihod=gaussian"], "did you mean 'likelihood'"),
+        (["train", "--set", "likelihood=gausian"], "did you mean 'gaussian'"),
+        (["train", "--set", "hidden"], "KEY=VALUE"),
+        (["train", "--objective", "iwae", "--particles", "0"], "at least 1"),
+        (["train", "--objective", "vimco", "--particles", "1"], "at least 2"),
+        (["train", "--objective", "ciwae", "--set", "beta=1.5"], "[0, 1]"),
+        (["train", "--objective", "vrmax", "--set", "gradient=dreg"], "jump"),
+        (["train", "--objective", "elbo", "--groups", "3"], "num_groups"),
+        (["train", "--epochs", "0"], "epochs"),
+        (["train", "--epochs", "many"], "epochs"),
+        (["train", "--batch-size", "0"], "batch_size"),
+        (["train", "--samples", "0"], "samples"),
+        (["train", "--latent-dim", "0"], "latent_dim"),
+        (["train", "--lr", "nan"], "lr"),
+        (["train", "--device", "gpu"], "unknown device"),
+        (["train", "no_such_module:Pair"], "cannot import"),
+        (["train", "json:dumps"], "no model class"),
+        (["trian"], "train"),
+        (["train", "--objectiv", "iwae"], "--objective"),
+        (["evaluate"], "RUN"),
+    ],
+)
+def test_bad_arguments_give_one_line_and_exit_code_2(run, arguments, says, tmp_path):
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert says.lower() in err.lower()
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()  # nothing is started
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_cuda_asked_for_and_absent_is_refused(run):
+    code, _, err = run("train", *SMALL[:-2], "--device", "cuda")
+    assert code == 2
+    assert "CUDA" in err
+
+
+GREY = np.linspace(0, 1, 20 * 16, dtype=np.float32).reshape(20, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "settings", "says"),
+    [
+        ({"x": GREY * 255}, [], "255"),
+        ({"x": GREY - 0.5}, [], "-0.5"),
+        ({"x": np.where(GREY > 0.9, np.nan, GREY)}, [], "nan"),
+        ({"x": GREY}, ["--set", "binarization=none"], "binarization"),
+        ({"x": GREY * 255}, ["--set", "likelihood=continuous_bernoulli"], "255"),
+        ({"x": GREY[:0]}, [], "at least one datum"),
+        ({"x": GREY, "y": np.arange(7)}, [], "labels"),
+        ({"x": np.array([{"a": 1}], dtype=object)}, [], "object"),
+        ({"z": GREY}, [], '"x"'),
+    ],
+)
+def test_bad_data_give_one_line_and_exit_code_3(run, arrays, settings, says, tmp_path):
+    np.savez("data.npz", **arrays)
+    code, _, err = run("train", "--data", "npz:data.npz", *SMALL, *settings)
+    assert code == 3, err
+    assert says.replace('"', "'").lower() in err.replace('"', "'").lower()
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short"])
+def test_corrupt_file(run, content, tmp_path):
+    (tmp_path / "data.npz").write_bytes(content)
+    code, _, err = run("train", "--data", "npz:data.npz", *SMALL)
+    assert code == 3
+    assert "data.npz" in err
+
+
+def test_absent_files_say_what_to_put_where(run, tmp_path):
+    code, _, err = run("train", "--data", "npz:nowhere.npz", *SMALL)
+    assert (code, "nowhere.npz" in err) == (3, True)
+    code, _, err = run("train", "--data", "omniglot28", "--data-dir", tmp_path, *SMALL)
+    assert (code, "chardata.mat" in err) == (3, True)
+
+
+def test_evaluating_a_folder_without_a_run(run, tmp_path):
+    code, _, err = run("evaluate", tmp_path)
+    assert code == 3
+    assert "holds no run" in err
+
+
+def test_debug_shows_the_traceback(run):
+    assert "Traceback" in run("train", "vea", "--debug")[2]
+    assert "Traceback" not in run("train", "vea")[2]
+
+
+def test_python_raises_what_the_command_line_prints(run):
+    _, _, err = run("train", "--objective", "ciwae", "--set", "beta=1.5")
+    with pytest.raises(ValueError) as error:
+        pv.CIWAE(1.5)
+    assert err == f"error: {error.value}\n"

@@ -1,0 +1,165 @@
+"""The feed: every datum once per epoch, in an order that follows the generator, whatever the data come in."""
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import constraints
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from pyrovae.arguments import DataError
+from pyrovae.data import Images
+from pyrovae.feed import Feed
+
+CPU = torch.device("cpu")
+X = torch.arange(10.0).unsqueeze(1)
+Y = torch.arange(10)
+
+
+class Squares(Dataset):
+    """A data set of its own kind: no tensors held."""
+
+    def __init__(self, size=10):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.size:
+            raise IndexError(i)
+        return torch.tensor([float(i)])
+
+
+class Stream(IterableDataset):
+    def __init__(self, size=10):
+        self.size = size
+
+    def __iter__(self):
+        return (torch.tensor([float(i)]) for i in range(self.size))
+
+
+SOURCES = {
+    "tensor": lambda: X,
+    "array": lambda: X.numpy(),
+    "tuple": lambda: (X, Y),
+    "Images": lambda: Images(X),
+    "TensorDataset": lambda: TensorDataset(X),
+    "TensorDataset of three": lambda: TensorDataset(X, X, X),
+    "Subset": lambda: Subset(Images(X), range(10)),
+    "Dataset": Squares,
+    "IterableDataset": Stream,
+    "DataLoader": lambda: DataLoader(Squares(), batch_size=4, shuffle=True),
+    "DataLoader of a stream": lambda: DataLoader(Stream(), batch_size=4),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_datum_once_per_epoch(name, workers):
+    if workers and name not in ("Dataset", "IterableDataset"):
+        pytest.skip("held in memory, or with workers of its own")
+    feed = Feed(SOURCES[name](), 4, CPU, workers)
+    for _ in range(2):
+        batches = list(feed)
+        assert [len(b[0]) for b in batches] == [4, 4, 2]
+        assert sorted(torch.cat([b[0] for b in batches]).flatten().tolist()) == list(range(10))
+        assert all(torch.equal(b[1].flatten().long(), b[0].flatten().long()) for b in batches if len(b) > 1)
+    if feed.steps is not None:
+        assert feed.steps == 3
+
+
+def test_a_stream_has_no_size_and_is_not_delivered_once_per_worker(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    feed = Feed(Stream(), 4, CPU)
+    assert feed.size is None
+    assert feed.loader.num_workers == 1
+    assert Feed(Squares(), 4, CPU).loader.num_workers == 4
+
+
+@pytest.mark.parametrize("name", ["tensor", "Dataset", "DataLoader"])
+def test_the_order_follows_the_generator(name):
+    def epochs(seed):
+        torch.manual_seed(seed)
+        feed = Feed(SOURCES[name](), 4, CPU, 0)
+        return [torch.cat([b[0] for b in feed]).flatten().tolist() for _ in range(2)]
+
+    first, second = epochs(1)
+    assert epochs(1) == [first, second]
+    assert first != second
+    assert epochs(2)[0] != first
+
+
+def test_dynamic_bits_are_drawn_anew_but_first_is_always_the_same():
+    feed = Feed(Images(torch.full((1000, 1), 0.5), binarization="dynamic"), 1000, CPU)
+    (a,), (b,) = next(iter(feed)), next(iter(feed))
+    assert {a.unique().numel(), b.unique().numel()} == {2}
+    # Two draws of 1000 fair bits agree everywhere with probability 2^-1000.
+    assert not torch.equal(a.sort(0).values, a)
+    assert a.sum() != b.sum() or not torch.equal(a, b)
+    assert torch.equal(feed.first()[0], feed.first()[0])
+
+
+@pytest.mark.parametrize(("name", "count", "expected"), [("tensor", None, 4), ("tensor", 7, 7), ("tensor", 99, 10)])
+def test_first_counts_out_what_is_held(name, count, expected):
+    feed = Feed(SOURCES[name](), 4, CPU)
+    assert feed.first(count)[0].flatten().tolist() == list(range(expected))
+
+
+def test_first_reads_a_loader_once():
+    class Counting(Squares):
+        starts = 0
+
+        def __getitem__(self, i):
+            type(self).starts += i == 0
+            return super().__getitem__(i)
+
+    feed = Feed(DataLoader(Counting(), batch_size=10), 4, CPU)
+    assert feed.first() is feed.first(3)
+    assert Counting.starts == 1
+
+
+@pytest.mark.parametrize(
+    "data", [X[:0], Squares(0), TensorDataset(X[:0]), DataLoader(Squares(0)), np.zeros((0, 2), dtype=np.float32)]
+)
+def test_no_data_is_a_data_error(data):
+    with pytest.raises(DataError, match="at least one"):
+        Feed(data, 4, CPU)
+
+
+def test_an_empty_stream_is_a_data_error():
+    with pytest.raises(DataError, match="no data"):
+        Feed(Stream(0), 4, CPU, 0).first()
+
+
+@pytest.mark.parametrize("item", [{"x": torch.zeros(2)}, "a string"])
+def test_batches_that_are_no_tensors_are_refused(item):
+    class Odd(Squares):
+        def __getitem__(self, i):
+            return item
+
+    with pytest.raises(TypeError, match="batches must be tensors"):
+        Feed(Odd(), 4, CPU, 0).first()
+
+
+@pytest.mark.parametrize("data", [[1, 2], "mnist", None, {"x": X}])
+def test_what_is_no_data_is_refused(data):
+    with pytest.raises(TypeError, match="data must be"):
+        Feed(data, 4, CPU)
+
+
+@pytest.mark.parametrize(("row", "value"), [(0, 0.5), (9, 255.0), (3, -1.0)])
+def test_check_looks_at_every_datum_that_is_held(row, value):
+    x = torch.zeros(10, 2)
+    x[row, 1] = value
+    feed = Feed(x, 4, CPU)
+    with pytest.raises(DataError, match=rf"data\[{row}, 1\] = {value}"):
+        feed.check(0, constraints.boolean, "x", torch.Size([2]))
+    feed.check(0, constraints.real, "x", torch.Size([2]))
+
+
+def test_check_sees_the_bits_of_a_dynamic_set_not_its_grey():
+    Feed(Images(torch.full((10, 2), 0.5), binarization="dynamic"), 4, CPU).check(
+        0, constraints.boolean, "x", torch.Size([2])
+    )
+    with pytest.raises(DataError, match="binarization"):
+        Feed(torch.full((10, 2), 0.5), 4, CPU).check(0, constraints.boolean, "x", torch.Size([2]))

@@ -1,0 +1,220 @@
+"""The pictures: sizes and pixels where they are exact, and that every kind of input gives a whole file."""
+
+import math
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pyrovae import plots
+from pyrovae.models import VAE
+from pyrovae.pixels import CELL, FRAME, GAP
+
+
+def read(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.array(image.convert("RGB"))
+
+
+@pytest.fixture(autouse=True)
+def no_global_state(tmp_path):
+    """No figure of pyplot's is left, no setting is changed, and no file but the PNG."""
+    settings = dict(matplotlib.rcParams)
+    yield
+    assert plt.get_fignums() == []
+    assert dict(matplotlib.rcParams) == settings
+    assert all(
+        file.suffix == ".png" and not file.name.startswith(".") for file in tmp_path.rglob("*") if file.is_file()
+    )
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 8, 8)])
+def test_image_grid_shows_every_pixel_as_a_square(tmp_path, shape):
+    images = torch.rand(6, *shape)
+    path = plots.image_grid(images, tmp_path / "grid.png", columns=4)
+    assert path == tmp_path / "grid.png"
+    picture, side = read(path), CELL + GAP
+    assert picture.shape == (2 * side + GAP, 4 * side + GAP, 3)
+    for i, image in enumerate(images):
+        top, left = GAP + i // 4 * side, GAP + i % 4 * side
+        cell = picture[top : top + CELL, left : left + CELL]
+        exact = (255 * image.reshape(-1, 8, 8).expand(3, 8, 8)).round().byte().permute(1, 2, 0).numpy()
+        assert np.array_equal(cell[::7, ::7], exact)
+        assert np.array_equal(cell, exact.repeat(7, 0).repeat(7, 1))
+    assert (picture[side + GAP :, 2 * side + GAP :] == 255).all()  # the two cells without an image
+
+
+def test_a_white_image_stands_in_its_place(tmp_path):
+    images = torch.zeros(9, 1, 28, 28)
+    images[5] = 1
+    picture, side = read(plots.image_grid(images, tmp_path / "grid.png")), CELL + GAP
+    assert picture.shape == (3 * side + GAP, 3 * side + GAP, 3)
+    assert (picture[side + GAP : 2 * side, 2 * side + GAP : 3 * side] == 255).all()
+    assert (picture == 255).sum() == 3 * CELL**2
+    assert (picture[side : side + GAP] == FRAME).all()
+
+
+def test_values_outside_the_unit_interval_are_clipped(tmp_path):
+    image = torch.tensor([[[-3.0, 2.0], [math.nan, math.inf]]])
+    picture = read(plots.image_grid(image, tmp_path / "grid.png"))[GAP:-GAP, GAP:-GAP, 0]
+    assert np.array_equal(picture[:: CELL // 2, :: CELL // 2], [[0, 255], [0, 255]])
+
+
+def test_a_title_adds_a_line(tmp_path):
+    plain = read(plots.image_grid(torch.zeros(4, 8, 8), tmp_path / "plain.png"))
+    titled = read(plots.image_grid(torch.zeros(4, 8, 8), tmp_path / "titled.png", title="four"))
+    assert titled.shape == (len(plain) + 30, *plain.shape[1:])
+    assert np.array_equal(titled[30:], plain)
+    assert titled[:30].min() < 128
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 13])
+def test_reconstructions_stand_below_their_data(tmp_path, count):
+    path = plots.reconstructions(
+        torch.ones(count, 1, 8, 8), torch.zeros(count, 1, 8, 8), tmp_path / "new" / "pairs.png"
+    )
+    picture = read(path)[:, 46:]  # right of the labels
+    columns, row = min(count, 10), CELL + 2 * GAP
+    assert picture.shape[:2] == (math.ceil(count / 10) * (2 * row + 6 * GAP) - 6 * GAP, columns * (CELL + GAP) + GAP)
+    assert (picture[GAP : GAP + CELL, GAP : GAP + CELL] == 255).all()
+    assert (picture[row + GAP : row + GAP + CELL, GAP : GAP + CELL] == 0).all()
+    assert (picture == 0).sum() == 3 * count * CELL**2
+
+
+HISTORY = [
+    {
+        "epoch": e + 1,
+        "bound": -100 - 400 / (e + 1) ** 2,
+        "validation_bound": -101.0,
+        "reconstruction": -80.0,
+        "kl": 20.0,
+        "kl_per_unit": {"z": [1.0, 2.0]},
+        "active_units": {"h1": 5, "h2": 3},
+        "grad_norm": 10.0 / (e + 1),
+        "learning_rate": 1e-3,
+        "seconds": 1.0,
+    }
+    for e in range(30)
+]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        HISTORY,
+        HISTORY[:1],
+        [{"bound": -1.0}, {"bound": -1.0}],
+        [{"epoch": 1, "bound": math.nan}, {"epoch": 2, "bound": -math.inf}, {"epoch": 3, "bound": -3.0}],
+        [{"epoch": 1, "bound": math.nan, "grad_norm": math.nan}],
+        [{"epoch": 1, "bound": -3.0}, {"epoch": 2, "bound": -2.0, "validation_bound": -2.5}],
+        [{"epoch": 1, "grad_norm": 0.0}],
+        [{"bound": -1.0}] * 40,
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_curves_of_any_history(tmp_path, history):
+    picture = read(plots.curves(history, tmp_path / "curves.png"))
+    panels = {"bound", "reconstruction", "kl", "active_units", "grad_norm"} & set().union(*history)
+    assert picture.shape[:2] == (390 * math.ceil(len(panels) / 3), 540 * min(len(panels), 3))
+    assert picture.std() > 1
+
+
+@pytest.mark.parametrize("units", [1, 2, 7])
+@pytest.mark.parametrize("classes", [None, 1, 10, 15, 60])
+@pytest.mark.filterwarnings("error")
+def test_latent_plane(tmp_path, units, classes):
+    torch.manual_seed(0)
+    means = torch.randn(200, units, dtype=torch.float64)
+    labels = None if classes is None else torch.arange(200) % classes
+    plain = read(plots.latent_plane(means, tmp_path / "plane.png"))
+    picture = read(plots.latent_plane(means, tmp_path / "plane.png", labels=labels))
+    assert picture.shape[0] == plain.shape[0] == 690
+    assert np.array_equal(picture, plain) == (labels is None)
+
+
+def test_latent_plane_shows_the_units_that_vary_most(tmp_path):
+    torch.manual_seed(0)
+    means = torch.randn(100, 4) * torch.tensor([0.1, 2.0, 0.1, 3.0])
+    picture = read(plots.latent_plane(means, tmp_path / "a.png"))
+    means[:, [0, 2]] = 0
+    assert np.array_equal(picture, read(plots.latent_plane(means, tmp_path / "b.png")))
+
+
+def test_manifold_runs_left_to_right_and_bottom_to_top(tmp_path):
+    class Decoder(nn.Module):
+        def forward(self, z):
+            assert not self.training
+            assert (z[:, 2] == 0).all()
+            on = (z[:, 0] > 0) & (z[:, 1] > 0)
+            return on.float().reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+
+    decoder = Decoder()
+    picture = read(plots.manifold(decoder, tmp_path / "m.png", latent_dim=3, event_shape=(1, 8, 8), steps=10))
+    assert decoder.training
+    assert picture.shape == (960, 960, 3)
+    assert picture[[300, 300, 700, 700], [300, 700, 300, 700], 0].tolist() == [0, 255, 0, 0]
+
+
+def test_manifold_of_a_model_in_its_own_dtype(tmp_path):
+    vae = VAE((1, 8, 8), latent_dim=2, hidden=(4,)).double()
+    assert read(plots.manifold(vae.decode, tmp_path / "m.png", event_shape=vae.input_shape, steps=3)).std() > 0
+
+
+@pytest.mark.parametrize("units", [1, 20, 50])
+@pytest.mark.filterwarnings("error")
+def test_unit_activity(tmp_path, units):
+    torch.manual_seed(0)
+    kl = torch.rand(units)
+    active = read(plots.unit_activity(kl, torch.ones(units), tmp_path / "a.png"))
+    idle = read(plots.unit_activity(kl, torch.zeros(units), tmp_path / "b.png"))
+    blue = np.array([0x2F, 0x67, 0x96])
+    assert active.shape == (660, 1080, 3)
+    assert (active == blue).all(-1).sum() > 10_000
+    assert not (idle == blue).all(-1).any()
+
+
+def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
+    path = plots.image_grid(torch.zeros(1, 8, 8), tmp_path / "grid.png")
+    before = path.read_bytes()
+
+    def fails(self, name, **options):
+        name.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fails)
+    with pytest.raises(OSError, match="no space"):
+        plots.image_grid(torch.ones(1, 8, 8), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+X = torch.zeros(4, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("draw", "match"),
+    [
+        (lambda p: plots.image_grid(torch.zeros(4, 784), p), r"images must be \[N, H, W\] .* got \(4, 784\)"),
+        (lambda p: plots.image_grid(torch.zeros(4, 2, 8, 8), p), r"1 or 3 channels, got \(4, 2, 8, 8\)"),
+        (lambda p: plots.image_grid(torch.zeros(0, 8, 8), p), r"got \(0, 8, 8\)"),
+        (lambda p: plots.image_grid([1, 2], p), "got list"),
+        (lambda p: plots.image_grid(X, p, columns=0), "columns must be an integer of at least 1"),
+        (lambda p: plots.reconstructions(X, X[:3], p), r"one shape, got \(4, 1, 8, 8\) and \(3, 1, 8, 8\)"),
+        (lambda p: plots.curves([], p), "history is empty"),
+        (lambda p: plots.curves([{"epoch": 1}], p), "nothing to draw, only epoch"),
+        (lambda p: plots.latent_plane(torch.zeros(3), p), r"means must be \[N, D\], got \(3,\)"),
+        (lambda p: plots.latent_plane(torch.zeros(3, 2), p, labels=torch.zeros(2)), r"labels must be \[3\]"),
+        (lambda p: plots.manifold(lambda z: z, p, latent_dim=1, event_shape=(8, 8)), "latent_dim must be"),
+        (lambda p: plots.manifold(lambda z: z, p, event_shape=(2,)), r"what decode returns must be .*got \(400, 2\)"),
+        (lambda p: plots.unit_activity(torch.zeros(2), torch.zeros(3), p), r"both be \[D\], got \(2,\) and \(3,\)"),
+    ],
+)
+def test_errors_name_the_rule_the_value_and_the_fix(tmp_path, draw, match):
+    with pytest.raises(ValueError, match=match):
+        draw(tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,202 @@
+"""What a program is made of: modules, randomness, buffers and parameters, wherever they live."""
+
+import random
+from functools import partial
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+from pyro.infer import config_enumerate
+from torch import nn
+
+from pyrovae.programs import (
+    eval_mode,
+    evaluating,
+    graph_leaves,
+    isolated_rng,
+    protected_buffers,
+    reach,
+    reached_modules,
+    replayed_rng,
+    rng_state,
+    roots,
+)
+from pyrovae.sites import log_prob, record_pair
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    yield
+    pyro.clear_param_store()
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
+        self.bias = nn.Parameter(torch.zeros(2))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + self.bias, 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.net(x), 1.0).to_event(1))
+
+
+PAIR = Pair()
+X = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+
+
+def reach_of(model, guide, x=X):
+    def log_joint():
+        return sum(log_prob(s).sum() for run in record_pair(model, guide, (x,), {}) for s in run.values())
+
+    return reach(model, guide, log_joint)
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (PAIR, [PAIR]),
+        (PAIR.model, [PAIR]),
+        (partial(partial(PAIR.model)), [PAIR]),
+        (partial(lambda net, x: net(x), PAIR.net), [PAIR.net]),
+        (poutine.scale(PAIR.model, scale=0.5), [PAIR]),
+        (poutine.block(poutine.scale(PAIR.model, scale=0.5), hide=["z"]), [PAIR]),
+        (config_enumerate(PAIR.model), [PAIR]),
+        (lambda x: x, []),
+        (print, []),
+    ],
+)
+def test_roots_look_through_whatever_wraps_a_program(program, expected):
+    assert roots(program) == expected
+
+
+def everything_random():
+    return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 2**40, -1])
+def test_isolation_leaves_every_generator_and_seeds_inside(seed):
+    def inside():
+        with isolated_rng(seed):
+            return everything_random()
+
+    with isolated_rng():
+        expected = everything_random()
+    first, second = inside(), inside()
+    assert first == second
+    assert (first == expected) == (seed is None)
+    with pytest.raises(KeyError), isolated_rng(seed):
+        everything_random()
+        raise KeyError
+    assert everything_random() == expected
+
+
+def test_replay_draws_the_same_again_and_goes_on():
+    states = rng_state()
+    first = torch.rand(3)
+    with replayed_rng(*states):
+        again = torch.rand(3)
+    after = torch.rand(3)
+    assert torch.equal(first, again)
+    torch.manual_seed(0), torch.set_rng_state(states[0])
+    assert torch.equal(torch.rand(6)[3:], after)
+
+
+def test_buffers_come_back_bit_for_bit():
+    net = nn.BatchNorm1d(2)
+    before, identities = {k: v.clone() for k, v in net.state_dict().items()}, [id(b) for b in net.buffers()]
+    with protected_buffers():
+        net(X)
+        assert not torch.equal(net.running_mean, before["running_mean"])
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert [id(b) for b in net.buffers()] == identities
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_eval_mode_restores_each_modules_own_mode(training):
+    pair = Pair()
+    pair.train()
+    pair.net[1].eval()
+    with eval_mode([pair], training=training):
+        assert {m.training for m in pair.modules()} == {training}
+    assert [m.training for m in pair.net] == [True, False, True]
+
+
+def test_evaluating_reaches_modules_that_a_closure_calls():
+    net = nn.Sequential(nn.Dropout(0.5))
+    with evaluating(lambda x: net(x)):
+        assert torch.equal(net(X), X)
+    assert net.training
+    assert net[0].training
+
+
+def test_reached_modules_are_those_that_ran():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    with reached_modules(lambda x: first(x)) as found:
+        first(X)
+    second(X)
+    assert list(found) == [first]
+
+
+def test_graph_leaves_are_found_once_each():
+    a, b, c = (torch.ones(2, requires_grad=True) for _ in range(3))
+    leaves = graph_leaves((a * b + a.exp()).sum())
+    assert {id(leaf) for leaf in leaves} == {id(a), id(b)}
+    assert len(leaves) == 2
+    assert graph_leaves((c * 2).detach()) == []
+
+
+def test_a_pair_reaches_its_own_tensors_not_copies():
+    pair = Pair()
+    before = {k: v.clone() for k, v in pair.state_dict().items()}
+    found = reach_of(pair.model, pair.guide)
+    own = pair.state_dict(keep_vars=True)
+    assert found.tensors.keys() == own.keys()
+    assert all(found.tensors[name] is own[name] for name in own)
+    assert found.parameters.keys() == dict(pair.named_parameters()).keys()
+    assert all(torch.equal(v, before[k]) for k, v in pair.state_dict().items())
+    pair.net[1].running_mean = torch.full((2,), 7.0)  # a module may put another tensor in its buffer's place
+    assert found.tensors["net.1.running_mean"] is pair.net[1].running_mean
+
+
+def test_frozen_and_tied_parameters():
+    pair = Pair()
+    pair.bias.requires_grad_(False)
+    pair.tied = pair.net[0].weight
+    found = reach_of(pair.model, pair.guide)
+    assert "bias" in found.tensors
+    assert "bias" not in found.parameters
+    assert len({id(p) for p in found.parameters.values()}) == len(found.parameters) == 4
+    assert {"tied", "net.0.weight"} <= found.tensors.keys()
+
+
+def test_parameters_of_the_store_are_unconstrained_and_leaves_are_named():
+    loose = torch.zeros(2, requires_grad=True)
+
+    def model(x):
+        scale = pyro.param("scale", torch.tensor(2.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loose, scale).to_event(1), obs=x)
+
+    found = reach_of(model, lambda x: None)
+    assert found.parameters.keys() == {"param.scale", "leaf.0"}
+    assert found.parameters["leaf.0"] is loose
+    assert found.parameters["param.scale"].item() == pytest.approx(torch.tensor(2.0).log().item())
+
+
+def test_moving_a_pair_moves_buffers_that_no_checkpoint_holds():
+    pair = Pair()
+    pair.net.register_buffer("mask", torch.ones(2), persistent=False)
+    found = reach_of(pair.model, pair.guide)
+    found.to(torch.device("meta"))
+    assert {t.device.type for t in (*pair.parameters(), *pair.buffers())} == {"meta"}
