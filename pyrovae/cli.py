@@ -68,7 +68,7 @@ def train(
     Without arguments: a VAE on the embedded digits.
     """
     given = {k: v for k, v in context.params.items() if k not in ("run_dir", "resume", "set_")}
-    explicit = {k for k in given if context.get_parameter_source(k).name != "DEFAULT"}
+    explicit = {k for k in given if getattr(context.get_parameter_source(k), "name", "DEFAULT") != "DEFAULT"}
     job = experiment.Settings(**given, settings=experiment.parse_settings(set_ or []))
     experiment.train(
         job, run_dir=run_dir, resume=resume, explicit=explicit | ({"settings"} if set_ else set()), out=out
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             code = 2  # the help is on the screen already
         elif hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
-            code = _fail(error.format_message(), error.exit_code, debug)
+            code = _fail(error.format_message(), getattr(error, "exit_code", 2), debug)
         else:
             kinds = {DataError: 3, ValueError: 2, TypeError: 2, FloatingPointError: 1, OSError: 1}
             known = next((code for kind, code in kinds.items() if isinstance(error, kind)), None)

@@ -26,8 +26,8 @@ def pictures(pair: Any, test: Images, history: list[dict[str, Any]], folder: Pat
     images = test.unlabelled()
     x = images.fixed(seed).x
     if plots.is_image(test.event_shape):
-        means = sample(pair, 64, returns="means", seed=seed, like=x[:1])
-        drawn.append(plots.image_grid(means, folder / "samples.png"))
+        generated = sample(pair, 64, returns="means", seed=seed, like=x[:1])
+        drawn.append(plots.image_grid(generated, folder / "samples.png"))
         rebuilt = reconstruct(pair, x[:16], seed=seed)
         if rebuilt is not None:
             drawn.append(plots.reconstructions(x[:16], rebuilt, folder / "reconstructions.png"))

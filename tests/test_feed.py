@@ -53,11 +53,10 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("name", SOURCES)
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "workers"), [*((name, 0) for name in SOURCES), ("Dataset", 1), ("Dataset", 2), ("IterableDataset", 1)]
+)
 def test_every_datum_once_per_epoch(name, workers):
-    if workers and name not in ("Dataset", "IterableDataset"):
-        pytest.skip("held in memory, or with workers of its own")
     feed = Feed(SOURCES[name](), 4, CPU, workers)
     for _ in range(2):
         batches = list(feed)
@@ -70,6 +69,7 @@ def test_every_datum_once_per_epoch(name, workers):
 
 def test_a_stream_has_no_size_and_is_not_delivered_once_per_worker(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr(DataLoader, "check_worker_number_rationality", lambda self: None)
     feed = Feed(Stream(), 4, CPU)
     assert feed.size is None
     assert feed.loader.num_workers == 1
@@ -94,8 +94,7 @@ def test_dynamic_bits_are_drawn_anew_but_first_is_always_the_same():
     (a,), (b,) = next(iter(feed)), next(iter(feed))
     assert {a.unique().numel(), b.unique().numel()} == {2}
     # Two draws of 1000 fair bits agree everywhere with probability 2^-1000.
-    assert not torch.equal(a.sort(0).values, a)
-    assert a.sum() != b.sum() or not torch.equal(a, b)
+    assert not torch.equal(a, b)
     assert torch.equal(feed.first()[0], feed.first()[0])
 
 

@@ -265,9 +265,9 @@ def test_a_config_with_tuples_is_the_same_after_json(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda w: w.pop("encoder.output.bias"), r"missing encoder\.output\.bias"),
+        (lambda w: w.pop("decoder.0.bias"), r"missing decoder\.0\.bias"),
         (lambda w: w.update(extra=torch.zeros(1)), "unknown extra"),
-        (lambda w: w.update({"encoder.output.bias": torch.zeros(99)}), r"of other shape encoder\.output\.bias"),
+        (lambda w: w.update({"decoder.0.bias": torch.zeros(99)}), r"of other shape decoder\.0\.bias"),
     ],
 )
 def test_weights_of_another_model_are_refused_whole(tmp_path, change, match):

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/memory.py [--samples 5000]
 
-Each row runs in a process of its own, and its peak resident size is compared with that of a process that only builds the
-model: what the evaluation takes must not grow with the data set beyond the data and the results themselves.
+Each row runs in a process of its own, and its peak resident size is compared with that of a process that only builds
+the model: what the evaluation takes must not grow with the data set beyond the data and the results themselves.
 """
 
 from __future__ import annotations

@@ -1,0 +1,156 @@
+"""Active units: the variance over data of each unit's posterior mean, whatever the guide is made of."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import autoguide
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import pyrovae as pv
+from pyrovae.arguments import DataError
+
+GAINS = torch.tensor([2.0, 0.0, 0.05, 0.5])
+X = torch.randn(400, generator=torch.Generator().manual_seed(0))
+EXPECTED = GAINS.square().double() * X.double().var()
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(5)
+    yield
+    pyro.clear_param_store()
+
+
+def linear(x, *labels):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(GAINS * x.unsqueeze(-1) + 3, 0.7).to_event(1))
+
+
+class Plain(Dataset):
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        return X[i]
+
+
+SOURCES = {
+    "tensor": X,
+    "tuple": (X, torch.arange(400)),
+    "TensorDataset": TensorDataset(X),
+    "Dataset": Plain(),
+    "DataLoader": DataLoader(Plain(), batch_size=37),
+    "Images": pv.data.Images(X),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("batch_size", [7, 500])
+def test_a_linear_guide_is_known_exactly(source, batch_size):
+    units = pv.active_units(linear, SOURCES[source], batch_size=batch_size)["z"]
+    torch.testing.assert_close(units.variances, EXPECTED, rtol=1e-4, atol=1e-6)
+    assert units.count == 2
+
+
+@pytest.mark.parametrize(("threshold", "count"), [(0.0, 3), (0.001, 3), (0.01, 2), (1.0, 1), (100.0, 0)])
+def test_the_threshold_is_on_the_variance(threshold, count):
+    assert pv.active_units(linear, X, threshold)["z"].count == count
+
+
+@pytest.mark.parametrize("threshold", [-1, float("nan"), float("inf"), "0.1", None])
+def test_a_bad_threshold_is_refused(threshold):
+    with pytest.raises(ValueError, match="threshold"):
+        pv.active_units(linear, X, threshold)
+
+
+@pytest.mark.parametrize("data", [X[:1], DataLoader(TensorDataset(X[:1]))])
+def test_one_datum_has_no_variance(data):
+    with pytest.raises(DataError, match="at least, got 1"):
+        pv.active_units(linear, data)
+
+
+def test_deeper_sites_use_their_own_mean_given_one_draw():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Normal(3 * x, 0.5))
+            pyro.sample("top", dist.Normal(torch.stack([h, 0 * h], -1), 9.0).to_event(1))
+
+    units = pv.active_units(guide, X)
+    assert units["h"].variances.shape == ()
+    assert units["h"].count == units["top"].count == 1
+    # Var of h over data and draws: 9 var(x) + .25; its estimate has relative SE sqrt(2 / 400) = .07, 4.9 of them.
+    assert units["top"].variances[0] == pytest.approx(9 * X.var().item() + 0.25, rel=0.35)
+
+
+def test_a_second_plate_does_not_stand_in_for_the_data():
+    def guide(x):
+        with pyro.plate("units", 4, dim=-2), pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(GAINS.unsqueeze(-1) * x, 1.0))
+
+    units = pv.active_units(guide, X, batch_size=150)["z"]
+    torch.testing.assert_close(units.variances, EXPECTED, rtol=1e-4, atol=1e-6)
+
+
+def test_a_distribution_without_a_mean_is_averaged_over_draws():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.stack([3 * x, 0 * x], -1), 0.1).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, dist.transforms.AffineTransform(1.0, 2.0)))
+
+    units = pv.active_units(guide, X)["z"]
+    assert units.count == 1
+    # The mean of 64 draws adds .04 / 64 to the variance; the second unit has nothing else.
+    assert units.variances[1].item() == pytest.approx(0.04 / 64, rel=0.35)
+
+
+def test_autoguides_are_seen_through_and_their_auxiliary_sites_left_out():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = autoguide.AutoNormal(model)
+    guide(X)
+    with torch.no_grad():
+        guide.locs.z.copy_(X)
+        guide.scales.z = torch.full((400,), 0.01)
+    units = pv.active_units(guide, X, batch_size=400)
+    assert list(units) == ["z"]
+    assert units["z"].variances.item() == pytest.approx(X.exp().var().item(), rel=1e-2)
+
+
+def test_global_latents_are_no_units_of_the_data():
+    def guide(x):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x))
+
+    assert list(pv.active_units(guide, X)) == ["z"]
+
+
+@pytest.mark.parametrize("closure", [True, False])
+def test_networks_run_in_eval_mode_and_nothing_else_changes(closure):
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2), nn.Dropout(0.9))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.net(x.unsqueeze(-1)), 1.0).to_event(1))
+
+    module = Guide()
+    guide = (lambda x: Guide.forward(module, x)) if closure else module
+    module.net[0].eval()
+    before, modes = {k: v.clone() for k, v in module.state_dict().items()}, [m.training for m in module.modules()]
+    generator = torch.get_rng_state()
+    first = pv.active_units(guide, X, batch_size=399)["z"].variances  # the last batch is one datum
+    assert torch.equal(first, pv.active_units(guide, X, batch_size=399)["z"].variances)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [m.training for m in module.modules()] == modes
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    weight = module.net[0].weight.detach().double().flatten()
+    torch.testing.assert_close(first, weight.square() * X.double().var() / (1 + 1e-5), rtol=1e-4, atol=1e-7)
