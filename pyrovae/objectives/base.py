@@ -268,23 +268,13 @@ class Objective(pyro.infer.ELBO):
                 f'{name} with {self.total_particles} particles cannot subsample plate "{subsampled[0]}", which not '
                 "every site is inside of: its weights are joint over the data; use pyrovae.ELBO, or the whole data set"
             )
+        if self.gradient != "total":
+            self._check_reparameterised(particles)
         if torch.is_grad_enabled():
             self._check_gradient(particles)
 
-    def _check_gradient(self, particles: Particles) -> None:
+    def _check_reparameterised(self, particles: Particles) -> None:
         drawn = latent(particles.guide)
-        for site, message in ((n, s) for run in (particles.guide, particles.model) for n, s in run.items()):
-            if message["infer"].get("enumerate"):
-                raise ValueError(
-                    f'site "{site}" is marked for enumeration, which {type(self).__name__} cannot do: '
-                    "use pyro.infer.TraceEnum_ELBO, or remove the mark"
-                )
-        for site, message in particles.guide.items():
-            inner = point_mass(message["fn"])
-            if isinstance(inner, Unit) and "has_rsample" not in inner.__dict__:
-                raise ValueError(f'guide factor "{site}" must say has_rsample=True or False: pass it to pyro.factor')
-        if self.gradient == "total":
-            return
         for site, message in drawn.items():
             if not message["fn"].has_rsample:
                 raise ValueError(
@@ -296,6 +286,18 @@ class Objective(pyro.infer.ELBO):
                 f'gradient="dreg" needs one scale for all latent sites, but {quoted(drawn)} are scaled by '
                 f'{[float(t) for t in particles.guide_tempering]}: use gradient="total"'
             )
+
+    def _check_gradient(self, particles: Particles) -> None:
+        for site, message in ((n, s) for run in (particles.guide, particles.model) for n, s in run.items()):
+            if message["infer"].get("enumerate"):
+                raise ValueError(
+                    f'site "{site}" is marked for enumeration, which {type(self).__name__} cannot do: '
+                    "use pyro.infer.TraceEnum_ELBO, or remove the mark"
+                )
+        for site, message in particles.guide.items():
+            inner = point_mass(message["fn"])
+            if isinstance(inner, Unit) and "has_rsample" not in inner.__dict__:
+                raise ValueError(f'guide factor "{site}" must say has_rsample=True or False: pass it to pyro.factor')
 
     # --- what it is made of ------------------------------------------------------------------------------------
 

@@ -1,0 +1,38 @@
+"""Sphinx: ``python -m sphinx -W --keep-going -b html docs docs/_build/html``. Every page with code is executed."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# The checkout is what the pages describe and run, whatever is installed beside it.
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+import pyrovae  # noqa: E402
+
+project, author = "pyrovae", "the pyrovae authors"
+copyright = author
+version = release = pyrovae.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "myst_nb"]
+exclude_patterns = ["_build"]
+html_theme, html_title = "furo", f"pyrovae {version}"
+html_show_copyright = False
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"show-inheritance": True}
+add_module_names = False
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
+
+myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
+myst_heading_anchors = 3
+
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+nb_execution_show_tb = True

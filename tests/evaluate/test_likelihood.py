@@ -1,0 +1,518 @@
+"""log p(x) by importance sampling: exact on solvable pairs, honest about its error, the same for every kind of data."""
+
+import math
+import subprocess
+import sys
+
+import arviz
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import pytest
+import torch
+from pyro.infer import autoguide, config_enumerate
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyrovae as pv
+from pyrovae import importance
+from pyrovae.evaluate import likelihood
+from pyrovae.evaluate.psis import pareto_k, tail_size
+
+X = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
+NOISE = 0.8
+EXACT = dist.Normal(torch.zeros(3, dtype=torch.float64), math.sqrt(1 + NOISE**2)).log_prob(X)
+Z = 4.9  # two-sided false-alarm rate 1e-6
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(17)
+    yield
+    torch.set_default_dtype(dtype)
+    pyro.clear_param_store()
+
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), x.new_ones(())))
+        pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+
+def guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.4 * x + 0.1, x.new_tensor(0.9)))
+
+
+def posterior(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / (1 + NOISE**2), x.new_tensor(math.sqrt(NOISE**2 / (1 + NOISE**2)))))
+
+
+def columns(estimate):
+    return torch.stack([estimate.log_prob, estimate.std_error, estimate.ess, estimate.pareto_k])
+
+
+# --- the number itself ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num", "chunk"), [(1, None), (7, 3), (100, 100), (101, 50), (5, 1000), (1000, None)])
+def test_exactly_the_number_asked_for_is_used(monkeypatch, num, chunk):
+    weights = []
+    measure = importance.measure
+
+    def recorded(particles, *args):
+        weights.append(measure(particles, *args))
+        return weights[-1]
+
+    monkeypatch.setattr(importance, "measure", recorded)
+    estimate = pv.log_likelihood(model, guide, X, num_samples=num, chunk_size=chunk, seed=0)
+    log_w, used = None, 0
+    for part in reversed(weights):  # those before are trials: two particles, or one
+        used += len(part)
+        log_w = part if log_w is None else torch.cat([part, log_w])
+        if used >= num:
+            break
+    assert used == num == estimate.num_samples
+    assert all(len(part) <= (chunk or num) for part in weights[-(-num // (chunk or num)) * -1 :])
+    w = log_w.exp()
+    torch.testing.assert_close(estimate.log_prob, w.mean(0).log())
+    torch.testing.assert_close(estimate.ess, w.sum(0) ** 2 / (w**2).sum(0))
+    if num > 1:
+        torch.testing.assert_close(estimate.std_error, w.std(0) / w.mean(0) / math.sqrt(num))
+    expected = [float(arviz.psislw(row.numpy())[1]) for row in log_w.T] if num > 20 else [math.inf] * 3
+    np.testing.assert_allclose(estimate.pareto_k.numpy(), expected, rtol=1e-6)
+
+
+def test_p_hat_is_unbiased_and_its_error_calibrated():
+    """4000 repetitions of S = 50: p-hat, not its log, has mean p(x); the standard error is the spread it predicts."""
+    found = pv.log_likelihood(model, guide, X.repeat(4000), num_samples=50, seed=1)
+    p_hat = found.log_prob.exp().view(4000, 3)
+    z = (p_hat.mean(0) - EXACT.exp()) / (p_hat.std(0) / math.sqrt(4000))
+    assert z.abs().max() < Z
+    # Relative SE of a standard deviation of 4000: 1.1%, fatter tails and the delta method aside: 10%.
+    ratio = found.std_error.view(4000, 3).square().mean(0).sqrt() / found.log_prob.view(4000, 3).std(0)
+    assert ((ratio - 1).abs() < 0.1).all()
+    assert (found.log_prob.view(4000, 3).mean(0) < EXACT).all()  # Jensen: about -(relative variance) / 2S
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_guide_equal_to_the_posterior_is_exact(dtype):
+    torch.set_default_dtype(dtype)
+    estimate = pv.log_likelihood(model, posterior, X.to(dtype), num_samples=500, seed=0)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(estimate.log_prob, EXACT, atol=20 * eps, rtol=20 * eps)
+    assert estimate.log_prob.dtype == torch.float64
+    assert estimate.dtype == str(dtype).removeprefix("torch.")
+    torch.testing.assert_close(estimate.ess, torch.full((3,), 500.0).double(), rtol=1e-6, atol=0)
+    assert estimate.std_error.max() < 1e-6
+    assert estimate.warning() is None
+
+
+def test_a_pair_without_latents_is_exact_even_with_one_sample():
+    def direct(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, math.sqrt(1 + NOISE**2)), obs=x)
+
+    for num in (1, 3, 100):
+        estimate = pv.log_likelihood(direct, lambda x: None, X, num_samples=num)
+        torch.testing.assert_close(estimate.log_prob, EXACT)
+        assert estimate.std_error.tolist() == [0.0] * 3
+        assert estimate.ess.tolist() == pytest.approx([num] * 3)
+        assert estimate.warning() is None
+
+
+# --- numbers that are not numbers ------------------------------------------------------------------------------------
+
+
+def test_a_datum_that_cannot_be_is_minus_infinity_and_never_nan():
+    def bounded(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Uniform(z.sigmoid() - 5, z.sigmoid() + 5, validate_args=False), obs=x)
+
+    with pyro.validation_enabled(False):
+        estimate = pv.log_likelihood(bounded, guide, torch.tensor([0.0, 50.0]), num_samples=100, seed=0)
+    assert estimate.log_prob[1] == -math.inf
+    assert torch.isfinite(estimate.log_prob[0])
+    assert not columns(estimate).isnan().any()
+    assert (estimate.ess[1], estimate.std_error[1]) == (0, math.inf)
+    assert "-inf for 1 of 2 data" in estimate.warning()
+    assert estimate.nll == math.inf
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_nan_or_infinite_are_one_clear_error(value):
+    def broken(x):
+        model(x)
+        with pyro.plate("data", len(x)):
+            pyro.factor("broken", torch.where(x > 1.9, value, 0.0))
+
+    for batch_size in (None, 1):
+        with pytest.raises(ValueError, match=r"datum 2 are NaN or \+inf"):
+            pv.log_likelihood(broken, guide, X, num_samples=10, batch_size=batch_size)
+
+
+# --- joint weights, scales, marks ------------------------------------------------------------------------------------
+
+
+def global_model(x, size=None, **plate):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", size or len(x), **plate):
+        pyro.sample("x", dist.Normal(w, NOISE), obs=x)
+
+
+def global_exact():
+    covariance = torch.ones(3, 3) + NOISE**2 * torch.eye(3)
+    return dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(X)
+
+
+@pytest.mark.parametrize("kind", [autoguide.AutoNormal, autoguide.AutoMultivariateNormal, autoguide.AutoDiagonalNormal])
+def test_global_latents_have_one_joint_weight(kind):
+    guide = kind(global_model, init_scale=0.5)
+    estimate = pv.log_likelihood(global_model, guide, X, num_samples=4000, seed=0)
+    assert {c.shape for c in (estimate.log_prob, estimate.std_error, estimate.ess, estimate.pareto_k)} == {torch.Size()}
+    assert abs(estimate.log_prob - global_exact()) < Z * estimate.std_error
+    assert 0 < estimate.std_error < 0.1
+    assert estimate.nll == -estimate.log_prob.item()
+    assert math.isnan(estimate.nll_data_std_error)
+    assert estimate.to_arviz().log_likelihood.log_prob.shape == (1,)
+
+
+def test_joint_weights_take_no_batches():
+    guide = autoguide.AutoNormal(global_model)
+    for data, options in ((X, {"batch_size": 2}), (X, {"batch_size": 3}), (DataLoader(TensorDataset(X), batch_size=2), {})):
+        with pytest.raises(ValueError, match="cannot come in batches"):
+            pv.log_likelihood(global_model, guide, data, num_samples=10, **options)
+    assert pv.log_likelihood(global_model, guide, TensorDataset(X), num_samples=10).log_prob.shape == ()
+
+
+def test_subsampled_global_latents_are_refused():
+    def subsampled(x):
+        return global_model(x, size=30, subsample=torch.arange(len(x)))
+
+    with pytest.raises(ValueError, match='plate "data" is subsampled'):
+        pv.log_likelihood(subsampled, lambda x: pyro.sample("w", dist.Normal(0.0, 1.0)), X, num_samples=10)
+
+
+def test_scales_and_subsampling_of_local_latents_are_ignored():
+    def subsampled(program):
+        def run(x):
+            with pyro.plate("data", 300, subsample=torch.arange(len(x))):
+                program(x)
+
+        return run
+
+    def inner_model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+    def inner_guide(x):
+        pyro.sample("z", dist.Normal(0.4 * x + 0.1, 0.9))
+
+    options = {"num_samples": 50, "seed": 0, "chunk_size": 50}
+    plain = columns(pv.log_likelihood(model, guide, X, **options))
+    scaled = pv.log_likelihood(poutine.scale(model, scale=0.1), poutine.scale(guide, scale=7.0), X, **options)
+    assert torch.equal(columns(scaled), plain)
+    sub = pv.log_likelihood(subsampled(inner_model), subsampled(inner_guide), X, **options)
+    torch.testing.assert_close(columns(sub), plain)
+
+
+def test_every_pass_weighs_the_same_random_subsample():
+    data = torch.linspace(-30, 30, 100)
+
+    def picked(program):
+        def run(x):
+            with pyro.plate("data", 100, subsample_size=3) as index:
+                program(x[index])
+
+        return run
+
+    def inner_model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 20.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def inner_guide(x):
+        pyro.sample("z", dist.Normal(x * 400 / 401, math.sqrt(400 / 401)))
+
+    estimate = pv.log_likelihood(picked(inner_model), picked(inner_guide), data, num_samples=40, chunk_size=10, seed=0)
+    torch.testing.assert_close(estimate.ess, torch.full((3,), 40.0))  # the guide is the posterior: equal weights
+
+
+def test_enumeration_marks_are_ignored():
+    def mixture(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(2 * c - 1, 1.0), obs=x)
+
+    @config_enumerate
+    def pick(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Bernoulli(0.5))
+
+    exact = torch.logaddexp(
+        math.log(0.3) + dist.Normal(1.0, 1.0).log_prob(X), math.log(0.7) + dist.Normal(-1.0, 1.0).log_prob(X)
+    )
+    estimate = pv.log_likelihood(mixture, pick, X, num_samples=2000, seed=0)
+    assert ((estimate.log_prob - exact).abs() < Z * estimate.std_error).all()
+
+
+# --- pairs without a density -----------------------------------------------------------------------------------------
+
+
+def codes_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.full((len(x), 4), 0.25)))
+        pyro.sample("x", dist.Normal(z.to(x.dtype), 1.0), obs=x)
+
+
+def delta_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Delta(0.5 * x))
+
+
+def random_delta_guide(x):
+    with pyro.plate("data", len(x)):
+        h = pyro.sample("h", dist.Normal(x, 1.0))
+        pyro.sample("z", dist.Delta(0.5 * h))
+
+
+def two_layers(x):
+    with pyro.plate("data", len(x)):
+        h = pyro.sample("h", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Normal(h, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_a_bare_delta_on_a_continuous_latent_has_no_density():
+    flat = poutine.mask(model, mask=False)
+    for pair in (
+        (model, autoguide.AutoDelta(model)), (model, delta_guide), (flat, delta_guide), (two_layers, random_delta_guide)
+    ):  # fmt: skip
+        for options in ({}, {"fold_particles": True}):
+            if options and isinstance(pair[1], nn.Module):
+                continue
+            with pytest.raises(ValueError, match=r'no log p\(x\): guide site "z" is a bare Delta'):
+                pv.log_likelihood(*pair, X, num_samples=10, **options)
+
+
+def test_a_delta_on_a_discrete_code_is_a_bound():
+    def quantized(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x.round().clamp(0, 3).long()))
+
+    estimate = pv.log_likelihood(codes_model, quantized, X, num_samples=10)
+    expected = math.log(0.25) + dist.Normal(X.round().clamp(0, 3), 1.0).log_prob(X)
+    torch.testing.assert_close(estimate.log_prob, expected)
+
+
+def test_a_deterministic_relation_in_both_programs_is_no_autoencoder():
+    def relation(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        return pyro.sample("twice", dist.Delta(2 * z))
+
+    def full_model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(relation(x) / 2, NOISE), obs=x)
+
+    def full_guide(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.4 * x + 0.1, 0.9))
+            pyro.sample("twice", dist.Delta(2 * z))
+
+    same = {"num_samples": 20, "seed": 0, "chunk_size": 20}
+    found = pv.log_likelihood(full_model, full_guide, X, **same)
+    torch.testing.assert_close(columns(found), columns(pv.log_likelihood(model, guide, X, **same)))
+
+
+# --- data, seeds, modes ----------------------------------------------------------------------------------------------
+
+SOURCES = {
+    "tensor": (X, {}),
+    "tensor in batches": (X, {"batch_size": 2}),
+    "Dataset": (TensorDataset(X), {"batch_size": 2}),
+    "Dataset, whole": (TensorDataset(X), {}),
+    "DataLoader": (DataLoader(TensorDataset(X), batch_size=2), {}),
+    "Images": (pv.data.Images(X), {"batch_size": 1}),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_kind_of_data_gives_the_same_answer(source):
+    data, options = SOURCES[source]
+    estimate = pv.log_likelihood(model, guide, data, num_samples=3000, seed=0, **options)
+    assert ((estimate.log_prob - EXACT).abs() < Z * estimate.std_error).all()
+    assert estimate.log_prob.shape == (3,)
+    torch.testing.assert_close(pv.log_likelihood(model, posterior, data, num_samples=5, **options).log_prob, EXACT)
+
+
+def test_a_dynamic_set_is_drawn_once_per_seed():
+    grey = pv.data.Images(torch.full((20, 40), 0.5), binarization="dynamic")
+    vae = pv.models.VAE((40,), latent_dim=2, hidden=())
+
+    def bits(seed):
+        return pv.log_likelihood(vae.model, vae.guide, grey, num_samples=10, seed=seed, batch_size=7).log_prob
+
+    assert torch.equal(bits(1), bits(1))
+    assert not torch.equal(bits(1), bits(2))
+
+
+def test_the_seed_isolates():
+    before = torch.get_rng_state()
+    first = columns(pv.log_likelihood(model, guide, X, num_samples=10, seed=3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(columns(pv.log_likelihood(model, guide, X, num_samples=10, seed=3)), first)
+    assert not torch.equal(columns(pv.log_likelihood(model, guide, X, num_samples=10, seed=4)), first)
+    pv.log_likelihood(model, guide, X, num_samples=10)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("closure", [True, False])
+def test_networks_run_in_eval_mode_and_nothing_else_changes(closure):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1), nn.Dropout(0.9))
+
+        def model(self, x):
+            model(x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.net(x.unsqueeze(-1)).squeeze(-1), 1.0))
+
+    pair = Pair()
+    pair.net[0].eval()
+    before, modes = {k: v.clone() for k, v in pair.state_dict().items()}, [m.training for m in pair.modules()]
+    programs = (lambda x: pair.model(x), lambda x: pair.guide(x)) if closure else (pair.model, pair.guide)
+    options = {"num_samples": 20, "seed": 0}
+    found = pv.log_likelihood(*programs, X[:1], **options)  # one datum: BatchNorm in train mode would refuse it
+    assert [m.training for m in pair.modules()] == modes
+    assert all(torch.equal(v, before[k]) for k, v in pair.state_dict().items())
+    pair.eval()
+    assert torch.equal(columns(pv.log_likelihood(*programs, X[:1], **options)), columns(found))
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_running_out_of_memory_halves_the_pass(monkeypatch, error):
+    run, sizes = importance.run, []
+
+    def small(*args, num_particles, **kwargs):
+        if num_particles > 6:
+            raise error
+        sizes.append(num_particles)
+        return run(*args, num_particles=num_particles, **kwargs)
+
+    monkeypatch.setattr(importance, "run", small)
+    estimate = pv.log_likelihood(model, posterior, X, num_samples=50, chunk_size=40)
+    assert sizes == [2, *[5] * 10]
+    torch.testing.assert_close(estimate.ess, torch.full((3,), 50.0))
+
+    def never(*args, num_particles, **kwargs):
+        if sizes and num_particles != 2:
+            raise error
+        return run(*args, num_particles=num_particles, **kwargs)
+
+    monkeypatch.setattr(importance, "run", never)
+    with pytest.raises(type(error)):
+        pv.log_likelihood(model, posterior, X, num_samples=1)
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch):
+    def failing(*args, num_particles, **kwargs):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(importance, "run", failing)
+    with pytest.raises(RuntimeError, match="mat1"):
+        pv.log_likelihood(model, guide, X, num_samples=5)
+
+
+@pytest.mark.parametrize("megabytes", [40, 2048])
+def test_the_peak_stays_below_the_memory_given(megabytes):
+    torch.set_default_dtype(torch.float32)
+    vae = pv.models.VAE((1, 28, 28), latent_dim=50, hidden=(200, 200))
+    x = torch.rand(20, 1, 28, 28).round()
+    with likelihood._PeakBytes() as used:
+        pv.log_likelihood(vae.model, vae.guide, x, num_samples=2000, seed=0, memory=megabytes * 2**20)
+    assert 0.2 * min(megabytes, 96) * 2**20 < used.peak < megabytes * 2**20
+
+
+def test_a_whole_evaluation_fits_in_two_gigabytes_of_process():
+    script = """if True:
+        import resource, torch, pyrovae as pv
+        vae = pv.models.VAE((1, 28, 28), latent_dim=50, hidden=(200, 200))
+        x = torch.rand(200, 1, 28, 28).round()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pv.log_likelihood(vae.model, vae.guide, pv.data.Images(x), num_samples=300, seed=0)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 2.0
+
+
+# --- what it says ----------------------------------------------------------------------------------------------------
+
+
+def estimate_of(log_prob, std_error, k):
+    tensors = [torch.tensor(v, dtype=torch.float64) for v in (log_prob, std_error, [9.0] * len(k), k)]
+    return pv.LikelihoodEstimate(*tensors, num_samples=100, seed=None, dtype="float32")
+
+
+def test_means_errors_and_warning():
+    estimate = estimate_of([-1.0, -3.0], [0.3, 0.4], [0.1, 0.9])
+    assert estimate.nll == 2.0
+    assert estimate.nll_std_error == pytest.approx(0.25)
+    assert estimate.nll_data_std_error == pytest.approx(math.sqrt(2) / math.sqrt(2))
+    assert estimate.unreliable == 0.5
+    assert "50.0% of the data" in estimate.warning()
+    assert estimate_of([-1.0, -3.0], [0.3, 0.4], [0.1, 0.7]).warning() is None
+    assert estimate_of([-1.0, -3.0], [0.0, 1e-9], [math.inf, math.inf]).warning() is None
+    assert str(estimate).startswith("NLL 2.00 ± 0.25 nats (± 1 over data), 100 samples")
+
+
+def test_arviz_receives_every_number():
+    estimate = pv.log_likelihood(model, guide, X, num_samples=100, seed=4)
+    table = estimate.to_arviz()
+    assert np.array_equal(table.log_likelihood.log_prob.values, estimate.log_prob.numpy())
+    for name in ("std_error", "ess", "pareto_k"):
+        assert np.array_equal(table.sample_stats[name].values, getattr(estimate, name).numpy())
+    assert table.attrs["num_samples"] == 100
+    assert table.attrs["seed"] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"num_samples": 0}, "num_samples"),
+        ({"num_samples": 2.5}, "num_samples"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"batch_size": -1}, "batch_size"),
+    ],
+)
+def test_arguments_out_of_range(options, match):
+    with pytest.raises(ValueError, match=match):
+        pv.log_likelihood(model, guide, X, **options)
+
+
+def test_no_data():
+    with pytest.raises(pv.data.DataError, match="at least one datum"):
+        pv.log_likelihood(model, guide, DataLoader(TensorDataset(X[:0])))
+
+
+def test_the_tally_agrees_with_one_pass():
+    log_w = 3 * torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    tally = likelihood._Tally(1000)
+    for part in log_w.split(7):
+        tally.add(part)
+    expected = pareto_k(log_w.T.topk(tail_size(1000) + 1, 1).values, 1000)
+    torch.testing.assert_close(tally.results()[3], expected)
+    torch.testing.assert_close(tally.results()[0], log_w.logsumexp(0) - math.log(1000))
