@@ -8,6 +8,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # The checkout is what the pages describe and run, whatever is installed beside it.
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are small: more threads only wait for each other
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, which Pyro imports
 
 import pyrovae  # noqa: E402
 

@@ -46,7 +46,10 @@ class Feed:
         if self.images is None:
             yield from (self._moved(batch) for batch in self.loader)  # type: ignore[union-attr]
             return
-        order = torch.randperm(len(self.images)).to(self.device, non_blocking=True)
+        # A batch of everything stays in order: then a guide may hold parameters for each datum, as autoguides do.
+        number = len(self.images)
+        order = (torch.arange if number <= self.batch_size else torch.randperm)(number)
+        order = order.to(self.device, non_blocking=True)
         for index in order.split(self.batch_size):
             yield _as_tuple(self.images.batch(index))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import time
@@ -16,12 +17,9 @@ import numpy as np
 import pyro
 import pyro.infer
 import torch
-from pyro.poutine.runtime import effectful
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from pyrovae import data as datasets
 from pyrovae import runs
 from pyrovae.arguments import DataError, in_range, pick_device, positive_int
 from pyrovae.feed import Feed
@@ -31,6 +29,7 @@ from pyrovae.programs import Program, Reach, eval_mode, isolated_rng, protected_
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Plan, Schedule
 from pyrovae.sites import Sites, counts, log_prob, record_pair
+from pyrovae.steps import Stepper, Validation
 
 MONITORED = 1000  # data on which units are watched, at most
 
@@ -168,7 +167,9 @@ def fit(
         if not isinstance(made, Optimizer):
             raise TypeError(f"optimizer must return a torch.optim optimizer, got {type(made).__name__}: return one")
         stepper = Stepper(model, guide, pair, made, feed, clip)
-        monitor = Monitor(model, guide, pair.modules, feed.first(min(MONITORED, max(100, (feed.size or 0) // 10))))
+        # Where one batch holds all data, the programs may count on their number.
+        watched = None if feed.steps == 1 else min(MONITORED, max(100, (feed.size or 0) // 10))
+        monitor = Monitor(model, guide, pair.modules, feed.first(watched))
         validate = None
         if validation is not None:
             held_out = Feed(validation, batch_size, place, num_workers)
@@ -229,9 +230,10 @@ def prepare(model: Program, guide: Program, feed: Feed) -> Reach:
 
 def check_data(model: Program, guide: Program, feed: Feed) -> None:
     """Check the data of a pair that is prepared already."""
+    batch = feed.first()
     with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
-        _, joint = record_pair(model, guide, feed.first(), {})
-    _check_observed(joint, feed.first(), feed)
+        _, joint = record_pair(model, guide, batch, {})
+    _check_observed(joint, batch, feed)
 
 
 def _check_observed(sites: Sites, batch: tuple[Any, ...], feed: Feed) -> None:
@@ -241,98 +243,6 @@ def _check_observed(sites: Sites, batch: tuple[Any, ...], feed: Feed) -> None:
         for position, argument in enumerate(batch):
             if isinstance(argument, Tensor) and argument.data_ptr() == site["value"].data_ptr():
                 feed.check(position, site["fn"].support, name, site["fn"].event_shape)
-
-
-class Stepper:
-    """One optimisation step: loss in nats per datum, gradients, clipping, optimizer."""
-
-    def __init__(
-        self, model: Program, guide: Program, pair: Reach, optimizer: Optimizer, feed: Feed, clip_norm: float | None
-    ) -> None:
-        self.model, self.guide, self.optimizer, self.clip_norm = model, guide, optimizer, clip_norm
-        self.reached = list(pair.parameters.values())
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]  # maybe not all reached ones
-        self.announcing_model = _announcing(model, self.parameters[0])
-        self.base_lr = [float(group["lr"]) for group in optimizer.param_groups]
-        self.full_size = _full_size(model, guide, feed.first())
-
-    def set_lr(self, factor: float) -> None:
-        """Scale every group's learning rate from where it started."""
-        for group, base in zip(self.optimizer.param_groups, self.base_lr, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(base * factor)
-            else:
-                group["lr"] = base * factor
-
-    def __call__(self, objective: Any, batch: tuple[Any, ...]) -> Tensor | float:
-        """The loss per datum of one step; nothing is read back from the device."""
-        size = self.full_size or len(batch[0])
-        for parameter in (*self.reached, *self.parameters):
-            parameter.grad = None
-        if hasattr(objective, "differentiable_loss"):
-            loss = objective.differentiable_loss(self.model, self.guide, *batch) / size
-            loss.backward()
-            loss = loss.detach()
-        else:
-            loss = _first(objective.loss_and_grads(self.announcing_model, self.guide, *batch)) / size
-            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], size)
-        if self.clip_norm is not None:
-            clip_grad_norm_(self.parameters, self.clip_norm)
-        self.optimizer.step()
-        return loss
-
-    def grad_norm(self) -> float:
-        """The 2-norm of the gradient of the last step (after clipping)."""
-        return float(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
-
-    def finite(self) -> bool:
-        """Whether all parameters still are."""
-        return all(torch.isfinite(p).all().item() for p in self.parameters)
-
-
-def _first(loss: Any) -> Any:
-    """A loss; the model's, where an objective gives one each for model and guide (Pyro's ReweightedWakeSleep)."""
-    return loss[0] if isinstance(loss, tuple) else loss
-
-
-def _announcing(model: Program, parameter: Tensor) -> Program:
-    """The model with one param site in front; without any, Pyro's ``loss_and_grads`` leaves out the backward pass."""
-    announce = effectful(lambda: parameter, type="param")
-
-    def announced(*args: Any, **kwargs: Any) -> Any:
-        announce(name="pyrovae.parameters")
-        return model(*args, **kwargs)
-
-    return announced
-
-
-def _full_size(model: Program, guide: Program, batch: tuple[Any, ...]) -> int | None:
-    """The full size of the rightmost plate around the observed sites if it is subsampled, else None."""
-    with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
-        _, joint = record_pair(model, guide, batch, {})
-    observed = [s for s in joint.values() if counts(s) and s["is_observed"]]
-    plates = {f.name: f for s in observed for f in s["cond_indep_stack"] if f.dim in (-1, None)}
-    return next((f.full_size for f in plates.values() if f.full_size and f.full_size > f.size), None)
-
-
-class Validation:
-    """The bound on held-out data, in nats per datum, in eval mode and on the same noise every time."""
-
-    def __init__(
-        self, model: Program, guide: Program, modules: list[torch.nn.Module], feed: Feed, objective: Any
-    ) -> None:
-        self.model, self.guide, self.modules, self.feed, self.objective = model, guide, modules, feed, objective
-        self.full_size = _full_size(model, guide, feed.first())
-
-    def __call__(self) -> float:
-        data: Any = self.feed.images if self.feed.images is not None else self.feed.loader
-        total = count = 0.0
-        with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
-            for batch in datasets.batches((data,), self.feed.batch_size, device=self.feed.device):
-                loss = _first(self.objective.loss(self.model, self.guide, *batch))
-                total -= loss / (self.full_size or len(batch[0])) * len(batch[0])
-                count += len(batch[0])
-        return total / count
 
 
 def run_epoch(epoch: int, feed: Feed, step: Stepper, plan: Plan) -> dict[str, Any]:
@@ -436,6 +346,7 @@ def describe_objective(objective: pyro.infer.ELBO) -> dict[str, Any]:
     cls = type(objective)
     names = objective._defaults() if isinstance(objective, Objective) else ("num_particles",)
     arguments = {name: getattr(objective, name) for name in names if hasattr(objective, name)}
+    arguments = {name: value for name, value in arguments.items() if not inspect.ismethod(value)}
     return {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments}
 
 

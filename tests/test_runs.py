@@ -4,8 +4,8 @@ import json
 import math
 import pickle
 import random
-import shutil
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -74,44 +74,46 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("times", [1, 2, 3])
-def test_no_kill_in_a_save_loses_the_checkpoint(run, monkeypatch, times):
-    """Killed at every file operation in turn, ``times`` saves in a row: old or new is there, whole, each time."""
-    operations = [
-        (runs.shutil, "rmtree"),
-        (runs.Path, "replace"),
-        (runs.Path, "mkdir"),
-        (runs, "save_file"),
-        (torch, "save"),
-    ]
-    for instant in range(1, 12):
-        shutil.rmtree(run.path / "last", ignore_errors=True)
-        run.save("last", {"v": torch.tensor(0)}, state(0))
-        good = {0}
-        for attempt in range(1, times + 1):
-            calls = 0
+OPERATIONS = [
+    (runs.shutil, "rmtree"),
+    (runs.Path, "replace"),
+    (runs.Path, "mkdir"),
+    (runs, "save_file"),
+    (torch, "save"),
+]
 
-            def dying(original):
-                def operation(*args, **kwargs):
-                    nonlocal calls
-                    calls += 1
-                    if calls == instant:
-                        raise Killed
-                    return original(*args, **kwargs)
 
-                return operation
+def dying_at(patch, instant):
+    """Let the ``instant``-th file operation from now on kill the process, so to say, before it happens."""
+    calls = []
 
-            with monkeypatch.context() as patch:
-                for owner, name in operations:
-                    patch.setattr(owner, name, dying(getattr(owner, name)))
-                try:
-                    run.save("last", {"v": torch.tensor(attempt)}, state(attempt))
-                except Killed:
-                    pass
-            found = run.weights()["v"].item()
-            assert found in good | {attempt}
-            assert run.state()["epoch"] == found
-            good = {found}
+    def dying(original):
+        def operation(*args, **kwargs):
+            calls.append(original)
+            if len(calls) == instant:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return operation
+
+    for owner, name in OPERATIONS:
+        patch.setattr(owner, name, dying(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("first", range(1, 10))
+@pytest.mark.parametrize("second", range(1, 10))
+def test_no_two_kills_in_saves_lose_the_checkpoint(run, monkeypatch, first, second):
+    """Killed at these operations of two saves in a row: the old or the new one is there, whole, each time."""
+    run.save("last", {"v": torch.tensor(0)}, state(0))
+    before = 0
+    for attempt, instant in ((1, first), (2, second)):
+        with monkeypatch.context() as patch, suppress(Killed):
+            dying_at(patch, instant)
+            run.save("last", {"v": torch.tensor(attempt)}, state(attempt))
+        found = run.weights()["v"].item()
+        assert found in (before, attempt)
+        assert run.state()["epoch"] == found
+        before = found
     run.save("last", {"v": torch.tensor(99)}, state(99))
     assert run.state()["epoch"] == run.weights()["v"].item() == 99
     assert sorted(p.name for p in run.path.iterdir()) == ["config.json", "last"]
@@ -170,7 +172,7 @@ def test_no_checkpoint_is_said_so(run):
         run.weights("best")
 
 
-# --- loading -----------------------------------------------------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------------
 
 
 def saved(path, model=None, described=None):
@@ -195,6 +197,7 @@ class Bomb:
         return print, ("BOOM",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("file", [runs.WEIGHTS, runs.STATE])
 def test_a_pickle_in_a_run_is_never_executed(tmp_path, capsys, file):
     run, _ = saved(tmp_path)
@@ -271,7 +274,7 @@ def test_a_config_with_tuples_is_the_same_after_json(tmp_path):
     ],
 )
 def test_weights_of_another_model_are_refused_whole(tmp_path, change, match):
-    run, model = saved(tmp_path)
+    run, _ = saved(tmp_path)
     weights = run.weights()
     change(weights)
     run.save("last", weights, state())

