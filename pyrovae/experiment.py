@@ -85,9 +85,10 @@ class Parts:
     data: dict[str, Any]
 
     @classmethod
-    def of(cls, job: Settings) -> Parts:
-        """Look every name up, and give each setting to the part that knows it."""
-        model_class = models.MODELS[job.model] if job.model in models.MODELS else _own_class(job.model)
+    def of(cls, job: Settings, *, run: Path | None = None) -> Parts:
+        """Look every name up, and give each setting to the part that knows it; no class is taken from ``run``."""
+        own = ":" in job.model
+        model_class = runs.find_class(job.model, outside=run) if own else lookup("model", job.model, models.MODELS)
         objective_class = lookup("objective", job.objective.lower(), objectives.OBJECTIVES)
         known = {
             "model": [k for k in _keywords(model_class) if k != "input_shape"],
@@ -105,12 +106,6 @@ class Parts:
             sorted_[part][key] = value  # type: ignore[index]
         objective = objective_class(**sorted_.pop("objective"))
         return cls(model_class, objective, **sorted_)
-
-
-def _own_class(path: str) -> type[nn.Module]:
-    if ":" in path:
-        return runs.find_class(path)
-    return lookup("model", path, models.MODELS)
 
 
 def load_data(name: str, root: str | None, model: dict[str, Any], keys: dict[str, Any], seed: int) -> datasets.Splits:
@@ -145,7 +140,7 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
     if resume and run.exists and (then := run.config().get("settings")):
         changed = {k: v for k, v in dataclasses.asdict(job).items() if k in explicit}
         job = Settings(**(then | changed))
-    parts, place = Parts.of(job), pick_device(job.device)
+    parts, place = Parts.of(job, run=folder if resume else None), pick_device(job.device)
     positive_int("samples", job.samples)
     splits = load_data(job.data, job.data_dir, parts.model, parts.data, job.seed)
     training = _unlabelled(splits.train)
@@ -227,7 +222,7 @@ def reopen(folder: Path, checkpoint: str = "last") -> tuple[Any, Settings, Parts
     if "settings" not in config:
         raise ValueError(f'the run "{folder}" was not made by pyrovae train: load it in Python with pyrovae.load')
     job = Settings(**config["settings"])
-    parts = Parts.of(job)
+    parts = Parts.of(job, run=folder)
     pair = None
     if config.get("model") is None:  # a class without .config: its arguments are the settings
         pair = build(parts, torch.Size(config["data"]["shape"]), _example(folder), job.seed)

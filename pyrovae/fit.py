@@ -138,36 +138,21 @@ def fit(
     epochs, batch_size = positive_int("epochs", epochs), positive_int("batch_size", batch_size)
     plan = Plan.make(objective, epochs, schedule, particles, kl_warmup)
     place = pick_device(device)
-    if optimizer is not None and lr is not None:
-        raise ValueError(f"lr={lr} belongs to the default optimizer: set it in optimizer=, or leave optimizer out")
-    rate = 1e-3 if lr is None else in_range("lr", lr, 0.0)
-    make_optimizer = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=rate, fused=True))
+    rate, make_optimizer = _optimizer(optimizer, lr)
     clip = None if clip_norm is None else in_range("clip_norm", clip_norm, 1e-12)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
         raise ValueError(f"seed must be an integer, got {seed!r}: pass one, and another one for another run")
-    if optimizer is not None and (isinstance(optimizer, Optimizer) or not callable(optimizer)):
-        raise TypeError(
-            f"optimizer must be a function of the parameters, got {type(optimizer).__name__}: "
-            "pass, for instance, lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
-        )
     if patience is not None and validation is None:
         raise ValueError("patience needs data to validate on: pass validation, or leave patience out")
     patience = None if patience is None else positive_int("patience", patience)
-    if compile not in ("auto", True, False):
-        raise ValueError(f'compile must be "auto", True or False, got {compile!r}: pass one of these')
-    if compile is True:
-        warnings.warn("compiled steps are not part of this version: running eagerly", stacklevel=2)
+    _check_compile(compile)
     if resume and run_dir is None:
         raise ValueError("resume=True needs the folder of the run to go on with: pass run_dir")
 
     with isolated_rng(seed):
         feed = Feed(data, batch_size, place, num_workers)
         pair = prepare(model, guide, feed)
-        made = make_optimizer(list(pair.parameters.values()))
-        if not isinstance(made, Optimizer):
-            raise TypeError(f"optimizer must return a torch.optim optimizer, got {type(made).__name__}: return one")
-        stepper = Stepper(model, guide, pair, made, feed, clip)
-        # Where one batch holds all data, the programs may count on their number.
+        stepper = Stepper(model, guide, pair, make_optimizer(list(pair.parameters.values())), feed, clip)
         watched = None if feed.steps == 1 else min(MONITORED, max(100, (feed.size or 0) // 10))
         monitor = Monitor(model, guide, pair.modules, feed.first(watched))
         validate = None
@@ -177,7 +162,7 @@ def fit(
             validate = Validation(model, guide, pair.modules, held_out, plan.final)
         training = {
             "epochs": epochs, "batch_size": batch_size, "schedule": schedule if isinstance(schedule, str) else "custom",
-            "lr": rate if optimizer is None else None, "optimizer": type(stepper.optimizer).__name__,
+            "lr": rate, "optimizer": type(stepper.optimizer).__name__,
             "particles": plan.particles, "kl_warmup": plan.kl_warmup, "clip_norm": clip,
             "patience": patience, "device": str(place), "seed": int(seed), "threads": torch.get_num_threads(),
             "num_data": feed.size, "num_validation": None if validate is None else validate.feed.size,
@@ -204,6 +189,35 @@ def fit(
         result.finish(place)
         log.close(result)
     return result
+
+
+def _optimizer(make: Any, lr: float | None) -> tuple[float | None, Callable[[Iterable[Tensor]], Optimizer]]:
+    """The learning rate, where it is ours to know, and what makes the optimizer."""
+    if make is None:
+        rate = 1e-3 if lr is None else in_range("lr", lr, 0.0)
+        return rate, lambda parameters: torch.optim.Adam(parameters, lr=rate, fused=True)
+    if lr is not None:
+        raise ValueError(f"lr={lr} belongs to the default optimizer: set it in optimizer=, or leave optimizer out")
+    if isinstance(make, Optimizer) or not callable(make):
+        raise TypeError(
+            f"optimizer must be a function of the parameters, got {type(make).__name__}: "
+            "pass, for instance, lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
+
+    def checked(parameters: Iterable[Tensor]) -> Optimizer:
+        made = make(parameters)
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"optimizer must return a torch.optim optimizer, got {type(made).__name__}: return one")
+        return made
+
+    return None, checked
+
+
+def _check_compile(compile: bool | str) -> None:
+    if compile not in ("auto", True, False):
+        raise ValueError(f'compile must be "auto", True or False, got {compile!r}: pass one of these')
+    if compile is True:
+        warnings.warn("compiled steps are not part of this version: running eagerly", stacklevel=3)
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
