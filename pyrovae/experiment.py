@@ -170,7 +170,7 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
 def measure(pair: Any, test: datasets.Images, *, samples: int, seed: int) -> dict[str, Any]:
     """Test NLL with its errors, and active units, as JSON can hold them."""
     test = _unlabelled(test)
-    estimate = log_likelihood(pair.model, pair.guide, test, num_samples=samples, seed=seed)
+    estimate = log_likelihood(pair.model, pair.guide, test, num_samples=samples, seed=seed, progress=None)
     units = active_units(pair.guide, test)
     return {
         "nll": estimate.nll,

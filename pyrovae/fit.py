@@ -173,7 +173,7 @@ def fit(
             | {"training": training, "versions": runs.versions()}
             | (config or {})
         )
-        with eval_mode(pair.modules, training=True), ProgressBar(epochs, progress) as bar:
+        with eval_mode(pair.modules, training=True), ProgressBar("epoch", epochs, progress) as bar:
             for epoch in range(len(result.history), 0 if result.finished else epochs):
                 metrics = run_epoch(epoch, feed, stepper, plan)
                 if math.isnan(metrics["bound"]) or not stepper.finite():
@@ -183,7 +183,7 @@ def fit(
                     metrics["validation_bound"] = validate()
                 result.add(metrics, patience)
                 log.write(result)
-                bar.update(epoch + 1, metrics["bound"], metrics["images_per_second"])
+                bar.update(epoch + 1, f"{metrics['bound']:.2f} nats, {metrics['images_per_second']:,.0f} images/s")
                 if result.finished:
                     break
         result.finish(place)

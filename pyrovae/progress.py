@@ -1,4 +1,4 @@
-"""A progress bar with nats, images per second and time left; silent where there is no terminal."""
+"""A progress bar with time left; silent where there is no terminal."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressBar:
-    """Shows epochs done; ``shown=None`` shows on terminals only."""
+    """Shows how much of ``total`` is done, with a note; ``shown=None`` shows on terminals only."""
 
-    def __init__(self, epochs: int, shown: bool | None = None) -> None:
+    def __init__(self, what: str, total: int | None, shown: bool | None = None) -> None:
         console = Console(stderr=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[nats]}"),
-            TextColumn("{task.fields[speed]}"),
+            TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not (console.is_terminal if shown is None else shown),
         )
-        self.task = self.bar.add_task("epoch", total=epochs, nats="", speed="")
+        self.task = self.bar.add_task(what, total=total, note="")
 
     def __enter__(self) -> ProgressBar:
         self.bar.start()
@@ -34,7 +33,6 @@ class ProgressBar:
     ) -> None:
         self.bar.stop()
 
-    def update(self, epoch: int, bound: float, images_per_second: float) -> None:
-        """Say that ``epoch`` epochs are done, with the bound in nats per datum."""
-        speed = f"{images_per_second:,.0f} images/s"
-        self.bar.update(self.task, completed=epoch, nats=f"{bound:.2f} nats", speed=speed)
+    def update(self, done: int, note: str = "") -> None:
+        """Say that ``done`` are done."""
+        self.bar.update(self.task, completed=done, note=note)

@@ -28,6 +28,7 @@ from pyrovae.programs import (
     reached_modules,
     roots,
 )
+from pyrovae.progress import ProgressBar
 from pyrovae.sites import latent, point_mass
 
 RELIABLE_K = 0.7
@@ -122,6 +123,7 @@ def log_likelihood(
     batch_size: int | None = None,
     fold_particles: bool = False,
     memory: int = MEMORY,
+    progress: bool | None = False,
     **kwargs: Any,
 ) -> LikelihoodEstimate:
     r"""Estimate :math:`\log p(x)` of every datum with exactly ``num_samples`` draws from the guide.
@@ -138,6 +140,7 @@ def log_likelihood(
     :param seed: isolates and seeds the draws; None takes them from torch's global generator.
     :param chunk_size: draws per pass; None takes what fits in ``memory`` bytes and halves it if memory runs out. The
         same seed gives the same draws only with the same chunk_size, which None chooses from sizes alone.
+    :param progress: show a progress bar; None shows it on terminals only.
     :raises ValueError: for a pair without a density (a Delta guide on a continuous latent), weights that are NaN or
         infinite, and joint weights (latents outside the data plate) of data that come in several batches.
 
@@ -161,7 +164,9 @@ def log_likelihood(
     batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
     device = next((p.device for module in roots(model, guide) for p in module.parameters()), None)
     results: list[tuple[Tensor, ...]] = []
-    with torch.no_grad(), nullcontext() if seed is None else isolated_rng(seed):
+    seeded = nullcontext() if seed is None else isolated_rng(seed)
+    total = len(args[0]) if len(args) == 1 and isinstance(args[0], datasets.Images) else None
+    with torch.no_grad(), seeded, ProgressBar("log p(x)", total, progress) as bar:
         sampler = None
         for batch in datasets.batches(args, batch_size, seed=seed or 0, device=device):
             if sampler is None:
@@ -172,6 +177,7 @@ def log_likelihood(
                     "therefore cannot come in batches: pass them whole, as tensors, without batch_size"
                 )
             results.append(sampler(batch))
+            bar.update(sum(log_prob.numel() for log_prob, *_ in results), "data")
     if sampler is None:
         raise datasets.DataError("there are no data to evaluate: pass at least one datum")
     columns = [torch.cat(c, -1) if c[0].dim() else c[0] for c in zip(*results, strict=True)]
