@@ -231,7 +231,8 @@ def run(
         model_sites = execute(model, Record(values | leaves))
 
     def rerun_guide() -> Sites:
-        fixed = {n: v.detach() for n, v in values.items() if not isinstance(point_mass(guide_sites[n]["fn"]), Delta)}
+        moving = (n for n in values if not isinstance(point_mass(guide_sites[n]["fn"]), Delta))
+        fixed = {n: values[n].detach() if isinstance(values[n], Tensor) else values[n] for n in moving}
         with pyro.validation_enabled(False), replayed_rng(*states), protected_buffers():
             return execute(guide, Record(fixed, redraw=True))
 
