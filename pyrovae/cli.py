@@ -146,5 +146,6 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(error: Any, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    lines = [str(error), *getattr(error, "__notes__", ())]
+    print("error: " + " ".join(" ".join(lines).split()), file=sys.stderr)
     return code

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -20,10 +21,11 @@ from pyrovae.arguments import lookup, one_of, pick_device, positive_int
 from pyrovae.evaluate import active_units, log_likelihood
 from pyrovae.fit import fit
 from pyrovae.objectives import Objective
+from pyrovae.programs import evaluating, isolated_rng
 from pyrovae.report import pictures, print_results
 from pyrovae.sampling import sample as draw
-
-BINARY = ("bernoulli",)  # likelihoods that need binarised images
+from pyrovae.sites import counts, record_pair
+from pyrovae.support import is_boolean
 
 
 @dataclass
@@ -64,7 +66,8 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
-def _keywords(function: Callable[..., Any]) -> list[str]:
+def keywords(function: Callable[..., Any]) -> list[str]:
+    """The arguments that ``--set`` can give to a class or function."""
     return [
         name for name in inspect.signature(function).parameters if name not in ("self", "options", "args", "kwargs")
     ]
@@ -91,8 +94,8 @@ class Parts:
         model_class = runs.find_class(job.model, outside=run) if own else lookup("model", job.model, models.MODELS)
         objective_class = lookup("objective", job.objective.lower(), objectives.OBJECTIVES)
         known = {
-            "model": [k for k in _keywords(model_class) if k != "input_shape"],
-            "objective": list(objective_class._defaults()),
+            "model": [k for k in keywords(model_class) if k != "input_shape"],
+            "objective": list(objective_class.defaults()),
             "fit": list(FIT_KEYS),
             "data": list(DATA_KEYS),
         }
@@ -108,17 +111,29 @@ class Parts:
         return cls(model_class, objective, **sorted_)
 
 
-def load_data(name: str, root: str | None, model: dict[str, Any], keys: dict[str, Any], seed: int) -> datasets.Splits:
-    """A data set, labelled where it has labels, binarised dynamically where the likelihood needs bits."""
-    binary = model.get("likelihood", "bernoulli") in BINARY
-    default = "dynamic" if binary and name != "binarized_mnist" else "none"
-    options: dict[str, Any] = {"binarization": default, "seed": seed} | keys
-    return datasets.load(name, root, labels=None, **options)
+def load_data(job: Settings, parts: Parts, root: str | None = None, **options: Any) -> datasets.Splits:
+    """The data set of an experiment, labelled where it has labels; grey, unless asked otherwise."""
+    return datasets.load(job.data, root or job.data_dir, labels=None, seed=job.seed, **(options | parts.data))
+
+
+def describe_data(name: str, images: datasets.Images) -> dict[str, Any]:
+    """A data set, as JSON can hold it."""
+    return {"name": name, "shape": list(images.event_shape), "binarization": images.binarization}
+
+
+def observes_bits(pair: Any, x: Tensor) -> bool:
+    """Whether the pair's observed site is boolean and the data ``x`` are not."""
+    if bool(((x == 0) | (x == 1)).all()):
+        return False
+    with torch.no_grad(), isolated_rng(), evaluating(pair.model, pair.guide), pyro.validation_enabled(False):
+        _, joint = record_pair(pair.model, pair.guide, (x[:1].round(),), {})
+    observed = [s for s in joint.values() if counts(s) and s["is_observed"] and s["value"].numel()]
+    return any(is_boolean(site["fn"].support) for site in observed)
 
 
 def build(parts: Parts, shape: torch.Size, grey: Tensor, seed: int) -> Any:
     """The model, with its weights drawn from ``seed`` and its output bias started from the data where it can be."""
-    takes = _keywords(parts.model_class)
+    takes = keywords(parts.model_class)
     arguments = ({"input_shape": tuple(shape)} if "input_shape" in takes else {}) | parts.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -142,15 +157,17 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
         job = Settings(**(then | changed))
     parts, place = Parts.of(job, run=folder if resume else None), pick_device(job.device)
     positive_int("samples", job.samples)
-    splits = load_data(job.data, job.data_dir, parts.model, parts.data, job.seed)
-    training = _unlabelled(splits.train)
-    pair = build(parts, training.event_shape, training.x, job.seed)
+    splits = load_data(job, parts)
+    pair = build(parts, splits.train.event_shape, splits.train.x, job.seed)
+    if observes_bits(pair, splits.train.x):
+        splits = load_data(job, parts, binarization="dynamic")
+    training = splits.train.unlabelled()
     out.print(f"{type(pair).__name__} on {job.data} ({len(training):,} images), {parts.objective}, run in {folder}")
     result = fit(
         pair.model, pair.guide, training, objective=parts.objective, epochs=job.epochs, batch_size=job.batch_size,
         lr=job.lr, device=place, seed=job.seed, run_dir=folder, resume=resume,
-        validation=None if splits.validation is None else _unlabelled(splits.validation),
-        config={"settings": dataclasses.asdict(job), "data": {"name": job.data, "shape": list(training.event_shape)}},
+        validation=None if splits.validation is None else splits.validation.unlabelled(),
+        config={"settings": dataclasses.asdict(job), "data": describe_data(job.data, training)},
         **parts.fit,
     )  # fmt: skip
     if (folder / runs.RESULTS).exists():
@@ -169,7 +186,7 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
 
 def measure(pair: Any, test: datasets.Images, *, samples: int, seed: int) -> dict[str, Any]:
     """Test NLL with its errors, and active units, as JSON can hold them."""
-    test = _unlabelled(test)
+    test = test.unlabelled()
     estimate = log_likelihood(pair.model, pair.guide, test, num_samples=samples, seed=seed, progress=None)
     units = active_units(pair.guide, test)
     return {
@@ -195,8 +212,11 @@ def evaluate(
     positive_int("samples", samples)
     place = pick_device(device)
     pair, job, parts = reopen(folder, checkpoint)
-    splits = load_data(job.data, data_dir or job.data_dir, parts.model, parts.data, job.seed)
+    binarization = runs.Run(folder).config()["data"].get("binarization", "none")
+    splits = load_data(job, parts, data_dir, binarization=binarization)
     results = measure(pair.to(place), splits.test, samples=samples, seed=seed) | {"checkpoint": checkpoint}
+    if timings := runs.Run(folder).results().get("timings"):
+        results |= {"timings": timings}
     runs.write_json(folder / runs.RESULTS, results)
     print_results(results, out)
 
@@ -241,10 +261,6 @@ def catalogue() -> dict[str, dict[str, str]]:
 
 def _first_line(cls: type) -> str:
     return (inspect.getdoc(cls) or "").split("\n")[0]
-
-
-def _unlabelled(images: datasets.Images) -> datasets.Images:
-    return images.unlabelled() if images.labels is not None else images
 
 
 def _folder(job: Settings, run_dir: Path | None, resume: bool) -> Path:

@@ -31,7 +31,7 @@ from pyrovae.schedules import Plan, Schedule
 from pyrovae.sites import Sites, counts, log_prob, record_pair
 from pyrovae.steps import Stepper, Validation
 
-MONITORED = 1000  # data on which units are watched, at most
+_MAY_CHANGE = ("threads", "device")  # between a run and its resumption
 
 
 @dataclass
@@ -152,9 +152,9 @@ def fit(
     with isolated_rng(seed):
         feed = Feed(data, batch_size, place, num_workers)
         pair = prepare(model, guide, feed)
+        _warn_of_batches(model, guide, feed)
         stepper = Stepper(model, guide, pair, make_optimizer(list(pair.parameters.values())), feed, clip)
-        watched = None if feed.steps == 1 else min(MONITORED, max(100, (feed.size or 0) // 10))
-        monitor = Monitor(model, guide, pair.modules, feed.first(watched))
+        monitor = Monitor(model, guide, pair.modules, feed)
         validate = None
         if validation is not None:
             held_out = Feed(validation, batch_size, place, num_workers)
@@ -240,6 +240,24 @@ def prepare(model: Program, guide: Program, feed: Feed) -> Reach:
         raise ValueError("the pair has no parameters to train: use modules, pyro.param or tensors that require grad")
     pair.to(feed.device)
     return pair
+
+
+def _warn_of_batches(model: Program, guide: Program, feed: Feed) -> None:
+    """Say so if latents are shared by all data, and yet each batch would count as all of them."""
+    if feed.steps == 1:
+        return
+    with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
+        drawn, joint = record_pair(model, guide, feed.first(), {})
+    sites = [s for s in (*drawn.values(), *joint.values()) if counts(s)]
+    plates = [{f.name: f for f in s["cond_indep_stack"]} for s in sites]
+    everywhere = set.intersection(*(set(p) for p in plates))
+    subsampled = any(f.full_size and f.full_size > f.size for p in plates for f in p.values())
+    if not everywhere and any(plates) and not subsampled:
+        warnings.warn(
+            "latents outside the data plate are shared by all data, but each batch will count as all of them: pass "
+            'batch_size=len(data), or give the plate its full size, pyro.plate("data", N, subsample_size=...)',
+            stacklevel=3,
+        )
 
 
 def check_data(model: Program, guide: Program, feed: Feed) -> None:
@@ -345,20 +363,17 @@ def _check_same(run: runs.Run, config: dict[str, Any]) -> None:
     """A run goes on under the settings it began with, or its result would be neither one's nor the other's."""
     then = run.config()
     for part in ("model", "objective", "training", "data"):
-        old, new = runs.as_json(then.get(part)), runs.as_json(config.get(part))
-        if old != new and not _same_but(("threads", "device"), old, new):
-            raise ValueError(f'"{run.path}" was begun with {part} {old}, got {new}: resume with the same settings')
-
-
-def _same_but(ignored: tuple[str, ...], old: Any, new: Any) -> bool:
-    both = isinstance(old, dict) and isinstance(new, dict)
-    return both and all(old.get(k) == new.get(k) for k in old.keys() | new.keys() if k not in ignored)
+        old, new = runs.as_json(then.get(part)) or {}, runs.as_json(config.get(part)) or {}
+        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in _MAY_CHANGE]
+        if changed:
+            was, now = ({k: settings.get(k) for k in changed} for settings in (old, new))
+            raise ValueError(f'"{run.path}" was begun with {part} {was}, got {now}: resume with the same settings')
 
 
 def describe_objective(objective: pyro.infer.ELBO) -> dict[str, Any]:
     """Class and arguments of an objective, as JSON can hold them."""
     cls = type(objective)
-    names = objective._defaults() if isinstance(objective, Objective) else ("num_particles",)
+    names = objective.defaults() if isinstance(objective, Objective) else ("num_particles",)
     arguments = {name: getattr(objective, name) for name in names if hasattr(objective, name)}
     arguments = {name: value for name, value in arguments.items() if not inspect.ismethod(value)}
     return {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments}

@@ -12,7 +12,8 @@ into a gradient for model and guide, without knowing whose parameter is whose.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,6 +188,19 @@ def _fold(args: tuple, kwargs: dict, num_particles: int) -> tuple[tuple, dict]:
     return tuple(map(repeat, args)), {k: repeat(v) for k, v in kwargs.items()}
 
 
+@contextmanager
+def _shape_hint(num_particles: int) -> Iterator[None]:
+    """With one particle the pair ran; where it fails with several, its networks are the likely reason."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        error.add_note(
+            f"with {num_particles} particles, networks see leading dimensions [K, B, ...]: "
+            "let them take any, or pass fold_particles=True"
+        )
+        raise
+
+
 def run(
     model: Program,
     guide: Program,
@@ -217,7 +231,7 @@ def run(
             if particle_dim is None:
                 program(*args, **kwargs)
             else:
-                with ParticlePlate(PARTICLE_PLATE, num_particles, dim=particle_dim):
+                with _shape_hint(num_particles), ParticlePlate(PARTICLE_PLATE, num_particles, dim=particle_dim):
                     program(*args, **kwargs)
         return record.sites
 

@@ -10,17 +10,23 @@ import torch
 from pyrovae import importance
 from pyrovae.divergence import site_kl
 from pyrovae.evaluate.diagnostics import posterior_means
+from pyrovae.feed import Feed
 from pyrovae.programs import Program, eval_mode, isolated_rng
 from pyrovae.sites import latent, point_mass
+
+MONITORED = 1000  # data on which units are watched, at most
 
 
 class Monitor:
     """Reconstruction, KL of every unit and active units of a pair, on a fixed batch of data, in eval mode."""
 
-    def __init__(self, model: Program, guide: Program, modules: list[torch.nn.Module], batch: tuple[Any, ...]) -> None:
-        self.model, self.guide, self.modules, self.batch = model, guide, modules, batch
+    def __init__(self, model: Program, guide: Program, modules: list[torch.nn.Module], feed: Feed) -> None:
+        watched = None if feed.steps == 1 else min(MONITORED, max(100, (feed.size or 0) // 10))
+        self.model, self.guide, self.modules, self.batch = model, guide, modules, feed.first(watched)
+        self.size = feed.size or len(self.batch[0])
+        self.joint = False
         try:
-            importance.probe(model, guide, batch, {})
+            self.joint = not importance.probe(model, guide, self.batch, {}).common_dims
             self.usable = True
         except Exception as error:  # for instance a latent that only Pyro's enumeration knows; training may go on
             self.usable = False
@@ -48,6 +54,9 @@ class Monitor:
                 found["kl"] = (
                     -importance.combine(None, particles.log_prior(), particles.log_guide(), 1, 1).mean().item()
                 )
+            if self.joint:  # totals: of the likelihood over this batch, of the KL over all data
+                found["kl"] /= self.size
+                found |= {key: found[key] / len(self.batch[0]) for key in ("reconstruction",) if key in found}
             means = posterior_means(self.guide, self.batch)
             found["active_units"] = {
                 name: int((m.double().var(0) > 0.01).sum()) for name, m in means.items() if len(m) > 1

@@ -114,6 +114,11 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
 
+    def results(self) -> dict[str, Any]:
+        """What was measured last, or nothing."""
+        path = self.path / RESULTS
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
     def history(self) -> list[dict[str, Any]]:
         """The metrics of every epoch; a last line cut short by a crash is left out."""
         path = self.path / METRICS

@@ -85,16 +85,19 @@ def _elementwise(support: constraints.Constraint) -> constraints.Constraint | No
     return support
 
 
-def _is_boolean(support: constraints.Constraint) -> bool:
+def is_boolean(support: constraints.Constraint) -> bool:
+    """Whether a site of this support observes bits."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
     return isinstance(support, type(constraints.boolean))
 
 
 def _describe(support: constraints.Constraint) -> str:
-    return "boolean: 0 or 1" if _is_boolean(support) else repr(support)
+    return "boolean: 0 or 1" if is_boolean(support) else repr(support)
 
 
 def _fix(support: constraints.Constraint, low: float, high: float) -> str:
-    boolean = _is_boolean(support)
+    boolean = is_boolean(support)
     if boolean and low >= 0 and high <= 1:
         return (
             "grey values need binarization='dynamic' (or 'static', 'threshold'), "

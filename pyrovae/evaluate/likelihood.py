@@ -42,8 +42,8 @@ class LikelihoodEstimate:
     r"""Importance-sampling estimates :math:`\log \hat p(x_b) = \log \frac1S \sum_s w_{sb}`, in nats, float64.
 
     ``std_error`` is the delta-method standard error of each :math:`\log \hat p`, ``ess`` the effective sample size
-    :math:`(\sum w)^2 / \sum w^2`, ``pareto_k`` the tail shape of the weights: above 0.7 the other two are not to be
-    trusted, and the estimate is probably too low. All are ``[B]``, or 0-d for a pair with joint weights.
+    :math:`(\sum w)^2 / \sum w^2`, ``pareto_k`` the tail shape of the weights: above 0.7 neither the estimate nor its
+    standard error can be trusted. All are ``[B]``, or 0-d for a pair with joint weights.
     """
 
     log_prob: Tensor
@@ -83,14 +83,15 @@ class LikelihoodEstimate:
         notes = [f"log p(x) is -inf for {lost} of {self.log_prob.numel()} data"] if lost else []
         if self.unreliable > 0:
             notes.append(
-                f"Pareto k > {RELIABLE_K} for {self.unreliable:.1%} of the data: their log p(x) is likely too low and "
-                "its standard error too small; use more samples or a better guide"
+                f"Pareto k > {RELIABLE_K} for {self.unreliable:.1%} of the data: neither their log p(x) nor "
+                "its standard error can be trusted; use more samples or a better guide"
             )
         return "; ".join(notes) or None
 
     def __str__(self) -> str:
+        over_data = f" (± {self.nll_data_std_error:.2g} over data)" if self.log_prob.numel() > 1 else ""
         return (
-            f"NLL {self.nll:.2f} ± {self.nll_std_error:.2g} nats (± {self.nll_data_std_error:.2g} over data), "
+            f"NLL {self.nll:.2f} ± {self.nll_std_error:.2g} nats{over_data}, "
             f"{self.num_samples} samples, median ESS {self.ess.median().item():.0f}"
         )
 
@@ -140,6 +141,9 @@ def log_likelihood(
     :param seed: isolates and seeds the draws; None takes them from torch's global generator.
     :param chunk_size: draws per pass; None takes what fits in ``memory`` bytes and halves it if memory runs out. The
         same seed gives the same draws only with the same chunk_size, which None chooses from sizes alone.
+    :param batch_size: data per pass; None passes tensors whole, and takes 100 from a Dataset.
+    :param fold_particles: fold particles into the batch, for networks that take one batch dimension only.
+    :param memory: bytes that a pass may take; 2 GiB by default.
     :param progress: show a progress bar; None shows it on terminals only.
     :raises ValueError: for a pair without a density (a Delta guide on a continuous latent), weights that are NaN or
         infinite, and joint weights (latents outside the data plate) of data that come in several batches.

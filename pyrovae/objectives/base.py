@@ -304,10 +304,11 @@ class Objective(pyro.infer.ELBO):
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, by name."""
-        return {name: getattr(self, name) for name in self._defaults()}
+        return {name: getattr(self, name) for name in self.defaults()}
 
     @classmethod
-    def _defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, Any]:
+        """The constructor's arguments and their defaults."""
         own = inspect.signature(cls.__init__).parameters.values()
         named = {p.name: p.default for p in own if p.name != "self" and p.kind is not p.VAR_KEYWORD}
         if any(p.kind is p.VAR_KEYWORD for p in own):
@@ -321,7 +322,7 @@ class Objective(pyro.infer.ELBO):
         return [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
 
     def __repr__(self) -> str:
-        defaults = self._defaults()
+        defaults = self.defaults()
         shown = {k: v for k, v in self.config.items() if k in self._own_arguments() or v != defaults[k]}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
