@@ -6,11 +6,29 @@ import math
 from typing import ClassVar
 
 import torch
-from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions import Independent, TorchDistribution, constraints
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
-__all__ = ["ContinuousBernoulli", "DiscretizedLogistic", "Gaussian"]
+__all__ = ["BernoulliPixels", "ContinuousBernoulli", "DiscretizedLogistic", "Gaussian"]
+
+
+class BernoulliPixels(Independent):
+    """An ``Independent`` Bernoulli that negates after summing: two passes over all pixels less in a training step.
+
+    >>> from pyro.distributions import Bernoulli
+    >>> BernoulliPixels(Bernoulli(logits=torch.zeros(5, 3)), 1).log_prob(torch.ones(3)) / math.log(2)
+    tensor([-3., -3., -3., -3., -3.])
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value), in nats, summed over the event."""
+        if self._validate_args:
+            self._validate_sample(value)
+        logits, value = torch.broadcast_tensors(self.base_dist.logits, value)
+        nats = binary_cross_entropy_with_logits(logits, value, reduction="none")
+        return -sum_rightmost(nats, self.reinterpreted_batch_ndims)
 
 
 def _near_zero(a: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyrovae.arguments import lookup, one_of, positive_int, sizes
-from pyrovae.distributions import ContinuousBernoulli, DiscretizedLogistic, Gaussian
+from pyrovae.distributions import BernoulliPixels, ContinuousBernoulli, DiscretizedLogistic, Gaussian
 
 __all__ = [
     "LIKELIHOODS",
@@ -83,18 +83,20 @@ class BernoulliLikelihood(Likelihood):
     torch.Size([5, 20])
     """
 
-    def pixel(self, logits: Tensor) -> TorchDistribution:  # type: ignore[override]
-        return dist.Bernoulli(logits=logits)
+    def distribution(self, params: Tensor) -> TorchDistribution:
+        return BernoulliPixels(dist.Bernoulli(logits=params), len(self.event_shape))
 
     def start(self, mean_image: Tensor) -> Tensor:
         return torch.logit(mean_image.clamp(0.001, 0.999))
 
 
-class ContinuousBernoulliLikelihood(BernoulliLikelihood):
+class ContinuousBernoulliLikelihood(Likelihood):
     """Pixels in [0, 1] (:class:`ContinuousBernoulli`); the decoder gives logits.
 
     Started at the logit of the data's mean, its own mean lies between that and one half.
     """
+
+    start = BernoulliLikelihood.start
 
     def pixel(self, logits: Tensor) -> TorchDistribution:  # type: ignore[override]
         return ContinuousBernoulli(logits)
