@@ -34,7 +34,7 @@ from pyrovae.sites import latent, point_mass
 RELIABLE_K = 0.7
 EQUAL = 1e-3  # relative spread of the weights of a posterior-equal guide, which is rounding only
 MEMORY = 2 * 2**30  # bytes that one evaluation may take
-WORKING_SET = {"cpu": 96 * 2**20, "cuda": 2**30}  # larger passes gain nothing: they leave the caches
+WORKING_SET = {"cpu": 48 * 2**20, "cuda": 2**30}  # larger passes gain nothing: they leave the caches
 
 
 @dataclass(frozen=True)
@@ -339,8 +339,10 @@ class _PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr():
+            pointer = tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
+            if pointer and (pointer in self.holders or pointer not in given):  # not a view of a parameter, say
                 self._hold(tensor)
         return out
 
@@ -354,7 +356,9 @@ class _PeakBytes(TorchDispatchMode):
 
     def _release(self, pointer: int, size: int) -> None:
         self.holders[pointer] -= 1
-        self.now -= 0 if self.holders[pointer] else size
+        if not self.holders[pointer]:
+            del self.holders[pointer]
+            self.now -= size
 
 
 def _fitting_chunk(bytes_per_particle: float, memory: int, batch: tuple[Any, ...]) -> int:
