@@ -27,7 +27,10 @@ class ParticlePlate(IndepMessenger):
 
     def _process_message(self, msg: Any) -> None:
         super()._process_message(msg)
-        BroadcastMessenger._pyro_sample(msg)
+        shape: tuple[int, ...] = getattr(msg["fn"], "batch_shape", ())
+        axis = self.dim or 0
+        if len(shape) < -axis or shape[axis] != self.size:  # else there is nothing left to broadcast
+            BroadcastMessenger._pyro_sample(msg)
 
 
 class Record(Messenger):
