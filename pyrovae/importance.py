@@ -236,7 +236,7 @@ def run(
         return record.sites
 
     with pyro.validation_enabled(False):
-        states = rng_state() if rerun else (torch.empty(0), [])
+        states: Any = rng_state() if rerun else None
         guide_sites = execute(guide, Record())
         values = {n: s["value"] for n, s in guide_sites.items() if not s["is_observed"]}
         leaves = {}
