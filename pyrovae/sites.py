@@ -115,12 +115,14 @@ def masked(lp: Tensor, mask: Tensor | bool | None) -> Tensor:
 
 
 def frames(site: Site) -> dict[tuple[str, int, int], Any]:
+    """The vectorised plates around a site, by name, dim and size; ours for particles aside."""
     return {
         (f.name, f.dim, f.size): f for f in site["cond_indep_stack"] if f.dim is not None and f.name != PARTICLE_PLATE
     }
 
 
 def oversampling(frame: Any) -> float:
+    """full_size / size of a plate, 1 where it is not subsampled."""
     return 1.0 if frame.full_size is None or frame.full_size < 0 else frame.full_size / frame.size
 
 
@@ -135,10 +137,12 @@ def same(a: Any, b: Any) -> bool:
 
 
 def reparameterised(site: Site) -> bool:
+    """Whether gradients flow through the site's draws, so that it needs no score function."""
     return site["fn"].has_rsample or (site["is_observed"] and not isinstance(point_mass(site["fn"]), Unit))
 
 
 def refuse_live_point_mass(name: str, site: Site) -> None:
+    """Refuse a guide's Delta or factor that carries parameters although its parents are fixed."""
     inner = point_mass(site["fn"])
     parts = (inner.v, inner.log_density) if isinstance(inner, Delta) else (inner.log_factor,) if inner else ()
     if any(part.requires_grad for part in parts):
@@ -150,4 +154,5 @@ def refuse_live_point_mass(name: str, site: Site) -> None:
 
 
 def quoted(names: Any) -> str:
+    """Site names for a message."""
     return ", ".join(f'"{n}"' for n in names) or "none"
