@@ -52,5 +52,6 @@ def mosaic(pixels: np.ndarray, columns: int, gap: int = GAP) -> np.ndarray:
 
 
 def as_numpy(x: Tensor) -> np.ndarray:
+    """The values of a tensor on any device; bfloat16, which NumPy lacks, as float32."""
     x = x.detach().cpu()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()

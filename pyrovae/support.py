@@ -111,10 +111,12 @@ def _fix(support: constraints.Constraint, low: float, high: float) -> str:
 
 
 def at(name: str, index: tuple[int, ...], value: Tensor) -> str:
+    """Where a value stands, for a message: ``data[17, 0] = 0.53``."""
     return f"{name}[{', '.join(map(str, index))}] = {show(value)}"
 
 
 def show(value: Tensor) -> str:
+    """A value for a message; of a vector the first four."""
     if value.dim():
         return f"[{', '.join(show(v) for v in value.flatten()[:4])}{', ...' if value.numel() > 4 else ''}]"
     number = value.item()
