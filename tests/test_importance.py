@@ -12,17 +12,13 @@ from torch import nn
 
 import pyrovae as pv
 from tests.laws.programs import B, X, lp, normal, plain_guide, plain_model, run_of, seeded_loss, weights_and_values
+from tests.state import double_precision
 
 
 @pytest.fixture(autouse=True)
 def clean_state():
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(7)
-    yield
-    torch.set_default_dtype(dtype)
-    pyro.clear_param_store()
+    with double_precision(7):
+        yield
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------

@@ -12,19 +12,15 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
 import pyrovae as pv
+from tests.state import double_precision
 
 X = torch.tensor([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.8], [0.9, 0.1]], dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
 def clean_state():
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(11)
-    yield
-    torch.set_default_dtype(dtype)
-    pyro.clear_param_store()
+    with double_precision(11):
+        yield
 
 
 def lp(fn, value):

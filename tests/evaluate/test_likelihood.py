@@ -19,6 +19,7 @@ import pyrovae as pv
 from pyrovae import importance
 from pyrovae.evaluate import likelihood
 from pyrovae.evaluate.psis import pareto_k, tail_size
+from tests.state import double_precision
 
 X = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
 NOISE = 0.8
@@ -28,13 +29,8 @@ Z = 4.9  # two-sided false-alarm rate 1e-6
 
 @pytest.fixture(autouse=True)
 def clean_state():
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(17)
-    yield
-    torch.set_default_dtype(dtype)
-    pyro.clear_param_store()
+    with double_precision(17):
+        yield
 
 
 def model(x):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-import pyro
 import pytest
 import torch
 from scipy.stats import norm
+
+from tests.state import double_precision
 
 # At most 3000 comparisons with a normal error are made; all together raise a false alarm with probability 1e-6.
 COMPARISONS, FALSE_ALARM = 3000, 1e-6
@@ -41,13 +42,8 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def clean_state():
     """Double precision, one seed, an empty parameter store; Pyro's validation as it is by default."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(20240607)
-    yield
-    torch.set_default_dtype(dtype)
-    pyro.clear_param_store()
+    with double_precision(20240607):
+        yield
 
 
 @pytest.fixture
