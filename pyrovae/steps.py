@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -13,22 +14,56 @@ from torch.optim import Optimizer
 
 from pyrovae import data as datasets
 from pyrovae.feed import Feed
-from pyrovae.programs import Program, Reach, eval_mode, isolated_rng, protected_buffers
-from pyrovae.sites import counts, record_pair
+from pyrovae.precision import networks_in
+from pyrovae.programs import Program, Reach, eval_mode, isolated_rng, protected_buffers, reach
+from pyrovae.sites import Sites, counts, log_prob, record_pair
+
+Batch = tuple[Any, ...]
+
+
+def find_parameters(
+    model: Program, guide: Program, batch: Batch, check: Callable[[Sites], None] = lambda joint: None
+) -> Reach:
+    """What a pair reaches when it runs on ``batch``; ``check`` sees the model's sites."""
+
+    def log_joint() -> Tensor:
+        drawn, joint = record_pair(model, guide, batch, {})
+        check(joint)
+        terms = [log_prob(s, in_guide=run is drawn) for run in (drawn, joint) for s in run.values() if counts(s)]
+        return torch.stack([term.sum() for term in terms]).sum() if terms else torch.zeros(())
+
+    with isolated_rng(), pyro.validation_enabled(False), torch.enable_grad():
+        pair = reach(model, guide, log_joint)
+    if not pair.parameters:
+        raise ValueError("the pair has no parameters to train: use modules, pyro.param or tensors that require grad")
+    return pair
 
 
 class Stepper:
-    """One optimisation step: loss in nats per datum, gradients, clipping, optimizer."""
+    """One optimisation step, run eagerly: loss in nats per datum, gradients, clipping, optimizer."""
+
+    path = "eager"
+    compile_seconds = 0.0
+    takes_index = False  # batches, not the indices of data that live on the device
 
     def __init__(
-        self, model: Program, guide: Program, pair: Reach, optimizer: Optimizer, feed: Feed, clip_norm: float | None
+        self,
+        model: Program,
+        guide: Program,
+        pair: Reach,
+        optimizer: Optimizer,
+        batch: Batch,
+        *,
+        clip_norm: float | None = None,
+        precision: str = "float32",
     ) -> None:
-        self.model, self.guide, self.optimizer, self.clip_norm = model, guide, optimizer, clip_norm
+        self.model, self.guide, self.pair, self.optimizer = model, guide, pair, optimizer
+        self.example, self.clip_norm, self.precision = batch, clip_norm, precision
         self.reached = list(pair.parameters.values())
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]  # maybe not all reached ones
         self.announcing_model = _announcing(model, self.parameters[0])
         self.base_lr = [float(group["lr"]) for group in optimizer.param_groups]
-        self.full_size = full_size(model, guide, feed.first())
+        self.full_size = full_size(model, guide, batch)
 
     def set_lr(self, factor: float) -> None:
         """Scale every group's learning rate from where it started."""
@@ -38,22 +73,39 @@ class Stepper:
             else:
                 group["lr"] = base * factor
 
-    def __call__(self, objective: Any, batch: tuple[Any, ...]) -> Tensor | float:
+    def __call__(self, objective: Any, batch: Batch) -> Tensor | float:
         """The loss per datum of one step; nothing is read back from the device."""
-        size = self.full_size or len(batch[0])
+        loss = self.gradients(objective, batch)
+        self.update()
+        return loss
+
+    def gradients(self, objective: Any, batch: Batch) -> Tensor | float:
+        """The loss per datum, its gradients in the parameters' ``.grad``."""
         for parameter in (*self.reached, *self.parameters):
             parameter.grad = None
         if hasattr(objective, "differentiable_loss"):
-            loss = objective.differentiable_loss(self.model, self.guide, *batch) / size
+            loss = self.loss(objective, batch)
             loss.backward()
-            loss = loss.detach()
-        else:
-            loss = first_loss(objective.loss_and_grads(self.announcing_model, self.guide, *batch)) / size
-            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], size)
+            return loss.detach()
+        with networks_in(self.precision):
+            loss = first_loss(objective.loss_and_grads(self.announcing_model, self.guide, *batch)) / self.size(batch)
+        torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.size(batch))
+        return loss
+
+    def loss(self, objective: Any, batch: Batch) -> Tensor:
+        """The loss per datum, to be differentiated."""
+        with networks_in(self.precision):
+            return objective.differentiable_loss(self.model, self.guide, *batch) / self.size(batch)
+
+    def size(self, batch: Batch) -> int:
+        """What a loss summed over data is divided by."""
+        return self.full_size or len(batch[0])
+
+    def update(self) -> None:
+        """Clip the gradients and move the parameters."""
         if self.clip_norm is not None:
             clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimizer.step()
-        return loss
 
     def grad_norm(self) -> float:
         """The 2-norm of the gradient of the last step (after clipping)."""
@@ -80,7 +132,7 @@ def _announcing(model: Program, parameter: Tensor) -> Program:
     return announced
 
 
-def full_size(model: Program, guide: Program, batch: tuple[Any, ...]) -> int | None:
+def full_size(model: Program, guide: Program, batch: Batch) -> int | None:
     """The full size of the rightmost plate around the observed sites if it is subsampled, else None."""
     with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
         _, joint = record_pair(model, guide, batch, {})

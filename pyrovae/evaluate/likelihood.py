@@ -19,6 +19,7 @@ from pyrovae import data as datasets
 from pyrovae import importance
 from pyrovae.arguments import positive_int
 from pyrovae.evaluate.psis import pareto_k, tail_size
+from pyrovae.memory import is_out_of_memory
 from pyrovae.programs import (
     Program,
     eval_mode,
@@ -259,7 +260,7 @@ class _Sampler:
                 with subsample:
                     log_w = importance.measure(self._run(batch, size))
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if size == 1 or not _out_of_memory(error):
+                if size == 1 or not is_out_of_memory(error):
                     raise
                 self.chunk_size = size // 2
                 continue
@@ -365,7 +366,3 @@ def _fitting_chunk(bytes_per_particle: float, memory: int, batch: tuple[Any, ...
     device = next((a.device.type for a in batch if isinstance(a, Tensor)), "cpu")
     budget = min(memory, WORKING_SET.get(device, WORKING_SET["cpu"]))
     return max(1, int(budget / max(bytes_per_particle, 1)))
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

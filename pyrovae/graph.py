@@ -1,0 +1,358 @@
+r"""A computation -> one flat graph of tensor operations without Python in it, with its noise lifted out.
+
+:func:`capture` runs a function once and records the operations below autograd, so gradients, Pyro's handlers and
+modules all become plain operations. What comes back is a pure function
+
+.. math:: \text{outputs} = g(\text{inputs}, \text{constants}, \text{noise})
+
+whose randomness is an input: ``noise()`` draws it with the operations, and from the generator, that the function itself
+used, in its order. So a captured function consumes the generator exactly as the function does, can be compared with it
+on the same noise, batched over replicas, and recorded as a CUDA graph. What cannot become such a graph raises
+:class:`CannotCompile` with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import random
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch._decomp import get_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyrovae.programs import isolated_rng
+
+aten = torch.ops.aten
+
+REMEMBERED = 32  # compiled functions that a process keeps
+_compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+
+
+class CannotCompile(Exception):
+    """Why a function cannot become a static graph; the message completes "cannot compile: ..."."""
+
+
+@dataclass
+class Graph:
+    """A captured function: its operations, the tensors it closes over, and what draws its noise."""
+
+    module: fx.GraphModule
+    constants: list[Tensor]
+    noise: fx.GraphModule
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal computations: the operations, and what they take."""
+        takes = tuple((v.shape, v.stride(), v.dtype, v.device) for v in _placeholders(self.module))
+        return self.module.code, self.noise.code, takes
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Run the graph, operation by operation, on fresh noise."""
+        with torch.no_grad():
+            return list(self.module(*inputs, *self.constants, *self.noise()))
+
+    def compiled(self, options: dict[str, Any] | None = None) -> Callable[..., list[Tensor]]:
+        """The same function through Inductor; graphs that are equal share one compilation.
+
+        :raises CannotCompile: where Inductor, or the compiler that it calls, fails.
+        """
+        key = (self.key, torch.get_num_threads(), repr(options))
+        if key not in _compiled:
+            _compiled[key] = _inductor(self.module, options)
+            while len(_compiled) > REMEMBERED:
+                _compiled.popitem(last=False)
+        _compiled.move_to_end(key)
+        run, constants, noise = _compiled[key], self.constants, self.noise
+
+        def call(*inputs: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                return list(run(*inputs, *constants, *noise()))
+
+        return call
+
+
+def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
+    """Record ``function``, which reads the tensors ``inputs`` wherever it finds them (they are known by identity).
+
+    The function runs twice: a graph that comes out different the second time depends on Python state, which a static
+    graph would freeze. Generators are left as they were; in-place changes of ``inputs`` happen, and are recorded.
+
+    :raises CannotCompile: where values steer the program, randomness depends on parameters in a way that has no
+        reparameterisation, or the two runs differ.
+    """
+    first, second = (_capture(function, inputs) for _ in range(2))
+    if first.key != second.key or not all(map(_equal, first.constants, second.constants)):
+        raise CannotCompile("the program does something else at every call (it changes Python state as it runs)")
+    return first
+
+
+def _capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
+    distinct = list({id(t): t for t in inputs}.values())
+    if len(distinct) != len(inputs):
+        raise CannotCompile("a tensor is given twice")
+    draws = _Draws()
+    with isolated_rng(), _constant_python_rng(), _reasons(), draws, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        module = make_fx(lambda *_: _HostReads.refused(function), decomposition_table=REWRITES)(*inputs)
+    _refuse_dynamic_shapes(module)
+    constants = _lift_constants(module)
+    noise = _lift_noise(module, draws.made)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return Graph(module, constants, noise)
+
+
+# --- randomness ------------------------------------------------------------------------------------------------------
+#
+# Every random operation is written as noise that depends on sizes alone, and a function of it. The same rewrites serve
+# while capturing and, in `rewritten`, while running eagerly, so that both can be compared on the same noise.
+
+
+def _bernoulli(p: Tensor, generator: Any = None) -> Tensor:
+    return (torch.rand(p.shape, dtype=_float(p), device=p.device) < p).to(p.dtype)
+
+
+def _bernoulli_p(x: Tensor, p: float = 0.5, generator: Any = None) -> Tensor:
+    return (torch.rand(x.shape, dtype=_float(x), device=x.device) < p).to(x.dtype)
+
+
+def _multinomial(probs: Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None) -> Tensor:
+    if num_samples != 1:
+        return NotImplemented
+    waiting = torch.empty(probs.shape, dtype=probs.dtype, device=probs.device).exponential_()
+    return (probs / waiting).argmax(-1, keepdim=True)
+
+
+def _normal(mean: Any, std: Any, generator: Any = None) -> Tensor:
+    like = mean if isinstance(mean, Tensor) else std
+    shape = torch.broadcast_shapes(getattr(mean, "shape", ()), getattr(std, "shape", ()))
+    return torch.randn(shape, dtype=like.dtype, device=like.device) * std + mean
+
+
+def _empty_like(x: Tensor, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=device or x.device)
+
+
+def _rand_like(x: Tensor, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return torch.rand(x.shape, dtype=dtype or x.dtype, device=device or x.device)
+
+
+def _randn_like(x: Tensor, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return torch.randn(x.shape, dtype=dtype or x.dtype, device=device or x.device)
+
+
+def _float(x: Tensor) -> torch.dtype:
+    return x.dtype if x.is_floating_point() else torch.get_default_dtype()
+
+
+REWRITES: dict[Any, Callable[..., Any]] = {
+    aten.bernoulli.default: _bernoulli,
+    aten.bernoulli.p: _bernoulli_p,
+    aten.multinomial.default: _multinomial,
+    aten.normal.Tensor_Tensor: _normal,
+    aten.normal.Tensor_float: lambda mean, std=1.0, generator=None: _normal(mean, std),
+    aten.normal.float_Tensor: _normal,
+    aten.empty_like.default: _empty_like,
+    aten.rand_like.default: _rand_like,
+    aten.randn_like.default: _randn_like,
+    **get_decompositions([aten.native_dropout.default]),
+}
+
+
+class rewritten(TorchDispatchMode):
+    """Run the program eagerly on the noise that its captured graph draws from the same generator state."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = REWRITES[func](*args, **(kwargs or {})) if func in REWRITES else NotImplemented
+        return func(*args, **(kwargs or {})) if result is NotImplemented else result
+
+
+class _Draws(TorchDispatchMode):
+    """Notes every random operation with the state it drew from: a draw that is replayed is the same draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, bytes]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_random(func):
+            with torch.utils._python_dispatch._disable_current_modes():
+                state = torch.get_rng_state().numpy().tobytes()
+                if torch.cuda.is_initialized():
+                    state += torch.cuda.get_rng_state().numpy().tobytes()
+            self.made.append((func, state))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_random(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _lift_noise(module: fx.GraphModule, made: list[tuple[Any, bytes]]) -> fx.GraphModule:
+    """Replace random operations by inputs, and return the module that draws them."""
+    graph, drawing = module.graph, fx.Graph()
+    nodes = [node for node in graph.nodes if _is_random(node.target)]
+    if [node.target for node in nodes] != [func for func, _ in made]:
+        raise CannotCompile("its random operations do not all appear in the graph")
+    copies: dict[fx.Node, fx.Node] = {}
+    known: dict[Any, fx.Node] = {}
+    drawn = []
+
+    def copy(node: fx.Node, of: str) -> fx.Node:
+        if node.op != "call_function":
+            raise CannotCompile(f'"{of}" draws from a distribution whose noise depends on its parameters')
+        if node not in copies:
+            for parent in node.all_input_nodes:
+                copy(parent, of)
+            copies[node] = drawing.node_copy(node, lambda n: copies[n])
+        return copies[node]
+
+    for node, (func, state) in zip(nodes, made, strict=True):
+        name = func.name().removeprefix("aten::")
+        same = (func, state, node.meta["val"].shape, node.meta["val"].dtype)
+        if same not in known:
+            drawn.append(copy(node, name))
+            known[same] = _new_placeholder(graph, "noise", node.meta["val"])
+        node.replace_all_uses_with(known[same])
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    drawing.output(tuple(drawn))
+    return fx.GraphModule({}, drawing)
+
+
+# --- constants, shapes, values ----------------------------------------------------------------------------------------
+
+
+def _placeholders(module: fx.GraphModule) -> list[Tensor]:
+    return [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def _new_placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
+    """One more input, behind those there are."""
+    present = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(present[-1]):
+        node = graph.placeholder(f"{name}_{len(present)}")
+    node.meta["val"] = value
+    return node
+
+
+def _lift_constants(module: fx.GraphModule) -> list[Tensor]:
+    """Make inputs of the tensors that the function closes over: they are read anew, as they are, at every call."""
+    devices = {v.device for v in _placeholders(module)}
+    lifted: dict[int, tuple[Tensor, fx.Node]] = {}
+    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
+        tensor = getattr(module, node.target)
+        if not isinstance(tensor, Tensor):
+            raise CannotCompile(f"it holds a sub-graph ({type(tensor).__name__})")
+        if id(tensor) not in lifted:
+            fresh = all(user.target is aten.lift_fresh_copy.default for user in node.users)
+            if tensor.device not in devices:
+                if not fresh:
+                    raise CannotCompile(f"it uses a tensor on {tensor.device}, its data are elsewhere")
+                tensor = tensor.to(next(d for d in devices))
+            lifted[id(tensor)] = tensor, _new_placeholder(module.graph, "constant", tensor)
+        node.replace_all_uses_with(lifted[id(tensor)][1])
+        module.graph.erase_node(node)
+    return [tensor for tensor, _ in lifted.values()]
+
+
+def _refuse_dynamic_shapes(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.dynamic_output_shape not in tags:
+            continue
+        if node.target in (aten.index.Tensor, aten.repeat_interleave.Tensor):
+            index = [a for a in node.args[1] if a is not None] if node.target is aten.index.Tensor else [node]
+            if all(i is not node and i.meta["val"].dtype not in (torch.bool, torch.uint8) for i in index):
+                continue
+        raise CannotCompile(f'"{node.target}" gives a shape that depends on values')
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+
+
+class _HostReads(TorchFunctionMode):
+    """Refuse what reads a traced tensor's values unnoticed."""
+
+    READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.READS and args[0].numel():
+            args[0].detach().reshape(-1)[0].item()  # a tensor that depends on the inputs refuses this
+        return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def refused(cls, function: Callable[[], Any]) -> Any:
+        with cls():
+            return list(function())
+
+
+@contextmanager
+def _constant_python_rng() -> Iterator[None]:
+    """Refuse a program that draws from Python's or numpy's generator, whose draws a graph would freeze."""
+
+    def state() -> bytes:
+        return pickle.dumps((random.getstate(), np.random.get_state()))
+
+    before = state()
+    yield
+    if state() != before:
+        raise CannotCompile("the program draws from Python's or numpy's generator: draw with torch")
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    try:
+        yield
+    except CannotCompile:
+        raise
+    except Exception as error:
+        text = str(error)
+        if "value out of a tracing tensor" in text or "data-dependent" in text.lower():
+            raise CannotCompile("the program reads a tensor's value on the host (.item(), if, float)") from error
+        raise CannotCompile(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}") from error
+
+
+def _inductor(module: fx.GraphModule, options: dict[str, Any] | None) -> Callable[..., Any]:
+    import torch._inductor
+
+    example: list[Any] = [_example(v) for v in _placeholders(module)]
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.utils.cpp_extension"):
+            warnings.simplefilter("ignore")
+            return torch._inductor.compile(module, example, options=options)
+    except Exception as error:
+        if "CxxCompiler" in type(error).__name__ or "compiler" in str(error).lower():
+            raise CannotCompile("there is no working C++ compiler: install g++ or clang, or set CXX") from error
+        raise CannotCompile(f"Inductor failed with {type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without a logger's warnings (of a CUDA toolkit without a device, for one)."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _example(value: Tensor) -> Tensor:
+    """A tensor of the same kind (what a graph remembers of its inputs holds no data)."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
