@@ -12,7 +12,6 @@ after one warning that says why; so does a batch of another size than the first.
 from __future__ import annotations
 
 import copy
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -27,13 +26,21 @@ from torch.optim import Optimizer
 
 from pyrovae.data import Images
 from pyrovae.feed import Feed
-from pyrovae.graph import CannotCompile, capture, rewritten
+from pyrovae.graph import (
+    COMPILATION,
+    CannotCompile,
+    capture,
+    compare,
+    has_compiler,
+    rewritten,
+    signature,
+    tensors,
+)
 from pyrovae.objectives import Objective
 from pyrovae.programs import Program, Reach, isolated_rng
 from pyrovae.schedules import Plan
 from pyrovae.steps import Batch, Stepper, find_parameters
 
-COMPILATION = 25.0  # seconds that one compilation takes at most, unless something like it was compiled before
 _SEED = 20
 _WARM_UP = 3  # steps before a CUDA graph is recorded, in which libraries allocate what they need
 _OURS = {
@@ -250,18 +257,6 @@ def worthwhile(plan: Plan, pair: Reach, feed: Feed) -> bool:
     return steps * saved > COMPILATION and has_compiler(feed.device)
 
 
-def has_compiler(device: torch.device) -> bool:
-    """Whether Inductor finds what it compiles with."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return False
-    return device.type != "cuda" or torch.utils._triton.has_triton()
-
-
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
@@ -271,30 +266,6 @@ def check_objective(objective: Any) -> None:
         name = type(objective).__name__
         ours = f": pyrovae.{_OURS[name]} can be" if name in _OURS else ""
         raise CannotCompile(f"Pyro's {name} reads values on the host and cannot be traced{ours}")
-
-
-def compare(expected: list[Tensor], got: list[Tensor], precision: str) -> None:
-    """Refuse a compiled function whose results differ from the eager ones by more than rounding explains."""
-    total = math.sqrt(sum(float(e.double().square().sum()) for e in expected[1:]))
-    for e, g in zip(expected, got, strict=True):
-        if not e.is_floating_point():
-            e, g = e.double(), g.double()
-        if not torch.isfinite(e).all():
-            continue  # there is nothing to compare; training reports it
-        eps = torch.finfo(torch.bfloat16 if precision == "bfloat16" else e.dtype).eps
-        error, size = float((e - g).double().norm()), float(e.double().norm())
-        if not error <= 10 * math.sqrt(eps) * max(size, 1e-3 * total):
-            raise CannotCompile(f"compiled and eager results differ: by {error:.3g} in a tensor of norm {size:.3g}")
-
-
-def signature(batch: Batch) -> tuple[Any, ...]:
-    """What a graph is made for: the kinds of the tensors, and all else as it is."""
-    return tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in batch)
-
-
-def tensors(batch: Batch) -> list[Tensor]:
-    """The tensors of a batch."""
-    return [a for a in batch if isinstance(a, Tensor)]
 
 
 def _distinct(many: Iterable[Tensor]) -> list[Tensor]:

@@ -73,7 +73,7 @@ def keywords(function: Callable[..., Any]) -> list[str]:
     ]
 
 
-FIT_KEYS = ("schedule", "kl_warmup", "clip_norm", "patience", "num_workers")
+FIT_KEYS = ("schedule", "kl_warmup", "clip_norm", "patience", "num_workers", "particles", "compile", "precision")
 DATA_KEYS = ("binarization", "validation")
 
 

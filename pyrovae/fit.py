@@ -24,6 +24,7 @@ from pyrovae import runs
 from pyrovae.arguments import DataError, in_range, one_of, pick_device, positive_int
 from pyrovae.compile import choose_stepper, uncapturable
 from pyrovae.feed import Feed
+from pyrovae.graph import check_compile
 from pyrovae.memory import memory_advice
 from pyrovae.monitor import Monitor
 from pyrovae.objectives import Objective
@@ -154,8 +155,7 @@ def fit(
     if patience is not None and validation is None:
         raise ValueError("patience needs data to validate on: pass validation, or leave patience out")
     patience = None if patience is None else positive_int("patience", patience)
-    if compile not in ("auto", True, False):
-        raise ValueError(f'compile must be "auto", True or False, got {compile!r}: pass one of these')
+    check_compile(compile)
     one_of("precision", precision, PRECISIONS)
     if resume and run_dir is None:
         raise ValueError("resume=True needs the folder of the run to go on with: pass run_dir")

@@ -14,6 +14,7 @@ on the same noise, batched over replicas, and recorded as a CUDA graph. What can
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import random
 import warnings
@@ -35,6 +36,7 @@ from pyrovae.programs import isolated_rng
 
 aten = torch.ops.aten
 
+COMPILATION = 25.0  # seconds that one compilation takes at most, unless something like it was compiled before
 REMEMBERED = 32  # compiled functions that a process keeps
 _compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
@@ -113,6 +115,54 @@ def _capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor])
     module.graph.lint()
     module.recompile()
     return Graph(module, constants, noise)
+
+
+# --- whether and how to use one ------------------------------------------------------------------------------------
+
+
+def check_compile(compile: bool | str) -> None:
+    """Refuse anything but "auto", True and False."""
+    if compile not in ("auto", True, False):
+        raise ValueError(f'compile must be "auto", True or False, got {compile!r}: pass one of these')
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether Inductor finds what it compiles with."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return device.type != "cuda" or torch.utils._triton.has_triton()
+
+
+def compare(expected: list[Tensor], got: list[Tensor], precision: str = "float32") -> None:
+    """Refuse a compiled function whose results differ from the eager ones by more than rounding explains.
+
+    The first result is a loss (or the only result); the norm of all the others sets the scale on which each counts.
+    """
+    total = math.sqrt(sum(float(e.double().square().sum()) for e in expected[1:]))
+    for e, g in zip(expected, got, strict=True):
+        if not e.is_floating_point():
+            e, g = e.double(), g.double()
+        if not torch.isfinite(e).all():
+            continue  # there is nothing to compare; training reports it
+        eps = torch.finfo(torch.bfloat16 if precision == "bfloat16" else e.dtype).eps
+        error, size = float((e - g).double().norm()), float(e.double().norm())
+        if not error <= 10 * math.sqrt(eps) * max(size, 1e-3 * total):
+            raise CannotCompile(f"compiled and eager results differ: by {error:.3g} in a tensor of norm {size:.3g}")
+
+
+def signature(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a graph is made for: the kinds of the tensors, and all else as it is."""
+    return tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in batch)
+
+
+def tensors(batch: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors of a batch."""
+    return [a for a in batch if isinstance(a, Tensor)]
 
 
 # --- randomness ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -47,3 +48,16 @@ def networks_in(precision: str) -> AbstractContextManager[Any]:
     """The context in which to run a pair: "float32" changes nothing, "bfloat16" is :class:`bfloat16_networks`."""
     one_of("precision", precision, PRECISIONS)
     return bfloat16_networks() if precision == "bfloat16" else nullcontext()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 in float32: neither TF32 on CUDA nor bfloat16 on CPUs, whatever was allowed before."""
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    flags = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(**flags, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
