@@ -7,10 +7,12 @@ any objective, and log p(x) is measured by importance sampling with a standard e
 __version__ = "0.1.0"
 
 from pyrovae import data, models, nn, plots
+from pyrovae.compile import training_step
 from pyrovae.evaluate import LikelihoodEstimate, active_units, log_likelihood
 from pyrovae.fit import Fit, fit
 from pyrovae.importance import log_weights
 from pyrovae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, VIMCO, Objective, ParticleWeights, Renyi, VRMax
+from pyrovae.replicas import fit_replicas
 from pyrovae.runs import load
 from pyrovae.sampling import sample
 
@@ -30,6 +32,7 @@ __all__ = [
     "active_units",
     "data",
     "fit",
+    "fit_replicas",
     "load",
     "log_likelihood",
     "log_weights",
@@ -37,4 +40,5 @@ __all__ = [
     "nn",
     "plots",
     "sample",
+    "training_step",
 ]

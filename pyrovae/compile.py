@@ -14,8 +14,8 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from pyrovae.feed import Feed
 from pyrovae.graph import (
     COMPILATION,
     CannotCompile,
+    Graph,
     capture,
     compare,
     has_compiler,
@@ -41,7 +42,7 @@ from pyrovae.programs import Program, Reach, isolated_rng
 from pyrovae.schedules import Plan
 from pyrovae.steps import Batch, Stepper, find_parameters
 
-_SEED = 20
+CHECK_SEED = 20
 _WARM_UP = 3  # steps before a CUDA graph is recorded, in which libraries allocate what they need
 _OURS = {
     "Trace_ELBO": "ELBO",
@@ -88,14 +89,16 @@ class CompiledStepper(Stepper):
             self.compile_seconds += time.perf_counter() - began
         return self.compiled[number]
 
-    def _compile(self, objective: Any) -> Callable[[Batch], Tensor]:
+    def capture(self, objective: Any) -> tuple[Graph, list[Tensor], list[Tensor]]:
+        """The graph of loss and gradients, the tensors of the pair it takes, the parameters whose gradients it gives.
+
+        The step is first run eagerly, so that whatever is wrong with pair and data is said in plain words.
+        """
         check_objective(objective)
         objective = copy.copy(objective)
         if self.anneals:
             self.kl_weight.fill_(objective.kl_weight)
             objective.kl_weight = self.kl_weight
-        inputs = _distinct([*self.reached, *self.pair.tensors.values(), *([self.kl_weight] if self.anneals else [])])
-        example = tensors(self.example)
         reached: list[bool] = []
 
         def loss_and_gradients() -> list[Tensor]:
@@ -104,15 +107,28 @@ class CompiledStepper(Stepper):
             reached[:] = [g is not None for g in gradients]
             return [loss.detach(), *(g for g in gradients if g is not None)]
 
-        moving = [t for t in inputs if not t.requires_grad]  # buffers that a step may change
-        with isolated_rng(_SEED), _untouched(self.pair), rewritten():
-            expected = loss_and_gradients() + [t.clone() for t in moving]
-        with _untouched(self.pair), pyro.validation_enabled(False):
-            graph = capture(loss_and_gradients, [*inputs, *example])
+        with isolated_rng(CHECK_SEED), untouched(self.pair), rewritten():
+            self.expected = loss_and_gradients(), [t.clone() for t in self.buffers]
+        with untouched(self.pair), pyro.validation_enabled(False):
+            graph = capture(loss_and_gradients, [*self.inputs, *tensors(self.example)])
+        return graph, self.inputs, [p for p, used in zip(self.reached, reached, strict=True) if used]
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The tensors of the pair that a step may change in place."""
+        return [t for t in _distinct(self.pair.tensors.values()) if not t.requires_grad]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """All that the graph takes besides the batch."""
+        return _distinct([*self.reached, *self.buffers, *([self.kl_weight] if self.anneals else [])])
+
+    def _compile(self, objective: Any) -> Callable[[Batch], Tensor]:
+        graph, inputs, parameters = self.capture(objective)
         compiled = graph.compiled()
-        with isolated_rng(_SEED), _untouched(self.pair):
-            compare(expected, compiled(*inputs, *example) + moving, self.precision)
-        parameters = [p for p, used in zip(self.reached, reached, strict=True) if used]
+        with isolated_rng(CHECK_SEED), untouched(self.pair):
+            compare(self.expected[0], compiled(*inputs, *tensors(self.example)), self.precision)
+            compare(self.expected[1], self.buffers, self.precision)
         others = _distinct([*self.reached, *self.parameters])
 
         def gradients(batch: Batch) -> Tensor:
@@ -138,7 +154,7 @@ class RecordedStepper(CompiledStepper):
     def __init__(self, *args: Any, images: Images | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
         self.images, self.takes_index = images, images is not None
-        self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.recorded: dict[int, Recording] = {}
         if images is None:
             self.slots: Batch = tuple(a.clone() if isinstance(a, Tensor) else a for a in self.example)
         else:
@@ -155,8 +171,7 @@ class RecordedStepper(CompiledStepper):
         number = objective.num_particles
         if number not in self.recorded:
             self.recorded[number] = self._record(objective)
-        graph, loss = self.recorded[number]
-        graph.replay()
+        loss = self.recorded[number].replay()
         if not capturable(self.optimizer):
             self.update()
         return loss
@@ -167,30 +182,48 @@ class RecordedStepper(CompiledStepper):
         gathered = self.images.batch(batch[0])
         return gathered if isinstance(gathered, tuple) else (gathered,)
 
-    def _record(self, objective: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        began = time.perf_counter()
-        whole = capturable(self.optimizer)
-        if whole:
-            make_capturable(self.optimizer)
-
+    def _record(self, objective: Any) -> Recording:
         def step() -> Tensor:
             loss = self.gradients(objective, self._gathered(self.slots))
-            if whole:
+            if capturable(self.optimizer):
                 self.update()
             return loss  # type: ignore[return-value]
 
-        with _untouched(self.pair), _optimizer_untouched(self.optimizer):
+        began = time.perf_counter()
+        recording = Recording(step, [self.pair], [self.optimizer])
+        self.compile_seconds += time.perf_counter() - began
+        return recording
+
+
+class Recording:
+    """A step of one or more pairs as a CUDA graph.
+
+    It runs a few times aside first, so that libraries allocate what they need; parameters, buffers and optimizers are
+    as before when it is recorded.
+    """
+
+    def __init__(self, step: Callable[[], Tensor], pairs: Sequence[Reach], optimizers: Sequence[Optimizer]) -> None:
+        for optimizer in filter(capturable, optimizers):
+            make_capturable(optimizer)
+        with ExitStack() as undo:
+            for pair in pairs:
+                undo.enter_context(untouched(pair))
+            for optimizer in optimizers:
+                undo.enter_context(_optimizer_untouched(optimizer))
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with isolated_rng(), torch.cuda.stream(aside):
                 for _ in range(_WARM_UP):
                     step()
             torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = step()
-        self.compile_seconds += time.perf_counter() - began
-        return graph, loss
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = step()
+
+    def replay(self) -> Tensor:
+        """Run the step again on what its inputs hold now."""
+        self.graph.replay()
+        return self.loss
 
 
 def training_step(
@@ -273,7 +306,7 @@ def _distinct(many: Iterable[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def _untouched(pair: Reach) -> Iterator[None]:
+def untouched(pair: Reach) -> Iterator[None]:
     """Leave parameters and buffers as they were: their values, and which tensors they are."""
     buffers = [(m, dict(m._buffers)) for root in pair.modules for m in root.modules() if m._buffers]
     owned = [b for _, named in buffers for b in named.values() if b is not None]

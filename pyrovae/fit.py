@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,63 +18,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyrovae import runs
 from pyrovae.arguments import DataError, in_range, one_of, pick_device, positive_int
-from pyrovae.compile import choose_stepper, uncapturable
+from pyrovae.compile import choose_stepper
 from pyrovae.feed import Feed
 from pyrovae.graph import check_compile
+from pyrovae.log import Fit, Log, describe_pair
 from pyrovae.memory import memory_advice
 from pyrovae.monitor import Monitor
-from pyrovae.objectives import Objective
 from pyrovae.precision import PRECISIONS
 from pyrovae.programs import Program, Reach, eval_mode, isolated_rng, protected_buffers, roots
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Plan, Schedule
 from pyrovae.sites import Sites, counts, log_prob, record_pair
 from pyrovae.steps import Stepper, Validation, find_parameters
-
-_MAY_CHANGE = ("threads", "device", "compile")  # between a run and its resumption
-
-
-@dataclass
-class Fit:
-    """What came of training: one dict per epoch, and how long it took.
-
-    ``history`` has, per epoch, ``bound`` (mean over the epoch, nats per datum), ``reconstruction``, ``kl``,
-    ``kl_per_unit``, ``active_units``, ``grad_norm``, ``learning_rate``, ``kl_weight``, ``seconds``, and
-    ``validation_bound`` if asked for. ``timings`` has ``ms_per_step``, ``images_per_second``, ``seconds``, ``path``
-    ("eager", "compiled" or "cuda graph"), ``compile_seconds`` (not part of ``seconds``), ``precision``, ``threads`` and
-    ``device``.
-    """
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    timings: dict[str, Any] = field(default_factory=dict)
-    best_epoch: int | None = None
-    finished: bool = False
-
-    def add(self, metrics: dict[str, Any], patience: int | None) -> None:
-        """Take in one epoch; training is finished if the validation bound has not improved for ``patience`` epochs."""
-        self.history.append(metrics)
-        if "validation_bound" in metrics:
-            self.best_epoch = max(self.history, key=_validated)["epoch"]
-            self.finished = patience is not None and metrics["epoch"] - self.best_epoch >= patience
-
-    def finish(self, stepper: Stepper, device: torch.device) -> None:
-        """Sum up the timings."""
-        seconds = sum(row["seconds"] for row in self.history)
-        steps = sum(row["steps"] for row in self.history)
-        images = sum(row["images_per_second"] * row["seconds"] for row in self.history)
-        self.timings = {
-            "ms_per_step": 1e3 * seconds / max(steps, 1),
-            "images_per_second": images / max(seconds, 1e-9),
-            "seconds": seconds,
-            "steps": steps,
-            "path": stepper.path,
-            "compile_seconds": stepper.compile_seconds,
-            "precision": stepper.precision,
-            "threads": torch.get_num_threads(),
-            "device": str(device),
-        }
 
 
 def fit(
@@ -148,7 +102,7 @@ def fit(
     epochs, batch_size = positive_int("epochs", epochs), positive_int("batch_size", batch_size)
     plan = Plan.make(objective, epochs, schedule, particles, kl_warmup)
     place = pick_device(device)
-    rate, make_optimizer = _optimizer(optimizer, lr)
+    rate, made = make_optimizer(optimizer, lr)
     clip = None if clip_norm is None else in_range("clip_norm", clip_norm, 1e-12)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
         raise ValueError(f"seed must be an integer, got {seed!r}: pass one, and another one for another run")
@@ -165,7 +119,7 @@ def fit(
         pair = prepare(model, guide, feed)
         _warn_of_batches(model, guide, feed)
         stepper = choose_stepper(compile, plan, pair, feed)(
-            model, guide, pair, make_optimizer(list(pair.parameters.values())), feed.first(),
+            model, guide, pair, made(list(pair.parameters.values())), feed.first(),
             clip_norm=clip, precision=precision,
         )  # fmt: skip
         monitor = Monitor(model, guide, pair.modules, feed)
@@ -174,27 +128,19 @@ def fit(
             held_out = Feed(validation, batch_size, place, num_workers)
             check_data(model, guide, held_out)
             validate = Validation(model, guide, pair.modules, held_out, plan.final)
-        training = {
-            "epochs": epochs, "batch_size": batch_size, "schedule": schedule if isinstance(schedule, str) else "custom",
-            "lr": rate, "optimizer": type(stepper.optimizer).__name__,
-            "particles": plan.particles, "kl_warmup": plan.kl_warmup, "clip_norm": clip,
-            "patience": patience, "precision": precision, "compile": compile,
-            "device": str(place), "seed": int(seed), "threads": torch.get_num_threads(),
-            "num_data": feed.size, "num_validation": None if validate is None else validate.feed.size,
-        }  # fmt: skip
         log = Log(run_dir, pair, stepper.optimizer, resume)
-        result = log.open(
-            {"model": runs.describe(_owner(model, guide)), "objective": describe_objective(objective)}
-            | {"training": training, "versions": runs.versions()}
-            | (config or {})
-        )
+        training = describe_training(plan, feed, stepper, schedule, rate, batch_size, seed) | {
+            "patience": patience, "compile": compile,
+            "num_validation": None if validate is None else validate.feed.size,
+        }  # fmt: skip
+        result = log.open(describe_pair(model, guide, objective) | {"training": training} | (config or {}))
         with eval_mode(pair.modules, training=True), ProgressBar("epoch", epochs, progress) as bar:
             for epoch in range(len(result.history), 0 if result.finished else epochs):
                 with memory_advice(lambda: _lower(plan, batch_size, precision, log.checkpoint)):
-                    metrics = run_epoch(epoch, feed, stepper, plan)
-                if math.isnan(metrics["bound"]) or not stepper.finite():
+                    loss, metrics = run_epoch(epoch, feed, stepper, plan)
+                if math.isnan(loss) or not stepper.finite():
                     raise FloatingPointError(_blame(model, guide, feed.first(), epoch + 1, log.checkpoint))
-                metrics |= monitor()
+                metrics |= {"bound": -float(loss)} | stepper.metrics() | monitor()
                 if validate is not None:
                     metrics["validation_bound"] = validate()
                 result.add(metrics, patience)
@@ -207,7 +153,7 @@ def fit(
     return result
 
 
-def _optimizer(make: Any, lr: float | None) -> tuple[float | None, Callable[[Iterable[Tensor]], Optimizer]]:
+def make_optimizer(make: Any, lr: float | None) -> tuple[float | None, Callable[[Iterable[Tensor]], Optimizer]]:
     """The learning rate, where it is ours to know, and what makes the optimizer."""
     if make is None:
         rate = 1e-3 if lr is None else in_range("lr", lr, 0.0)
@@ -227,6 +173,19 @@ def _optimizer(make: Any, lr: float | None) -> tuple[float | None, Callable[[Ite
         return made
 
     return None, checked
+
+
+def describe_training(
+    plan: Plan, feed: Feed, stepper: Stepper, schedule: Any, rate: Any, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """How a pair is trained, as JSON can hold it."""
+    return {
+        "epochs": plan.epochs, "batch_size": batch_size, "lr": rate, "optimizer": type(stepper.optimizer).__name__,
+        "schedule": schedule if isinstance(schedule, str) else "custom",
+        "particles": plan.particles, "kl_warmup": plan.kl_warmup, "clip_norm": stepper.clip_norm,
+        "precision": stepper.precision, "device": str(feed.device), "seed": int(seed),
+        "threads": torch.get_num_threads(), "num_data": feed.size,
+    }  # fmt: skip
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -277,8 +236,8 @@ def _check_observed(sites: Sites, batch: tuple[Any, ...], feed: Feed) -> None:
                 feed.check(position, site["fn"].support, name, site["fn"].event_shape)
 
 
-def run_epoch(epoch: int, feed: Feed, step: Stepper, plan: Plan) -> dict[str, Any]:
-    """One pass over the data; the losses are read back once, at its end."""
+def run_epoch(epoch: int, feed: Feed, step: Any, plan: Plan) -> tuple[Tensor, dict[str, Any]]:
+    """One pass over the data: the mean loss, read back once at its end, and what the epoch was."""
     total: Any = 0.0
     began, steps, data = time.perf_counter() - step.compile_seconds, 0, 0
     for batch in feed.indices() if step.takes_index else feed:
@@ -290,106 +249,16 @@ def run_epoch(epoch: int, feed: Feed, step: Stepper, plan: Plan) -> dict[str, An
         steps, data = steps + 1, data + len(batch[0])
     if not data:
         raise DataError("there are no data to train on: the data set is empty")
-    bound = -float(total) / data
+    loss = torch.as_tensor(total / data).cpu()
     seconds = time.perf_counter() - step.compile_seconds - began
-    return {
+    return loss, {
         "epoch": epoch + 1,
-        "bound": bound,
-        "grad_norm": step.grad_norm(),
-        "learning_rate": float(step.optimizer.param_groups[0]["lr"]),
         "kl_weight": float(getattr(plan.at(now), "kl_weight", 1.0)),
         "num_particles": plan.at(now).num_particles,
         "seconds": seconds,
         "steps": steps,
         "images_per_second": data / seconds,
     }
-
-
-class Log:
-    """The run directory of one call of :func:`fit`, if it has one."""
-
-    def __init__(self, run_dir: Any, pair: Reach, optimizer: Optimizer, resume: bool) -> None:
-        self.run = None if run_dir is None else runs.Run(run_dir)
-        self.pair, self.optimizer, self.resume = pair, optimizer, resume
-
-    def open(self, config: dict[str, Any]) -> Fit:
-        """Start the run, or take up its last checkpoint."""
-        run = self.run
-        if run is None:
-            return Fit()
-        if run.exists and not self.resume:
-            raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
-        state = run.state() if self.resume and run.exists else None
-        if state is None:
-            run.start(config)
-            return Fit()
-        _check_same(run, config)
-        history = run.rewind(state["epoch"])
-        runs.restore(self.pair.tensors, run.weights(), where=str(run.path))
-        self.optimizer.load_state_dict(state["optimizer"])
-        uncapturable(self.optimizer)
-        runs.restore_rng(state["rng"])
-        return Fit(history, best_epoch=state["best_epoch"], finished=state["finished"])
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The last checkpoint, if there is one."""
-        return None if self.run is None else self.run.checkpoint()
-
-    def write(self, result: Fit) -> None:
-        """Log the epoch just done and write its checkpoints."""
-        if self.run is None:
-            return
-        self.run.log(result.history[-1])
-        epoch = len(result.history)
-        if result.best_epoch == epoch:
-            self.run.save("best", self.pair.tensors)
-        self._save_last(result)
-
-    def close(self, result: Fit) -> None:
-        """Mark the run as finished."""
-        already, result.finished = result.finished, True
-        if self.run is not None and not already:
-            self._save_last(result)
-
-    def _save_last(self, result: Fit) -> None:
-        state = {
-            "epoch": len(result.history), "best_epoch": result.best_epoch, "finished": result.finished,
-            "optimizer": self.optimizer.state_dict(), "rng": runs.rng_snapshot(),
-        }  # fmt: skip
-        self.run.save("last", self.pair.tensors, state)  # type: ignore[union-attr]
-
-
-def _check_same(run: runs.Run, config: dict[str, Any]) -> None:
-    """A run goes on under the settings it began with, or its result would be neither one's nor the other's."""
-    then = run.config()
-    for part in ("model", "objective", "training", "data"):
-        old, new = runs.as_json(then.get(part)) or {}, runs.as_json(config.get(part)) or {}
-        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in _MAY_CHANGE]
-        if changed:
-            was, now = ({k: settings.get(k) for k in changed} for settings in (old, new))
-            raise ValueError(f'"{run.path}" was begun with {part} {was}, got {now}: resume with the same settings')
-
-
-def describe_objective(objective: pyro.infer.ELBO) -> dict[str, Any]:
-    """Class and arguments of an objective, as JSON can hold them."""
-    cls = type(objective)
-    names = objective.defaults() if isinstance(objective, Objective) else ("num_particles",)
-    arguments = {name: getattr(objective, name) for name in names if hasattr(objective, name)}
-    arguments = {name: value for name, value in arguments.items() if not inspect.ismethod(value)}
-    return {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments}
-
-
-def _owner(model: Program, guide: Program) -> Any:
-    """The one object whose programs these are, if it is one."""
-    owners = roots(model, guide)
-    return owners[0] if len(owners) == 1 else None
-
-
-def _validated(row: dict[str, Any]) -> float:
-    """An epoch's validation bound; what is not finite was read back from JSON as None."""
-    bound = row.get("validation_bound")
-    return -math.inf if bound is None or math.isnan(bound) else bound
 
 
 def _lower(plan: Plan, batch_size: int, precision: str, checkpoint: Path | None) -> str:

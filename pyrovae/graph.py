@@ -51,37 +51,54 @@ class Graph:
 
     module: fx.GraphModule
     constants: list[Tensor]
-    noise: fx.GraphModule
+    noise: Callable[[], tuple[Tensor, ...]]
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for equal computations: the operations, and what they take."""
         takes = tuple((v.shape, v.stride(), v.dtype, v.device) for v in _placeholders(self.module))
-        return self.module.code, self.noise.code, takes
+        return self.module.code, getattr(self.noise, "code", None), takes
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Run the graph, operation by operation, on fresh noise."""
         with torch.no_grad():
             return list(self.module(*inputs, *self.constants, *self.noise()))
 
-    def compiled(self, options: dict[str, Any] | None = None) -> Callable[..., list[Tensor]]:
+    def compiled(self) -> Callable[..., list[Tensor]]:
         """The same function through Inductor; graphs that are equal share one compilation.
 
         :raises CannotCompile: where Inductor, or the compiler that it calls, fails.
         """
-        key = (self.key, torch.get_num_threads(), repr(options))
-        if key not in _compiled:
-            _compiled[key] = _inductor(self.module, options)
-            while len(_compiled) > REMEMBERED:
-                _compiled.popitem(last=False)
-        _compiled.move_to_end(key)
-        run, constants, noise = _compiled[key], self.constants, self.noise
+        run, constants = _remembered(self.module, self.key), self.constants
 
-        def call(*inputs: Tensor) -> list[Tensor]:
+        def call(*inputs: Tensor, noise: Callable[[], tuple[Tensor, ...]] = self.noise) -> list[Tensor]:
             with torch.no_grad():
                 return list(run(*inputs, *constants, *noise()))
 
         return call
+
+    def batched(self, number: int, stacked: Sequence[bool]) -> Graph:
+        """``number`` copies of the function side by side, each on noise of its own.
+
+        :param stacked: for each input, whether every copy has its own, stacked along a first axis.
+        :raises CannotCompile: where an operation has no batched form.
+        """
+        count = len(self.constants)
+        values = _placeholders(self.module)
+        axes = [*stacked, *[False] * count, *[True] * (len(values) - len(stacked) - count)]
+        in_dims = tuple(0 if own else None for own in axes)
+        examples = [
+            _example(v).expand(number, *v.shape).clone() if own else _example(v)
+            for v, own in zip(values, axes, strict=True)
+        ]
+        with torch.no_grad(), _reasons():
+            module = make_fx(torch.vmap(self.module, in_dims=in_dims))(*examples)
+        module.graph.set_codegen(fx.graph.CodeGen())
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        if more := [n for n in module.graph.nodes if n.op == "get_attr"]:
+            raise CannotCompile(f"batching it makes constants of its own ({more[0].target})")
+        return Graph(module, self.constants, stacked_noise([self.noise] * number))
 
 
 def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
@@ -283,6 +300,15 @@ def _lift_noise(module: fx.GraphModule, made: list[tuple[Any, bytes]]) -> fx.Gra
     return fx.GraphModule({}, drawing)
 
 
+def stacked_noise(sources: Sequence[Callable[[], tuple[Tensor, ...]]]) -> Callable[[], tuple[Tensor, ...]]:
+    """The noise of several copies, drawn one after the other and stacked along a first axis."""
+
+    def draw() -> tuple[Tensor, ...]:
+        return tuple(map(torch.stack, zip(*(source() for source in sources), strict=True)))
+
+    return draw
+
+
 # --- constants, shapes, values ----------------------------------------------------------------------------------------
 
 
@@ -377,14 +403,25 @@ def _reasons() -> Iterator[None]:
         raise CannotCompile(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}") from error
 
 
-def _inductor(module: fx.GraphModule, options: dict[str, Any] | None) -> Callable[..., Any]:
+def _remembered(module: fx.GraphModule, key: Any) -> Callable[..., Any]:
+    """A graph through Inductor, or the result for an equal one."""
+    key = key, torch.get_num_threads()
+    if key not in _compiled:
+        _compiled[key] = _inductor(module)
+        while len(_compiled) > REMEMBERED:
+            _compiled.popitem(last=False)
+    _compiled.move_to_end(key)
+    return _compiled[key]
+
+
+def _inductor(module: fx.GraphModule) -> Callable[..., Any]:
     import torch._inductor
 
     example: list[Any] = [_example(v) for v in _placeholders(module)]
     try:
         with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.utils.cpp_extension"):
             warnings.simplefilter("ignore")
-            return torch._inductor.compile(module, example, options=options)
+            return torch._inductor.compile(module, example)
     except Exception as error:
         if "CxxCompiler" in type(error).__name__ or "compiler" in str(error).lower():
             raise CannotCompile("there is no working C++ compiler: install g++ or clang, or set CXX") from error

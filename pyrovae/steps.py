@@ -107,9 +107,10 @@ class Stepper:
             clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimizer.step()
 
-    def grad_norm(self) -> float:
-        """The 2-norm of the gradient of the last step (after clipping)."""
-        return float(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+    def metrics(self) -> dict[str, float]:
+        """``grad_norm``, the 2-norm of the last gradient (after clipping), and ``learning_rate``."""
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return {"grad_norm": float(norm), "learning_rate": float(self.optimizer.param_groups[0]["lr"])}
 
     def finite(self) -> bool:
         """Whether all parameters still are."""
