@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -209,6 +208,13 @@ def _normal(mean: Any, std: Any, generator: Any = None) -> Tensor:
     return torch.randn(shape, dtype=like.dtype, device=like.device) * std + mean
 
 
+def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    if train is False or p == 0:
+        return x.clone(), torch.ones(x.shape, dtype=torch.bool, device=x.device)
+    kept = torch.rand(x.shape, dtype=x.dtype, device=x.device) >= p
+    return kept * x * (1 / (1 - p) if p < 1 else 0.0), kept
+
+
 def _empty_like(x: Tensor, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=device or x.device)
 
@@ -235,7 +241,7 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten.empty_like.default: _empty_like,
     aten.rand_like.default: _rand_like,
     aten.randn_like.default: _randn_like,
-    **get_decompositions([aten.native_dropout.default]),
+    aten.native_dropout.default: _native_dropout,
 }
 
 

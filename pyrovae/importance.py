@@ -15,7 +15,9 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from operator import mul
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -45,6 +47,7 @@ from pyrovae.sites import (
 )
 
 _ANY: Any = math.inf
+Copies = Literal["detached", "live"] | None
 
 
 @dataclass
@@ -57,7 +60,7 @@ class Particles:
     particle_dim: int | None
     folded: bool
     scaled: bool
-    leaves: dict[str, Tensor]
+    copies: dict[str, Tensor]
     rerun_guide: Callable[[], Sites]
 
     def __post_init__(self) -> None:
@@ -135,6 +138,19 @@ class Particles:
             return total.unsqueeze(0)
         return total.expand(self.num_particles, *total.shape[1:])
 
+    def at_site(self, name: str, weights: Tensor) -> Tensor:
+        """One weight per particle and datum, ``[K, *plates]``, shaped to multiply the value of a guide's site."""
+        event_dim = self.guide[name]["fn"].event_dim
+        if self.folded:
+            return weights.reshape(-1, *[1] * event_dim)
+        if self.num_particles == 1:
+            weights = weights.squeeze(0)
+        dims = [d for d in (self.particle_dim, *self.common_dims) if d is not None]
+        shape = [1] * -min(dims, default=0)
+        for dim, size in zip(dims, weights.shape, strict=True):
+            shape[dim] = size
+        return weights.reshape(*shape, *[1] * event_dim)
+
     def log_guide(self) -> Tensor | None:
         """log q(z | x), ``[K, *plates]``; None for a guide without sites."""
         sites = {n: s for n, s in self.guide.items() if counts(s)}
@@ -210,15 +226,15 @@ def run(
     num_particles: int = 1,
     nesting: int = 0,
     fold: bool = False,
-    detach: bool = False,
+    copies: Copies = None,
     rerun: bool = False,
     scaled: bool = True,
 ) -> Particles:
     """Run guide, then model on its samples, with ``num_particles`` particles to the left of ``nesting`` plates.
 
-    With ``detach`` the model runs on detached copies of the samples, kept in ``Particles.leaves``. ``rerun`` keeps
-    what :meth:`Particles.log_guide_fixed` needs. With ``fold`` the particles are folded into the batch instead of
-    a plate. With ``scaled=False`` every scale is ignored.
+    With ``copies`` the model runs on copies of the samples, "detached" or "live", kept in ``Particles.copies``.
+    ``rerun`` keeps what :meth:`Particles.log_guide_fixed` needs. With ``fold`` the particles are folded into the batch
+    instead of a plate. With ``scaled=False`` every scale is ignored.
     """
     fold, particle_dim = fold and num_particles > 1, None
     if fold:
@@ -239,10 +255,9 @@ def run(
         states: Any = rng_state() if rerun else None
         guide_sites = execute(guide, Record())
         values = {n: s["value"] for n, s in guide_sites.items() if not s["is_observed"]}
-        leaves = {}
-        if detach:
-            leaves = {n: v.detach().requires_grad_() for n, v in values.items() if getattr(v, "requires_grad", False)}
-        model_sites = execute(model, Record(values | leaves))
+        copied = {n: v for n, v in values.items() if copies and getattr(v, "requires_grad", False)}
+        copied = {n: v.view_as(v) if copies == "live" else v.detach().requires_grad_() for n, v in copied.items()}
+        model_sites = execute(model, Record(values | copied))
 
     def rerun_guide() -> Sites:
         moving = (n for n in values if not isinstance(point_mass(guide_sites[n]["fn"]), Delta))
@@ -250,7 +265,7 @@ def run(
         with pyro.validation_enabled(False), replayed_rng(*states), protected_buffers():
             return execute(guide, Record(fixed, redraw=True))
 
-    return Particles(guide_sites, model_sites, num_particles, particle_dim, fold, scaled, leaves, rerun_guide)
+    return Particles(guide_sites, model_sites, num_particles, particle_dim, fold, scaled, copied, rerun_guide)
 
 
 def probe(model: Program, guide: Program, args: tuple, kwargs: dict) -> Particles:
@@ -332,6 +347,7 @@ def surrogate(
     weights: Any,
     *,
     kl_weight: Any,
+    ratio: Tensor | None,
     fixed: bool,
     reinforce: bool,
 ) -> Tensor:
@@ -340,7 +356,9 @@ def surrogate(
     ``log_p`` is the weighted log-joint of the model's run, ``log_w`` the whole log-weight. The total derivative of
     :math:`\log w` is path minus kl_weight times score; so, with one run of the model on live samples, ``path * log_w``
     and ``(path + score) * log q`` at fixed samples make every row with model = path. Where they differ the model ran on
-    copies: two backward passes go through it, to the samples with ``path``, to the parameters with ``model``.
+    copies. Through detached ones go two backward passes, to the samples with ``path``, to the parameters with
+    ``model``. Through live ones one is enough: it carries ``model``, and ``ratio``, path / model, is applied to what
+    arrives at the samples, for plates make every particle of every datum a matter of its own.
     """
     alive = torch.isfinite(log_w.detach())
 
@@ -351,10 +369,13 @@ def surrogate(
         total = dot(weights.path, log_w)
     else:
         total = dot(weights.model, log_p)
-        leaves = list(particles.leaves.values())
-        if leaves and log_p.requires_grad:
+        leaves = list(particles.copies.values())
+        if ratio is not None:
+            for name, copied in particles.copies.items():
+                copied.register_hook(partial(mul, particles.at_site(name, ratio)))
+        elif leaves and log_p.requires_grad:
             along = torch.autograd.grad(dot(weights.path, log_p), leaves, retain_graph=True, allow_unused=True)
-            live = [particles.guide[name]["value"] for name in particles.leaves]
+            live = [particles.guide[name]["value"] for name in particles.copies]
             total = total + sum((g * z).sum() for g, z in zip(along, live, strict=True) if g is not None)
         if log_guide is not None:
             total = total - dot(weights.path * kl_weight, log_guide)

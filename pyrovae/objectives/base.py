@@ -102,6 +102,9 @@ class Objective(pyro.infer.ELBO):
     """
 
     num_groups: int = 1
+    proportional: bool = (
+        False  # whether dreg's |path| <= C * model for some C, so that one backward pass serves for both
+    )
     kl_weight: Any
     likelihood_weight: Any
 
@@ -184,9 +187,13 @@ class Objective(pyro.infer.ELBO):
         return type(self).weights is not Objective.weights
 
     @property
-    def _copies(self) -> bool:
-        """Whether model and path may differ, so that the model must run on detached copies of the samples."""
-        return self._own_weights or self._two_bounds or self.gradient == "dreg"
+    def _copies(self) -> importance.Copies:
+        """The copies of the samples that the model must run on, where model and path may differ."""
+        if self._own_weights or self._two_bounds:
+            return "detached"
+        if self.gradient != "dreg" or self.linear:
+            return None
+        return "live" if self.proportional else "detached"
 
     @property
     def _fixed(self) -> bool:
@@ -210,7 +217,8 @@ class Objective(pyro.infer.ELBO):
         particles = importance.run(
             model, guide, args, kwargs,
             num_particles=self.total_particles, nesting=self._check(model, guide, args, kwargs),
-            fold=self.fold_particles, detach=with_gradient and self._copies, rerun=with_gradient and self._fixed,
+            fold=self.fold_particles, copies=self._copies if with_gradient else None,
+            rerun=with_gradient and self._fixed,
         )  # fmt: skip
         return self._loss(particles)
 
@@ -227,6 +235,7 @@ class Objective(pyro.infer.ELBO):
         ascent = importance.surrogate(
             particles, log_p, guide, log_w, weights,
             kl_weight=self.kl_weight, fixed=self._fixed, reinforce=reinforce,
+            ratio=_ratio(weights) if self._copies == "live" else None,
         )  # fmt: skip
         return -(bound * particles.scale).sum() - (ascent - ascent.detach())
 
@@ -349,6 +358,12 @@ def _finite(weights: ParticleWeights, bound: Tensor, tiny: float = 0.0, scale: A
         finite = usable & torch.isfinite(weights.reinforce)
         done[id(weights.reinforce)] = _times(torch.where(finite, weights.reinforce, 0.0), scale)
     return ParticleWeights(*(done[id(c)] for c in weights))  # type: ignore[call-arg]
+
+
+def _ratio(weights: ParticleWeights) -> Tensor:
+    """path / model, 0 where both are."""
+    dropped = weights.model == 0
+    return torch.where(dropped, 0.0, weights.path / torch.where(dropped, 1.0, weights.model))
 
 
 def _times(value: Tensor, scale: Any) -> Tensor:

@@ -31,6 +31,8 @@ class IWAE(Objective):
     Burda, Grosse, Salakhutdinov (2016), *Importance weighted autoencoders*.
     """
 
+    proportional = True
+
     def __init__(self, num_particles: int = 50, **options: Unpack[Options]) -> None:
         super().__init__(num_particles, **options)
 
@@ -69,6 +71,8 @@ class Renyi(Objective):
 
     Li and Turner (2016), *Rényi divergence variational inference*.
     """
+
+    proportional = True
 
     def __init__(self, alpha: float = 0.5, num_particles: int = 5, **options: Unpack[Options]) -> None:
         super().__init__(num_particles, **options)
@@ -121,6 +125,8 @@ class MIWAE(Objective):
     Rainforth et al. (2018), *Tighter variational bounds are not necessarily better*.
     """
 
+    proportional = True
+
     def __init__(self, num_groups: int = 8, num_particles: int = 8, **options: Unpack[Options]) -> None:
         super().__init__(num_particles, **options)
         self.num_groups = positive_int("num_groups", num_groups)
@@ -171,6 +177,8 @@ class CIWAE(Objective):
 
     Rainforth et al. (2018), *Tighter variational bounds are not necessarily better*.
     """
+
+    proportional = True
 
     def __init__(self, beta: float = 0.5, num_particles: int = 64, **options: Unpack[Options]) -> None:
         super().__init__(num_particles, **options)

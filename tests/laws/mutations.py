@@ -116,6 +116,13 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "score: only the leading layer held fixed": [("if not cuttable:", "if False:")],
     "model follows the path's weights": [(MODEL, MODEL.replace("model", "path"))],
+    "the ratio of path to model is left out": [("partial(mul, particles.at_site(name, ratio))", "partial(mul, 1.0)")],
+    "the ratio is its inverse": [
+        (
+            "weights.path / torch.where(dropped, 1.0, weights.model)",
+            "weights.model / torch.where(dropped, 1.0, weights.path)",
+        )
+    ],
     "path follows the model's weights": [("dot(weights.path, log_p), leaves", "dot(weights.model, log_p), leaves")],
     "log q forgets kl_weight": [("dot(weights.path * kl_weight, log_guide)", "dot(weights.path, log_guide)")],
     "reinforce: dropped": [(REINFORCE, "0 * " + REINFORCE)],
