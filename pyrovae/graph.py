@@ -427,7 +427,7 @@ def _inductor(module: fx.GraphModule) -> Callable[..., Any]:
     try:
         with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.utils.cpp_extension"):
             warnings.simplefilter("ignore")
-            return torch._inductor.compile(module, example)
+            return torch._inductor.standalone_compile(module, example, dynamic_shapes="from_example_inputs")
     except Exception as error:
         if "CxxCompiler" in type(error).__name__ or "compiler" in str(error).lower():
             raise CannotCompile("there is no working C++ compiler: install g++ or clang, or set CXX") from error

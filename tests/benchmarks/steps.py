@@ -1,123 +1,124 @@
-"""Milliseconds per eager training step, beside hand-written PyTorch and Pyro's SVI, in one process.
-
-    python tests/benchmarks/steps.py [--seconds 3] [--json steps.json]
-
-Same network (784-200-200-50, tanh, Bernoulli), same optimizer (fused Adam; Pyro has its own), data of MNIST's size. The
-contenders take turns step by step, so that what else runs on the machine hits all of them; medians are compared.
-"""
+"""Milliseconds per training step of every contender, for several batches and numbers of particles."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+import functools
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI, RenyiELBO
-from torch import Tensor, nn
-from torch.distributions import Normal
 
-import pyrovae as pv
+from tests.benchmarks import contenders, images
+from tests.benchmarks.contenders import COMPILED, CONTENDERS, FLOOR, HAND, HAND_COMPILED, OURS, SVI_FAST, Setting
+from tests.benchmarks.options import Options
+from tests.benchmarks.tables import Row, Table, ratio
+from tests.benchmarks.timing import Run, Times, block, take_turns, timed_compilation
 
-GRID = [(20, 1), (20, 5), (20, 50), (100, 1), (100, 5), (100, 50)]
-
-
-def network() -> pv.models.VAE:
-    torch.manual_seed(0)
-    return pv.models.VAE((1, 28, 28), latent_dim=50)
-
-
-def hand_written(x: Tensor, k: int) -> Callable[[], None]:
-    """IWAE as one writes it without a library: logits, binary cross entropy, softmax weights, fused Adam."""
-    vae = network()
-    optimizer = torch.optim.Adam(vae.parameters(), fused=True)
-    prior = Normal(0.0, 1.0, validate_args=False)
-
-    def step() -> None:
-        mean, log_scale = vae.encoder(x).chunk(2, -1)
-        posterior = Normal(mean, log_scale.exp(), validate_args=False)
-        z = posterior.rsample((k,))
-        logits = vae.decoder(z)
-        target = x.expand_as(logits)
-        log_px = -nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none").sum((-1, -2, -3))
-        log_w = log_px + prior.log_prob(z).sum(-1) - posterior.log_prob(z).sum(-1)
-        loss = -(torch.softmax(log_w.detach(), 0) * log_w).sum() / len(x)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+RATIOS = {
+    f"{ours.removeprefix('pyrovae ')} / {other}": (ours, other)
+    for ours, others in {COMPILED: (HAND, HAND_COMPILED, SVI_FAST, FLOOR), OURS: (HAND, SVI_FAST)}.items()
+    for other in others
+}
 
 
-def ours(x: Tensor, k: int) -> Callable[[], None]:
-    """The same through the library's objective."""
-    vae, objective = network(), pv.IWAE(k)
-    optimizer = torch.optim.Adam(vae.parameters(), fused=True)
+@dataclass
+class Measured:
+    """What one setting gave: times by contender, compilations (seconds, cold or not), and who is absent, and why."""
 
-    def step() -> None:
-        optimizer.zero_grad()
-        (objective.differentiable_loss(vae.model, vae.guide, x) / len(x)).backward()
-        optimizer.step()
+    times: dict[str, Times] = field(default_factory=dict)
+    compilations: dict[str, tuple[float, str]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
-    return step
-
-
-def pyro_svi(x: Tensor, k: int) -> Callable[[], None]:
-    """Pyro's own vectorised RenyiELBO at alpha = 0, with its optimizer and its default validation."""
-    vae = network()
-
-    def model(x: Tensor) -> None:
-        pyro.module("vae", vae)
-        vae.model(x)
-
-    objective = RenyiELBO(alpha=0, num_particles=k, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), objective)
-    return lambda: svi.step(x)
+    def ms(self, name: str) -> float | None:
+        """Median milliseconds, None for who is absent."""
+        return self.times[name].median if name in self.times else None
 
 
-CONTENDERS = {"hand-written": hand_written, "pyrovae": ours, "Pyro SVI": pyro_svi}
-
-
-def measure(batch: int, k: int, seconds: float) -> dict[str, float]:
-    """Median milliseconds per step of each contender, taking turns for ``seconds`` in all."""
+def measure(setting: Setting, options: Options, names: Iterable[str] = CONTENDERS) -> Measured:
+    """Every contender trains its own copy of the network on the same stream of batches, taking turns."""
+    load_compiler(options.device)
+    torch._dynamo.reset()
     pyro.clear_param_store()
-    x = torch.bernoulli(torch.full((batch, 1, 28, 28), 0.2))
-    steps = {name: make(x, k) for name, make in CONTENDERS.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        for _ in range(5):
-            step()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["pyrovae"]) < 10:
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in times.items()}
+    torch.manual_seed(0)
+    batches = images.pool(options.data_dir, setting.batch, options.device)
+    result, runs = Measured(), dict[str, Run]()
+    result.weights = contenders.tiny_weights(contenders.start(setting, options), batches, setting.k)
+    for name in names:
+        with contenders.left_out(name, result.absent):
+            runs[name] = _ready(name, setting, options, batches, result)
+    result.times = take_turns(runs, options.seconds, options.device)
+    return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    rows = []
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'batch':>5} {'k':>3} " + " ".join(f"{name:>13}" for name in CONTENDERS) + f" {'/ hand':>8} {'/ SVI':>7}")
-    for batch, k in GRID:
-        ms = measure(batch, k, options.seconds)
-        ratios = ms["pyrovae"] / ms["hand-written"], ms["pyrovae"] / ms["Pyro SVI"]
-        rows.append({"batch": batch, "k": k, **ms, "of_hand_written": ratios[0], "of_svi": ratios[1]})
-        print(
-            f"{batch:5} {k:3} " + " ".join(f"{v:10.2f} ms" for v in ms.values()) + f" {ratios[0]:8.2f} {ratios[1]:7.2f}"
-        )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+def _ready(name: str, setting: Setting, options: Options, batches: list[torch.Tensor], result: Measured) -> Run:
+    """The contender's step on its next batch; a compiler has done its work."""
+    vae, data = contenders.start(setting, options), images.stream(batches)
+    mode = {"mode": options.compile_mode} if name == HAND_COMPILED else {}
+    if name not in (COMPILED, HAND_COMPILED):
+        step = CONTENDERS[name](vae, setting.k, batches[0])
+        return lambda: step(next(data))
+    made: list[contenders.Step] = []
+
+    def first() -> None:
+        made.append(CONTENDERS[name](vae, setting.k, batches[0], **mode))
+        made[0](next(data))
+
+    result.compilations[name] = timed_compilation(first, options.device)
+    return lambda: made[0](next(data))
 
 
-if __name__ == "__main__":
-    main()
+@functools.cache
+def load_compiler(device: str) -> None:
+    """Load the compiler, which whoever compiles first would pay for."""
+    x = torch.ones(3, device=device, requires_grad=True)
+    try:
+        block(lambda: torch.compile(lambda x: (x.sin() * 2).sum())(x).backward(), 1, device)
+    except Exception as error:  # no C++ compiler, say; each contender that needs it will say so again
+        print(f"!! torch.compile does not work here: {error}", file=sys.stderr)
+
+
+def run(options: Options) -> list[Table]:
+    """Three tables: times, ratios, compilations."""
+    rows: list[Row] = []
+    compilations: list[Row] = []
+    absent: dict[str, str] = {}
+    for network in options.networks:
+        for batch, k in options.cells:
+            print(f"steps: {network}, batch {batch}, k {k}", file=sys.stderr)
+            result = measure(Setting(network, batch, k), options)
+            absent |= result.absent
+            where = {"network": network, "batch": batch, "k": k}
+            rows.append(where | _row(result))
+            compilations += [
+                where | {"contender": name, "seconds": seconds, "cache": cache}
+                for name, (seconds, cache) in result.compilations.items()
+            ]
+    data = images.load(options.data_dir)[2]
+    notes = [
+        f"Data: {data}. All start from the same weights, after {options.warmup} training steps with batches of 20.",
+        *(f"Left out: {name} ({why})." for name, why in absent.items()),
+    ]
+    at = ["network", "batch", "k"]
+    return [
+        Table("Milliseconds per training step", [*at, *CONTENDERS], rows, notes),
+        Table("Ratios of these times", [*at, *RATIOS, "denormal or zero", "below eps^2"], rows, [_SHARES]),
+        Table("Compilation, with the first step", [*at, "contender", "seconds", "cache"], compilations),
+    ]
+
+
+_SHARES = (
+    'The last two columns are the shares of particles whose normalised weight is "denormal or zero", "below eps^2".'
+)
+
+
+def _row(result: Measured) -> dict[str, Any]:
+    return (
+        {name: result.ms(name) for name in CONTENDERS}
+        | {name: ratio(result.ms(of), result.ms(to)) for name, (of, to) in RATIOS.items()}
+        | result.weights
+        | {"details": {name: times.summary() for name, times in result.times.items()}}
+    )
