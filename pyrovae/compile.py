@@ -64,12 +64,13 @@ class CompiledStepper(Stepper):
         super().__init__(*args, **options)
         self.anneals = anneals
         self.kl_weight = torch.ones((), dtype=self.reached[0].dtype, device=self.reached[0].device)
+        self.signature = signature(self.example)
         self.compiled: dict[int, Callable[[Batch], Tensor] | None] = {}
         self.reason: str | None = None
 
     def gradients(self, objective: Any, batch: Batch) -> Tensor | float:
         """The loss per datum, its gradients in the parameters' ``.grad``."""
-        function = self.function(objective) if signature(batch) == signature(self.example) else None
+        function = self.function(objective) if signature(batch) == self.signature else None
         if function is None:
             return super().gradients(objective, batch)
         if self.anneals:
@@ -183,11 +184,14 @@ class RecordedStepper(CompiledStepper):
         return gathered if isinstance(gathered, tuple) else (gathered,)
 
     def _record(self, objective: Any) -> Recording:
+        gradients = self.function(objective)  # not self.gradients: what that fills, a recording would fill for ever
+        assert gradients is not None
+
         def step() -> Tensor:
-            loss = self.gradients(objective, self._gathered(self.slots))
+            loss = gradients(self._gathered(self.slots))
             if capturable(self.optimizer):
                 self.update()
-            return loss  # type: ignore[return-value]
+            return loss
 
         began = time.perf_counter()
         recording = Recording(step, [self.pair], [self.optimizer])
@@ -221,9 +225,9 @@ class Recording:
             self.loss = step()
 
     def replay(self) -> Tensor:
-        """Run the step again on what its inputs hold now."""
+        """Run the step again on what its inputs hold now; the loss."""
         self.graph.replay()
-        return self.loss
+        return self.loss.clone()  # the next replay overwrites it
 
 
 def training_step(

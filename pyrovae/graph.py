@@ -146,12 +146,13 @@ def has_compiler(device: torch.device) -> bool:
     """Whether Inductor finds what it compiles with."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
 
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         return False
-    return device.type != "cuda" or torch.utils._triton.has_triton()
+    return device.type != "cuda" or has_triton()
 
 
 def compare(expected: list[Tensor], got: list[Tensor], precision: str = "float32") -> None:

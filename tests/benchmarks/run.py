@@ -1,0 +1,123 @@
+"""The benchmarks: pyrovae beside hand-written PyTorch, Pyro's SVI and Pythae, in one process, taking turns.
+
+    python tests/benchmarks/run.py [--only steps,likelihoods,startup,growth,memory] [--json FILE] [--markdown FILE]
+
+Real MNIST if it is found (``--data-dir``, ``$PYROVAE_DATA``). Medians; compare ratios, not milliseconds, and let
+nothing else run. Without Pythae (``pip install pythae``) or a C++ compiler, what needs them is left out, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.benchmarks.options import GRID, Options
+from tests.benchmarks.tables import Table
+
+SECTIONS = ("steps", "likelihoods", "startup", "growth", "memory")
+
+
+def environment(options: Options) -> dict[str, Any]:
+    """Machine and versions."""
+    import torch
+
+    cuda = options.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load at start": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        **{name: _version(name) for name in ("torch", "pyro-ppl", "pyrovae", "pythae")},
+    }
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "0.1.0 (not installed)" if name == "pyrovae" else "absent"
+
+
+def _cell(text: str) -> tuple[int, int]:
+    batch, k = text.split("x")
+    return int(batch), int(k)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Options()
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between them")
+    parser.add_argument("--seconds", type=float, default=default.seconds, help="per contender and setting")
+    parser.add_argument("--warmup", type=int, default=default.warmup, help="training steps before all timing")
+    parser.add_argument("--networks", default=",".join(default.networks), help="mlp, conv or both")
+    parser.add_argument("--cells", type=_cell, nargs="+", default=GRID, help="batch x k, such as 20x5 100x50")
+    parser.add_argument("--samples", type=int, default=default.samples, help="of log p(x)")
+    parser.add_argument("--images", type=int, default=default.images, help="for log p(x)")
+    parser.add_argument("--device", default=default.device, help="cpu or cuda")
+    parser.add_argument("--data-dir", type=Path, help="folder with MNIST/raw")
+    parser.add_argument("--compile-mode", help="torch.compile's mode for the hand-written step")
+    parser.add_argument("--cold", action="store_true", help="compile from an empty cache")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args(arguments)
+    if unknown := set(options.only.split(",")) - set(SECTIONS):
+        parser.error(f"unknown sections {sorted(unknown)}: give some of {', '.join(SECTIONS)}")
+    return options
+
+
+def write(asked: argparse.Namespace, about: dict[str, Any], tables: dict[str, list[Table]]) -> None:
+    """Both files, as far as the sections are done."""
+    if asked.json:
+        sections = {name: [asdict(table) for table in found] for name, found in tables.items()}
+        asked.json.write_text(json.dumps({"environment": about, "sections": sections}, indent=2) + "\n")
+    if asked.markdown:
+        head = ", ".join(f"{name} {value}" for name, value in about.items())
+        parts = [f"## {name}\n\n" + "\n".join(t.markdown() for t in found) for name, found in tables.items()]
+        asked.markdown.write_text("\n".join([f"{head}\n", *parts]))
+
+
+def main() -> None:
+    asked = parse()
+    options = Options(
+        asked.seconds, asked.warmup, tuple(asked.networks.split(",")), tuple(asked.cells), asked.samples, asked.images,
+        asked.device, asked.data_dir and asked.data_dir.resolve(), asked.compile_mode,
+    )  # fmt: skip
+    tables: dict[str, list[Table]] = {}
+    with ExitStack() as stack:
+        if asked.cold:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        about = environment(options) | {"cache": "empty at start" if asked.cold else "as found"}
+        print(about, file=sys.stderr)
+        for name in asked.only.split(","):
+            tables[name] = importlib.import_module(f"tests.benchmarks.{name}").run(options)
+            print("\n".join(table.markdown() for table in tables[name]), flush=True)
+            write(asked, about, tables)
+
+
+if __name__ == "__main__":
+    main()
