@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -50,6 +50,16 @@ _OURS = {
     "TraceGraph_ELBO": "ELBO",
     "RenyiELBO": "Renyi",
 }
+
+
+class Captured(NamedTuple):
+    """The graph of a pair's loss and gradients, and what it is to be checked with."""
+
+    graph: Graph
+    inputs: list[Tensor]  # of the pair, in the graph's order; the batch follows
+    parameters: list[Tensor]  # whose gradients follow the loss
+    expected: list[Tensor]  # loss and gradients of the eager program at CHECK_SEED
+    buffers: list[Tensor]  # and the buffers as it leaves them
 
 
 class CompiledStepper(Stepper):
@@ -90,8 +100,8 @@ class CompiledStepper(Stepper):
             self.compile_seconds += time.perf_counter() - began
         return self.compiled[number]
 
-    def capture(self, objective: Any) -> tuple[Graph, list[Tensor], list[Tensor]]:
-        """The graph of loss and gradients, the tensors of the pair it takes, the parameters whose gradients it gives.
+    def capture(self, objective: Any) -> Captured:
+        """The graph of loss and gradients.
 
         The step is first run eagerly, so that whatever is wrong with pair and data is said in plain words.
         """
@@ -109,10 +119,11 @@ class CompiledStepper(Stepper):
             return [loss.detach(), *(g for g in gradients if g is not None)]
 
         with isolated_rng(CHECK_SEED), untouched(self.pair), rewritten():
-            self.expected = loss_and_gradients(), [t.clone() for t in self.buffers]
+            expected, buffers = loss_and_gradients(), [t.clone() for t in self.buffers]
         with untouched(self.pair), pyro.validation_enabled(False):
             graph = capture(loss_and_gradients, [*self.inputs, *tensors(self.example)])
-        return graph, self.inputs, [p for p, used in zip(self.reached, reached, strict=True) if used]
+        parameters = [p for p, used in zip(self.reached, reached, strict=True) if used]
+        return Captured(graph, self.inputs, parameters, expected, buffers)
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -125,11 +136,11 @@ class CompiledStepper(Stepper):
         return _distinct([*self.reached, *self.buffers, *([self.kl_weight] if self.anneals else [])])
 
     def _compile(self, objective: Any) -> Callable[[Batch], Tensor]:
-        graph, inputs, parameters = self.capture(objective)
+        graph, inputs, parameters, expected, buffers = self.capture(objective)
         compiled = graph.compiled()
         with isolated_rng(CHECK_SEED), untouched(self.pair):
-            compare(self.expected[0], compiled(*inputs, *tensors(self.example)), self.precision)
-            compare(self.expected[1], self.buffers, self.precision)
+            compare(expected, compiled(*inputs, *tensors(self.example)), self.precision)
+            compare(buffers, self.buffers, self.precision)
         others = _distinct([*self.reached, *self.parameters])
 
         def gradients(batch: Batch) -> Tensor:

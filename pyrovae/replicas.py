@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyrovae.arguments import in_range, one_of, pick_device, positive_int
-from pyrovae.compile import CHECK_SEED, CompiledStepper, Recording, capturable, untouched
+from pyrovae.compile import CHECK_SEED, Captured, CompiledStepper, Recording, capturable, untouched
 from pyrovae.feed import Feed
 from pyrovae.fit import describe_training, fit, make_optimizer, prepare, run_epoch
 from pyrovae.graph import CannotCompile, Graph, compare, signature, stacked_noise, tensors
@@ -231,15 +231,15 @@ class Replicas:
     def _compile(self, objective: Any) -> Callable[[Batch], Tensor]:
         weighted = [_weighted(objective, factor) for factor in self.factors]
         captured = [s.capture(own) for s, own in zip(self.steppers, weighted, strict=True)]
-        single = captured[0][0]
-        for r, (graph, _, _) in enumerate(captured):
-            same = all(map(torch.equal, graph.constants, single.constants))
-            if graph.key != single.key or not same:
+        single = captured[0].graph
+        for r, each in enumerate(captured):
+            same = all(map(torch.equal, each.graph.constants, single.constants))
+            if each.graph.key != single.key or not same:
                 raise ValueError(f"replica {r} is not the same program as replica 0: build them alike, but for weights")
         number, data = len(self.steppers), tensors(self.example)
         compiled = single.batched(number, [True] * len(self.stacks) + [False] * len(data)).compiled()
-        self._check(single, compiled)
-        parameters = [used for _, _, used in captured]
+        self._check(captured, compiled)
+        parameters = [each.parameters for each in captured]
 
         def gradients(batch: Batch) -> Tensor:
             losses, *found = compiled(*self.stacks, *tensors(batch))
@@ -252,16 +252,16 @@ class Replicas:
 
         return gradients
 
-    def _check(self, single: Graph, compiled: Callable[..., list[Tensor]]) -> None:
+    def _check(self, captured: Sequence[Captured], compiled: Callable[..., list[Tensor]]) -> None:
         """Compare every replica's first results with its own eager ones, on the same noise."""
         with isolated_rng(), ExitStack() as undo:
             for stepper in self.steppers:
                 undo.enter_context(untouched(stepper.pair))
-            noise = stacked_noise([lambda: _same_noise(single)] * len(self.steppers))
+            noise = stacked_noise([lambda: _same_noise(captured[0].graph)] * len(captured))
             got = compiled(*self.stacks, *tensors(self.example), noise=noise)
-            for r, stepper in enumerate(self.steppers):
-                compare(stepper.expected[0], [g[r] for g in got], self.precision)
-                compare(stepper.expected[1], stepper.buffers, self.precision)
+            for r, (stepper, each) in enumerate(zip(self.steppers, captured, strict=True)):
+                compare(each.expected, [g[r] for g in got], self.precision)
+                compare(each.buffers, stepper.buffers, self.precision)
 
     def _replayed(self, objective: Any, batch: Batch) -> Tensor:
         """One step on CUDA, as a graph recorded whole."""

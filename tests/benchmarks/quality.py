@@ -4,10 +4,10 @@
     python tests/benchmarks/quality.py --plot --out runs/quality
 
 All train with the same settings: batches of 100 with dynamic binarisation, IWAE with k = 1, 5, 20, 50 in four equal
-parts of the epochs, doubly reparameterised gradients where the contender has them (Pyro's RenyiELBO has not), Adam with
-a learning rate that falls from 2e-3 to 2e-5 along a cosine. Each gets as many epochs as fit into the minutes, by a short
-measurement of its own steps; compiling is on the clock. Twenty times on the way 1,000 test images are measured with 500
-samples, off the clock; in the end all 10,000 with 5,000.
+parts of the epochs, doubly reparameterised gradients where the contender has them (Pyro's RenyiELBO has not), Adam
+with a learning rate that falls from 2e-3 to 2e-5 along a cosine. Each gets as many epochs as fit into the minutes, by a
+short measurement of its own steps; compiling is on the clock. Twenty times on the way 1,000 test images are measured
+with 500 samples, off the clock; in the end all 10,000 with 5,000.
 """
 
 from __future__ import annotations
