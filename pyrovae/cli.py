@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import OutOfMemoryError
 
 from pyrovae import experiment
 from pyrovae.arguments import DataError
@@ -124,7 +126,9 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        code = app(arguments, prog_name="pyrovae", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            code = app(arguments, prog_name="pyrovae", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Exception as error:
@@ -133,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
             code = _fail(error.format_message(), getattr(error, "exit_code", 2), debug)
         else:
-            kinds = {DataError: 3, ValueError: 2, TypeError: 2, FloatingPointError: 1, OSError: 1}
+            kinds = {DataError: 3, ValueError: 2, TypeError: 2, FloatingPointError: 1, OSError: 1, OutOfMemoryError: 1}
             known = next((code for kind, code in kinds.items() if isinstance(error, kind)), None)
             if known is None:
                 raise
@@ -141,6 +145,11 @@ def main(arguments: list[str] | None = None) -> None:
     if code == _INTERRUPTED:  # some releases of typer return it, others raise
         _fail("interrupted; go on with --resume", code, debug=False)
     sys.exit(code or 0)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line, without the source line that gave it."""
+    print("warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 
 def _fail(error: Any, code: int, debug: bool) -> int:
