@@ -1,6 +1,6 @@
 """The benchmarks: pyrovae beside hand-written PyTorch, Pyro's SVI and Pythae, in one process, taking turns.
 
-    python tests/benchmarks/run.py [--only steps,likelihoods,startup,growth,memory] [--json FILE] [--markdown FILE]
+    python tests/benchmarks/run.py [--only steps,likelihoods,replicas,...] [--json FILE] [--markdown FILE]
 
 Real MNIST if it is found (``--data-dir``, ``$PYROVAE_DATA``). Medians; compare ratios, not milliseconds, and let
 nothing else run. Without Pythae (``pip install pythae``) or a C++ compiler, what needs them is left out, and says so.
@@ -28,7 +28,7 @@ if not __package__:  # run as a file
 from tests.benchmarks.options import GRID, Options
 from tests.benchmarks.tables import Table
 
-SECTIONS = ("steps", "likelihoods", "startup", "growth", "memory")
+SECTIONS = ("steps", "likelihoods", "replicas", "startup", "growth", "memory")
 
 
 def environment(options: Options) -> dict[str, Any]:
