@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pyrovae.programs import isolated_rng
 
@@ -37,6 +37,7 @@ aten = torch.ops.aten
 
 COMPILATION = 25.0  # seconds that one compilation takes at most, unless something like it was compiled before
 REMEMBERED = 32  # compiled functions that a process keeps
+_READS = "the program reads a tensor's value on the host (.item(), if, float)"
 _compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
 
@@ -122,7 +123,7 @@ def _capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor])
     draws = _Draws()
     with isolated_rng(), _constant_python_rng(), _reasons(), draws, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        module = make_fx(lambda *_: _HostReads.refused(function), decomposition_table=REWRITES)(*inputs)
+        module = make_fx(lambda *_: _Traceable.run(function))(*inputs)
     _refuse_dynamic_shapes(module)
     constants = _lift_constants(module)
     noise = _lift_noise(module, draws.made)
@@ -185,7 +186,7 @@ def tensors(batch: tuple[Any, ...]) -> list[Tensor]:
 # --- randomness ------------------------------------------------------------------------------------------------------
 #
 # Every random operation is written as noise that depends on sizes alone, and a function of it. The same rewrites serve
-# while capturing and, in `rewritten`, while running eagerly, so that both can be compared on the same noise.
+# while capturing and while running eagerly, so that both can be compared on the same noise.
 
 
 def _bernoulli(p: Tensor, generator: Any = None) -> Tensor:
@@ -220,6 +221,10 @@ def _empty_like(x: Tensor, dtype: Any = None, device: Any = None, **_: Any) -> T
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=device or x.device)
 
 
+def _new_empty(x: Tensor, size: Sequence[int], dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    return torch.empty(size, dtype=dtype or x.dtype, device=device or x.device)
+
+
 def _rand_like(x: Tensor, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
     return torch.rand(x.shape, dtype=dtype or x.dtype, device=device or x.device)
 
@@ -240,6 +245,7 @@ REWRITES: dict[Any, Callable[..., Any]] = {
     aten.normal.Tensor_float: lambda mean, std=1.0, generator=None: _normal(mean, std),
     aten.normal.float_Tensor: _normal,
     aten.empty_like.default: _empty_like,
+    aten.new_empty.default: _new_empty,
     aten.rand_like.default: _rand_like,
     aten.randn_like.default: _randn_like,
     aten.native_dropout.default: _native_dropout,
@@ -250,25 +256,38 @@ class rewritten(TorchDispatchMode):
     """Run the program eagerly on the noise that its captured graph draws from the same generator state."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = REWRITES[func](*args, **(kwargs or {})) if func in REWRITES else NotImplemented
-        return func(*args, **(kwargs or {})) if result is NotImplemented else result
+        if func in REWRITES:
+            with self:
+                result = REWRITES[func](*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        return func(*args, **(kwargs or {}))
 
 
-class _Draws(TorchDispatchMode):
-    """Notes every random operation with the state it drew from: a draw that is replayed is the same draw."""
+class _Draws(rewritten):
+    """Notes every random operation with the state it drew from, for a draw that is replayed is the same draw.
+
+    Refuses to read the value of a tensor that the function did not make: it may be another one at the next call.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[Any, bytes]] = []
+        self.scalars: list[Tensor] = []  # that the function made itself; it may read them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _is_random(func):
-            with torch.utils._python_dispatch._disable_current_modes():
+        if _is_random(func) and func not in REWRITES:
+            with _disable_current_modes():
                 state = torch.get_rng_state().numpy().tobytes()
                 if torch.cuda.is_initialized():
                     state += torch.cuda.get_rng_state().numpy().tobytes()
             self.made.append((func, state))
-        return func(*args, **(kwargs or {}))
+        if func is aten._local_scalar_dense.default and not any(args[0] is made for made in self.scalars):
+            raise CannotCompile(_READS)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(result, Tensor) and result.numel() == 1:
+            self.scalars.append(result)
+        return result
 
 
 def _is_random(target: Any) -> bool:
@@ -296,11 +315,18 @@ def _lift_noise(module: fx.GraphModule, made: list[tuple[Any, bytes]]) -> fx.Gra
 
     for node, (func, state) in zip(nodes, made, strict=True):
         name = func.name().removeprefix("aten::")
-        same = (func, state, node.meta["val"].shape, node.meta["val"].dtype)
+        if func._schema.is_mutable and (node.args[0].all_input_nodes or len(node.args[0].users) > 1):
+            raise CannotCompile(f'"{name}" fills a tensor that is used elsewhere as well')
+        settings = repr([a for a in (*node.args, *node.kwargs.values()) if not isinstance(a, fx.Node)])
+        same = (func, state, settings, node.meta["val"].shape, node.meta["val"].dtype)
         if same not in known:
             drawn.append(copy(node, name))
             known[same] = _new_placeholder(graph, "noise", node.meta["val"])
-        node.replace_all_uses_with(known[same])
+        noise = known[same]
+        if noise.users:  # the first use may change it in place
+            with graph.inserting_before(next(n for n in graph.nodes if n.op == "call_function")):
+                noise = graph.call_function(aten.clone.default, (noise,))
+        node.replace_all_uses_with(noise)
     for node in reversed(nodes):
         graph.erase_node(node)
     drawing.output(tuple(drawn))
@@ -368,20 +394,27 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 
-class _HostReads(TorchFunctionMode):
-    """Refuse what reads a traced tensor's values unnoticed."""
+class _Traceable(TorchFunctionMode):
+    """Refuse what reads a traced tensor's values unnoticed; write what reads them needlessly in another way."""
 
     READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in self.READS and args[0].numel():
             args[0].detach().reshape(-1)[0].item()  # a tensor that depends on the inputs refuses this
-        return func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.one_hot and (classes := _classes(*args, **kwargs)) > 0:
+            return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
+        return func(*args, **kwargs)
 
     @classmethod
-    def refused(cls, function: Callable[[], Any]) -> Any:
+    def run(cls, function: Callable[[], Any]) -> Any:
         with cls():
             return list(function())
+
+
+def _classes(labels: Tensor, num_classes: int = -1) -> int:
+    return num_classes
 
 
 @contextmanager
@@ -406,7 +439,7 @@ def _reasons() -> Iterator[None]:
     except Exception as error:
         text = str(error)
         if "value out of a tracing tensor" in text or "data-dependent" in text.lower():
-            raise CannotCompile("the program reads a tensor's value on the host (.item(), if, float)") from error
+            raise CannotCompile(_READS) from error
         raise CannotCompile(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}") from error
 
 
