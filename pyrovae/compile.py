@@ -95,8 +95,9 @@ class CompiledStepper(Stepper):
             try:
                 self.compiled[number] = self._compile(objective)
             except CannotCompile as error:
+                if self.reason is None:
+                    warnings.warn(f"cannot compile: {error}; running eagerly", stacklevel=2)
                 self.compiled[number], self.path, self.reason = None, "eager", str(error)
-                warnings.warn(f"cannot compile: {error}; running eagerly", stacklevel=2)
             self.compile_seconds += time.perf_counter() - began
         return self.compiled[number]
 
@@ -283,7 +284,7 @@ def training_step(
 
 def choose_stepper(compile: bool | str, plan: Plan, pair: Reach, feed: Feed) -> Callable[..., Stepper]:
     """The kind of step for a job; for "auto" from counts alone, so that the same call always takes the same path."""
-    if compile is False or (compile == "auto" and not worthwhile(plan, pair, feed)):
+    if not compile or (compile == "auto" and not worthwhile(plan, pair, feed)):
         return Stepper
     anneals = bool(plan.kl_warmup)
     if feed.device.type == "cuda":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro.infer
+import torch
 
 from pyrovae.arguments import in_range, lookup, sizes
 from pyrovae.objectives import Objective
@@ -95,7 +96,8 @@ class Plan:
             self.current.num_particles = self.particles[stage]
         if self.kl_warmup:
             factor = 1.0 if warm else min(epoch / self.kl_warmup, 1.0)
-            self.current.kl_weight = self.objective.kl_weight * factor  # type: ignore[attr-defined]
+            # A tensor even where it is 0: the KL's parameters get gradients of 0 then, compiled or not, and never none.
+            self.current.kl_weight = torch.as_tensor(self.objective.kl_weight * factor, dtype=torch.float64)  # type: ignore[attr-defined]
         return self.current
 
     def factor(self, epoch: float) -> float:

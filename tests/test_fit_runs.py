@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 import pyrovae as pv
 from pyrovae import runs
 from pyrovae.arguments import DataError
+from pyrovae.log import describe_objective
 
 training = sys.modules["pyrovae.fit"]  # as an attribute of the package, the function hides it
 TIMES = ("seconds", "images_per_second")
@@ -197,7 +198,7 @@ def test_a_run_holds_all_that_matters(tmp_path):
     run = runs.Run(tmp_path / "a" / "run")
     config = run.config()
     assert config["data"] == {"name": "grey"}
-    assert config["objective"] == training.describe_objective(pv.IWAE(3)) | {"class": "pyrovae.objectives.bounds:IWAE"}
+    assert config["objective"] == describe_objective(pv.IWAE(3)) | {"class": "pyrovae.objectives.bounds:IWAE"}
     assert (config["training"]["particles"], config["training"]["num_data"]) == ([1, 4], 55)
     assert {"torch", "pyro-ppl", "numpy", "pyrovae", "python"} <= config["versions"].keys()
     assert [{k: v for k, v in row.items() if k not in TIMES} for row in run.history()] == rows(result)
