@@ -1,0 +1,315 @@
+"""log p(x) through a compiled graph: the eager estimate, pass by pass, or a warning and the eager path."""
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyrovae as pv
+from pyrovae import graph as graphs
+from pyrovae.evaluate import likelihood
+from tests.state import double_precision
+
+X = torch.bernoulli(torch.full((25, 6), 0.4), generator=torch.Generator().manual_seed(0)).double()
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    with double_precision(53):
+        yield
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
+    made = []
+    monkeypatch.setattr(likelihood, "capture", graphs._capture)
+    monkeypatch.setattr(graphs, "_inductor", lambda module: made.append(module) or module)
+    monkeypatch.setattr(graphs, "_compiled", type(graphs._compiled)())
+    return made
+
+
+class Modules(nn.Module):
+    """With BatchNorm and dropout, both off while evaluating, and a learned prior."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+        self.decoder, self.prior = nn.Linear(2, 6), nn.Parameter(torch.randn(2))
+        self.encoder[1].running_mean.normal_()
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.prior, 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 0.9).to_event(1))
+
+
+class Plain:
+    """Functions that close over tensors."""
+
+    def __init__(self):
+        self.loading, self.reading = torch.randn(2, 6), torch.randn(6, 2)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z @ self.loading).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ self.reading, 0.8).to_event(1))
+
+
+PAIRS = {
+    "vae": lambda: pv.models.VAE((6,), latent_dim=2, hidden=(4,)),
+    "vae, full": lambda: pv.models.VAE((6,), latent_dim=2, hidden=(), posterior="full"),
+    "modules": Modules,
+    "plain": Plain,
+}
+COLUMNS = ("log_prob", "std_error", "ess", "pareto_k")
+
+
+def estimate(pair, compile, data=X, **options):
+    """An estimate; a warning that it was not compiled is an error."""
+    options = {"num_samples": 70, "chunk_size": 30, "seed": 3} | options
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "cannot compile")
+        return pv.log_likelihood(pair.model, pair.guide, data, compile=compile, **options)
+
+
+def assert_same(one, other, **tolerance):
+    for column in COLUMNS:
+        torch.testing.assert_close(getattr(other, column), getattr(one, column), **tolerance)
+
+
+BATCHES = {
+    "whole": (X, {}),
+    "batches": (X, {"batch_size": 10}),
+    "Images": (pv.data.Images(X), {"batch_size": 10}),
+    "one batch": (pv.data.Images(X), {}),
+    "folded": (X, {"fold_particles": True}),
+}
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_compiled_estimate_is_the_eager_one_on_the_same_seed(pair, batches, interpreted):
+    """Chunks of 30, 30 and 10 draws for batches of 10, 10 and 5 data: what has another shape runs eagerly."""
+    data, options = BATCHES[batches]
+    made = PAIRS[pair]()
+    eager, compiled = (estimate(made, how, data, **options) for how in (False, True))
+    assert (eager.path, compiled.path) == ("eager", "compiled")
+    assert_same(eager, compiled, rtol=1e-9, atol=1e-9)
+    assert len(interpreted) == 1
+    assert compiled.num_samples == 70
+
+
+@pytest.mark.parametrize("pair", ["vae", "modules"])
+def test_so_it_is_through_inductor(pair):
+    made = PAIRS[pair]()
+    eager, compiled = (estimate(made, how, batch_size=10) for how in (False, True))
+    assert (eager.path, compiled.path) == ("eager", "compiled")
+    assert_same(eager, compiled, rtol=1e-8, atol=1e-8)
+
+
+def test_discrete_latents_agree_in_law(interpreted):
+    """Their draws are others, of the same law: |z| < 6 for 25 data, false alarm below 1e-7."""
+
+    class Bits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(6, 3), nn.Linear(3, 6)
+
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Bernoulli(x.new_full((3,), 0.4)).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
+
+    made = Bits()
+    eager, compiled = (estimate(made, how, num_samples=3000, chunk_size=1000) for how in (False, True))
+    assert compiled.path == "compiled"
+    error = (eager.std_error**2 + compiled.std_error**2).sqrt()
+    assert ((eager.log_prob - compiled.log_prob).abs() < 6 * error).all()
+
+
+def test_nothing_is_left_behind(interpreted):
+    """Generators, modes, buffers and gradients."""
+    made = Modules().train()
+    before, state = {k: v.clone() for k, v in made.state_dict().items()}, torch.get_rng_state()
+    estimate(made, True)
+    assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
+    assert all(module.training for module in made.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in made.parameters())
+
+
+def test_without_a_seed_it_draws_from_the_global_generator(interpreted):
+    made, results = PAIRS["vae"](), []
+    for how in (False, True):
+        torch.manual_seed(11)
+        results.append((estimate(made, how, seed=None), torch.get_rng_state()))
+    assert_same(results[0][0], results[1][0], rtol=1e-9, atol=1e-9)
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_equal_evaluations_share_the_compilation_and_read_the_parameters_as_they_are(interpreted):
+    made = PAIRS["vae"]()
+    first = estimate(made, True)
+    with torch.no_grad():
+        made.decoder.output_bias.add_(0.5)
+    second = estimate(made, True)
+    assert len(interpreted) == 1
+    assert not torch.equal(first.log_prob, second.log_prob)
+    assert_same(estimate(made, False), second, rtol=1e-9, atol=1e-9)
+
+
+def test_memory_that_runs_out_halves_the_chunk_and_compiles_again(interpreted, monkeypatch):
+    made, sizes = PAIRS["vae"](), []
+    original = graphs.Graph.compiled
+
+    def limited(self):
+        run = original(self)
+
+        def call(*inputs, **options):
+            (log_w,) = run(*inputs, **options)
+            sizes.append(len(log_w))
+            if len(log_w) > 20 and len(sizes) > 1:  # the check before goes well
+                raise torch.OutOfMemoryError("out of memory")
+            return [log_w]
+
+        return call
+
+    monkeypatch.setattr(graphs.Graph, "compiled", limited)
+    found = estimate(made, True, num_samples=60, chunk_size=30)
+    assert found.path == "compiled"
+    assert sizes == [30, 30, 15, 15, 15, 15, 15]
+    assert len(interpreted) == 2
+    eager = estimate(made, False, num_samples=60, chunk_size=15)  # on other draws: the pass that failed took some
+    error = (eager.std_error**2 + found.std_error**2).sqrt()
+    assert ((eager.log_prob - found.log_prob).abs() < 6 * error).all()
+
+
+# --- what is not compiled --------------------------------------------------------------------------------------------
+
+
+class Reading(Modules):
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            loc = self.encoder(x)
+            pyro.sample("z", dist.Normal(loc / max(1.0, loc.abs().max().item()), 0.9).to_event(1))
+
+
+class Subsampled(Modules):
+    def model(self, x):
+        with pyro.plate("data", len(x), subsample_size=5) as index:
+            z = pyro.sample("z", dist.Normal(self.prior, 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x[index])
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), subsample_size=5) as index:
+            pyro.sample("z", dist.Normal(self.encoder(x[index]), 0.9).to_event(1))
+
+
+class Drawing(Modules):
+    def guide(self, x):
+        import random
+
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x) + 0 * random.random(), 0.9).to_event(1))
+
+
+FALLBACKS = {
+    "item": (Reading, "reads a tensor's value on the host"),
+    "subsampled plate": (Subsampled, "a plate is subsampled, and every pass must weigh the same data"),
+    "Python's generator": (Drawing, "draws from Python's or numpy's generator"),
+}
+
+
+def warned(made, **options):
+    with pytest.warns(UserWarning, match="cannot compile") as caught:
+        found = pv.log_likelihood(
+            made.model, made.guide, X, compile=True, **{"num_samples": 70, "chunk_size": 30, "seed": 3} | options
+        )
+    (message,) = [str(w.message) for w in caught if "cannot compile" in str(w.message)]
+    assert found.path == "eager"
+    assert message.endswith("; running eagerly")
+    return found, message
+
+
+@pytest.mark.parametrize("what", FALLBACKS)
+@pytest.mark.parametrize("batch_size", [None, 10])
+def test_what_cannot_be_compiled_runs_eagerly_after_one_warning(what, batch_size, interpreted):
+    """To the bits of an eager evaluation."""
+    make, reason = FALLBACKS[what]
+    made = make()
+    found, message = warned(made, batch_size=batch_size)
+    assert reason in message
+    assert_same(estimate(made, False, batch_size=batch_size), found, rtol=0, atol=0)
+
+
+def test_a_graph_that_computes_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr(
+        graphs.Graph, "compiled", lambda self: lambda *inputs, **options: [r * (1 + 1e-4) for r in self(*inputs)]
+    )
+    made = PAIRS["vae"]()
+    found, message = warned(made)
+    assert "compiled and eager results differ" in message
+    assert_same(estimate(made, False), found, rtol=0, atol=0)
+
+
+def test_auto_compiles_the_larger_evaluations(monkeypatch, interpreted):
+    """From the number of data, samples and parameters alone."""
+    chosen = []
+
+    def choose(self, compile, number):
+        original(self, compile, number)
+        chosen.append(self.path)
+        self.path = "eager"
+
+    original = likelihood._Sampler.choose_path
+    monkeypatch.setattr(likelihood._Sampler, "choose_path", choose)
+    pair = pv.models.VAE((6,), latent_dim=2, hidden=(100,))  # 2,100 parameters
+    for num_samples, data in ((10, X), (10, pv.data.Images(X)), (70, X)):
+        estimate(pair, "auto", data, num_samples=num_samples)
+    assert chosen == ["eager"] * 3
+    weights = sum(p.numel() for p in pair.parameters())
+    enough = math.ceil(graphs.COMPILATION / (likelihood._SAVED * weights * len(X)))
+    sampler = likelihood._Sampler(pair.model, pair.guide, (X,), {}, enough + 1, 30, False, 2**30)
+    paths = []
+    for factor in (0.5, 0.999, 1.001, 2, 50):
+        sampler.num_samples = int(factor * enough)
+        original(sampler, "auto", len(X))
+        paths.append(sampler.path)
+    assert paths == ["eager", "eager", "compiled", "compiled", "compiled"]
+    original(sampler, False, 10**9)
+    assert sampler.path == "eager"
+    assert not interpreted
+
+
+def test_the_default_of_a_small_evaluation_is_eager_and_says_so(interpreted):
+    found = pv.log_likelihood(*(getattr(PAIRS["vae"](), name) for name in ("model", "guide")), X, num_samples=100)
+    assert found.path == "eager"
+    assert not interpreted
+
+
+@pytest.mark.parametrize("compile", ["yes", None, 3])
+def test_any_other_word_for_compile_is_refused(compile):
+    with pytest.raises(ValueError, match='compile must be "auto", True or False, got'):
+        estimate(PAIRS["vae"](), compile)
+
+
+def test_many_batches_of_one_pass_each_are_compiled_as_well(interpreted):
+    found = estimate(PAIRS["vae"](), True, batch_size=5, num_samples=30)
+    assert found.path == "compiled"

@@ -1,0 +1,822 @@
+"""Compiled training steps: equal to the eager ones on the same noise, refused where they would not be, never silent.
+
+Every objective meets every pair with ``PYROVAE_FULL=1`` (six minutes); else each meets one of the others in turn.
+"""
+
+import math
+import os
+import re
+import sys
+import warnings
+from contextlib import ExitStack
+
+import pyro
+import pyro.distributions as dist
+import pyro.infer as infer
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+from torch.distributions import constraints
+
+import pyrovae as pv
+from pyrovae import compile as compiling
+from pyrovae import graph as graphs
+from pyrovae.compile import CompiledStepper, RecordedStepper, untouched, worthwhile
+from pyrovae.feed import Feed
+from pyrovae.graph import CannotCompile, has_compiler, rewritten, tensors
+from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.models import MODELS
+from pyrovae.models.vae import POSTERIORS
+from pyrovae.programs import eval_mode, isolated_rng
+from pyrovae.schedules import Plan
+from pyrovae.steps import Stepper, find_parameters
+from tests.laws.objectives import OBJECTIVES
+from tests.state import double_precision
+
+GREY = torch.rand(55, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+X = torch.bernoulli(GREY[:7], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    with double_precision(41):
+        yield
+
+
+def counting(patch, inductor):
+    """Count compilations, from an empty memory of them."""
+    made = []
+    patch.setattr(graphs, "_inductor", lambda module: made.append(module) or inductor(module))
+    patch.setattr(graphs, "_compiled", type(graphs._compiled)())
+    return made
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
+    monkeypatch.setattr(compiling, "capture", graphs._capture)
+    return counting(monkeypatch, lambda module: module)
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """A pair with all that a step may meet: dropout, BatchNorm's buffers, a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2))
+        self.decoder = nn.Linear(2, 6)
+        self.log_scale = nn.Parameter(torch.zeros(2))
+        self.unused = nn.Parameter(torch.zeros(2))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), self.log_scale.exp()).to_event(1))
+
+
+class TwoLayers(nn.Module):
+    """The guide's second layer hangs on its first through dropout: dreg and stl run it again, on the same noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 2), nn.Sequential(nn.Linear(2, 5), nn.Dropout(0.4), nn.Linear(5, 2))
+        self.decoder = nn.Sequential(nn.Linear(2, 5), nn.Dropout(0.4), nn.Linear(5, 6))
+        self.prior = nn.Linear(2, 2)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(self.prior(u), 0.7).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.first(x), 0.8).to_event(1))
+            pyro.sample("u", dist.Normal(self.second(z), 0.9).to_event(1))
+
+
+class Belief(nn.Module):
+    """Discrete latents: bits, and a class."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder, self.classes = nn.Linear(6, 3), nn.Linear(3, 6), nn.Linear(6, 4)
+        self.offsets = nn.Parameter(torch.randn(4, 6))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            bits = pyro.sample("bits", dist.Bernoulli(logits=x.new_zeros(3)).to_event(1))
+            c = pyro.sample("c", dist.Categorical(logits=x.new_zeros(4)))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(bits) + self.offsets[c]).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("bits", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
+            pyro.sample("c", dist.Categorical(logits=self.classes(x)))
+
+
+def plain_functions():
+    """Nothing but pyro.param, constrained and not, and a subsampled plate."""
+
+    def model(x):
+        w = pyro.param("w", lambda: torch.randn(2, 6))
+        scale = pyro.param("scale", lambda: torch.tensor(0.8), constraint=constraints.positive)
+        with pyro.plate("data", 50, subsample=torch.arange(len(x))):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), scale).to_event(1))
+            pyro.sample("x", dist.Normal(z @ w, 0.5).to_event(1), obs=x)
+
+    def guide(x):
+        m = pyro.param("m", lambda: torch.randn(6, 2))
+        with pyro.plate("data", 50, subsample=torch.arange(len(x))):
+            pyro.sample("z", dist.Normal(x @ m, 0.6).to_event(1))
+
+    return model, guide
+
+
+def autoguide():
+    decoder = nn.Linear(2, 6)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    return model, AutoNormal(model, init_scale=0.5)
+
+
+def methods(make):
+    def built():
+        pair = make()
+        return pair.model, pair.guide
+
+    return built
+
+
+def vae(shape=(6,), **variant):
+    return methods(lambda: MODELS["vae"](shape, 2, **{"hidden": (3,)} | variant))
+
+
+SCALES = {"gaussian": ("learned", 0.3, "per_pixel"), "discretized_logistic": ("learned", "per_pixel")}
+PAIRS = {
+    "vae": vae(),
+    "vae, linear": vae(hidden=()),
+    **{f"vae, {name}": vae(likelihood=name) for name in LIKELIHOODS if name not in SCALES},
+    **{f"vae, {n}, {s}": vae(likelihood=n, scale=s) for n, scales in SCALES.items() for s in scales},
+    **{f"vae, {name}": vae(posterior=name) for name in POSTERIORS},
+    "vae, convolutions": vae((1, 2, 3), network="conv", channels=(2,)),
+    "modules": methods(Pair),
+    "two layers": methods(TwoLayers),
+    "pyro.param": plain_functions,
+    "autoguide": autoguide,
+    "discrete": methods(Belief),
+}  # fmt: skip
+
+
+def test_every_model_of_the_package_is_here():
+    assert all(any(pair.split(",")[0] == name for pair in PAIRS) for name in MODELS)
+
+
+MORE = [  # besides the rows of the laws
+    pv.ELBO(1, free_bits=0.3), pv.ELBO(3, free_bits=0.3, kl_weight=0.5), pv.IWAE(3, fold_particles=True),
+    pv.IWAE(3, gradient="dreg", fold_particles=True), pv.ELBO(3, free_bits=0.3, fold_particles=True),
+]  # fmt: skip
+ALL = [*(row.objective() for row in OBJECTIVES), *MORE]
+WITH_ALL = [pv.IWAE(3, gradient="dreg")]  # it meets every pair, and runs most of what there is
+
+
+def possible(objective, pair):
+    if pair == "autoguide" and getattr(objective, "free_bits", 0):
+        return False  # its sites are point masses
+    if pair == "discrete" and (objective.gradient != "total" or objective.fold_particles):
+        return False
+    # Folded particles are repeated data, which an autoguide has no parameters for and a subsample no place.
+    return not (objective.fold_particles and pair in ("autoguide", "pyro.param"))
+
+
+def meetings():
+    """(objective, pair): all of them, or a sample in which every objective and every pair comes up."""
+    everything = [(o, p) for o in ALL for p in PAIRS if possible(o, p)]
+    if os.environ.get("PYROVAE_FULL"):
+        return everything
+    turns = list(PAIRS)
+    kinds = {(type(o), o.gradient, o.kl_weight, o.likelihood_weight, o.fold_particles): o for o in ALL}.values()
+    chosen = [(o, turns[i % len(turns)]) for i, o in enumerate(kinds)]
+    chosen = [(o, p if possible(o, p) else "vae") for o, p in chosen]
+    return [*chosen, *((o, p) for o in WITH_ALL for p in PAIRS if possible(o, p) and (repr(o), p) not in
+            {(repr(c), q) for c, q in chosen})]  # fmt: skip
+
+
+def stepper_of(make, objective, *, kind=CompiledStepper, **options):
+    model, guide = make()
+    batch = (X.view(-1, 1, 2, 3) if make is PAIRS["vae, convolutions"] else X,)
+    pair = find_parameters(model, guide, batch)
+    optimizer = torch.optim.SGD(list(pair.parameters.values()), lr=0.1)
+    return kind(model, guide, pair, optimizer, batch, **options)
+
+
+def state_of(stepper):
+    return [t.detach().clone() for t in stepper.pair.tensors.values()]
+
+
+def restore(stepper, state):
+    with torch.no_grad():
+        for tensor, value in zip(stepper.pair.tensors.values(), state, strict=True):
+            tensor.copy_(value)
+
+
+def outcome(stepper, gradients, seed=1):
+    """Loss, gradients, and what became of the pair's tensors, from one state of generator and pair."""
+    before = state_of(stepper)
+    with isolated_rng(seed), eval_mode(stepper.pair.modules, training=True), pyro.validation_enabled(False):
+        loss = gradients()
+        after = torch.get_rng_state()
+    found = [None if p.grad is None else p.grad.clone() for p in stepper.reached]
+    changed = state_of(stepper)
+    restore(stepper, before)
+    return [torch.as_tensor(loss), *found], changed, after
+
+
+def assert_equal(eager, other, *, none_is_zero=False, **tolerance):
+    (results, state, generator), (got, then, there) = eager, other
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} | tolerance
+    assert all(r is None for r, g in zip(results, got, strict=True) if g is None)
+    assert none_is_zero or all(g is None for r, g in zip(results, got, strict=True) if r is None)
+    for expected, found in zip(results, got, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(found, expected, **tolerance)
+        elif found is not None:
+            assert not found.any()
+    torch.testing.assert_close(then, state, **tolerance)
+    assert torch.equal(generator, there)
+    assert any(g is not None and g.abs().sum() > 0 for g in got[1:])
+
+
+def eager_outcome(stepper, objective):
+    with rewritten():
+        return outcome(stepper, lambda: Stepper.gradients(stepper, objective, stepper.example))
+
+
+@pytest.mark.parametrize(("objective", "pair"), meetings(), ids=repr)
+def test_the_captured_step_is_the_eager_one_on_the_same_noise(objective, pair, monkeypatch):
+    """Loss, every gradient, every buffer and the generator; captured once only, which is half the time."""
+    monkeypatch.setattr(compiling, "capture", graphs._capture)
+    stepper = stepper_of(PAIRS[pair], objective)
+    eager = eager_outcome(stepper, objective)
+    with eval_mode(stepper.pair.modules, training=True):
+        graph, inputs, parameters, *_ = stepper.capture(objective)
+
+    def gradients():
+        loss, *found = graph(*inputs, *tensors(stepper.example))
+        for parameter in stepper.reached:
+            parameter.grad = None
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = gradient
+        return loss
+
+    assert_equal(eager, outcome(stepper, gradients))
+
+
+COMPILED = [
+    ("vae, convolutions", pv.ELBO(2, free_bits=0.3)),
+    ("two layers", pv.IWAE(3, gradient="dreg")),
+    ("discrete", pv.VIMCO(3)),
+]
+
+
+@pytest.mark.parametrize(("pair", "objective"), COMPILED, ids=repr)
+def test_the_compiled_step_is_the_eager_one_on_the_same_noise(pair, objective):
+    stepper = stepper_of(PAIRS[pair], objective)
+    eager = eager_outcome(stepper, objective)
+    with eval_mode(stepper.pair.modules, training=True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stepper.function(objective) is not None
+    assert_equal(eager, outcome(stepper, lambda: stepper.gradients(objective, stepper.example)))
+    assert stepper.path == "compiled"
+    assert stepper.compile_seconds > 0
+
+
+@pytest.mark.parametrize(
+    "objective", [pv.IWAE(3, gradient="dreg"), pv.ELBO(free_bits=0.3, likelihood_weight=2.0)], ids=repr
+)
+def test_a_weight_of_the_kl_that_is_annealed_needs_no_other_graph(objective, interpreted):
+    stepper = stepper_of(PAIRS["two layers"], objective, anneals=True)
+    for kl_weight in (0.0, 0.3, 1.0):
+        objective.kl_weight = kl_weight
+        eager = eager_outcome(stepper, objective)
+        compiled = outcome(stepper, lambda: stepper.gradients(objective, stepper.example))
+        assert_equal(eager, compiled, none_is_zero=kl_weight == 0)
+    assert len(interpreted) == 1
+
+
+def test_a_weight_of_ones_own_is_read_as_it_is_at_every_step(interpreted):
+    kl_weight = torch.tensor(0.2)
+    objective = pv.IWAE(3, kl_weight=kl_weight)
+    stepper = stepper_of(PAIRS["vae"], objective)
+    for value in (0.2, 0.9):
+        kl_weight.fill_(value)
+        eager = eager_outcome(stepper, objective)
+        assert_equal(eager, outcome(stepper, lambda: stepper.gradients(objective, stepper.example)))
+    assert len(interpreted) == 1
+
+
+def test_the_replayed_dropout_of_a_guide_that_runs_again_is_drawn_once():
+    objective = pv.IWAE(3, gradient="dreg")
+    stepper = stepper_of(PAIRS["two layers"], objective)
+    with eval_mode(stepper.pair.modules, training=True):
+        graph = stepper.capture(objective)[0]
+    draws = [tuple(noise.shape) for noise in graph.noise()]
+    assert sorted(draws) == sorted([(3, 7, 2), (3, 7, 2), (3, 7, 5), (3, 7, 5)])  # z, u, a dropout each
+
+
+@pytest.mark.parametrize("pair", ["modules", "discrete"])
+def test_the_check_before_the_first_step_leaves_no_trace(pair, interpreted):
+    objective = pv.ELBO(2)
+    stepper = stepper_of(PAIRS[pair], objective)
+    before, state = state_of(stepper), torch.get_rng_state()
+    with eval_mode(stepper.pair.modules, training=True):
+        assert stepper.function(objective) is not None
+    assert len(interpreted) == 1
+    assert all(map(torch.equal, state_of(stepper), before))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in stepper.reached)
+
+
+# --- whole trainings -------------------------------------------------------------------------------------------------
+
+TIMES = ("seconds", "images_per_second")
+SETTINGS = {
+    "objective": pv.IWAE(3), "epochs": 4, "batch_size": 20, "schedule": "cosine", "particles": (1, 4), "kl_warmup": 2,
+    "clip_norm": 1.0, "lr": 1e-2,
+}  # fmt: skip
+
+
+def train(make=Pair, data=None, **options):
+    """Train from the same start; warnings of compilation are errors."""
+    torch.manual_seed(5)
+    pair = make()
+    data = pv.data.Images(GREY, binarization="dynamic") if data is None else data
+    with warnings.catch_warnings():
+        if options.get("compile"):
+            warnings.filterwarnings("error", "cannot compile")
+        result = pv.fit(pair.model, pair.guide, data, **(SETTINGS | options))
+    return pair, result
+
+
+def rows(result):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in result.history]
+
+
+def assert_same(one, other, **tolerance):
+    (pair, result), (there, again) = one, other
+    for row, theirs in zip(rows(result), rows(again), strict=True):
+        assert row.keys() == theirs.keys()
+        for key, value in row.items():
+            if isinstance(value, float):
+                assert theirs[key] == pytest.approx(value, rel=tolerance.get("rtol", 0), abs=tolerance.get("atol", 0))
+    torch.testing.assert_close(there.state_dict(), pair.state_dict(), **{"rtol": 0, "atol": 0} | tolerance)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A compiled training through Inductor, with the number of its compilations."""
+    with double_precision(41), pytest.MonkeyPatch.context() as patch:
+        made = counting(patch, graphs._inductor)
+        yield train(compile=True), made
+
+
+def test_a_compiled_training_is_the_eager_one(compiled):
+    """Epoch by epoch: stages of particles, warm-up, schedule, clipping, BatchNorm, dropout and an odd last batch."""
+    assert_same(train(compile=False), compiled[0], rtol=1e-8, atol=1e-10)
+
+
+def test_one_graph_for_each_number_of_particles_serves_all_rates_and_weights(compiled):
+    (_, result), made = compiled
+    assert len(made) == 2
+    assert len({row["kl_weight"] for row in result.history}) > 2
+    assert len({row["learning_rate"] for row in result.history}) == 4
+    assert result.timings["path"] == "compiled"
+    assert result.timings["compile_seconds"] > 0
+    assert result.timings["precision"] == "float32"
+
+
+def test_an_equal_pair_and_the_pair_itself_share_the_compilation(compiled):
+    (pair, _), made = compiled
+    assert_same(compiled[0], train(compile=True))
+    state = {k: v.clone() for k, v in pair.state_dict().items()}
+    pv.fit(pair.model, pair.guide, pv.data.Images(GREY, binarization="dynamic"), **SETTINGS | {"compile": True})
+    pair.load_state_dict(state)
+    assert len(made) == 2
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("epoch", "compile"), [(1, True), (3, True), (1, False)])
+def test_a_compiled_run_that_was_killed_ends_with_the_same_bits(compiled, epoch, compile, tmp_path, monkeypatch):
+    """In either stage of particles; where it goes on eagerly, to rounding."""
+    training, done = sys.modules["pyrovae.fit"], []
+    original = training.run_epoch
+
+    def dying(*args):
+        if len(done) == epoch:
+            raise Killed
+        done.append(args)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "run_epoch", dying)
+        with pytest.raises(Killed):
+            train(compile=True, run_dir=tmp_path)
+    torch.rand(7)
+    resumed = train(compile=compile, run_dir=tmp_path, resume=True)
+    assert resumed[1].timings["path"] == ("compiled" if compile else "eager")
+    assert_same(compiled[0], resumed, **{} if compile else {"rtol": 1e-8, "atol": 1e-10})
+    loaded = pv.load(tmp_path, pair=Pair())
+    torch.testing.assert_close(loaded.state_dict(), resumed[0].state_dict(), rtol=0, atol=0)
+
+
+def test_the_global_generator_is_left_as_it_was(interpreted):
+    pair, state = Pair(), torch.get_rng_state()
+    pv.fit(pair.model, pair.guide, GREY.round(), **SETTINGS | {"compile": True})
+    assert len(interpreted) == 2
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parameters_that_only_the_kl_reaches_warm_up_as_eagerly(interpreted):
+    """At weight 0 they have no gradient: an optimizer passes them over, where a gradient of zero would be a step."""
+    options = {"clip_norm": None, "particles": None}
+    assert_same(*(train(TwoLayers, compile=how, **options) for how in (False, True)), rtol=1e-8, atol=1e-10)
+
+
+def test_batches_may_be_tuples(interpreted):
+    class Labelled(Pair):
+        def model(self, x, y):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+                pyro.sample("y", dist.Categorical(logits=z * self.unused), obs=y)
+
+        def guide(self, x, y):
+            super().guide(x * (1 + y[:, None]))
+
+    data = (GREY.round(), torch.arange(55) % 2)
+    results = [train(Labelled, data, compile=how) for how in (False, True)]
+    assert_same(*results, rtol=1e-9, atol=1e-11)
+    assert results[1][1].timings["path"] == "compiled"
+    assert results[1][0].unused.abs().sum() > 0
+
+
+def test_any_optimizer_moves_the_parameters(interpreted):
+    options = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), "lr": None, "particles": None}
+    assert_same(*(train(compile=how, **options) for how in (False, True)), rtol=1e-9, atol=1e-11)
+
+
+# --- what is not compiled, and says so -------------------------------------------------------------------------------
+
+
+class Branching(Pair):
+    def guide(self, x):
+        super().guide(x if x.sum() > 0 else -x)
+
+
+class Drawing(Pair):
+    def guide(self, x):
+        import numpy as np
+
+        super().guide(x * np.random.uniform(0.5, 1.5))
+
+
+class Skewed(Pair):
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(x.new_ones(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Gamma(self.encoder(x).exp(), self.log_scale.exp()).to_event(1))
+
+
+class Replacing(Pair):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def guide(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        super().guide(x - self.mean)
+
+
+PLAIN = {"particles": None, "kl_warmup": 0}
+SHORT = PLAIN | {"epochs": 1}
+FALLBACKS = {
+    "control flow": (Branching, PLAIN, r"reads a tensor's value on the host \(\.item\(\), if, float\)"),
+    "numpy's generator": (Drawing, PLAIN, "draws from Python's or numpy's generator: draw with torch"),
+    "noise with parameters": (Skewed, PLAIN, "noise depends on its parameters"),
+    "buffer replaced": (Replacing, PLAIN, 'Replacing replaces its buffer "mean": change it in place'),
+    "Pyro's ELBO": (Pair, PLAIN | {"objective": infer.Trace_ELBO(2, vectorize_particles=True)}, r"pyrovae\.ELBO can"),
+    "Pyro's Renyi": (
+        Pair, PLAIN | {"objective": infer.RenyiELBO(0.5, num_particles=2, vectorize_particles=True)},
+        r"pyrovae\.Renyi can",
+    ),
+}  # fmt: skip
+
+
+def cannot_compile(caught):
+    return [str(w.message) for w in caught if "cannot compile" in str(w.message)]
+
+
+def trained_with_a_warning(make=Pair, **options):
+    """A training with compile=True that must warn exactly once, its result, and the warning."""
+    torch.manual_seed(5)
+    pair = make()
+    with pytest.warns(UserWarning, match="cannot compile") as caught:
+        result = pv.fit(
+            pair.model, pair.guide, pv.data.Images(GREY, binarization="dynamic"),
+            **(SETTINGS | {"compile": True} | options),
+        )  # fmt: skip
+    (message,) = cannot_compile(caught)
+    assert message.endswith("; running eagerly")
+    assert "\n" not in message
+    assert result.timings["path"] == "eager"
+    return (pair, result), message
+
+
+@pytest.mark.parametrize("what", FALLBACKS)
+def test_what_cannot_be_compiled_runs_eagerly_after_one_warning(what):
+    """To the bits of an eager run: the attempt leaves no trace."""
+    make, options, reason = FALLBACKS[what]
+    trained, message = trained_with_a_warning(make, **options)
+    assert re.search(reason, message)
+    assert_same(train(make, compile=False, **options), trained)
+
+
+def test_one_warning_serves_all_stages_of_particles():
+    trained_with_a_warning(Branching, particles=(1, 2, 3, 4))
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(graphs, "_compiled", type(graphs._compiled)())
+    with config.patch({"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}):
+        assert not has_compiler(torch.device("cpu"))
+        trained, message = trained_with_a_warning(**SHORT)
+    assert "there is no working C++ compiler: install g++ or clang, or set CXX" in message
+    assert_same(train(compile=False, **SHORT), trained)
+    assert has_compiler(torch.device("cpu"))
+
+
+def perturbed(which):
+    def wrapped(self):
+        def call(*inputs, noise=self.noise):
+            results = self(*inputs)
+            if which == "buffer":
+                next(t for t in inputs if t.shape == (4,) and not t.requires_grad).add_(1e-3)
+            elif which == "nan":
+                results[-1] = results[-1] * math.nan
+            elif which == "a small gradient":  # below the norm of all by far, and yet wrong by half
+                smallest = min(
+                    (i for i in range(1, len(results)) if results[i].norm() > 1e-6), key=lambda i: results[i].norm()
+                )
+                results[smallest] = results[smallest] * 0.5
+            else:
+                results[which] = results[which] * (1 + 1e-4)
+            return results
+
+        return call
+
+    return wrapped
+
+
+@pytest.mark.parametrize("which", [0, 1, "a small gradient", "buffer", "nan"])
+def test_a_graph_that_computes_something_else_is_refused(which, monkeypatch):
+    monkeypatch.setattr(graphs.Graph, "compiled", perturbed(which))
+    trained, message = trained_with_a_warning(**SHORT)
+    assert "compiled and eager results differ: by" in message
+    assert_same(train(compile=False, **SHORT), trained)
+
+
+def test_what_is_wrong_with_a_pair_is_said_as_ever():
+    with pytest.raises(ValueError, match='needs reparameterised sites, but guide site "bits"'):
+        train(Belief, GREY.round(), objective=pv.IWAE(2, gradient="stl"), particles=None, compile=True)
+
+
+def test_batches_of_another_size_run_eagerly_and_silently(interpreted):
+    stepper = stepper_of(PAIRS["vae"], pv.ELBO())
+    calls = []
+    stepper.compiled[1] = lambda batch: calls.append(batch) or torch.zeros(())
+    for size in (7, 3, 7):
+        stepper.gradients(pv.ELBO(), (X[:size],))
+    assert [len(batch[0]) for batch in calls] == [7, 7]
+
+
+# --- recorded steps, as far as they can be without a CUDA device -----------------------------------------------------
+
+
+class Emulated:
+    """A recording on the CPU: what it computes it writes into the tensors that it made while it was recorded."""
+
+    def __init__(self, step, pairs, optimizers):
+        self.step, self.parameters = step, [p for pair in pairs for p in pair.parameters.values()]
+        with ExitStack() as stack:
+            stack.enter_context(isolated_rng())
+            for pair in pairs:
+                stack.enter_context(untouched(pair))
+            step()
+        self.made = [p.grad for p in self.parameters]
+
+    def replay(self):
+        held = [p.grad for p in self.parameters]
+        loss = self.step()
+        for parameter, made, grad in zip(self.parameters, self.made, held, strict=True):
+            if made is not None:
+                made.copy_(parameter.grad)
+            parameter.grad = grad
+        return loss
+
+
+STEPS = {  # the sizes of batches, the numbers of particles
+    "all alike": ((7,) * 4, (2,) * 4),
+    "a batch of another size": ((7, 7, 3, 7, 7), (2,) * 5),
+    "another number of particles": ((7,) * 5, (2, 2, 3, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("what", STEPS)
+def test_a_recorded_step_moves_by_its_own_gradient(what, interpreted, monkeypatch):
+    """Also with an optimizer that is not part of the recording, and so finds the gradients in ``.grad``."""
+    monkeypatch.setattr(compiling, "Recording", Emulated)
+    results = []
+    for kind in (Stepper, RecordedStepper):
+        torch.manual_seed(5)
+        stepper = stepper_of(PAIRS["vae"], pv.ELBO(2), kind=kind)
+        with isolated_rng(2):
+            losses = [stepper(pv.ELBO(k), (X[:size],)) for size, k in zip(*STEPS[what], strict=True)]
+        results.append([*map(torch.as_tensor, losses), *stepper.reached])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+# --- whether to compile ----------------------------------------------------------------------------------------------
+
+
+def job(epochs=10, size=1000, batch_size=100, hidden=(50,), objective=None, particles=None):
+    pair = pv.models.VAE((8,), 2, hidden=hidden)
+    feed = Feed(torch.ones(size, 8), batch_size, torch.device("cpu"))
+    plan = Plan.make(objective or pv.ELBO(), epochs, "constant", particles, 0)
+    return plan, find_parameters(pair.model, pair.guide, feed.first()), feed
+
+
+GROWING = {
+    "epochs": [{"epochs": 10**n} for n in range(7)],
+    "data": [{"size": 100 * 2**n, "epochs": 200} for n in range(10)],
+    "particles": [{"objective": pv.IWAE(10**n), "epochs": 100} for n in range(7)],
+    "groups": [{"objective": pv.MIWAE(10**n, 2), "epochs": 100} for n in range(7)],
+    "weights": [{"hidden": (10 * 4**n,), "epochs": 200, "objective": pv.IWAE(50)} for n in range(6)],
+}
+
+
+@pytest.mark.parametrize("what", GROWING)
+def test_auto_compiles_the_larger_jobs(what):
+    decisions = [worthwhile(*job(**options)) for options in GROWING[what]]
+    assert decisions == sorted(decisions)
+    assert set(decisions) == {False, True}
+
+
+def test_more_stages_are_more_compilations():
+    assert worthwhile(*job(epochs=2500))
+    assert not worthwhile(*job(epochs=2500, particles=(1, 2, 3, 4, 5, 6, 7, 8)))
+
+
+def test_auto_asks_nothing_but_counts_and_whether_there_is_a_compiler(monkeypatch):
+    monkeypatch.setattr(compiling, "has_compiler", lambda device: False)
+    assert not worthwhile(*job(epochs=10**6))
+
+
+def test_the_main_job_on_digits_stays_eager():
+    digits = pv.data.load("digits", binarization="dynamic").train
+    pair = pv.models.VAE(digits.event_shape, 10, hidden=(64,)).float()
+    feed = Feed(digits, 100, torch.device("cpu"))
+    reach = find_parameters(pair.model, pair.guide, tuple(t.float() for t in feed.first()))
+    assert not worthwhile(Plan.make(pv.ELBO(), 100, "constant", None, 0), reach, feed)
+
+
+def test_a_short_job_is_eager_by_default_and_a_long_one_compiled(interpreted, monkeypatch):
+    assert train(epochs=1, particles=None)[1].timings["path"] == "eager"
+    assert not interpreted
+    monkeypatch.setattr(compiling, "COMPILATION", 0.0)
+    assert train(epochs=1, particles=None)[1].timings["path"] == "compiled"
+    assert len(interpreted) == 1
+
+
+@pytest.mark.parametrize("compile", ["yes", None, 2, "True"])
+def test_any_other_word_for_compile_is_refused(compile):
+    with pytest.raises(ValueError, match='compile must be "auto", True or False, got'):
+        train(compile=compile)
+
+
+@pytest.mark.parametrize(("compile", "path"), [(0, "eager"), (1, "compiled")])
+def test_zero_and_one_are_false_and_true(compile, path, interpreted):
+    assert train(compile=compile, epochs=1, **PLAIN)[1].timings["path"] == path
+
+
+# --- training_step ---------------------------------------------------------------------------------------------------
+
+
+def test_training_step_is_the_step_of_a_loop_of_ones_own(interpreted):
+    """The example of its docstring, with clipping, beside the same loop written out."""
+    weights = []
+    for how in ("ours", "by hand"):
+        torch.manual_seed(3)
+        pair = pv.models.VAE((6,), latent_dim=1, hidden=())
+        optimizer, objective = torch.optim.Adam(pair.parameters()), pv.IWAE(5)
+        if how == "ours":
+            step = pv.training_step(pair.model, pair.guide, objective, optimizer, X, clip_norm=0.3)
+        losses = []
+        for x in (X, X[:3], X + 0.0):
+            if how == "ours":
+                loss = step(x)
+            else:
+                optimizer.zero_grad()
+                loss = objective.differentiable_loss(pair.model, pair.guide, x) / len(x)
+                loss.backward()
+                nn.utils.clip_grad_norm_(pair.parameters(), 0.3)
+                optimizer.step()
+            assert loss.dim() == 0
+            losses.append(loss.detach())
+        weights.append([*losses, *pair.parameters()])
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-11)
+    assert len(interpreted) == 1
+
+
+def test_training_step_learns_and_follows_an_annealed_weight(interpreted):
+    pair = pv.models.VAE((6,), latent_dim=2, hidden=(8,))
+    kl_weight = torch.tensor(1.0)
+    optimizer = torch.optim.Adam(pair.parameters(), lr=0.02)
+    step = pv.training_step(pair.model, pair.guide, pv.ELBO(kl_weight=kl_weight), optimizer, X)
+    losses = torch.stack([step(X) for _ in range(200)])
+    assert losses[-50:].mean() < losses[:50].mean() - 0.3
+    kl_weight.fill_(100.0)
+    assert step(X) > losses[-1] + 1
+
+
+@pytest.mark.parametrize(
+    ("make", "objective", "reason"),
+    [(Branching, pv.ELBO(), "reads a tensor's value"), (Pair, infer.Trace_ELBO(), r"pyrovae\.ELBO can be")],
+)
+def test_training_step_raises_what_it_cannot_do(make, objective, reason):
+    pair = make()
+    with pytest.raises(CannotCompile, match=reason):
+        pv.training_step(pair.model, pair.guide, objective, torch.optim.SGD(pair.parameters(), lr=0.1), X)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+ERRORS = {
+    "device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    "host": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 80000000000 bytes."),
+}
+
+
+@pytest.mark.parametrize("where", ERRORS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_out_of_memory_says_what_was_asked_for_and_what_to_lower(where, precision, tmp_path, monkeypatch):
+    original, calls = Stepper.gradients, []
+
+    def failing(self, objective, batch):
+        calls.append(batch)
+        if len(calls) > 3:  # in the second epoch
+            raise ERRORS[where]
+        return original(self, objective, batch)
+
+    monkeypatch.setattr(Stepper, "gradients", failing)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(run_dir=tmp_path, objective=pv.MIWAE(3, 2), precision=precision, compile=False, **PLAIN)
+    message = str(caught.value)
+    assert "asked for batch_size=20 with 6 particles; lower either" in message
+    assert ('precision="bfloat16"' in message) == (precision == "float32")
+    assert f'the last checkpoint is in "{tmp_path / "last"}"' in message
+    assert str(ERRORS[where]) in message
+    monkeypatch.setattr(Stepper, "gradients", original)
+    _, result = train(
+        run_dir=tmp_path, resume=True, objective=pv.MIWAE(3, 2), precision=precision, compile=False, **PLAIN
+    )
+    assert len(result.history) == 4
+
+
+def test_other_errors_are_left_alone(monkeypatch):
+    def failing(self, objective, batch):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Stepper, "gradients", failing)
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        train(compile=False)

@@ -1,0 +1,518 @@
+"""Graphs of tensor operations: what they compute, where their noise comes from, and what cannot become one."""
+
+import random
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pyrovae import graph as graphs
+from pyrovae.graph import CannotCompile, capture, rewritten
+from pyrovae.programs import isolated_rng, replayed_rng, rng_state
+from tests.state import double_precision
+
+X = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).view(4, 3)
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    with double_precision(7), pyro.validation_enabled(False):
+        yield
+
+
+def pair(seed, eager, captured):
+    """What the eager and the captured function give from the same state of the generator, and where they leave it."""
+    results = []
+    for run in (eager, captured):
+        with isolated_rng(seed):
+            results.append((list(run()), torch.get_rng_state()))
+    return results
+
+
+def assert_equal_on_the_same_noise(function, inputs):
+    """Bit for bit, on several seeds, and the generator goes on from the same state."""
+    graph = capture(function, inputs)
+    for seed in (0, 1):
+        with rewritten():
+            (expected, after), _ = pair(seed, function, list)
+        _, (got, then) = pair(seed, list, lambda: graph(*inputs))
+        assert len(got) == len(expected)
+        for e, g in zip(expected, got, strict=True):
+            assert e.dtype == g.dtype
+            assert torch.equal(e, g)
+        assert torch.equal(after, then)
+    return graph
+
+
+# --- what a graph computes -------------------------------------------------------------------------------------------
+
+
+def test_loss_and_gradients_are_those_of_the_eager_function_on_the_same_noise():
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1)), X.clone()
+    parameters = list(net.parameters())
+
+    def function():
+        loss = (net(x) + torch.randn(4, 1)).square().mean()
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    graph = assert_equal_on_the_same_noise(function, [*parameters, x])
+    assert not any(t.requires_grad for t in graph(*parameters, x))
+
+
+def test_inputs_are_what_is_passed_and_not_what_was_captured():
+    x = X.clone()
+    graph = capture(lambda: [x.exp().sum(0)], [x])
+    assert torch.equal(graph(x + 1)[0], (x + 1).exp().sum(0))
+
+
+def test_capturing_leaves_every_generator_as_it_was():
+    x, before = X.clone(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    capture(lambda: [x + torch.randn_like(x) + F.dropout(x)], [x])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()
+
+
+def test_a_call_draws_new_noise_and_goes_on_with_the_generator():
+    x = X.clone()
+    graph = capture(lambda: [torch.randn_like(x)], [x])
+    torch.manual_seed(3)
+    first, second = graph(x)[0], graph(x)[0]
+    torch.manual_seed(3)
+    assert torch.equal(torch.stack([first, second]), torch.stack([torch.randn(4, 3), torch.randn(4, 3)]))
+
+
+def test_in_place_changes_of_inputs_are_part_of_the_graph():
+    total, count, x = torch.zeros(3), torch.zeros((), dtype=torch.long), X.clone()
+
+    def function():
+        total.add_(x.sum(0))
+        count.add_(1)
+        return [total * 2]
+
+    graph = capture(function, [total, count, x])
+    total.zero_()
+    count.zero_()
+    for calls in (1, 2, 3):
+        assert torch.equal(graph(total, count, x)[0], calls * 2 * x.sum(0))
+        assert count.item() == calls
+    torch.testing.assert_close(total, 3 * x.sum(0))
+
+
+def test_batchnorm_moves_its_buffers_as_eagerly():
+    norm, x = nn.BatchNorm1d(3), X.clone()
+    start = {k: v.clone() for k, v in norm.state_dict().items()}
+    expected = norm(x).detach()
+    moved = {k: v.clone() for k, v in norm.state_dict().items()}
+    state = list(norm.state_dict(keep_vars=True).values())
+    graph = capture(lambda: [norm(x).detach()], [*state, x])
+    norm.load_state_dict(start)
+    assert torch.equal(graph(*state, x)[0], expected)
+    assert all(torch.equal(v, moved[k]) for k, v in norm.state_dict().items())
+
+
+def test_tensors_closed_over_are_read_as_they_are_at_every_call():
+    x, weight, mask = X.clone(), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True])
+    graph = capture(lambda: [torch.where(mask, x * weight, 0.0).sum(0)], [x])
+    assert {id(t) for t in graph.constants} == {id(weight), id(mask)}
+    before = graph(x)[0]
+    weight.mul_(10)
+    torch.testing.assert_close(graph(x)[0], before * 10)
+    mask.fill_(False)
+    assert torch.equal(graph(x)[0], torch.zeros(3))
+
+
+def test_constants_made_inside_are_made_anew():
+    x = X.clone()
+    graph = capture(lambda: [x * torch.tensor([1.0, 2.0, 3.0]) + torch.arange(3)], [x])
+    for _ in range(2):
+        assert torch.equal(graph(x)[0], x * torch.tensor([1.0, 2.0, 3.0]) + torch.arange(3))
+
+
+def test_a_tensor_given_twice_is_refused():
+    with pytest.raises(CannotCompile, match="given twice"):
+        capture(lambda: [X + X], [X, X])
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+DISTRIBUTIONS = {
+    "Normal": lambda p: dist.Normal(p, p.exp()),
+    "Uniform": lambda p: dist.Uniform(p, p + 2),
+    "LogNormal": lambda p: dist.LogNormal(p, 0.5),
+    "Laplace": lambda p: dist.Laplace(p, 0.5),
+    "Cauchy": lambda p: dist.Cauchy(p, 0.5),
+    "Exponential": lambda p: dist.Exponential(p.exp()),
+    "Gumbel": lambda p: dist.Gumbel(p, 1.0),
+    "Logistic": lambda p: dist.Logistic(p, 1.0),
+    "MultivariateNormal": lambda p: dist.MultivariateNormal(p, torch.eye(3)),
+    "RelaxedBernoulli": lambda p: dist.RelaxedBernoulliStraightThrough(torch.tensor(0.7), logits=p),
+    "RelaxedOneHot": lambda p: dist.RelaxedOneHotCategorical(torch.tensor(0.7), logits=p),
+    "Bernoulli": lambda p: dist.Bernoulli(logits=p),
+    "Categorical": lambda p: dist.Categorical(logits=p),
+    "OneHotCategorical": lambda p: dist.OneHotCategorical(logits=p),
+    "MixtureOfDiagNormals": lambda p: dist.MixtureOfDiagNormals(
+        torch.stack([p, -p], -2), torch.ones(4, 2, 3), p[:, :2]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_the_noise_of_a_distribution_is_an_input_drawn_as_the_program_draws_it(name):
+    p = X.clone().requires_grad_()
+
+    def function():
+        d = DISTRIBUTIONS[name](p)
+        d = d.expand((2, *d.batch_shape))  # two particles
+        z = d()
+        loss = (z * torch.arange(1.0, 1.0 + z.shape[-1])).sum() + d.log_prob(z.detach()).sum()
+        return [z.detach(), *torch.autograd.grad(loss, [p])]
+
+    graph = assert_equal_on_the_same_noise(function, [p])
+    targets = [str(node.target) for node in graph.module.graph.nodes]
+    assert not any(word in target for word in ("rand", "bernoulli", "exponential", "normal_") for target in targets)
+    assert not torch.equal(graph(p)[0], graph(p)[0])
+
+
+PLAIN = {
+    "randn": lambda p: p + torch.randn(4, 3),
+    "rand_like": lambda p: p * torch.rand_like(p),
+    "randn_like of a transpose": lambda p: p.T + torch.randn_like(p.T),
+    "normal": lambda p: torch.normal(p, p.exp()),
+    "normal, fixed mean": lambda p: torch.normal(0.5, p.exp()),
+    "normal, fixed deviation": lambda p: torch.normal(p, 2.0),
+    "bernoulli": lambda p: torch.bernoulli(p.sigmoid()),
+    "bernoulli of integers": lambda p: torch.bernoulli(torch.zeros(5), 0.4) + p.sum(),
+    "multinomial": lambda p: torch.multinomial(p.softmax(-1), 1) + p,
+    "dropout": lambda p: F.dropout(p, 0.3),
+    "alpha dropout": lambda p: F.alpha_dropout(p, 0.3, training=True),
+    "feature dropout": lambda p: F.dropout1d(p, 0.3),
+    "gumbel softmax": lambda p: F.gumbel_softmax(p, hard=True),
+    "uniform in place": lambda p: p + torch.empty(3).uniform_(-2, 5),
+    "exponential in place": lambda p: p + torch.empty(3).exponential_(2.0),
+    "order": lambda p: p[torch.randperm(4)],
+    "integers": lambda p: p * torch.randint(2, 9, (3,)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_noise_of_an_operation_is_an_input_drawn_as_the_program_draws_it(name):
+    p = X.clone()
+    graph = assert_equal_on_the_same_noise(lambda: [PLAIN[name](p)], [p])
+    assert any(not torch.equal(graph(p)[0], graph(p)[0]) for _ in range(9))
+
+
+UNREWRITTEN = ["Normal", "Uniform", "Laplace", "Exponential", "Gumbel", "RelaxedBernoulli"]
+
+
+@pytest.mark.parametrize("name", UNREWRITTEN)
+def test_draws_that_are_not_rewritten_are_those_of_the_program_itself(name):
+    p = X.clone()
+
+    def function():
+        return [DISTRIBUTIONS[name](p).rsample()]
+
+    graph = capture(function, [p])
+    (expected, after), (got, then) = pair(5, function, lambda: graph(p))
+    assert torch.equal(expected[0], got[0])
+    assert torch.equal(after, then)
+
+
+DEPENDENT = {
+    "Gamma": lambda p: dist.Gamma(p.exp(), 1.0),
+    "Beta": lambda p: dist.Beta(p.exp(), 1.0),
+    "Dirichlet": lambda p: dist.Dirichlet(p.exp()),
+    "StudentT": lambda p: dist.StudentT(p.exp() + 1),
+    "Poisson": lambda p: dist.Poisson(p.exp()),
+    "Binomial": lambda p: dist.Binomial(5, logits=p),
+}
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_noise_that_depends_on_parameters_is_refused_by_name(name):
+    p = X.clone()
+    with pytest.raises(CannotCompile, match=r'".*" draws from a distribution whose noise depends on its parameters'):
+        capture(lambda: [DEPENDENT[name](p).sample()], [p])
+
+
+# A mean of N draws of variance v has standard error sqrt(v / N); 60 comparisons at |z| < 6: false alarm below 2e-7.
+P = torch.tensor([0.02, 0.3, 0.5, 0.95])
+LAWS = {
+    "bernoulli": (lambda: [torch.bernoulli(P.expand(20000, 4))], P),
+    "dropout": (lambda: [F.dropout(torch.ones(20000, 4), 0.2) * 0.8], torch.full((4,), 0.8)),
+    "categorical": (lambda: [dist.Categorical(P).expand([20000]).sample()[:, None] == torch.arange(4)], P / P.sum()),
+    "one-hot": (lambda: [dist.OneHotCategorical(P).expand([20000]).sample()], P / P.sum()),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_rewritten_draws_have_the_law_of_the_program(name):
+    function, mean = LAWS[name]
+    graph, unused = capture(function, [X]), X
+    with rewritten():
+        eager = function()[0].double()
+    for draws in (graph(unused)[0].double(), eager):
+        assert ((draws == 0) | (draws - 1).abs().lt(1e-12)).all()
+        z = (draws.mean(0) - mean) / (mean * (1 - mean) / 20000).sqrt()
+        assert z.abs().max() < 6
+        covariance = torch.cov(draws.T)
+        expected = torch.diag(mean) - torch.outer(mean, mean) if "cat" in name or "hot" in name else None
+        if expected is not None:
+            assert (covariance - expected).abs().max() < 6 * 0.5 / 20000**0.5
+        lag = ((draws[1:] - mean) * (draws[:-1] - mean)).mean(0) / (mean * (1 - mean))
+        assert lag.abs().max() < 6 / 20000**0.5  # one draw knows nothing of the next
+
+
+def test_a_draw_that_is_replayed_is_the_same_noise():
+    x = X.clone()
+
+    def function():
+        state = rng_state()
+        first = F.dropout(x, 0.5)
+        between = torch.randn(3)
+        with replayed_rng(*state):
+            again = F.dropout(x, 0.5)
+        return [first, again, between, torch.randn(3)]
+
+    graph = assert_equal_on_the_same_noise(function, [x])
+    first, again, between, after = graph(x)
+    assert torch.equal(first, again)
+    assert not torch.equal(between, after)
+    assert len(graph.noise()) == 3
+
+
+def test_a_replay_that_draws_something_else_is_not_the_same_noise():
+    x = X.clone()
+
+    def function():
+        state = rng_state()
+        first = torch.empty(50).uniform_(0.0, 1.0)
+        with replayed_rng(*state):
+            again = torch.empty(50).uniform_(5.0, 6.0)
+        return [first, again]
+
+    first, again = capture(function, [x])(x)
+    assert ((first >= 0) & (first <= 1)).all()
+    assert ((again >= 5) & (again <= 6)).all()
+
+
+# --- what cannot become a graph --------------------------------------------------------------------------------------
+
+
+class Counter:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+def remembering():
+    memory = []
+
+    def function(x):
+        memory.append(torch.randn(3))
+        return x * memory[0] if len(memory) == 1 else x * memory[-2]
+
+    return function
+
+
+HOST = r"reads a tensor's value on the host"
+REFUSED = {
+    "item": (lambda x: x * x.sum().item(), HOST),
+    "float": (lambda x: x * float(x.sum()), HOST),
+    "if": (lambda x: x if x.sum() > 0 else -x, HOST),
+    "bool": (lambda x: x * bool((x > 0).all()), HOST),
+    "int as a size": (lambda x: x.new_zeros(int(x.abs().max())), HOST),
+    "item of a scalar closed over": (lambda x: x * CONSTANT.item(), HOST),  # or it would stay as it was
+    "item of noise": (lambda x: x * torch.randn(()).item(), HOST),
+    "if of noise": (lambda x: x if torch.rand(()) > 0.5 else -x, HOST),
+    "numpy": (lambda x: x * torch.from_numpy(x.detach().numpy() ** 2), HOST),
+    "asarray": (lambda x: x * torch.as_tensor(np.asarray(x.detach())), HOST),
+    "tolist": (lambda x: x * x.sum(0).tolist()[0], HOST),
+    "tolist of integers": (lambda x: torch.cat(x.split((x > 0).sum(-1).clamp(1, 1).tolist())), HOST),
+    "equal": (lambda x: x * torch.equal(x, 2 * x), HOST),
+    "allclose": (lambda x: x * torch.allclose(x, 2 * x), HOST),
+    "mask": (lambda x: x[x > 0].sum(), "shape that depends on values"),
+    "mask of rows": (lambda x: x[x.sum(-1) > 0].sum(), "shape that depends on values"),
+    "masked_select": (lambda x: x.masked_select(x > 0).sum(), "shape that depends on values"),
+    "nonzero": (lambda x: x.nonzero().sum(), "shape that depends on values"),
+    "where": (lambda x: torch.where(x > 0)[0].sum(), "shape that depends on values"),
+    "unique": (lambda x: x.unique().sum(), "shape that depends on values"),
+    "numpy's generator": (lambda x: x * float(np.random.rand()), "Python's or numpy's generator"),
+    "Python's generator": (lambda x: x * random.random(), "Python's or numpy's generator"),
+    "a counter": (Counter(), "something else at every call"),
+    "a memory": (remembering(), "something else at every call"),
+    "an error": (lambda x: x @ x, "RuntimeError: .*mat1 and mat2 shapes cannot be multiplied"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_static_graph_would_freeze_is_refused_with_the_reason(what):
+    program, reason = REFUSED[what]
+    x, before = X.clone(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    with pytest.raises(CannotCompile, match=reason) as caught:
+        capture(lambda: [program(x)], [x])
+    assert "\n" not in str(caught.value)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()
+
+
+ALLOWED = {
+    "a constant's item": lambda x: x * torch.tensor(2.0).item(),
+    "shapes": lambda x: x.sum(0) / x.numel() if len(x) > 3 else x.sum(0),
+    "integer indices": lambda x: x[torch.tensor([0, 2])].sum(0),
+    "indices from values": lambda x: x[x.argmax(0)],
+    "where": lambda x: torch.where(x > 0, x, 0.0),
+    "a loop": lambda x: sum(row * i for i, row in enumerate(x)),
+    "a view": lambda x: x.detach().view(-1)[:2],
+}
+
+
+@pytest.mark.parametrize("what", ALLOWED)
+def test_what_looks_like_it_but_is_static_is_captured(what):
+    x = X.clone()
+    assert_equal_on_the_same_noise(lambda: [ALLOWED[what](x)], [x])
+
+
+# --- compilation and batching ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """The graphs that were handed to Inductor, which is replaced by the graph itself."""
+    made = []
+    monkeypatch.setattr(graphs, "_inductor", lambda module: made.append(module) or module)
+    monkeypatch.setattr(graphs, "_compiled", type(graphs._compiled)())
+    return made
+
+
+def scaled(factor, x, weight):
+    return capture(lambda: [x * factor * weight + torch.randn(3)], [x])
+
+
+def test_equal_graphs_share_one_compilation_and_keep_their_own_constants(compilations):
+    x, y = X.clone(), X.clone() + 1
+    first, second = scaled(2.0, x, torch.tensor(3.0)), scaled(2.0, y, torch.tensor(5.0))
+    assert first.key == second.key
+    results = []
+    for graph in (first, second):
+        torch.manual_seed(0)
+        results.append(graph.compiled()(X)[0])
+    assert len(compilations) == 1
+    torch.testing.assert_close(results[1] - results[0], X * 2 * (5 - 3))
+
+
+OTHERS = {
+    "number": lambda x: scaled(3.0, x, torch.tensor(3.0)),
+    "shape": lambda x: scaled(2.0, x[:2].clone(), torch.tensor(3.0)),
+    "dtype": lambda x: scaled(2.0, x.float(), torch.tensor(3.0)),
+    "stride": lambda x: scaled(2.0, x.T.contiguous().T, torch.tensor(3.0)),
+    "constant's shape": lambda x: scaled(2.0, x, torch.tensor([3.0])),
+    "noise": lambda x: capture(lambda: [x * 2.0 * CONSTANT + torch.empty(3).normal_(1.0, 2.0)], [x]),
+}
+CONSTANT = torch.tensor(3.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_graphs_that_differ_do_not_share(what, compilations):
+    x = X.clone()
+    first, second = scaled(2.0, x, torch.tensor(3.0)), OTHERS[what](x)
+    assert first.key != second.key
+    first.compiled(), second.compiled()
+    assert len(compilations) == 2
+
+
+def test_compilations_are_kept_up_to_a_number(compilations, monkeypatch):
+    monkeypatch.setattr(graphs, "REMEMBERED", 2)
+    x, graph = X.clone(), scaled(1.0, X, torch.tensor(1.0))
+    graph.compiled()
+    for factor in (2.0, 3.0):
+        scaled(factor, x, torch.tensor(1.0)).compiled()
+    assert len(compilations) == 3
+    graph.compiled()
+    assert len(compilations) == 4
+
+
+def test_inductor_computes_what_the_graph_does_and_changes_buffers_in_place():
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1)), X.clone()
+    weight, state = torch.tensor(2.0), list(net.state_dict(keep_vars=True).values())
+
+    def function():
+        loss = (net(x) * weight + dist.Bernoulli(logits=x).sample()).square().mean()
+        return [loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))]
+
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    graph = capture(function, [*state, x])
+    compiled = graph.compiled()
+    for factor in (2.0, 5.0):
+        weight.fill_(factor)
+        results, buffers = [], []
+        for run in (graph, compiled):
+            net.load_state_dict(start)
+            torch.manual_seed(1)
+            results.append(run(*state, x))
+            buffers.append({k: v.clone() for k, v in net.state_dict().items()})
+        torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(buffers[1], buffers[0], rtol=1e-10, atol=1e-12)
+        assert not torch.equal(buffers[1]["1.running_mean"], start["1.running_mean"])
+
+
+def test_what_inductor_cannot_do_is_a_reason(monkeypatch):
+    from torch._inductor import config
+
+    graph = capture(lambda: [X * 2], [X])
+    monkeypatch.setattr(graphs, "_compiled", type(graphs._compiled)())
+    without = {"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}
+    reason = r"no working C\+\+ compiler: install g\+\+ or clang, or set CXX"
+    with config.patch(without), pytest.raises(CannotCompile, match=reason):
+        graph.compiled()
+    for name in ("compile", "standalone_compile"):
+        monkeypatch.setattr(torch._inductor, name, lambda *args, **options: [][0])
+    with pytest.raises(CannotCompile, match=r"Inductor failed with .*IndexError"):
+        graph.compiled()
+
+
+def test_a_batched_graph_is_a_loop_over_copies_each_on_its_own_noise():
+    net, x, weight = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)), X.clone(), torch.tensor(2.0)
+    state = list(net.state_dict(keep_vars=True).values())
+
+    def function():
+        loss = (net(x) * weight + dist.Categorical(logits=x).sample()[:, None]).square().mean()
+        return [loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))]
+
+    graph = capture(function, [*state, x])
+    batched = graph.batched(3, [True] * len(state) + [False])
+    copies = [[t.detach() + 0.1 * r if t.is_floating_point() else t + r for t in state] for r in range(3)]
+    stacks = [torch.stack(same) for same in zip(*copies, strict=True)]
+    torch.manual_seed(2)
+    expected = [graph(*copy, x) for copy in copies]
+    torch.manual_seed(2)
+    got = batched(*stacks, x)
+    for r in range(3):
+        torch.testing.assert_close([g[r] for g in got], expected[r], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close([s[r] for s in stacks], copies[r], rtol=1e-10, atol=1e-12)  # buffers moved as well
+    assert not torch.equal(got[0][0], got[0][1])
+    torch.testing.assert_close(stacks[4], torch.stack([c[4] for c in copies]))
+
+
+def test_a_pyro_program_is_captured_with_its_handlers():
+    x = X.clone()
+    loc = torch.zeros(3, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", 8, subsample=x), pyro.poutine.scale(scale=0.5):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def function():
+        trace = pyro.poutine.trace(model).get_trace(x)
+        loss = trace.log_prob_sum()
+        return [loss.detach(), *torch.autograd.grad(loss, [loc])]
+
+    assert_equal_on_the_same_noise(function, [loc, x])
