@@ -235,10 +235,14 @@ class Recording:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.loss = step()
+        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+        self.gradients = [(p, p.grad) for group in groups for p in group["params"]]
 
     def replay(self) -> Tensor:
-        """Run the step again on what its inputs hold now; the loss."""
+        """Run the step again on what its inputs hold now; the loss, with the gradients in ``.grad``."""
         self.graph.replay()
+        for parameter, gradient in self.gradients:  # other steps may have put theirs there
+            parameter.grad = gradient
         return self.loss.clone()  # the next replay overwrites it
 
 

@@ -96,7 +96,7 @@ def fit_replicas(
     makers = [make_optimizer(optimizer, rate) for rate in rates]
     place = pick_device(device)
 
-    with isolated_rng(seed):
+    with isolated_rng(seed), ExitStack() as cleanup:
         feed = Feed(data, batch_size, place)
         steppers = []
         for (model, guide), (_, made) in zip(programs, makers, strict=True):
@@ -108,51 +108,56 @@ def fit_replicas(
                     clip_norm=clip, precision=precision, anneals=kl_weight is not None or bool(plan.kl_warmup),
                 )
             )  # fmt: skip
+        replicas = Replicas(steppers, factors, feed)
+        cleanup.callback(replicas.separate)
+        for stepper in steppers:
+            cleanup.enter_context(eval_mode(stepper.pair.modules, training=True))
         try:
-            replicas = Replicas(steppers, factors, feed)
-            replicas.function(plan.at(0))
+            for stage in plan.stages():
+                replicas.function(stage)
         except CannotCompile as error:
-            replicas = None
             warnings.warn(f"cannot train replicas at once: {error}; training one after the other", stacklevel=2)
-    if replicas is None:
-        return [
-            fit(
-                *programs[r], data, objective=_weighted(objective, factors[r]), epochs=epochs, batch_size=batch_size,
-                optimizer=optimizer, lr=rates[r], schedule=schedule, particles=particles, kl_warmup=kl_warmup,
-                clip_norm=clip_norm, precision=precision, device=device, seed=seed + r, run_dir=folders[r],
-                progress=progress,
-            )
-            for r in range(number)
-        ]  # fmt: skip
+        else:
+            logs = [Log(folder, s.pair, s.optimizer, False) for folder, s in zip(folders, steppers, strict=True)]
+            results = []
+            for r, (log, stepper) in enumerate(zip(logs, steppers, strict=True)):
+                training = describe_training(plan, feed, stepper, schedule, makers[r][0], batch_size, seed)
+                described = describe_pair(*programs[r], _weighted(objective, factors[r]))
+                results.append(log.open(described | {"training": training | {"replica": r, "of": number}}))
+            _train(replicas, plan, feed, logs, results, progress)
+            return results
+    return [
+        fit(
+            *programs[r], data, objective=_weighted(objective, factors[r]), epochs=epochs, batch_size=batch_size,
+            optimizer=optimizer, lr=rates[r], schedule=schedule, particles=particles, kl_warmup=kl_warmup,
+            clip_norm=clip_norm, precision=precision, device=device, seed=seed + r, run_dir=folders[r],
+            progress=progress,
+        )
+        for r in range(number)
+    ]  # fmt: skip
 
-    with isolated_rng(seed), ExitStack() as modes:
-        monitors = [
-            Monitor(model, guide, s.pair.modules, feed) for (model, guide), s in zip(programs, steppers, strict=True)
-        ]
-        logs = [Log(folder, s.pair, s.optimizer, False) for folder, s in zip(folders, steppers, strict=True)]
-        results = []
-        for r, (log, stepper) in enumerate(zip(logs, steppers, strict=True)):
-            training = describe_training(plan, feed, stepper, schedule, makers[r][0], batch_size, seed)
-            described = describe_pair(*programs[r], _weighted(objective, factors[r]))
-            results.append(log.open(described | {"training": training | {"replica": r, "of": number}}))
-            modes.enter_context(eval_mode(stepper.pair.modules, training=True))
-        bar = modes.enter_context(ProgressBar("epoch", epochs, progress))
-        for epoch in range(epochs):
+
+def _train(
+    replicas: Replicas, plan: Plan, feed: Feed, logs: Sequence[Log], results: Sequence[Fit], progress: bool | None
+) -> None:
+    """All epochs of all replicas."""
+    steppers = replicas.steppers
+    monitors = [Monitor(s.model, s.guide, s.pair.modules, feed) for s in steppers]
+    with ProgressBar("epoch", plan.epochs, progress) as bar:
+        for epoch in range(plan.epochs):
             losses, metrics = run_epoch(epoch, feed, replicas, plan)
             for r, stepper in enumerate(steppers):
                 if not (torch.isfinite(losses[r]) and stepper.finite()):
                     raise FloatingPointError(
                         f"replica {r} became NaN in epoch {epoch + 1}: lower its learning rate, or pass clip_norm"
                     )
-                own = {"bound": -float(losses[r]), "kl_weight": metrics["kl_weight"] * factors[r]}
+                own = {"bound": -float(losses[r]), "kl_weight": metrics["kl_weight"] * replicas.factors[r]}
                 results[r].add(metrics | own | stepper.metrics() | monitors[r](), None)
                 logs[r].write(results[r])
             bar.update(epoch + 1, f"{-float(losses.mean()):.2f} nats on average")
-        replicas.separate()
-        for result, log in zip(results, logs, strict=True):
-            result.finish(replicas, place)
-            log.close(result)
-    return results
+    for result, log in zip(results, logs, strict=True):
+        result.finish(replicas, feed.device)
+        log.close(result)
 
 
 class Replicas:

@@ -86,6 +86,14 @@ class Plan:
         """The objective as it is once everything has grown, as an object of its own."""
         return copy.copy(self.at(self.epochs, warm=True))
 
+    def stages(self) -> list[Any]:
+        """An objective for each number of particles there will be."""
+        found = []
+        for number in dict.fromkeys(self.particles or (self.objective.num_particles,)):
+            found.append(copy.copy(self.at(0)))
+            found[-1].num_particles = number
+        return found
+
     def at(self, epoch: float, *, warm: bool = False) -> pyro.infer.ELBO:
         """The objective after ``epoch`` epochs (a fraction counts): one object, so that it checks its pair only once.
 

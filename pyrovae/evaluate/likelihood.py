@@ -250,7 +250,7 @@ class _Sampler:
         """Decide, from counts alone where ``compile`` is "auto", whether passes go through a compiled graph."""
         weights = sum(p.numel() for p in self._tensors())
         chosen = number * self.num_samples * weights * _SAVED > COMPILATION if compile == "auto" else compile
-        self.path = "compiled" if chosen and self.num_samples > self.chunk_size else "eager"
+        self.path = "compiled" if chosen else "eager"
 
     def _tensors(self) -> list[Tensor]:
         found = (t for module in self.modules for t in (*module.parameters(), *module.buffers()))
@@ -352,7 +352,8 @@ class _SameSubsample(Messenger):
             msg["value"] = self.drawn[msg["name"]]
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if type(msg["fn"]).__name__ == "_Subsample":
+        plate = msg["fn"]  # a folded plate is of another size where fewer particles are left, and has nothing to keep
+        if type(plate).__name__ == "_Subsample" and plate.subsample_size != plate.size:
             self.drawn[msg["name"]] = msg["value"]
 
 
