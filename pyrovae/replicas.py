@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyrovae import runs
 from pyrovae.arguments import in_range, one_of, pick_device, positive_int
 from pyrovae.compile import CHECK_SEED, Captured, CompiledStepper, Recording, capturable, untouched
 from pyrovae.feed import Feed
@@ -73,8 +74,8 @@ def fit_replicas(
     >>> import pyrovae as pv
     >>> digits = pv.data.load("digits", binarization="dynamic").train
     >>> pairs = [pv.models.VAE(digits.event_shape, latent_dim=2, hidden=()) for _ in range(3)]
-    >>> results = fit_replicas(pairs, digits, objective=pv.ELBO(), epochs=1, lr=[1e-3, 3e-3, 1e-2])  # doctest: +SKIP
-    >>> [result.history[-1]["learning_rate"] for result in results]  # doctest: +SKIP
+    >>> results = fit_replicas(pairs, digits, objective=pv.ELBO(), epochs=1, lr=[1e-3, 3e-3, 1e-2])
+    >>> [result.history[-1]["learning_rate"] for result in results]
     [0.001, 0.003, 0.01]
     """
     programs = [_programs(pair) for pair in pairs]
@@ -88,6 +89,8 @@ def fit_replicas(
     for name, given in (("lr", rates), ("kl_weight", factors), ("run_dirs", folders)):
         if len(given) != number:
             raise ValueError(f"{name} needs one value for each of {number} pairs, got {len(given)}: pass as many")
+    if taken := [f'"{folder}"' for folder in folders if folder is not None and runs.Run(folder).exists]:
+        raise ValueError(f"{', '.join(taken)} hold runs already: pass other run_dirs")
     if not isinstance(objective, Objective):
         raise TypeError(f"replicas need one of pyrovae's objectives, got {type(objective).__name__}: pass one")
     plan = Plan.make(objective, epochs, schedule, particles, kl_warmup)

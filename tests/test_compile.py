@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -623,26 +624,26 @@ def test_batches_of_another_size_run_eagerly_and_silently(interpreted):
 # --- recorded steps, as far as they can be without a CUDA device -----------------------------------------------------
 
 
-class Emulated:
+class Emulated(compiling.Recording):
     """A recording on the CPU: what it computes it writes into the tensors that it made while it was recorded."""
 
     def __init__(self, step, pairs, optimizers):
-        self.step, self.parameters = step, [p for pair in pairs for p in pair.parameters.values()]
+        self.step, self.graph = step, SimpleNamespace(replay=self.again)
+        parameters = [p for pair in pairs for p in pair.parameters.values()]
         with ExitStack() as stack:
             stack.enter_context(isolated_rng())
             for pair in pairs:
                 stack.enter_context(untouched(pair))
-            step()
-        self.made = [p.grad for p in self.parameters]
+            self.loss = step()
+        self.gradients = [(p, p.grad) for p in parameters]
 
-    def replay(self):
-        held = [p.grad for p in self.parameters]
-        loss = self.step()
-        for parameter, made, grad in zip(self.parameters, self.made, held, strict=True):
+    def again(self):
+        held = [p.grad for p, _ in self.gradients]
+        self.loss.copy_(self.step())
+        for (parameter, made), grad in zip(self.gradients, held, strict=True):
             if made is not None:
                 made.copy_(parameter.grad)
             parameter.grad = grad
-        return loss
 
 
 STEPS = {  # the sizes of batches, the numbers of particles

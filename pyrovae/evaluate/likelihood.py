@@ -353,7 +353,7 @@ class _SameSubsample(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         plate = msg["fn"]  # a folded plate is of another size where fewer particles are left, and has nothing to keep
-        if type(plate).__name__ == "_Subsample" and plate.subsample_size != plate.size:
+        if type(plate).__name__ == "_Subsample" and plate.subsample_size not in (None, plate.size):
             self.drawn[msg["name"]] = msg["value"]
 
 
