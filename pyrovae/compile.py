@@ -176,7 +176,7 @@ class RecordedStepper(CompiledStepper):
     def __call__(self, objective: Any, batch: Batch) -> Tensor | float:
         """One step on a batch, or on the index of one where the data live on the device."""
         if signature(batch) != signature(self.slots) or self.function(objective) is None:
-            return super().__call__(objective, self._gathered(batch))
+            return super().__call__(objective, gathered(self.images, batch))
         for slot, given in zip(tensors(self.slots), tensors(batch), strict=True):
             slot.copy_(given, non_blocking=True)
         if self.anneals:
@@ -189,18 +189,12 @@ class RecordedStepper(CompiledStepper):
             self.update()
         return loss
 
-    def _gathered(self, batch: Batch) -> Batch:
-        if self.images is None:
-            return batch
-        gathered = self.images.batch(batch[0])
-        return gathered if isinstance(gathered, tuple) else (gathered,)
-
     def _record(self, objective: Any) -> Recording:
         gradients = self.function(objective)  # not self.gradients: what that fills, a recording would fill for ever
         assert gradients is not None
 
         def step() -> Tensor:
-            loss = gradients(self._gathered(self.slots))
+            loss = gradients(gathered(self.images, self.slots))
             if capturable(self.optimizer):
                 self.update()
             return loss
@@ -244,6 +238,14 @@ class Recording:
         for parameter, gradient in self.gradients:  # other steps may have put theirs there
             parameter.grad = gradient
         return self.loss.clone()  # the next replay overwrites it
+
+
+def gathered(images: Images | None, batch: Batch) -> Batch:
+    """A batch of data from its index, where the data live on the device; else the batch as it is."""
+    if images is None:
+        return batch
+    found = images.batch(batch[0])
+    return found if isinstance(found, tuple) else (found,)
 
 
 def training_step(

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from pyrovae import runs
 from pyrovae.arguments import in_range, one_of, pick_device, positive_int
-from pyrovae.compile import CHECK_SEED, Captured, CompiledStepper, Recording, capturable, untouched
+from pyrovae.compile import CHECK_SEED, Captured, CompiledStepper, Recording, capturable, gathered, untouched
 from pyrovae.feed import Feed
 from pyrovae.fit import describe_training, fit, make_optimizer, prepare, run_epoch
 from pyrovae.graph import CannotCompile, Graph, compare, signature, stacked_noise, tensors
@@ -276,7 +276,7 @@ class Replicas:
         if not self.slots:
             self.slots = tuple(a.clone() if isinstance(a, Tensor) else a for a in batch)
         if signature(batch) != signature(self.slots):
-            losses = self.gradients(objective, self._gathered(batch))
+            losses = self.gradients(objective, gathered(self.images, batch))
             self.update()
             return losses
         for slot, given in zip(tensors(self.slots), tensors(batch), strict=True):
@@ -288,7 +288,7 @@ class Replicas:
         if number not in self.recorded:
 
             def step() -> Tensor:
-                losses = self.compiled[number](self._gathered(self.slots))
+                losses = self.compiled[number](gathered(self.images, self.slots))
                 if whole:
                     self.update()
                 return losses
@@ -300,12 +300,6 @@ class Replicas:
         if not whole:
             self.update()
         return losses
-
-    def _gathered(self, batch: Batch) -> Batch:
-        if self.images is None:
-            return batch
-        gathered = self.images.batch(batch[0])
-        return gathered if isinstance(gathered, tuple) else (gathered,)
 
 
 def _programs(pair: Any) -> tuple[Program, Program]:
