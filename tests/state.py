@@ -1,10 +1,13 @@
 """A known state for tests: double precision, one seed, an empty parameter store."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
+
+from pyrovae import graph as graphs
 
 
 @contextmanager
@@ -19,3 +22,17 @@ def double_precision(seed: int) -> Iterator[None]:
     finally:
         torch.set_default_dtype(dtype)
         pyro.clear_param_store()
+
+
+def counting(patch: Any, inductor: Callable[..., Any]) -> list[Any]:
+    """Count compilations, from an empty memory of them."""
+    made: list[Any] = []
+    patch.setattr(graphs, "_inductor", lambda module: made.append(module) or inductor(module))
+    patch.setattr(graphs, "_compiled", type(graphs._compiled)())
+    return made
+
+
+def interpreting(patch: Any, user: Any) -> list[Any]:
+    """Let the module ``user`` capture graphs once and run them operation by operation; what it would compile."""
+    patch.setattr(user, "capture", graphs._capture)
+    return counting(patch, lambda module: module)

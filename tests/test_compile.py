@@ -33,7 +33,7 @@ from pyrovae.programs import eval_mode, isolated_rng
 from pyrovae.schedules import Plan
 from pyrovae.steps import Stepper, find_parameters
 from tests.laws.objectives import OBJECTIVES
-from tests.state import double_precision
+from tests.state import counting, double_precision, interpreting
 
 GREY = torch.rand(55, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 X = torch.bernoulli(GREY[:7], generator=torch.Generator().manual_seed(1))
@@ -45,19 +45,10 @@ def clean_state():
         yield
 
 
-def counting(patch, inductor):
-    """Count compilations, from an empty memory of them."""
-    made = []
-    patch.setattr(graphs, "_inductor", lambda module: made.append(module) or inductor(module))
-    patch.setattr(graphs, "_compiled", type(graphs._compiled)())
-    return made
-
-
 @pytest.fixture
 def interpreted(monkeypatch):
     """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
-    monkeypatch.setattr(compiling, "capture", graphs._capture)
-    return counting(monkeypatch, lambda module: module)
+    return interpreting(monkeypatch, compiling)
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pyrovae.programs import eval_mode, isolated_rng
 from pyrovae.replicas import Replicas
 from pyrovae.runs import Run
 from pyrovae.steps import Stepper, find_parameters
-from tests.state import double_precision
+from tests.state import double_precision, interpreting
 
 # Data in two clusters: there is something to learn, a nat per datum and more.
 CENTRES = torch.tensor([[0.9] * 3 + [0.1] * 3, [0.1] * 3 + [0.9] * 3], dtype=torch.float64)
@@ -35,11 +35,7 @@ def clean_state():
 @pytest.fixture
 def interpreted(monkeypatch):
     """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
-    made = []
-    monkeypatch.setattr(compiling, "capture", graphs._capture)
-    monkeypatch.setattr(graphs, "_inductor", lambda module: made.append(module) or module)
-    monkeypatch.setattr(graphs, "_compiled", type(graphs._compiled)())
-    return made
+    return interpreting(monkeypatch, compiling)
 
 
 def vaes(number=2, **variant):

@@ -102,9 +102,8 @@ class Objective(pyro.infer.ELBO):
     """
 
     num_groups: int = 1
-    proportional: bool = (
-        False  # whether dreg's |path| <= C * model for some C, so that one backward pass serves for both
-    )
+    #: Whether dreg's |path| <= C * model for some C, so that one backward pass serves for both.
+    proportional: bool = False
     kl_weight: Any
     likelihood_weight: Any
 

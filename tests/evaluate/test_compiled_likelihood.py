@@ -12,7 +12,7 @@ from torch import nn
 import pyrovae as pv
 from pyrovae import graph as graphs
 from pyrovae.evaluate import likelihood
-from tests.state import double_precision
+from tests.state import double_precision, interpreting
 
 X = torch.bernoulli(torch.full((25, 6), 0.4), generator=torch.Generator().manual_seed(0)).double()
 
@@ -26,11 +26,7 @@ def clean_state():
 @pytest.fixture
 def interpreted(monkeypatch):
     """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
-    made = []
-    monkeypatch.setattr(likelihood, "capture", graphs._capture)
-    monkeypatch.setattr(graphs, "_inductor", lambda module: made.append(module) or module)
-    monkeypatch.setattr(graphs, "_compiled", type(graphs._compiled)())
-    return made
+    return interpreting(monkeypatch, likelihood)
 
 
 class Modules(nn.Module):
