@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ __all__ = [
     "DenseDecoder",
     "DenseEncoder",
     "fold",
+    "networks",
 ]
 
 Activation = str | Callable[[], nn.Module]
@@ -289,3 +291,30 @@ NETWORKS: dict[str, tuple[type[DenseEncoder | ConvEncoder], type[DenseDecoder | 
     "conv": (ConvEncoder, ConvDecoder),
 }
 """Pairs of encoder and decoder with the same arguments; a new kind of network is one more row."""
+
+
+def networks(
+    network: str, activation: str, channels: Sequence[int] | None = None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What makes encoders and decoders of one kind; the shapes are left to give.
+
+    :param network: a name from :data:`NETWORKS`.
+    :param activation: a name from :data:`ACTIVATIONS`.
+    :param channels: for convolutions: output channels of each in the encoder; the decoder has them in reverse.
+
+    >>> encoder, decoder = networks("conv", "relu", (8, 16))
+    >>> encoder((1, 28, 28), (32,), 10)(torch.zeros(5, 1, 28, 28)).shape
+    torch.Size([5, 10])
+    """
+    makers: tuple[Callable[..., Any], Callable[..., Any]] = lookup("network", network, NETWORKS)
+    make_encoder, make_decoder = makers
+    lookup("activation", activation, ACTIVATIONS)
+    if channels is None:
+        return partial(make_encoder, activation=activation), partial(make_decoder, activation=activation)
+    if network != "conv":
+        raise ValueError(f"network={network!r} has no channels, got {channels}: leave them out, or use 'conv'")
+    down = sizes("channels", channels)
+    return (
+        partial(make_encoder, activation=activation, channels=down),
+        partial(make_decoder, activation=activation, channels=down[::-1]),
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -11,9 +10,10 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyrovae.arguments import DataError, lookup, positive_int, sizes
+from pyrovae.arguments import lookup, positive_int, sizes
 from pyrovae.likelihoods import make_likelihood
-from pyrovae.nn import ACTIVATIONS, NETWORKS
+from pyrovae.models.base import Pair, arguments
+from pyrovae.nn import networks
 
 __all__ = ["POSTERIORS", "VAE", "DiagonalNormal", "FullNormal"]
 
@@ -69,7 +69,7 @@ class FullNormal(DiagonalNormal):
 POSTERIORS: dict[str, type[DiagonalNormal]] = {"diagonal": DiagonalNormal, "full": FullNormal}
 
 
-class VAE(nn.Module):
+class VAE(Pair):
     r"""Variational autoencoder with one stochastic layer.
 
     .. math:: z \sim N(0, I), \qquad x \mid z \sim p(x; f_\theta(z)), \qquad
@@ -121,50 +121,28 @@ class VAE(nn.Module):
         activation: str = "tanh",
         channels: Sequence[int] | None = None,
     ) -> None:
+        given = arguments(locals())
         super().__init__()
-        shape, widths = sizes("input_shape", input_shape), sizes("hidden", hidden)
-        if not shape:
-            raise ValueError("input_shape is empty: give the shape of one datum, such as (1, 28, 28)")
-        make_encoder, make_decoder = lookup("network", network, NETWORKS)
-        lookup("activation", activation, ACTIVATIONS)
-        if channels is not None and network != "conv":
-            raise ValueError(f"network={network!r} has no channels, got {channels}: leave them out, or use 'conv'")
-        channels = None if channels is None else sizes("channels", channels)
-
-        self.config = {
-            "input_shape": list(shape),
-            "latent_dim": positive_int("latent_dim", latent_dim),
-            "hidden": list(widths),
-            "likelihood": likelihood,
-            "scale": scale,
-            "levels": None if levels is None else positive_int("levels", levels, minimum=2),
-            "posterior": posterior,
-            "network": network,
-            "activation": activation,
-            "channels": None if channels is None else list(channels),
-        }
-        self.input_shape, self.latent_dim = shape, positive_int("latent_dim", latent_dim)
+        self.config = given
+        shape, widths = self.set_shape(input_shape), sizes("hidden", hidden)
+        make_encoder, make_decoder = networks(network, activation, channels)
+        self.latent_dim = positive_int("latent_dim", latent_dim)
         self.observation = make_likelihood(likelihood, shape, scale, levels)
         self.normal = lookup("posterior", posterior, POSTERIORS)(self.latent_dim)
-
-        down: dict[str, Any] = {} if channels is None else {"channels": channels}
-        up: dict[str, Any] = {} if channels is None else {"channels": channels[::-1]}
-        self.encoder = make_encoder(shape, widths, self.normal.heads, activation, **down)
-        self.decoder = make_decoder(
-            self.latent_dim, widths[::-1], shape, activation, heads=self.observation.outputs, **up
-        )
+        self.encoder = make_encoder(shape, widths, self.normal.heads)
+        self.decoder = make_decoder(self.latent_dim, widths[::-1], shape, heads=self.observation.outputs)
         self.normal.start_(self.encoder.output)
 
     def model(self, x: Tensor) -> Tensor:
         """p(z) p(x | z) over the plate ``"data"``, with ``x`` observed."""
-        self._check(x)
+        self.check(x)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior(x))
             return pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> Tensor:
         """q(z | x) over the plate ``"data"``."""
-        self._check(x)
+        self.check(x)
         with pyro.plate("data", len(x)):
             return pyro.sample("z", self.posterior(x))
 
@@ -187,26 +165,3 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's mean, ``[..., latent_dim]`` to ``[..., *input_shape]``."""
         return self.likelihood(z).mean
-
-    @torch.no_grad()
-    def initialise(self, x: Tensor) -> VAE:
-        r"""Start the decoder's output bias at the mean of the data ``[N, *input_shape]``; returns the model itself.
-
-        For a Bernoulli the bias is :math:`\mathrm{logit}(\mathrm{clip}(\bar x, .001, .999))`, as in the IWAE paper's
-        code, where it is worth about a nat.
-        """
-        self._check(x)
-        mean = x.mean(0, dtype=torch.float64)
-        bias = self.decoder.output_bias
-        bias.copy_(self.observation.initial_bias(mean).reshape(bias.shape))
-        return self
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items() if value is not None)
-
-    def _check(self, x: Tensor) -> None:
-        if x.shape[1:] != self.input_shape:
-            raise DataError(
-                f"data must be [batch, *input_shape] with input_shape={self.input_shape}, got {tuple(x.shape)}: "
-                "reshape it, or build the model with the shape of one datum"
-            )

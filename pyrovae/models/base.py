@@ -1,0 +1,181 @@
+"""What the families of the zoo share: arguments, checks, and the verbs for using a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyrovae.arguments import DataError, in_range, one_of, positive_int, sizes
+
+__all__ = ["Pair", "arguments"]
+
+P = TypeVar("P", bound="Pair")
+
+
+def arguments(names: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's ``locals()`` as the arguments it was given, in types that JSON can hold.
+
+    >>> arguments({"self": None, "hidden": (200, 200), "latent_dim": np.int64(5)})
+    {'hidden': [200, 200], 'latent_dim': 5}
+    """
+    return {name: _plain(value) for name, value in names.items() if name not in ("self", "__class__")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(each) for each in value]
+    return value
+
+
+class Pair(nn.Module):
+    r"""A family of the zoo: a Pyro model and guide in one module, and the verbs for using it once it is trained.
+
+    A subclass gives ``model`` and ``guide``, ``encode`` and ``decode``; what it cannot do it refuses by name. The
+    labels of a conditional family follow ``x`` (or ``z``) everywhere.
+
+    :ivar config: the constructor's arguments; ``type(pair)(**pair.config)`` has the same architecture.
+    :ivar input_shape: shape of one datum.
+    """
+
+    #: Whether the programs take labels after x.
+    conditional: bool = False
+    #: What ``log_likelihood`` finds: "estimate", "bound" or "exact"; None for what is not a generative model.
+    likelihood_is: str | None = "estimate"
+
+    config: dict[str, Any]
+    input_shape: tuple[int, ...]
+    observation: Any  # the likelihood's family, and the network that gives its parameters
+    decoder: Any
+
+    def set_shape(self, input_shape: Any) -> tuple[int, ...]:
+        """Take the shape of one datum, after checking it."""
+        self.input_shape = sizes("input_shape", input_shape)
+        if not self.input_shape:
+            raise ValueError("input_shape is empty: give the shape of one datum, such as (1, 28, 28)")
+        return self.input_shape
+
+    def model(self, x: Tensor, *labels: Any) -> Any:
+        """The generative program, with ``x`` observed."""
+        raise NotImplementedError(f"{type(self).__name__} has no model")
+
+    def guide(self, x: Tensor, *labels: Any) -> Any:
+        """The inference program."""
+        raise NotImplementedError(f"{type(self).__name__} has no guide")
+
+    # --- verbs ---------------------------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, *labels: Any) -> Tensor:
+        """The code of data ``[N, *input_shape]``."""
+        self.refuse("encode", "it has no code of a datum")
+
+    def decode(self, z: Tensor, *labels: Any) -> Tensor:
+        """The data that codes stand for, ``[N, *input_shape]``."""
+        self.refuse("decode", "it has no code of a datum")
+
+    def reconstruct(self, x: Tensor, *labels: Any, **where: Any) -> Tensor:
+        """Encode and decode again, ``[N, *input_shape]`` to the same; ``where`` goes to both."""
+        return self.decode(self.encode(x, *labels, **where), *labels, **where)
+
+    def interpolate(
+        self, a: Tensor, b: Tensor, *labels: Any, steps: int = 9, path: str = "linear", **where: Any
+    ) -> Tensor:
+        r"""What lies between pairs of data, by way of their codes :math:`z_a, z_b`.
+
+        .. math:: \text{linear: } (1 - t) z_a + t z_b, \qquad \text{spherical: }
+                  \frac{\sin((1 - t) \omega)\, z_a + \sin(t \omega)\, z_b}{\sin \omega},
+                  \quad \cos\omega = \frac{z_a \cdot z_b}{|z_a| |z_b|}
+
+        A spherical path keeps to the radii at which a Gaussian prior has its mass.
+
+        :param a: data ``[N, *input_shape]`` at t = 0.
+        :param b: data at t = 1.
+        :param steps: points on the way, both ends included.
+        :param path: "linear" or "spherical" (Shoemake 1985; White 2016).
+        :return: ``[N, steps, *input_shape]``.
+        """
+        count = positive_int("steps", steps, minimum=2)
+        between = one_of("path", path, ("linear", "spherical"))
+        start, end = (self.encode(x, *labels, **where).unsqueeze(1) for x in (a, b))
+        t = torch.linspace(0, 1, count, dtype=start.dtype, device=start.device).view(-1, *[1] * (start.dim() - 2))
+        z = (1 - t) * start + t * end if between == "linear" else _great_circle(start, end, t)
+        repeated = (y.repeat_interleave(count, 0) if isinstance(y, Tensor) and y.dim() else y for y in labels)
+        return self.decode(z.flatten(0, 1), *repeated, **where).unflatten(0, (-1, count))
+
+    def traverse(
+        self,
+        x: Tensor,
+        *labels: Any,
+        units: Sequence[int] | None = None,
+        span: float = 3.0,
+        steps: int = 9,
+        **where: Any,
+    ) -> Tensor:
+        """One datum with one latent unit after another moved from ``-span`` to ``span``, the others as encoded.
+
+        :param x: one datum, ``[1, *input_shape]``.
+        :param units: which; all by default.
+        :return: ``[units, steps, *input_shape]``.
+        """
+        if len(x) != 1:
+            raise ValueError(f"traverse moves the units of one datum, got {len(x)}: pass x[:1]")
+        code = self.encode(x, *labels, **where)
+        if code.dim() != 2:
+            self.refuse("traverse", f"its code has shape {tuple(code.shape[1:])}, no vector of units")
+        chosen = list(range(code.shape[1])) if units is None else [int(unit) for unit in units]
+        if not chosen or not all(0 <= unit < code.shape[1] for unit in chosen):
+            raise ValueError(f"units must be among 0 ... {code.shape[1] - 1}, got {chosen}: pass such")
+        reach, count = in_range("span", span, 0.0), positive_int("steps", steps, minimum=2)
+        moved = code.repeat(len(chosen) * count, 1)
+        value = torch.linspace(-reach, reach, count, dtype=code.dtype, device=code.device).repeat(len(chosen))
+        index = torch.tensor(chosen, device=code.device).repeat_interleave(count)
+        moved[torch.arange(len(moved), device=code.device), index] = value
+        repeated = (y.repeat(len(moved)) if isinstance(y, Tensor) and y.dim() == 1 else y for y in labels)
+        return self.decode(moved, *repeated, **where).unflatten(0, (len(chosen), count))
+
+    def refuse(self, verb: str, why: str) -> NoReturn:
+        """Say that a verb has no meaning for this family."""
+        raise ValueError(f"{type(self).__name__} has no {verb}: {why}")
+
+    # --- the rest ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def initialise(self: P, x: Tensor) -> P:
+        r"""Start the decoder's output bias at the mean of the data ``[N, *input_shape]``; returns the model itself.
+
+        For a Bernoulli the bias is :math:`\mathrm{logit}(\mathrm{clip}(\bar x, .001, .999))`, as in the IWAE paper's
+        code, where it is worth about a nat.
+        """
+        self.check(x)
+        mean = x.mean(0, dtype=torch.float64)
+        bias = self.decoder.output_bias
+        bias.copy_(self.observation.initial_bias(mean).reshape(bias.shape))
+        return self
+
+    def check(self, x: Tensor) -> None:
+        """A DataError for data of another shape."""
+        if x.shape[1:] != self.input_shape:
+            raise DataError(
+                f"data must be [batch, *input_shape] with input_shape={self.input_shape}, got {tuple(x.shape)}: "
+                "reshape it, or build the model with the shape of one datum"
+            )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items() if value is not None)
+
+
+def _great_circle(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
+    """Spherical interpolation of vectors on the last axis; linear where they (almost) point the same way."""
+    cosine = torch.nn.functional.cosine_similarity(start, end, dim=-1).clamp(-1, 1).unsqueeze(-1)
+    angle = cosine.acos()
+    sine = angle.sin()
+    straight = sine < 1e-4
+    safe = torch.where(straight, 1.0, sine)
+    a = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / safe)
+    b = torch.where(straight, t, (t * angle).sin() / safe)
+    return a * start + b * end
