@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pyrovae.arguments import one_of, positive_int, sizes
+from pyrovae.arguments import in_range, one_of, positive_int, sizes
 from pyrovae.data import as_dataset
 from pyrovae.programs import Program, evaluating, isolated_rng, roots
 from pyrovae.sites import Record, Site, Sites, counts, point_mass, quoted
@@ -24,6 +26,7 @@ def sample(
     *args: Any,
     returns: str = "means",
     site: str | None = None,
+    temperature: float = 1.0,
     like: Any = None,
     seed: int | None = None,
     **kwargs: Any,
@@ -45,6 +48,8 @@ def sample(
     :param args: what the model takes after ``x``, such as labels ``[n]``.
     :param returns: "means" or "draws".
     :param site: which site to return; needed where the model observes several, allowed for latent ones.
+    :param temperature: of the latents: below 1 they keep to the prior's modes. Standard deviations of normal sites are
+        multiplied by it, logits of discrete ones divided.
     :param like: data as the model takes them (a tensor ``[N, *event]``, a Dataset, ...), of which only the shape of a
         datum and the dtype are used; not needed where the model belongs to a module that has an ``input_shape``.
     :param seed: isolates and seeds the draws; None takes them from the global generators.
@@ -65,9 +70,12 @@ def sample(
     """
     n = positive_int("n", n)
     one_of("returns", returns, ("means", "draws"))
+    if in_range("temperature", temperature, 0.0) == 0:
+        raise ValueError("temperature must be above 0, got 0: pass a small one")
     program = model.model if callable(getattr(model, "model", None)) and hasattr(model, "guide") else model
     x = _blank(program, n, like)
-    redraw = _Redraw(x, site)
+    args = tuple(a.to(x.device) if isinstance(a, Tensor) else a for a in args)
+    redraw = _Redraw(x, site, temperature)
     parts: list[Tensor] = []
     with torch.no_grad(), evaluating(program), nullcontext() if seed is None else isolated_rng(seed):
         while sum(map(len, parts)) < n:
@@ -77,11 +85,14 @@ def sample(
 
 
 class _Redraw(Messenger):
-    """Draw, instead of observing, the site named and every site whose observation is ``x`` or a view of it."""
+    """Draw, instead of observing, the site named and every site whose observation is ``x`` or a view of it.
 
-    def __init__(self, x: Tensor, site: str | None) -> None:
+    Latents are drawn at the temperature given.
+    """
+
+    def __init__(self, x: Tensor, site: str | None, temperature: float) -> None:
         super().__init__()
-        self.x, self.site = x, site
+        self.x, self.site, self.temperature = x, site, temperature
         self.names: list[str] = []
 
     def __enter__(self) -> Any:
@@ -92,6 +103,40 @@ class _Redraw(Messenger):
         if msg["is_observed"] and (msg["name"] == self.site or _share_memory(msg["value"], self.x)):
             msg["is_observed"], msg["value"] = False, None
             self.names.append(msg["name"])
+        elif self.temperature != 1 and msg["value"] is None and counts(msg):
+            msg["fn"] = tempered(msg["fn"], self.temperature, msg["name"])
+
+
+def tempered(fn: Any, temperature: float, name: str) -> Any:
+    """The distribution of the site ``name`` at another temperature; one with a ``tempered`` method is asked for it."""
+    if callable(own := getattr(fn, "tempered", None)):
+        return own(temperature)
+    if isinstance(fn, dist.Independent):
+        return dist.Independent(tempered(fn.base_dist, temperature, name), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.MaskedDistribution):
+        return dist.MaskedDistribution(tempered(fn.base_dist, temperature, name), fn._mask)
+    if isinstance(fn, torch.distributions.TransformedDistribution):
+        return dist.TransformedDistribution(tempered(fn.base_dist, temperature, name), fn.transforms)
+    if isinstance(fn, torch.distributions.MixtureSameFamily):
+        component = tempered(fn.component_distribution, temperature, name)
+        return dist.MixtureSameFamily(fn.mixture_distribution, component)
+    for family, make in _TEMPERED.items():
+        if isinstance(fn, family):
+            return make(fn, temperature)
+    raise ValueError(
+        f'site "{name}" is a {type(fn).__name__}, which has no temperature: leave temperature=1, or give the '
+        "distribution a method tempered(temperature)"
+    )
+
+
+_TEMPERED: dict[type, Callable[[Any, float], Any]] = {
+    torch.distributions.Normal: lambda fn, t: dist.Normal(fn.loc, fn.scale * t),
+    torch.distributions.MultivariateNormal: lambda fn, t: dist.MultivariateNormal(fn.loc, scale_tril=fn.scale_tril * t),
+    torch.distributions.Bernoulli: lambda fn, t: dist.Bernoulli(logits=fn.logits / t),
+    torch.distributions.Categorical: lambda fn, t: dist.Categorical(logits=fn.logits / t),
+    torch.distributions.OneHotCategorical: lambda fn, t: dist.OneHotCategorical(logits=fn.logits / t),
+    dist.Delta: lambda fn, t: fn,
+}
 
 
 def _share_memory(a: Any, b: Tensor) -> bool:

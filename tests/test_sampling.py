@@ -7,10 +7,11 @@ import pytest
 import torch
 from pyro import poutine
 from torch import nn
+from torch.distributions import AffineTransform
 
 from pyrovae.data import Images
 from pyrovae.models import VAE
-from pyrovae.sampling import sample
+from pyrovae.sampling import sample, tempered
 
 Z_LIMIT = 4.9  # of a two-sided test with a false-alarm rate of 1e-6
 W = torch.tensor([[1.0, -2.0], [0.5, 0.0], [0.0, 1.5]])
@@ -212,6 +213,12 @@ def bare(x):
     pyro.sample("x", dist.Normal(0.0, 1.0), obs=x.sum())
 
 
+def student(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.StudentT(5.0, 0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand([*z.shape, 3]).to_event(1), obs=x)
+
+
 @pytest.mark.parametrize(
     ("model", "n", "options", "match"),
     [
@@ -224,6 +231,9 @@ def bare(x):
         (several, 2, {}, 'several sites, "a", "b": name the one'),
         (heavy, 2, {}, 'site "x" is a Cauchy, which has no finite mean: ask for returns="draws"'),
         (bare, 2, {}, "no row for each datum"),
+        (linear, 2, {"temperature": 0}, "temperature must be above 0"),
+        (linear, 2, {"temperature": -1.0}, r"temperature must be a number in \[0, inf\], got -1.0"),
+        (student, 2, {"temperature": 0.5}, 'site "z" is a StudentT, which has no temperature'),
     ],
 )
 def test_errors_name_the_rule_and_the_fix(model, n, options, match):
@@ -233,3 +243,35 @@ def test_errors_name_the_rule_and_the_fix(model, n, options, match):
 
 def test_one_of_several_sites():
     assert sample(several, 4, like=torch.zeros(1, 2), site="b", returns="draws").shape == (4,)
+
+
+def test_temperature_scales_the_latents_and_nothing_else():
+    x = sample(linear, 20_000, like=torch.zeros(1, 3), returns="draws", temperature=0.5, seed=0)
+    check_moments(x, B, 0.25 * W @ W.T + NOISE**2 * torch.eye(3))
+
+
+ONES = torch.ones(2)
+MIXTURE = dist.MixtureSameFamily(dist.Categorical(logits=torch.zeros(2)), dist.Normal(torch.tensor([-50.0, 50.0]), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("fn", "spread"),
+    [
+        (dist.Normal(0 * ONES, 2 * ONES).to_event(1), 1.0),
+        (dist.MultivariateNormal(0 * ONES, scale_tril=2 * torch.eye(2)), 1.0),
+        (dist.Normal(0 * ONES, 2 * ONES).to_event(1).mask(False), 1.0),
+        (dist.TransformedDistribution(dist.Normal(0 * ONES, ONES), [AffineTransform(0.0, 2.0)]).to_event(1), 1.0),
+        (MIXTURE, 0.5),
+    ],
+    ids=lambda fn: type(fn).__name__,
+)
+def test_temperature_of_every_kind_of_normal(fn, spread):
+    z = tempered(fn, 0.5, "z").expand((40_000,)).sample()
+    z = torch.where(z < -25, z + 50, torch.where(z > 25, z - 50, z)).flatten()
+    assert abs(z.std() / spread - 1) < Z_LIMIT / (2 * z.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("family", [dist.Bernoulli, dist.Categorical, dist.OneHotCategorical])
+def test_temperature_divides_logits(family):
+    fn = tempered(family(logits=torch.tensor([0.5, -1.0])), 0.25, "c")
+    torch.testing.assert_close(fn.probs, family(logits=torch.tensor([2.0, -4.0])).probs)
