@@ -99,13 +99,25 @@ def sample(
     draws: Annotated[
         bool, typer.Option("--draws", help="Draw the pixels too, instead of showing their means.")
     ] = False,
+    label: Annotated[
+        str | None, typer.Option(help="Of a conditional model: a class, or attributes as 0.5,-1; else all classes.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the latents; below 1 keeps to the prior's modes.")] = 1.0,
     output: Annotated[Path | None, typer.Option(help="PNG to write; samples.png in the run by default.")] = None,
     checkpoint: Annotated[str, typer.Option(help='"last" or "best".')] = "last",
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
 ) -> None:
     """Draw new data from a run's model into a picture."""
-    path = experiment.sample(run, number, draws=draws, output=output, checkpoint=checkpoint, seed=seed)
+    path = experiment.sample(
+        run, number, draws=draws, output=output, checkpoint=checkpoint, seed=seed, label=label, temperature=temperature
+    )
     out.print(f"wrote {path}")
+
+
+@app.command()
+def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")]) -> None:
+    """Put the results of several runs side by side in one table."""
+    experiment.compare(folders, out)
 
 
 @app.command(name="list")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from pyrovae import models, objectives, runs
 from pyrovae.arguments import lookup, one_of, pick_device, positive_int
 from pyrovae.evaluate import active_units, log_likelihood
 from pyrovae.fit import fit
+from pyrovae.log import Fit
 from pyrovae.objectives import Objective
 from pyrovae.programs import evaluating, isolated_rng
-from pyrovae.report import pictures, print_results
+from pyrovae.report import labels_for, pictures, print_comparison, print_results, reconstruction_error
 from pyrovae.sampling import sample as draw
 from pyrovae.sites import counts, record_pair
 from pyrovae.support import is_boolean
@@ -73,6 +75,7 @@ def keywords(function: Callable[..., Any]) -> list[str]:
     ]
 
 
+_OWN_FIT = ("epochs", "batch_size", "lr", "seed", "device", "progress")  # what a model that trains itself is told
 FIT_KEYS = ("schedule", "kl_warmup", "clip_norm", "patience", "num_workers", "particles", "compile", "precision")
 DATA_KEYS = ("binarization", "validation")
 
@@ -99,6 +102,8 @@ class Parts:
             "fit": list(FIT_KEYS),
             "data": list(DATA_KEYS),
         }
+        if hasattr(model_class, "fit"):  # trains itself: it has no objective
+            known |= {"objective": [], "fit": [k for k in keywords(model_class.fit) if k not in ("data", *_OWN_FIT)]}
         sorted_: dict[str, dict[str, Any]] = {part: {} for part in known}
         shorthand = {"latent_dim": job.latent_dim, "num_particles": job.particles, "num_groups": job.groups}
         for key, value in (job.settings | {k: v for k, v in shorthand.items() if v is not None}).items():
@@ -121,20 +126,23 @@ def describe_data(name: str, images: datasets.Images) -> dict[str, Any]:
     return {"name": name, "shape": list(images.event_shape), "binarization": images.binarization}
 
 
-def observes_bits(pair: Any, x: Tensor) -> bool:
-    """Whether the pair's observed site is boolean and the data ``x`` are not."""
-    if bool(((x == 0) | (x == 1)).all()):
+def observes_bits(pair: Any, images: datasets.Images) -> bool:
+    """Whether the pair's observed site is boolean and the data are not."""
+    if bool(((images.x == 0) | (images.x == 1)).all()):
         return False
+    first = images.subset([0])
+    batch = (first.x.round(),) if first.labels is None else (first.x.round(), first.labels)
     with torch.no_grad(), isolated_rng(), evaluating(pair.model, pair.guide), pyro.validation_enabled(False):
-        _, joint = record_pair(pair.model, pair.guide, (x[:1].round(),), {})
+        _, joint = record_pair(pair.model, pair.guide, batch, {})
     observed = [s for s in joint.values() if counts(s) and s["is_observed"] and s["value"].numel()]
     return any(is_boolean(site["fn"].support) for site in observed)
 
 
-def build(parts: Parts, shape: torch.Size, grey: Tensor, seed: int) -> Any:
+def build(parts: Parts, shape: torch.Size, grey: Tensor, seed: int, num_classes: int | None = None) -> Any:
     """The model, with its weights drawn from ``seed`` and its output bias started from the data where it can be."""
     takes = keywords(parts.model_class)
-    arguments = ({"input_shape": tuple(shape)} if "input_shape" in takes else {}) | parts.model
+    known = {"input_shape": tuple(shape), "num_classes": None if "num_attributes" in parts.model else num_classes}
+    arguments = {name: value for name, value in known.items() if name in takes and value is not None} | parts.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pair: Any = parts.model_class(**arguments)
@@ -148,6 +156,17 @@ def build(parts: Parts, shape: torch.Size, grey: Tensor, seed: int) -> Any:
     return pair
 
 
+def as_seen_by(pair: Any, images: datasets.Images) -> datasets.Images:
+    """The data as a pair takes them: with labels, if its programs are conditional on them."""
+    if not getattr(pair, "conditional", False):
+        return images.unlabelled()
+    if images.labels is None:
+        raise datasets.DataError(
+            f"{type(pair).__name__} needs labels, which {images.name!r} lacks: take labelled data, or another model"
+        )
+    return images
+
+
 def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[str], out: Console) -> None:
     """Train, evaluate, draw: the main job."""
     folder = _folder(job, run_dir, resume)
@@ -158,51 +177,103 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
     parts, place = Parts.of(job, run=folder if resume else None), pick_device(job.device)
     positive_int("samples", job.samples)
     splits = load_data(job, parts)
-    pair = build(parts, splits.train.event_shape, splits.train.x, job.seed)
-    if observes_bits(pair, splits.train.x):
+    classes = None if splits.train.labels is None else int(splits.train.labels.max()) + 1
+    pair = build(parts, splits.train.event_shape, splits.train.x, job.seed, classes)
+    training = as_seen_by(pair, splits.train)
+    if observes_bits(pair, training):
         splits = load_data(job, parts, binarization="dynamic")
-    training = splits.train.unlabelled()
-    out.print(f"{type(pair).__name__} on {job.data} ({len(training):,} images), {parts.objective}, run in {folder}")
-    result = fit(
-        pair.model, pair.guide, training, objective=parts.objective, epochs=job.epochs, batch_size=job.batch_size,
-        lr=job.lr, device=place, seed=job.seed, run_dir=folder, resume=resume,
-        validation=None if splits.validation is None else splits.validation.unlabelled(),
-        config={"settings": dataclasses.asdict(job), "data": describe_data(job.data, training)},
-        **parts.fit,
-    )  # fmt: skip
+        training = as_seen_by(pair, splits.train)
+    alone = hasattr(pair, "fit")
+    out.print(
+        f"{type(pair).__name__} on {job.data} ({len(training):,} images), "
+        f"{'its own rule' if alone else parts.objective}, run in {folder}"
+    )
+    config = {"settings": dataclasses.asdict(job), "data": describe_data(job.data, training)}
+    if alone:
+        result = _fit_alone(pair, training, job, parts.fit, run, resume, place, config)
+    else:
+        result = fit(
+            pair.model, pair.guide, training, objective=parts.objective, epochs=job.epochs,
+            batch_size=job.batch_size, lr=job.lr, device=place, seed=job.seed, run_dir=folder, resume=resume,
+            validation=None if splits.validation is None else as_seen_by(pair, splits.validation),
+            config=config, **parts.fit,
+        )  # fmt: skip
     if (folder / runs.RESULTS).exists():
         out.print(f'the run "{folder}" is finished; its results are in {runs.RESULTS}')
         return
-    if result.timings["steps"]:
+    if result.timings.get("steps"):
         t = result.timings
         speed = f"{t['ms_per_step']:.2f} ms a step, {t['path']}"
         out.print(f"trained {len(result.history)} epochs in {t['seconds']:.1f} s ({speed})")
     results = measure(pair, splits.test, samples=job.samples, seed=job.seed) | {"timings": result.timings}
-    drawn = pictures(pair, splits.test, result.history, folder, seed=job.seed)
+    results["seconds_per_epoch"] = sum(row["seconds"] for row in result.history) / max(len(result.history), 1)
+    drawn = pictures(pair, as_seen_by(pair, splits.test), splits.test.labels, result.history, folder, seed=job.seed)
     runs.write_json(folder / runs.RESULTS, results | {"checkpoint": "last"})
     print_results(results, out)
     out.print(f"pictures in {folder}: " + ", ".join(path.name for path in drawn))
 
 
+def _fit_alone(
+    pair: Any,
+    training: datasets.Images,
+    job: Settings,
+    options: dict[str, Any],
+    run: runs.Run,
+    resume: bool,
+    place: torch.device,
+    config: dict[str, Any],
+) -> Fit:
+    """Train a model that has its own ``.fit``; it is saved in the end, and begins anew if it did not get there."""
+    if run.exists and not resume:
+        raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
+    if run.exists and (state := run.state()) is not None and state["finished"]:
+        runs.restore(dict(pair.state_dict(keep_vars=True)), run.weights(), where=str(run.path))
+        return Fit(run.history(), finished=True)
+    asked = {k: getattr(job, k) for k in ("epochs", "batch_size", "lr") if getattr(job, k) != getattr(Settings, k)}
+    takes = keywords(pair.fit)
+    if unknown := [k for k in asked if k not in takes]:
+        raise ValueError(f"{type(pair).__name__} has no {unknown[0]}, got {asked[unknown[0]]!r}: leave it out")
+    run.start({"model": runs.describe(pair), "objective": None, "versions": runs.versions()} | config)
+    given = asked | {k: v for k, v in (("seed", job.seed), ("device", place)) if k in takes}
+    history = pair.to(place).fit(training, **given, **options)
+    for row in history:
+        run.log(row)
+    state = {"epoch": len(history), "best_epoch": None, "finished": True, "optimizer": {}, "rng": runs.rng_snapshot()}
+    run.save("last", pair.state_dict(), state)
+    return Fit(history, finished=True)
+
+
 def measure(pair: Any, test: datasets.Images, *, samples: int, seed: int) -> dict[str, Any]:
-    """Test NLL with its errors, and active units, as JSON can hold them."""
-    test = test.unlabelled()
-    estimate = log_likelihood(pair.model, pair.guide, test, num_samples=samples, seed=seed, progress=None)
-    units = active_units(pair.guide, test)
-    return {
-        "nll": estimate.nll,
-        "nll_std_error": estimate.nll_std_error,
-        "nll_data_std_error": estimate.nll_data_std_error,
-        "bits_per_dim": estimate.nll / (test.event_shape.numel() * 0.6931471805599453),
+    """Test NLL with its errors, reconstruction error and active units, as JSON can hold them.
+
+    The NLL is measured with importance samples where the model's is an estimate; a bound or an exact value takes one.
+    """
+    test = as_seen_by(pair, test)
+    kind = getattr(pair, "likelihood_is", "estimate")
+    results: dict[str, Any] = {
+        "likelihood_is": kind,
         "num_images": len(test),
-        "num_samples": samples,
-        "median_ess": estimate.ess.median().item(),
-        "unreliable": estimate.unreliable,
-        "warning": estimate.warning(),
-        "active_units": {name: {"active": u.count, "of": u.variances.numel()} for name, u in units.items()},
+        "parameters": sum(p.numel() for p in pair.parameters()),
+        "reconstruction_error": reconstruction_error(pair, test, seed=seed),
         "seed": seed,
-        "precision": estimate.dtype,
     }
+    if kind is not None:
+        count = samples if kind == "estimate" else 1
+        estimate = log_likelihood(pair.model, pair.guide, test, num_samples=count, seed=seed, progress=None)
+        results |= {
+            "nll": estimate.nll,
+            "nll_std_error": estimate.nll_std_error,
+            "nll_data_std_error": estimate.nll_data_std_error,
+            "bits_per_dim": estimate.nll / (test.event_shape.numel() * math.log(2)),
+            "num_samples": count,
+            "median_ess": estimate.ess.median().item(),
+            "unreliable": estimate.unreliable,
+            "warning": estimate.warning() if kind == "estimate" else None,
+            "precision": estimate.dtype,
+        }
+    units = active_units(pair.guide, test)
+    results["active_units"] = {name: {"active": u.count, "of": u.variances.numel()} for name, u in units.items()}
+    return results
 
 
 def evaluate(
@@ -215,19 +286,32 @@ def evaluate(
     binarization = runs.Run(folder).config()["data"].get("binarization", "none")
     splits = load_data(job, parts, data_dir, binarization=binarization)
     results = measure(pair.to(place), splits.test, samples=samples, seed=seed) | {"checkpoint": checkpoint}
-    if timings := runs.Run(folder).results().get("timings"):
-        results |= {"timings": timings}
+    results |= {k: v for k, v in runs.Run(folder).results().items() if k in ("timings", "seconds_per_epoch")}
     runs.write_json(folder / runs.RESULTS, results)
     print_results(results, out)
 
 
-def sample(folder: Path, number: int, *, draws: bool, output: Path | None, checkpoint: str, seed: int) -> Path:
+def sample(
+    folder: Path,
+    number: int,
+    *,
+    draws: bool,
+    output: Path | None,
+    checkpoint: str,
+    seed: int,
+    label: str | None = None,
+    temperature: float = 1.0,
+) -> Path:
     """Draw new data from a run's model into a picture."""
     from pyrovae.plots import image_grid
 
     number = positive_int("number", number)
     pair, _, _ = reopen(folder, checkpoint)
-    images = draw(pair, number, returns="draws" if draws else "means", seed=seed, like=_example(folder))
+    labels = labels_for(pair, number, label)
+    images = draw(
+        pair, number, *labels,
+        returns="draws" if draws else "means", temperature=temperature, seed=seed, like=_example(folder),
+    )  # fmt: skip
     return Path(image_grid(images, output or folder / "samples.png"))
 
 
@@ -247,6 +331,18 @@ def reopen(folder: Path, checkpoint: str = "last") -> tuple[Any, Settings, Parts
     if config.get("model") is None:  # a class without .config: its arguments are the settings
         pair = build(parts, torch.Size(config["data"]["shape"]), _example(folder), job.seed)
     return runs.load(folder, pair=pair, checkpoint=checkpoint), job, parts
+
+
+def compare(folders: Sequence[Path], out: Console) -> None:
+    """A table of runs, one row each, from what their results.json say."""
+    rows = []
+    for folder in folders:
+        run = runs.Run(folder)
+        config, results = run.config(), run.results()
+        if not results:
+            raise datasets.DataError(f'the run "{folder}" has no {runs.RESULTS}: run pyrovae evaluate {folder}')
+        rows.append((folder.name, config, results))
+    print_comparison(rows, out)
 
 
 def catalogue() -> dict[str, dict[str, str]]:

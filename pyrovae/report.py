@@ -15,62 +15,172 @@ from pyrovae.data import Images
 from pyrovae.evaluate.diagnostics import posterior_means
 from pyrovae.programs import evaluating, isolated_rng, roots
 from pyrovae.sampling import sample
-from pyrovae.sites import counts, record_pair
+from pyrovae.sites import counts, latent, record_pair
 
 PLANE_POINTS = 5000
 
 
-def pictures(pair: Any, test: Images, history: list[dict[str, Any]], folder: Path, *, seed: int = 0) -> list[Path]:
-    """Curves, samples, reconstructions and the latent plane (and, for two units, the manifold) as PNG."""
-    drawn = [plots.curves(history, folder / "curves.png")]
-    images = test.unlabelled()
-    x = images.fixed(seed).x
+def pictures(
+    pair: Any, test: Images, classes: Tensor | None, history: list[dict[str, Any]], folder: Path, *, seed: int = 0
+) -> list[Path]:
+    """Curves, samples, reconstructions and the latent plane (and, for two units, the manifold) as PNG.
+
+    :param test: data as the pair takes them.
+    :param classes: labels to colour by, whether the pair takes them or not.
+    """
+    drawn = [plots.curves(history, folder / "curves.png")] if history else []
+    test = test.fixed(seed)
     if plots.is_image(test.event_shape):
-        generated = sample(pair, 64, returns="means", seed=seed, like=x[:1])
-        drawn.append(plots.image_grid(generated, folder / "samples.png"))
-        rebuilt = reconstruct(pair, x[:16], seed=seed)
-        if rebuilt is not None:
-            drawn.append(plots.reconstructions(x[:16], rebuilt, folder / "reconstructions.png"))
-    device = next((p.device for module in roots(pair.model) for p in module.parameters()), None)
+        if (generated := _generate(pair, test, seed)) is not None:
+            drawn.append(plots.image_grid(generated, folder / "samples.png"))
+        few = test.subset(slice(0, 16))
+        if (rebuilt := reconstruct(pair, _batch(few), seed=seed)) is not None:
+            drawn.append(plots.reconstructions(few.x, rebuilt, folder / "reconstructions.png"))
+    some = test.subset(slice(0, PLANE_POINTS))
     with torch.no_grad(), isolated_rng(seed), evaluating(pair.model, pair.guide):
-        means = posterior_means(pair.guide, (x[:PLANE_POINTS].to(device),))
+        means = posterior_means(pair.guide, _batch(some.to(_device(pair, some.x))))
     vectors = [mean for mean in means.values() if mean.dim() == 2]
     if vectors:
-        labels = None if test.labels is None else test.labels[:PLANE_POINTS]
+        labels = None if classes is None else classes[:PLANE_POINTS]
         drawn.append(plots.latent_plane(vectors[0].cpu(), folder / "latent_plane.png", labels=labels))
-        if vectors[0].shape[1] == 2 and hasattr(pair, "decode") and plots.is_image(test.event_shape):
+        conditional = getattr(pair, "conditional", False)
+        if (
+            vectors[0].shape[1] == 2
+            and hasattr(pair, "decode")
+            and plots.is_image(test.event_shape)
+            and not conditional
+        ):
             path = folder / "manifold.png"
             drawn.append(plots.manifold(pair.decode, path, latent_dim=2, event_shape=test.event_shape))
     return [Path(path) for path in drawn]
 
 
-def reconstruct(pair: Any, x: Tensor, *, seed: int = 0) -> Tensor | None:
-    """Mean of p(x' | z) at one draw z from q(z | x); None where the observed site has no mean."""
-    device = next((p.device for module in roots(pair.model) for p in module.parameters()), x.device)
+def _generate(pair: Any, test: Images, seed: int) -> Tensor | None:
+    """64 samples, of each class in turn where the pair is conditional; None where it generates only when told more."""
+    try:
+        labels = labels_for(pair, 64)
+        return sample(pair, 64, *labels, returns="means", seed=seed, like=test.x[:1])
+    except ValueError:
+        return None
+
+
+def labels_for(pair: Any, number: int, label: str | None = None) -> tuple[Tensor, ...]:
+    """What a conditional pair is to generate by: the label asked for, or all classes in turn; nothing for others."""
+    if not getattr(pair, "conditional", False):
+        if label is not None:
+            raise ValueError(f"{type(pair).__name__} is not conditional, got label {label}: leave the label out")
+        return ()
+    classes = pair.config.get("num_classes")
+    if classes is None:
+        try:
+            row = [float(v) for v in (label or "").split(",")]
+        except ValueError as error:
+            count = pair.config["num_attributes"]
+            raise ValueError(f"label must be {count} numbers, got {label!r}: write such as 0.5,-1") from error
+        return (torch.tensor(row).expand(number, -1),)
+    if label is None:
+        return (torch.arange(classes).repeat(-(-number // classes))[:number],)
+    if not (label.isdigit() and int(label) < classes):
+        raise ValueError(f"label must be one of 0 ... {classes - 1}, got {label!r}: pass such")
+    return (torch.full((number,), int(label)),)
+
+
+def _batch(images: Images) -> tuple[Tensor, ...]:
+    """All of a set as one batch."""
+    return (images.x,) if images.labels is None else (images.x, images.labels)
+
+
+def _device(pair: Any, x: Tensor) -> torch.device:
+    return next((p.device for module in roots(pair.model) for p in module.parameters()), x.device)
+
+
+def reconstruct(pair: Any, batch: tuple[Tensor, ...], *, seed: int = 0) -> Tensor | None:
+    """Mean of p(x' | z) at one draw z from q(z | x); None where no latent is drawn, or x has no mean."""
+    x = batch[0]
+    place = _device(pair, x)
     with torch.no_grad(), isolated_rng(seed), evaluating(pair.model, pair.guide):
-        _, joint = record_pair(pair.model, pair.guide, (x.to(device),), {})
+        drawn, joint = record_pair(pair.model, pair.guide, tuple(a.to(place) for a in batch), {})
     observed = [s for s in joint.values() if counts(s) and s["is_observed"] and s["value"].shape == x.shape]
     try:
-        return observed[0]["fn"].mean.cpu() if observed else None
+        return observed[0]["fn"].mean.to(x.device) if observed and latent(drawn) else None
     except NotImplementedError:
         return None
+
+
+def reconstruction_error(pair: Any, test: Images, *, seed: int = 0, batch_size: int = 500) -> float | None:
+    """Squared distance of data to their reconstructions, summed over a datum and averaged over data; or None."""
+    total, fixed = 0.0, test.fixed(seed)
+    for index in torch.arange(len(fixed)).split(batch_size):
+        batch = _batch(fixed.subset(index))
+        rebuilt = reconstruct(pair, batch, seed=seed)
+        if rebuilt is None:
+            return None
+        total += (batch[0] - rebuilt).square().sum(dtype=torch.float64).item()
+    return total / len(fixed)
 
 
 def print_results(results: dict[str, Any], out: Console) -> None:
     """Test NLL with its standard error, active units, and a warning where the figure cannot be trusted."""
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
-    table.add_row("test NLL", f"{results['nll']:.2f} ± {results['nll_std_error']:.2g} nats per image")
-    table.add_row("", f"{results['bits_per_dim']:.4f} bits/dim; ± {_number(results['nll_data_std_error'])} over images")
-    table.add_row("measured with", f"{results['num_samples']:,} samples, {results['num_images']:,} images")
-    table.add_row(
-        "", f"median ESS {results['median_ess']:.0f}, Pareto k > 0.7 for {results['unreliable']:.1%} of images"
-    )
+    kind = results["likelihood_is"]
+    if kind is None:
+        table.add_row("test NLL", "none: not a generative model, it has no log p(x)")
+    else:
+        table.add_row("test NLL", f"{_nll(results)} nats per image")
+        over_images = f"± {_number(results['nll_data_std_error'])} over images"
+        table.add_row("", f"{results['bits_per_dim']:.4f} bits/dim; {over_images}")
+        counted = f"{results['num_images']:,} images"
+        if kind == "estimate":
+            table.add_row("measured with", f"{results['num_samples']:,} samples, {counted}")
+            ess = f"median ESS {results['median_ess']:.0f}"
+            table.add_row("", f"{ess}, Pareto k > 0.7 for {results['unreliable']:.1%} of images")
+        else:
+            table.add_row("measured", f"{_KINDS[kind]}, {counted}")
+    if results["reconstruction_error"] is not None:
+        table.add_row("reconstruction", f"squared error {results['reconstruction_error']:.3g} per image")
     for name, units in results["active_units"].items():
         table.add_row("active units", f'{units["active"]} of {units["of"]} at "{name}"')
     out.print(table)
-    if results["warning"]:
+    if results.get("warning"):
         out.print(f"[yellow]warning:[/yellow] {results['warning']}")
+
+
+_KINDS = {"exact": "exactly", "bound": "as a bound: the true NLL is at most that", "estimate": "by importance sampling"}
+
+
+def _nll(results: dict[str, Any]) -> str:
+    """The figure and its error; a bound says so."""
+    if results["likelihood_is"] is None:
+        return "none"
+    if results["likelihood_is"] == "bound":
+        return f"≤ {results['nll']:.2f}"
+    error = f" ± {results['nll_std_error']:.2g}" if results["nll_std_error"] else ""
+    return f"{results['nll']:.2f}{error}"
+
+
+def print_comparison(rows: list[tuple[str, dict[str, Any], dict[str, Any]]], out: Console) -> None:
+    """One row per run: size, speed, reconstruction, log p(x), and how much of the latent space is in use."""
+    table = Table(title="squared error per image; NLL in nats per image, ≤ marks a bound")
+    for name in ("run", "model", "data", "parameters", "s/epoch", "error", "test NLL", "in use"):
+        table.add_column(name, justify="left" if name in ("run", "model", "data", "in use") else "right")
+    for name, config, results in rows:
+        error, seconds = results.get("reconstruction_error"), results.get("seconds_per_epoch")
+        cls = (config.get("model") or {}).get("class", config.get("settings", {}).get("model", "?"))
+        table.add_row(
+            name, cls.rpartition(":")[2], config.get("data", {}).get("name", "?"), f"{results.get('parameters', 0):,}",
+            "" if seconds is None else f"{seconds:.1f}", "" if error is None else f"{error:.1f}", _nll(results),
+            _use(results),
+        )  # fmt: skip
+    out.print(table)
+
+
+def _use(results: dict[str, Any]) -> str:
+    """Active units of every layer, or the perplexity of the codes."""
+    if results.get("perplexity") is not None:
+        return f"perplexity {results['perplexity']:.0f}"
+    units = "+".join(str(u["active"]) for u in results["active_units"].values())
+    return f"{units} units" if units else ""
 
 
 def _number(value: float | None) -> str:
