@@ -11,7 +11,21 @@ from pyrovae.compile import training_step
 from pyrovae.evaluate import LikelihoodEstimate, active_units, log_likelihood
 from pyrovae.fit import Fit, fit
 from pyrovae.importance import log_weights
-from pyrovae.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, VIMCO, Objective, ParticleWeights, Renyi, VRMax
+from pyrovae.objectives import (
+    CIWAE,
+    ELBO,
+    IWAE,
+    MIWAE,
+    PIWAE,
+    RWS,
+    TVO,
+    VIMCO,
+    Objective,
+    ParticleWeights,
+    Renyi,
+    SleepPhi,
+    VRMax,
+)
 from pyrovae.replicas import fit_replicas
 from pyrovae.runs import load
 from pyrovae.sampling import sample
@@ -22,12 +36,15 @@ __all__ = [
     "IWAE",
     "MIWAE",
     "PIWAE",
+    "RWS",
+    "TVO",
     "VIMCO",
     "Fit",
     "LikelihoodEstimate",
     "Objective",
     "ParticleWeights",
     "Renyi",
+    "SleepPhi",
     "VRMax",
     "active_units",
     "data",

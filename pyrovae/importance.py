@@ -192,7 +192,7 @@ class Particles:
 # --- running the programs ------------------------------------------------------------------------------------------
 
 
-def _fold(args: tuple, kwargs: dict, num_particles: int) -> tuple[tuple, dict]:
+def fold_arguments(args: tuple, kwargs: dict, num_particles: int) -> tuple[tuple, dict]:
     """Repeat every argument that has the data along its first axis, particles major."""
     size = next((a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 0), None)
 
@@ -238,7 +238,7 @@ def run(
     """
     fold, particle_dim = fold and num_particles > 1, None
     if fold:
-        args, kwargs = _fold(args, kwargs, num_particles)
+        args, kwargs = fold_arguments(args, kwargs, num_particles)
     elif num_particles > 1:
         particle_dim = -1 - nesting
 
@@ -350,6 +350,7 @@ def surrogate(
     ratio: Tensor | None,
     fixed: bool,
     reinforce: bool,
+    path: bool = True,
 ) -> Tensor:
     r"""A scalar whose gradient is the ascent direction that ``weights`` asks for; its value means nothing.
 
@@ -369,7 +370,7 @@ def surrogate(
         total = dot(weights.path, log_w)
     else:
         total = dot(weights.model, log_p)
-        leaves = list(particles.copies.values())
+        leaves = list(particles.copies.values()) if path else []
         if ratio is not None:
             for name, copied in particles.copies.items():
                 copied.register_hook(partial(mul, particles.at_site(name, ratio)))
@@ -377,7 +378,7 @@ def surrogate(
             along = torch.autograd.grad(dot(weights.path, log_p), leaves, retain_graph=True, allow_unused=True)
             live = [particles.guide[name]["value"] for name in particles.copies]
             total = total + sum((g * z).sum() for g, z in zip(along, live, strict=True) if g is not None)
-        if log_guide is not None:
+        if log_guide is not None and path:
             total = total - dot(weights.path * kl_weight, log_guide)
     if fixed and (log_q := particles.log_guide_fixed()) is not None:
         total = total + dot(kl_weight * (weights.path + weights.score), log_q)

@@ -75,22 +75,22 @@ def sample(
     program = model.model if callable(getattr(model, "model", None)) and hasattr(model, "guide") else model
     x = _blank(program, n, like)
     args = tuple(a.to(x.device) if isinstance(a, Tensor) else a for a in args)
-    redraw = _Redraw(x, site, temperature)
+    redraw = Redraw(x, site, temperature)
     parts: list[Tensor] = []
     with torch.no_grad(), evaluating(program), nullcontext() if seed is None else isolated_rng(seed):
         while sum(map(len, parts)) < n:
-            found = _run(program, (x, *args), kwargs, redraw)
+            found = generate(program, (x, *args), kwargs, redraw)[redraw.site]
             parts.append(_with_rows(found["value"] if returns == "draws" else _mean(found), found["name"]))
     return torch.cat(parts)[:n]
 
 
-class _Redraw(Messenger):
+class Redraw(Messenger):
     """Draw, instead of observing, the site named and every site whose observation is ``x`` or a view of it.
 
     Latents are drawn at the temperature given.
     """
 
-    def __init__(self, x: Tensor, site: str | None, temperature: float) -> None:
+    def __init__(self, x: Tensor, site: Any = None, temperature: float = 1.0) -> None:
         super().__init__()
         self.x, self.site, self.temperature = x, site, temperature
         self.names: list[str] = []
@@ -143,18 +143,18 @@ def _share_memory(a: Any, b: Tensor) -> bool:
     return isinstance(a, Tensor) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
 
 
-def _run(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], redraw: _Redraw) -> Site:
-    """One run of the model; the site to return."""
+def generate(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], redraw: Redraw) -> Sites:
+    """One run of the model, its data drawn; ``redraw.site`` says at which site, unless it asks for one."""
     with Record() as record, redraw:
         program(*args, **kwargs)
     if redraw.site is None:
         redraw.site = _observing(record.sites, redraw.names)
         if redraw.site not in redraw.names:  # it observes a copy of x, as of x[index]: now known by its name
-            return _run(program, args, kwargs, redraw)
+            return generate(program, args, kwargs, redraw)
     if redraw.site not in record.sites:
         known = quoted(name for name, found in record.sites.items() if counts(found))
         raise ValueError(f'the model has no site "{redraw.site}", but {known}: choose one of those')
-    return record.sites[redraw.site]
+    return record.sites
 
 
 def _observing(sites: Sites, redrawn: list[str]) -> str:

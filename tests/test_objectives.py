@@ -53,7 +53,7 @@ class Pair(nn.Module):
 OBJECTIVES = [
     pv.ELBO(2), pv.ELBO(1, gradient="stl"), pv.IWAE(3), pv.IWAE(3, gradient="stl"), pv.IWAE(3, gradient="dreg"),
     pv.Renyi(0.5, 3, gradient="dreg"), pv.VRMax(3), pv.MIWAE(2, 3, gradient="dreg"), pv.PIWAE(2, 3), pv.CIWAE(0.5, 3),
-    pv.VIMCO(3), pv.ELBO(2, free_bits=0.1),
+    pv.VIMCO(3), pv.ELBO(2, free_bits=0.1), pv.RWS(3), pv.RWS(3, gradient="dreg"), pv.TVO(3),
 ]  # fmt: skip
 
 

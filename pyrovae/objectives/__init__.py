@@ -3,8 +3,24 @@
 from pyrovae.objectives.base import Objective, ParticleWeights
 from pyrovae.objectives.bounds import CIWAE, IWAE, MIWAE, PIWAE, VIMCO, Renyi, VRMax
 from pyrovae.objectives.elbo import ELBO
+from pyrovae.objectives.tvo import TVO
+from pyrovae.objectives.wake_sleep import RWS, SleepPhi
 
-__all__ = ["CIWAE", "ELBO", "IWAE", "MIWAE", "PIWAE", "VIMCO", "Objective", "ParticleWeights", "Renyi", "VRMax"]
+__all__ = [
+    "CIWAE",
+    "ELBO",
+    "IWAE",
+    "MIWAE",
+    "PIWAE",
+    "RWS",
+    "TVO",
+    "VIMCO",
+    "Objective",
+    "ParticleWeights",
+    "Renyi",
+    "SleepPhi",
+    "VRMax",
+]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "elbo": ELBO,
@@ -15,4 +31,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "piwae": PIWAE,
     "ciwae": CIWAE,
     "vimco": VIMCO,
+    "rws": RWS,
+    "tvo": TVO,
+    "sleep": SleepPhi,
 }

@@ -104,6 +104,10 @@ class Objective(pyro.infer.ELBO):
     num_groups: int = 1
     #: Whether dreg's |path| <= C * model for some C, so that one backward pass serves for both.
     proportional: bool = False
+    #: Whether the guide follows its score alone, the path coefficients being 0.
+    score_only: bool = False
+    #: Whether non-reparameterised sites follow ``reinforce``; else it is 0.
+    scores: bool = True
     kl_weight: Any
     likelihood_weight: Any
 
@@ -149,7 +153,7 @@ class Objective(pyro.infer.ELBO):
     def weights(self, log_w: Tensor) -> ParticleWeights:
         """The coefficients that model and guide follow at ``log_w`` (``[K, ...]``), each shaped like it."""
         bound, weights = self._weights(log_w, self.kl_weight)
-        return _finite(weights, bound)
+        return finite_weights(weights, bound)
 
     def _weights(
         self, log_w: Tensor, kl_weight: Any, *, score: bool = True, reinforce: bool = True
@@ -206,7 +210,7 @@ class Objective(pyro.infer.ELBO):
             bound, weights = self.bound(log_w), self.weights(log_w)
         else:
             bound, weights = self._weights(log_w, kl_weight, score=self._fixed, reinforce=reinforce)
-        return bound, _finite(weights, bound, tiny=torch.finfo(log_w.dtype).eps ** 2, scale=particles.scale)
+        return bound, finite_weights(weights, bound, tiny=torch.finfo(log_w.dtype).eps ** 2, scale=particles.scale)
 
     # --- pyro.infer.ELBO ---------------------------------------------------------------------------------------
 
@@ -229,11 +233,11 @@ class Objective(pyro.infer.ELBO):
         log_p = None
         if self._copies:
             log_p = importance.combine(likelihood, prior, None, self.kl_weight, self.likelihood_weight)
-        reinforce = any(not s["fn"].has_rsample for s in particles.guide.values() if counts(s))
+        reinforce = self.scores and any(not s["fn"].has_rsample for s in particles.guide.values() if counts(s))
         bound, weights = self._followed(log_w.detach(), particles, reinforce)
         ascent = importance.surrogate(
             particles, log_p, guide, log_w, weights,
-            kl_weight=self.kl_weight, fixed=self._fixed, reinforce=reinforce,
+            kl_weight=self.kl_weight, fixed=self._fixed, reinforce=reinforce, path=not self.score_only,
             ratio=_ratio(weights) if self._copies == "live" else None,
         )  # fmt: skip
         return -(bound * particles.scale).sum() - (ascent - ascent.detach())
@@ -341,7 +345,7 @@ class _PairLoss(ELBOModule):
         self.owners = nn.ModuleList(m for m in roots(model, guide) if m is not model and m is not guide)
 
 
-def _finite(weights: ParticleWeights, bound: Tensor, tiny: float = 0.0, scale: Any = 1.0) -> ParticleWeights:
+def finite_weights(weights: ParticleWeights, bound: Tensor, tiny: float = 0.0, scale: Any = 1.0) -> ParticleWeights:
     """No gradient from a datum whose bound is not finite, nor from a learning signal that is not.
 
     Nor from a weight below ``tiny``, eps^2 in training: it is invisible in the sum, and its gradients are denormal,

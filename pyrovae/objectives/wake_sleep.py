@@ -1,0 +1,114 @@
+r"""Reweighted wake-sleep: the guide learns by likelihood, not by a bound."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from pyrovae import importance
+from pyrovae.importance import Particles
+from pyrovae.objectives.base import Objective, Options, ParticleWeights, finite_weights
+from pyrovae.objectives.bounds import log_mean_exp
+from pyrovae.programs import Program
+from pyrovae.sampling import Redraw, generate
+from pyrovae.sites import Record, latent
+
+
+def only_one(name: str, objective: Objective) -> None:
+    """Refuse a kl_weight other than 1 to an objective that has none."""
+    if not (isinstance(objective.kl_weight, float) and objective.kl_weight == 1):
+        raise ValueError(f"{name} has no kl_weight but 1, got {objective.kl_weight!r}: leave it out, or take IWAE")
+
+
+class RWS(Objective):
+    r"""Reweighted wake-sleep, wake phase for both programs.
+
+    .. math:: \theta:\; \sum_k \tilde w_k \nabla_\theta \log p(x, z_k), \qquad
+              \phi:\; \sum_k \tilde w_k \nabla_\phi \log q(z_k \mid x), \qquad
+              \tilde w = \mathrm{softmax}_k \log w
+
+    The model follows IWAE's bound, which is what is reported. The guide descends
+    :math:`\mathrm{KL}(p(z \mid x) \| q)`, estimated with self-normalised weights: biased for finite K, consistent, and
+    without high-variance score-function terms, so that it suits discrete latents. ``gradient="dreg"`` gives the same
+    gradient in the mean through reparameterised samples: path :math:`\tilde w - \tilde w^2`.
+
+    >>> RWS(num_particles=2).weights(torch.zeros(2, 1)).score.squeeze()
+    tensor([0.5000, 0.5000])
+
+    :raises ValueError: with gradient="stl", or a kl_weight other than 1.
+
+    Bornschein and Bengio (2015), *Reweighted wake-sleep*; Le et al. (2019), *Revisiting reweighted wake-sleep*; Tucker
+    et al. (2018), *Doubly reparameterized gradient estimators*.
+    """
+
+    scores = False
+
+    def __init__(self, num_particles: int = 5, **options: Unpack[Options]) -> None:
+        super().__init__(num_particles, **options)
+        only_one("RWS", self)
+        if self.gradient == "stl":
+            raise ValueError('RWS has no gradient="stl", its guide follows no bound: pass gradient="total" or "dreg"')
+        self.score_only = self.gradient == "total"
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        return log_mean_exp(log_w)
+
+    def weights(self, log_w: Tensor) -> ParticleWeights:
+        """As in the equations; ``reinforce`` is 0."""
+        wn = log_w.detach().softmax(0)
+        zero = torch.zeros_like(wn)
+        path, score = (wn - wn.square(), zero) if self.gradient == "dreg" else (zero, wn)
+        return finite_weights(ParticleWeights(wn, path, score, zero), self.bound(log_w.detach()))
+
+
+class SleepPhi(Objective):
+    r"""The sleep phase: the guide learns to invert the model on data that the model dreams.
+
+    .. math:: \phi:\; \nabla_\phi\, \mathbb E_{p(x, z)} \log q(z \mid x)
+
+    One dream per datum and particle; the data give only the shape of a batch, and what follows them (labels) is kept.
+    The model gets no gradient. Reported is :math:`\log q(z \mid x)` of the dreams in nats, no bound on log p(x), and no
+    function of log-weights: :meth:`bound` refuses. Train the model by :class:`RWS` in turn.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.0)) * x, 1.0))
+    >>> SleepPhi().loss_and_grads(model, guide, torch.zeros(100)) > 0
+    True
+
+    Hinton et al. (1995), *The wake-sleep algorithm for unsupervised neural networks*.
+    """
+
+    def __init__(self, num_particles: int = 1) -> None:  # dreams per datum
+        super().__init__(num_particles)
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        raise ValueError("SleepPhi is no function of log-weights, it has no bound: take RWS or IWAE to report one")
+
+    @property
+    def linear(self) -> bool:
+        return True
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Minus log q(z | x) of one dream per datum, summed over data, mean over particles."""
+        self._check(model, guide, args, kwargs)
+        if self.num_particles > 1:
+            args, kwargs = importance.fold_arguments(args, kwargs, self.num_particles)
+        with torch.no_grad():
+            redraw = Redraw(args[0])
+            dreamt = generate(model, args, kwargs, redraw)
+        values = {name: site["value"] for name, site in latent(dreamt).items() if name != redraw.site}
+        with Record(values) as record:
+            guide(dreamt[redraw.site]["value"], *args[1:], **kwargs)
+        particles = Particles(record.sites, {}, 1, None, False, True, {}, dict)
+        log_q = particles.log_guide()
+        if log_q is None:
+            raise ValueError("SleepPhi trains a guide, but this one draws nothing: take another objective")
+        return -(log_q * particles.scale).sum() / self.num_particles
