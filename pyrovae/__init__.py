@@ -8,7 +8,15 @@ __version__ = "0.1.0"
 
 from pyrovae import data, models, nn, plots
 from pyrovae.compile import training_step
-from pyrovae.evaluate import LikelihoodEstimate, active_units, log_likelihood
+from pyrovae.evaluate import (
+    AISEstimate,
+    Bracket,
+    LikelihoodEstimate,
+    active_units,
+    ais_log_likelihood,
+    bdmc,
+    log_likelihood,
+)
 from pyrovae.fit import Fit, fit
 from pyrovae.importance import log_weights
 from pyrovae.objectives import (
@@ -39,6 +47,8 @@ __all__ = [
     "RWS",
     "TVO",
     "VIMCO",
+    "AISEstimate",
+    "Bracket",
     "Fit",
     "LikelihoodEstimate",
     "Objective",
@@ -47,6 +57,8 @@ __all__ = [
     "SleepPhi",
     "VRMax",
     "active_units",
+    "ais_log_likelihood",
+    "bdmc",
     "data",
     "fit",
     "fit_replicas",

@@ -140,7 +140,10 @@ class Particles:
 
     def at_site(self, name: str, weights: Tensor) -> Tensor:
         """One weight per particle and datum, ``[K, *plates]``, shaped to multiply the value of a guide's site."""
-        event_dim = self.guide[name]["fn"].event_dim
+        return self.spread(weights, self.guide[name]["fn"].event_dim)
+
+    def spread(self, weights: Tensor, event_dim: int) -> Tensor:
+        """One weight per particle and datum, shaped to multiply a value of ``event_dim`` event dimensions."""
         if self.folded:
             return weights.reshape(-1, *[1] * event_dim)
         if self.num_particles == 1:

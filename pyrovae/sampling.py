@@ -72,8 +72,8 @@ def sample(
     one_of("returns", returns, ("means", "draws"))
     if in_range("temperature", temperature, 0.0) == 0:
         raise ValueError("temperature must be above 0, got 0: pass a small one")
-    program = model.model if callable(getattr(model, "model", None)) and hasattr(model, "guide") else model
-    x = _blank(program, n, like)
+    program = program_of(model)
+    x = blank(program, n, like)
     args = tuple(a.to(x.device) if isinstance(a, Tensor) else a for a in args)
     redraw = Redraw(x, site, temperature)
     parts: list[Tensor] = []
@@ -82,6 +82,11 @@ def sample(
             found = generate(program, (x, *args), kwargs, redraw)[redraw.site]
             parts.append(_with_rows(found["value"] if returns == "draws" else _mean(found), found["name"]))
     return torch.cat(parts)[:n]
+
+
+def program_of(model: Any) -> Program:
+    """The model of a pair; any other program is the model itself."""
+    return model.model if callable(getattr(model, "model", None)) and hasattr(model, "guide") else model
 
 
 class Redraw(Messenger):
@@ -169,7 +174,7 @@ def _observing(sites: Sites, redrawn: list[str]) -> str:
     return names[0]
 
 
-def _blank(program: Program, n: int, like: Any) -> Tensor:
+def blank(program: Program, n: int, like: Any) -> Tensor:
     """Zeros ``[n, *event]`` of the dtype and on the device that the model works with."""
     modules = roots(program)
     parameter = next((p for m in modules for p in m.parameters() if p.is_floating_point()), None)

@@ -51,23 +51,11 @@ MEMORY = 2 * 2**30  # bytes that one evaluation may take
 WORKING_SET = {"cpu": 48 * 2**20, "cuda": 2**30}  # larger passes gain nothing: they leave the caches
 
 
-@dataclass(frozen=True)
-class LikelihoodEstimate:
-    r"""Importance-sampling estimates :math:`\log \hat p(x_b) = \log \frac1S \sum_s w_{sb}`, in nats, float64.
-
-    ``std_error`` is the delta-method standard error of each :math:`\log \hat p`, ``ess`` the effective sample size
-    :math:`(\sum w)^2 / \sum w^2`, ``pareto_k`` the tail shape of the weights: above 0.7 neither the estimate nor its
-    standard error can be trusted. All are ``[B]``, or 0-d for a pair with joint weights.
-    """
+class Figures:
+    """What estimates of log p(x), one per datum with a standard error each, say of the data as a whole."""
 
     log_prob: Tensor
     std_error: Tensor
-    ess: Tensor
-    pareto_k: Tensor
-    num_samples: int
-    seed: int | None
-    dtype: str
-    path: str = "eager"
 
     @property
     def nll(self) -> float:
@@ -85,6 +73,25 @@ class LikelihoodEstimate:
         return (
             (self.log_prob.std() / math.sqrt(self.log_prob.numel())).item() if self.log_prob.numel() > 1 else math.nan
         )
+
+
+@dataclass(frozen=True)
+class LikelihoodEstimate(Figures):
+    r"""Importance-sampling estimates :math:`\log \hat p(x_b) = \log \frac1S \sum_s w_{sb}`, in nats, float64.
+
+    ``std_error`` is the delta-method standard error of each :math:`\log \hat p`, ``ess`` the effective sample size
+    :math:`(\sum w)^2 / \sum w^2`, ``pareto_k`` the tail shape of the weights: above 0.7 neither the estimate nor its
+    standard error can be trusted. All are ``[B]``, or 0-d for a pair with joint weights.
+    """
+
+    log_prob: Tensor
+    std_error: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    num_samples: int
+    seed: int | None
+    dtype: str
+    path: str = "eager"
 
     @property
     def unreliable(self) -> float:
