@@ -1,0 +1,179 @@
+"""Refinement, the posterior's gap and the gradient's signal, on pairs whose posterior is known."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyrovae as pv
+from tests.state import double_precision
+
+NOISE = 0.6
+X = torch.tensor([[0.5], [-1.5], [2.0]], dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    with double_precision(9):
+        yield
+
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, NOISE).to_event(1), obs=x)
+
+
+SLOPE, SPREAD = 1 / (1 + NOISE**2), NOISE / (1 + NOISE**2) ** 0.5
+
+
+def exact_log_prob(x):
+    return dist.Normal(0.0, (1 + NOISE**2) ** 0.5).log_prob(x).sum(-1)
+
+
+def normal_guide(slope, scale):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope * x, scale).to_event(1))
+
+    return guide
+
+
+def kl(slope, scale, x):
+    """KL of the guide from the posterior N(SLOPE x, SPREAD^2)."""
+    return torch.distributions.kl_divergence(
+        dist.Normal(slope * x, torch.tensor(scale)), dist.Normal(SLOPE * x, SPREAD)
+    ).sum(-1)
+
+
+def test_refinement_finds_the_posterior():
+    refined = pv.refine(model, normal_guide(0.1, 1.4), X, steps=300, lr=0.05, seed=0)
+    log_w = pv.log_weights(model, refined, X, num_particles=200)
+    torch.testing.assert_close(log_w, exact_log_prob(X).expand(200, 3), atol=0.02, rtol=0)
+
+
+def layers(x):
+    with pyro.plate("data", len(x)):
+        top = pyro.sample("top", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+        z = pyro.sample("z", dist.Normal(0.8 * top, 0.5).to_event(1))
+        pyro.sample("x", dist.Normal(z, NOISE).to_event(1), obs=x)
+
+
+def layers_guide(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.3 * x, 0.9).to_event(1))
+        pyro.sample("top", dist.Normal(0.2 * z, 1.0).to_event(1))
+
+
+def test_refinement_of_a_hierarchy_tightens_the_bound_and_keeps_the_estimate():
+    refined = pv.refine(layers, layers_guide, X, steps=200, lr=0.05, seed=0)
+    before, after = (pv.log_weights(layers, g, X, num_particles=4000) for g in (layers_guide, refined))
+    assert (after.mean(0) > before.mean(0) + 0.1).all()
+    exact = dist.Normal(0.0, (0.8**2 + 0.5**2 + NOISE**2) ** 0.5).log_prob(X).sum(-1)
+    found = pv.log_likelihood(layers, refined, X, num_samples=4000, seed=0)
+    assert ((found.log_prob - exact).abs() < 5 * found.std_error).all()
+
+
+def test_refinement_leaves_the_pair_and_the_generators_alone():
+    torch.manual_seed(0)
+    vae = pv.models.VAE((6,), latent_dim=2, hidden=(4,))
+    x, before, state = torch.rand(5, 6).round(), [p.clone() for p in vae.parameters()], torch.get_rng_state()
+    a, b = (pv.refine(vae.model, vae.guide, x, steps=3, seed=1) for _ in range(2))
+    assert torch.equal(a.shifts["z"], b.shifts["z"])
+    assert a.shifts["z"].shape == (5, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert vae.training
+    assert all(torch.equal(p, q) for p, q in zip(before, vae.parameters(), strict=True))
+    assert all(p.grad is None for p in vae.parameters())
+
+
+def discrete(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("bit", dist.Bernoulli(torch.tensor(0.5)))
+
+
+def positive(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("rate", dist.LogNormal(torch.tensor(0.0), 1.0))
+
+
+def nothing(x):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("guide", "match"),
+    [(discrete, 'guide site "bit" .* cannot be refined'), (positive, 'guide site "rate"'), (nothing, "draws nothing")],
+)
+def test_refinement_refuses_by_name(guide, match):
+    with pytest.raises(ValueError, match=match):
+        pv.refine(model, guide, X)
+
+
+def test_an_exact_guide_has_no_gap():
+    found = pv.posterior_gap(model, normal_guide(SLOPE, SPREAD), X, num_samples=640)
+    assert found.log_p == pytest.approx(exact_log_prob(X).mean().item())
+    assert found.gap == pytest.approx(0, abs=1e-9)
+
+
+def test_the_gap_of_a_bad_guide_is_amortisation_and_of_a_bad_family_approximation():
+    slope, scale = 0.2, 1.2
+    found = pv.posterior_gap(model, normal_guide(slope, scale), X.repeat(40, 1), num_samples=2000, refine_steps=200)
+    truth = exact_log_prob(X).mean().item()
+    assert found.log_p == pytest.approx(truth, abs=0.01)
+    assert found.elbo == pytest.approx(truth - kl(slope, scale, X).mean().item(), abs=0.02)
+    assert found.elbo < found.iwae < found.log_p
+    assert found.amortisation == pytest.approx(kl(slope, scale, X).mean().item(), abs=0.05)
+    assert found.approximation == pytest.approx(0, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"num_particles": 0}, "num_particles must be"), ({"num_samples": 10}, "num_samples must be .* at least 64")],
+)
+def test_gap_refuses(options, match):
+    with pytest.raises(ValueError, match=match):
+        pv.posterior_gap(model, normal_guide(0.5, 1.0), X, **options)
+
+
+class Linear(nn.Module):
+    """Rainforth's example: x ~ N(z, I), z ~ N(mu, I), guide N(A x + b, 2/3 I)."""
+
+    def __init__(self, dim=2):
+        super().__init__()
+        self.mu = nn.Parameter(torch.randn(dim) * 0.3)
+        self.a = nn.Parameter(0.5 * torch.eye(dim) + 0.05 * torch.randn(dim, dim))
+        self.b = nn.Parameter(0.5 * self.mu.detach() + 0.1 * torch.randn(dim))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.mu, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ self.a.T + self.b, (2 / 3) ** 0.5).to_event(1))
+
+
+@pytest.mark.parametrize(("gradient", "slope"), [("total", -0.5), ("dreg", 0.5)])
+def test_signal_to_noise_has_rainforths_slopes(gradient, slope):
+    torch.manual_seed(0)
+    pair, x = Linear(), torch.randn(8, 2) * 1.5
+    counts = [4, 16, 64]
+    found = [
+        pv.gradient_snr(pv.IWAE(k, gradient=gradient), pair.model, pair.guide, x, repetitions=1000) for k in counts
+    ]
+
+    def fitted(values):
+        return (math.log(values[-1]) - math.log(values[0])) / (math.log(counts[-1]) - math.log(counts[0]))
+
+    assert fitted([f.model for f in found]) == pytest.approx(0.5, abs=0.12)
+    assert fitted([f.guide for f in found]) == pytest.approx(slope, abs=0.2)
+
+
+def test_snr_without_parameters_is_refused():
+    with pytest.raises(ValueError, match="the pair has no parameters"):
+        pv.gradient_snr(pv.ELBO(), model, normal_guide(0.5, 1.0), X)
