@@ -85,11 +85,16 @@ def evaluate(
     data_dir: DataDir = None,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    ais: Annotated[bool, typer.Option("--ais", help="Anneal 100 test images as well.")] = False,
+    diagnostics: Annotated[
+        bool, typer.Option("--diagnostics", help="What each unit carries, and where the bound is lost.")
+    ] = False,
 ) -> None:
     """Measure a run's test NLL with its standard error, and its active units; writes results.json."""
     experiment.evaluate(
-        run, samples=samples, checkpoint=checkpoint, data_dir=data_dir, device=device, seed=seed, out=out
-    )
+        run, samples=samples, checkpoint=checkpoint, data_dir=data_dir, device=device, seed=seed, ais=ais,
+        diagnostics=diagnostics, out=out,
+    )  # fmt: skip
 
 
 @app.command()

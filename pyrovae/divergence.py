@@ -57,6 +57,11 @@ def _unmasked(fn: torch.distributions.Distribution) -> torch.distributions.Distr
     return fn
 
 
+def elementwise(fn: torch.distributions.Distribution) -> torch.distributions.Distribution | None:
+    """The distribution of single units, ``[*batch, units]``, if the event is made of independent elements."""
+    return _units(_unmasked(fn), len(fn.event_shape))
+
+
 def _units(fn: torch.distributions.Distribution, event_dim: int) -> torch.distributions.Distribution | None:
     """The elementwise distribution inside, if the whole event is made of independent elements."""
     while isinstance(fn, Independent):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyrovae import data as datasets
 from pyrovae import models, objectives, runs
 from pyrovae.arguments import lookup, one_of, pick_device, positive_int
-from pyrovae.evaluate import active_units, log_likelihood
+from pyrovae.evaluate import active_units, ais_log_likelihood, information, log_likelihood, posterior_gap
 from pyrovae.fit import fit
 from pyrovae.log import Fit
 from pyrovae.objectives import Objective
@@ -277,18 +277,73 @@ def measure(pair: Any, test: datasets.Images, *, samples: int, seed: int) -> dic
 
 
 def evaluate(
-    folder: Path, *, samples: int, checkpoint: str, data_dir: str | None, device: str, seed: int, out: Console
+    folder: Path,
+    *,
+    samples: int,
+    checkpoint: str,
+    data_dir: str | None,
+    device: str,
+    seed: int,
+    out: Console,
+    ais: bool = False,
+    diagnostics: bool = False,
 ) -> None:
-    """Measure a run again and write its results.json."""
+    """Measure a run again and write its results.json; if asked, by annealing, and with what its latents carry."""
     positive_int("samples", samples)
     place = pick_device(device)
     pair, job, parts = reopen(folder, checkpoint)
     binarization = runs.Run(folder).config()["data"].get("binarization", "none")
-    splits = load_data(job, parts, data_dir, binarization=binarization)
-    results = measure(pair.to(place), splits.test, samples=samples, seed=seed) | {"checkpoint": checkpoint}
+    test = load_data(job, parts, data_dir, binarization=binarization).test
+    pair = pair.to(place)
+    if (ais or diagnostics) and getattr(pair, "likelihood_is", "estimate") != "estimate":
+        raise ValueError(
+            f"{type(pair).__name__} has nothing to anneal or diagnose, its log p(x) is no estimate: leave --ais and "
+            "--diagnostics out"
+        )
+    results = measure(pair, test, samples=samples, seed=seed) | {"checkpoint": checkpoint}
     results |= {k: v for k, v in runs.Run(folder).results().items() if k in ("timings", "seconds_per_epoch")}
+    few = as_seen_by(pair, test.subset(slice(0, CLOSER)))
+    if diagnostics:
+        results["diagnostics"] = diagnose(pair, as_seen_by(pair, test), few, samples=samples, seed=seed)
+    if ais:
+        results["ais"] = anneal(pair, few, samples=samples, seed=seed)
     runs.write_json(folder / runs.RESULTS, results)
     print_results(results, out)
+
+
+CLOSER = 100  # test images that are looked at closer: annealed, and their guide refined
+
+
+def diagnose(pair: Any, test: datasets.Images, few: datasets.Images, *, samples: int, seed: int) -> dict[str, Any]:
+    """What the latents carry, and where the bound is lost, as JSON can hold it."""
+    found = {
+        name: {"kl": i.kl, "mutual_information": i.mutual_information, "aggregate_kl": i.aggregate_kl}
+        for name, i in information(pair.model, pair.guide, test, seed=seed).items()
+    }
+    averaged = active_units(pair.guide, test, samples=64)
+    gap = posterior_gap(pair.model, pair.guide, few, num_samples=max(samples, 64), refine_steps=200, seed=seed)
+    lost = {"gap": gap.gap, "amortisation": gap.amortisation, "approximation": gap.approximation}
+    return {
+        "information": found,
+        "active_units_averaged": {name: u.count for name, u in averaged.items()},
+        "posterior_gap": gap._asdict() | lost | {"num_images": len(few)},
+    }
+
+
+def anneal(pair: Any, few: datasets.Images, *, samples: int, seed: int) -> dict[str, Any]:
+    """The NLL of some images by annealing, and by importance sampling beside it, as JSON can hold them."""
+    annealed = ais_log_likelihood(pair.model, few, seed=seed, progress=None)
+    sampled = log_likelihood(pair.model, pair.guide, few, num_samples=samples, seed=seed)
+    return {
+        "nll": annealed.nll,
+        "nll_std_error": annealed.nll_std_error,
+        "acceptance": annealed.acceptance.mean().item(),
+        "num_chains": annealed.num_chains,
+        "num_temperatures": annealed.num_temperatures,
+        "num_images": len(few),
+        "importance_nll": sampled.nll,
+        "importance_nll_std_error": sampled.nll_std_error,
+    }
 
 
 def sample(

@@ -141,9 +141,44 @@ def print_results(results: dict[str, Any], out: Console) -> None:
         table.add_row("reconstruction", f"squared error {results['reconstruction_error']:.3g} per image")
     for name, units in results["active_units"].items():
         table.add_row("active units", f'{units["active"]} of {units["of"]} at "{name}"')
+    for what, line in (*_diagnosed(results.get("diagnostics")), *_annealed(results.get("ais"))):
+        table.add_row(what, line)
     out.print(table)
     if results.get("warning"):
         out.print(f"[yellow]warning:[/yellow] {results['warning']}")
+
+
+def _diagnosed(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if not found:
+        return []
+    rows = [
+        (f'units of "{name}"', f"KL {_sum(site['kl'])}, information {_sum(site['mutual_information'])} nats in all")
+        for name, site in found["information"].items()
+    ]
+    averaged = ", ".join(f'{count} at "{name}"' for name, count in found["active_units_averaged"].items())
+    gap = found["posterior_gap"]
+    lost = f"approximation {gap['approximation']:.2f}, amortisation {gap['amortisation']:.2f}"
+    return [
+        *rows,
+        ("active, averaged", f"{averaged} (means over 64 draws of their parents)"),
+        ("posterior gap", f"{gap['gap']:.2f}: L_{gap['num_particles']} {gap['iwae']:.2f}, log p {gap['log_p']:.2f}"),
+        ("", f"log p - ELBO: {lost} nats ({gap['num_images']} images)"),
+    ]
+
+
+def _annealed(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if not found:
+        return []
+    chains = f"{found['num_images']} images, {found['num_chains']} chains, {found['num_temperatures']:,} temperatures"
+    importance = f"{found['importance_nll']:.2f} ± {found['importance_nll_std_error']:.2g}"
+    return [
+        ("NLL by AIS", f"{found['nll']:.2f} ± {found['nll_std_error']:.2g}; by importance sampling {importance}"),
+        ("", f"{chains}, acceptance {found['acceptance']:.2f}"),
+    ]
+
+
+def _sum(values: Any) -> str:
+    return f"{float(sum(values)):.1f}"
 
 
 _KINDS = {"exact": "exactly", "bound": "as a bound: the true NLL is at most that", "estimate": "by importance sampling"}

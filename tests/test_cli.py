@@ -1,5 +1,6 @@
 """The command line as its users meet it: outputs, files, exit codes, one-line errors."""
 
+import functools
 import json
 import textwrap
 
@@ -57,6 +58,24 @@ def test_evaluate_repeats_the_results_of_train(run, tmp_path):
     assert code == 0
     assert "test NLL" in out
     assert evaluated["nll"] == trained["nll"]
+
+
+def test_evaluate_in_full(run, tmp_path, monkeypatch):
+    run("train", *SMALL, "--run-dir", "a")
+    short = functools.partial(pv.ais_log_likelihood, num_temperatures=10, num_chains=4, leapfrog_steps=2)
+    monkeypatch.setattr("pyrovae.experiment.ais_log_likelihood", short)
+    monkeypatch.setattr("pyrovae.experiment.CLOSER", 10)
+    code, out, err = run("evaluate", "a", "--samples", 70, "--ais", "--diagnostics")
+    assert code == 0, err
+    for words in ("NLL by AIS", "posterior gap", "amortisation", 'units of "z"', "active, averaged"):
+        assert words in out
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    assert results["ais"]["num_images"] == 10
+    assert abs(results["ais"]["nll"] - results["ais"]["importance_nll"]) < 5
+    assert len(results["diagnostics"]["information"]["z"]["kl"]) == 3
+    gap = results["diagnostics"]["posterior_gap"]
+    assert gap["gap"] == pytest.approx(gap["iwae"] - gap["log_p"])
+    assert gap["refined_elbo"] > gap["elbo"]
 
 
 def test_sample_writes_a_picture(run, tmp_path):

@@ -3,18 +3,21 @@
 from pyrovae.evaluate.ais import AISEstimate, Bracket, ais_log_likelihood, bdmc
 from pyrovae.evaluate.diagnostics import active_units
 from pyrovae.evaluate.gaps import GradientSNR, PosteriorGap, gradient_snr, posterior_gap, refine
+from pyrovae.evaluate.information import Information, information
 from pyrovae.evaluate.likelihood import LikelihoodEstimate, log_likelihood
 
 __all__ = [
     "AISEstimate",
     "Bracket",
     "GradientSNR",
+    "Information",
     "LikelihoodEstimate",
     "PosteriorGap",
     "active_units",
     "ais_log_likelihood",
     "bdmc",
     "gradient_snr",
+    "information",
     "log_likelihood",
     "posterior_gap",
     "refine",

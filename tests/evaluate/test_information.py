@@ -1,0 +1,101 @@
+"""KL, mutual information and aggregate posteriors of units, against closed forms."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyrovae as pv
+from tests.state import double_precision
+
+SCALE, SHIFT = 0.4, 1.5
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    with double_precision(4):
+        yield
+
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+
+def guide(x):
+    """A unit that reads x ~ N(0, 1), one that is the prior, and one that is off it but knows nothing."""
+    mean = torch.stack([x, 0 * x, 0 * x + SHIFT], -1)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(mean, torch.tensor([SCALE, 1.0, SCALE])).to_event(1))
+
+
+def test_units_of_a_gaussian_channel():
+    x = torch.randn(3000)
+    found = pv.information(model, guide, x, num_data=3000)["z"]
+    capacity = 0.5 * math.log(1 + 1 / SCALE**2)
+    off = 0.5 * (SCALE**2 + SHIFT**2 - 1) - math.log(SCALE)
+    error = 5 / len(x) ** 0.5
+    assert found.mutual_information[0].item() == pytest.approx(capacity, abs=error)
+    assert found.mutual_information[1:].abs().max() < 1e-9
+    assert found.kl[2].item() == pytest.approx(off)
+    assert found.kl[1].item() == pytest.approx(0, abs=1e-12)
+    torch.testing.assert_close(found.aggregate_kl, found.kl - found.mutual_information)
+    aggregate = dist.Normal(0.0, (1 + SCALE**2) ** 0.5)
+    exact = torch.distributions.kl_divergence(aggregate, dist.Normal(torch.tensor(0.0), 1.0))
+    assert found.aggregate_kl[0].item() == pytest.approx(exact.item(), abs=error)
+
+
+def test_information_is_at_most_log_n():
+    def sharp(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.stack([x] * 3, -1), 1e-6).to_event(1))
+
+    found = pv.information(model, sharp, torch.randn(50))["z"]
+    torch.testing.assert_close(found.mutual_information, torch.full((3,), math.log(50)))
+
+
+def test_a_site_without_independent_units_counts_as_one():
+    def joint(x):
+        with pyro.plate("data", len(x)):
+            mean = torch.stack([x, x, 0 * x], -1)
+            pyro.sample("z", dist.MultivariateNormal(mean, scale_tril=0.3 * torch.eye(3)))
+
+    found = pv.information(model, joint, torch.randn(400))["z"]
+    assert found.kl.shape == found.mutual_information.shape == (1,)
+    assert 0.5 < found.mutual_information.item() < found.kl.item()
+
+
+def test_discrete_latents():
+    def bits(x):
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Bernoulli(torch.full((2,), 0.5)).to_event(1))
+            pyro.sample("x", dist.Normal(b[..., 0], 1.0), obs=x)
+
+    def reader(x):
+        with pyro.plate("data", len(x)):
+            p = torch.stack([(x > 0).to(x.dtype) * 0.9998 + 0.0001, 0 * x + 0.5], -1)
+            pyro.sample("b", dist.Bernoulli(p).to_event(1))
+
+    found = pv.information(bits, reader, torch.randn(2000), num_data=2000)["b"]
+    assert found.mutual_information[0].item() == pytest.approx(math.log(2), abs=0.01)
+    assert found.mutual_information[1].item() == pytest.approx(0, abs=1e-9)
+
+
+def test_every_layer_of_a_hierarchy_and_data_sets():
+    torch.manual_seed(0)
+    vae = pv.models.HierarchicalVAE((6,), latent_dims=(3, 2), hidden=((4,), (4,)))
+    images = pv.data.Images(torch.rand(40, 6), binarization="dynamic")
+    found = pv.information(vae.model, vae.guide, images, num_data=30)
+    assert {name: len(i.kl) for name, i in found.items()} == {"z1": 3, "z2": 2}
+    again = pv.information(vae.model, vae.guide, images, num_data=30)
+    assert torch.equal(found["z1"].mutual_information, again["z1"].mutual_information)
+
+
+def test_errors():
+    with pytest.raises(pv.data.DataError, match="two of them at least"):
+        pv.information(model, guide, torch.randn(1))
+    with pytest.raises(ValueError, match="num_data must be an integer of at least 2"):
+        pv.information(model, guide, torch.randn(5), num_data=1)
