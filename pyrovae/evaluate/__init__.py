@@ -2,9 +2,10 @@
 
 from pyrovae.evaluate.ais import AISEstimate, Bracket, ais_log_likelihood, bdmc
 from pyrovae.evaluate.diagnostics import active_units
-from pyrovae.evaluate.gaps import GradientSNR, PosteriorGap, gradient_snr, posterior_gap, refine
+from pyrovae.evaluate.gaps import GradientSNR, PosteriorGap, gradient_snr, posterior_gap
 from pyrovae.evaluate.information import Information, information
 from pyrovae.evaluate.likelihood import LikelihoodEstimate, log_likelihood
+from pyrovae.evaluate.proposals import inflate, refine
 
 __all__ = [
     "AISEstimate",
@@ -17,6 +18,7 @@ __all__ = [
     "ais_log_likelihood",
     "bdmc",
     "gradient_snr",
+    "inflate",
     "information",
     "log_likelihood",
     "posterior_gap",

@@ -1,134 +1,23 @@
-r"""Where the bound is lost: the guide's gap, its split by refinement per datum, and the signal in a gradient."""
+r"""Where the bound is lost: the guide's gap, its split by refinement per datum, and the signal of a gradient."""
 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import TransformedDistribution
-from pyro.distributions.transforms import AffineTransform
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyrovae import data as datasets
 from pyrovae import importance
-from pyrovae.arguments import in_range, positive_int
-from pyrovae.objectives import ELBO, IWAE, Objective
+from pyrovae.arguments import positive_int
+from pyrovae.evaluate.proposals import refine
+from pyrovae.objectives import IWAE, Objective
 from pyrovae.precision import full_float32
 from pyrovae.programs import Program, evaluating, graph_leaves, isolated_rng, protected_buffers, roots
 from pyrovae.sites import Record, Site, counts, latent, log_prob
 
-__all__ = ["GradientSNR", "PosteriorGap", "Refined", "gradient_snr", "posterior_gap", "refine"]
-
-
-class Refined:
-    r"""A guide whose latents are moved for each datum: :math:`z'_u = a_{bu} + e^{s_{bu}} z_u`, with z from the guide.
-
-    For a normal guide that is every normal of the same covariance structure. A program like any other, for the batch
-    that it was made for.
-    """
-
-    def __init__(self, guide: Program, shifts: dict[str, Tensor], log_scales: dict[str, Tensor]) -> None:
-        self.guide, self.shifts, self.log_scales = guide, shifts, log_scales
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Affine(self.shifts, self.log_scales):
-            return self.guide(*args, **kwargs)
-
-
-class _Affine(Messenger):
-    def __init__(self, shifts: dict[str, Tensor], log_scales: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.shifts, self.log_scales = shifts, log_scales
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if (name := msg["name"]) in self.shifts and not msg["is_observed"]:
-            event_dim = msg["fn"].event_dim
-            moved = AffineTransform(self.shifts[name], self.log_scales[name].exp(), event_dim=event_dim)
-            msg["fn"] = TransformedDistribution(msg["fn"], [moved])
-
-
-def refine(
-    model: Program,
-    guide: Program,
-    *args: Any,
-    steps: int = 100,
-    lr: float = 0.02,
-    num_particles: int = 8,
-    seed: int | None = None,
-    **kwargs: Any,
-) -> Refined:
-    r"""Fit the guide to each datum of a batch by itself: semi-amortised inference.
-
-    .. math:: \max_{a_b, s_b} \; \mathbb E_{q(z \mid x_b)} \log \frac{p(x_b, z')}{q'(z' \mid x_b)},
-              \qquad z' = a_b + e^{s_b} z
-
-    by Adam on the doubly reparameterised ELBO, from a = s = 0; no parameter of the pair moves. The refined guide is a
-    valid proposal: ``log_likelihood(model, refine(model, guide, x), x)`` estimates the same log p(x), with better
-    weights where the encoder was at fault.
-
-    :param args: the batch, as the programs take it.
-    :param steps: of Adam, with learning rate ``lr`` that falls to 0 along a cosine.
-    :param num_particles: draws per datum and step.
-    :param seed: isolates and seeds; None takes torch's global generator.
-    :raises ValueError: for a latent site that is not reparameterised, or not on the whole real line, by name.
-
-    >>> import pyro, pyro.distributions as dist, pyrovae as pv
-    >>> def model(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-    >>> def guide(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         pyro.sample("z", dist.Normal(0 * x, 1.0))
-    >>> x = torch.tensor([2.0, -1.0])
-    >>> better = refine(model, guide, x, steps=200, lr=0.05, seed=0)
-    >>> pv.log_weights(model, better, x, num_particles=100).std(0).max() < 0.1  # it is the posterior, almost
-    tensor(True)
-
-    Hjelm et al. (2016), *Iterative refinement of the approximate posterior*; Kim et al. (2018), *Semi-amortized
-    variational autoencoders*.
-    """
-    steps, lr = positive_int("steps", steps), in_range("lr", lr, 0.0)
-    num_particles = positive_int("num_particles", num_particles)
-    with nullcontext() if seed is None else isolated_rng(seed), evaluating(model, guide), full_float32():
-        sites = _movable(guide, args, kwargs)
-        shifts, log_scales = ({n: torch.zeros_like(s["value"]) for n, s in sites.items()} for _ in range(2))
-        free = [t.requires_grad_() for t in (*shifts.values(), *log_scales.values())]
-        refined, objective = Refined(guide, shifts, log_scales), ELBO(num_particles, gradient="stl")
-        optimizer = torch.optim.Adam(free, lr=lr)
-        with protected_buffers(), torch.enable_grad():
-            for step in range(steps):
-                optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-                loss = objective.differentiable_loss(model, refined, *args, **kwargs)
-                for t, gradient in zip(free, torch.autograd.grad(loss, free), strict=True):
-                    t.grad = gradient
-                optimizer.step()
-    for t in free:
-        t.requires_grad_(False)
-    return refined
-
-
-def _movable(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Site]:
-    """The guide's latent sites, if each can be moved by an affine map."""
-    with torch.no_grad(), isolated_rng(), protected_buffers(), Record() as record:
-        guide(*args, **kwargs)
-    sites = latent(record.sites)
-    if not sites:
-        raise ValueError("there is nothing to refine: the guide draws nothing")
-    for name, site in sites.items():
-        support = site["fn"].support
-        while isinstance(support, constraints.independent):
-            support = support.base_constraint
-        if not site["fn"].has_rsample or support not in (constraints.real, constraints.real_vector):
-            raise ValueError(
-                f'guide site "{name}" ({type(site["fn"]).__name__}) cannot be refined: it must be reparameterised, and '
-                "on the whole real line"
-            )
-    return sites
+__all__ = ["GradientSNR", "PosteriorGap", "gradient_snr", "posterior_gap"]
 
 
 class PosteriorGap(NamedTuple):

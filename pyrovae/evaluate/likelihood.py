@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from pyrovae import data as datasets
 from pyrovae import importance
 from pyrovae.arguments import positive_int
+from pyrovae.evaluate.proposals import refine
 from pyrovae.evaluate.psis import pareto_k, tail_size
 from pyrovae.graph import (
     COMPILATION,
@@ -92,6 +93,7 @@ class LikelihoodEstimate(Figures):
     seed: int | None
     dtype: str
     path: str = "eager"
+    refine_steps: int = 0
 
     @property
     def unreliable(self) -> float:
@@ -115,6 +117,7 @@ class LikelihoodEstimate(Figures):
         return (
             f"NLL {self.nll:.2f} ± {self.nll_std_error:.2g} nats{over_data}, "
             f"{self.num_samples} samples, median ESS {self.ess.median().item():.0f}"
+            + (f", guide refined by {self.refine_steps} steps per datum" if self.refine_steps else "")
         )
 
     def to_arviz(self) -> Any:
@@ -146,6 +149,7 @@ def log_likelihood(
     batch_size: int | None = None,
     fold_particles: bool = False,
     memory: int = MEMORY,
+    refine_steps: int = 0,
     compile: bool | str = "auto",
     progress: bool | None = False,
     **kwargs: Any,
@@ -167,6 +171,8 @@ def log_likelihood(
     :param batch_size: data per pass; None passes tensors whole, and takes 100 from a Dataset.
     :param fold_particles: fold particles into the batch, for networks that take one batch dimension only.
     :param memory: bytes that a pass may take; 2 GiB by default.
+    :param refine_steps: of gradient by which the guide is fitted to each datum before it proposes, as by
+        :func:`pyrovae.refine`; such an evaluation runs eagerly, and says so wherever it is printed.
     :param compile: True for passes through one compiled graph (see :mod:`pyrovae.graph`), whose first is compared with
         the eager one on the same noise; what cannot be compiled runs eagerly after a warning. "auto" compiles where the
         number of data and samples promises a shorter evaluation.
@@ -192,6 +198,7 @@ def log_likelihood(
     num_samples = positive_int("num_samples", num_samples)
     chunk_size = None if chunk_size is None else positive_int("chunk_size", chunk_size)
     batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
+    refine_steps = positive_int("refine_steps", refine_steps, minimum=0)
     check_compile(compile)
     device = next((p.device for module in roots(model, guide) for p in module.parameters()), None)
     results: list[tuple[Tensor, ...]] = []
@@ -200,9 +207,10 @@ def log_likelihood(
     with torch.no_grad(), seeded, full_float32(), ProgressBar("log p(x)", total, progress) as bar:
         sampler = None
         for batch in datasets.batches(args, batch_size, seed=seed or 0, device=device):
-            if sampler is None:
-                sampler = _Sampler(model, guide, batch, kwargs, num_samples, chunk_size, fold_particles, memory)
-                sampler.choose_path(compile, total or len(batch[0]))
+            proposal = refine(model, guide, *batch, steps=refine_steps, **kwargs) if refine_steps else guide
+            if sampler is None or refine_steps:
+                sampler = _Sampler(model, proposal, batch, kwargs, num_samples, chunk_size, fold_particles, memory)
+                sampler.choose_path(compile and not refine_steps, total or len(batch[0]))
             if sampler.joint and (results or batch_size is not None):
                 raise ValueError(
                     "the pair has latents outside the data plate, so that its weights are joint over the data, which "
@@ -215,7 +223,7 @@ def log_likelihood(
     columns = [torch.cat(c, -1) if c[0].dim() else c[0] for c in zip(*results, strict=True)]
     log_prob, std_error, ess, k = columns
     dtype = str(sampler.dtype).removeprefix("torch.")
-    return LikelihoodEstimate(log_prob, std_error, ess, k, num_samples, seed, dtype, sampler.path)
+    return LikelihoodEstimate(log_prob, std_error, ess, k, num_samples, seed, dtype, sampler.path, refine_steps)
 
 
 class _Sampler:

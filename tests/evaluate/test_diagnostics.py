@@ -85,6 +85,48 @@ def test_deeper_sites_use_their_own_mean_given_one_draw():
     assert units["top"].variances[0] == pytest.approx(9 * X.var().item() + 0.25, rel=0.35)
 
 
+@pytest.mark.parametrize("samples", [2, 50])
+def test_the_noise_of_the_parents_is_averaged_out(samples):
+    """Without bias, whatever the number of draws; a unit that hangs on nothing but noise is inactive."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            h = pyro.sample("h", dist.Normal(3 * x, 2.0))
+            noise = pyro.sample("noise", dist.Normal(0 * x, 2.0))
+            pyro.sample("top", dist.Normal(torch.stack([h, noise], -1), 9.0).to_event(1))
+
+    found = pv.active_units(guide, X, samples=samples)
+    data = 9 * X.double().var()
+    torch.testing.assert_close(found["h"].variances, data, rtol=1e-5, atol=0)
+    # Noise of variance v = 4 / samples in each mean: the variance's has SE sqrt((4 data v + 2 v^2) / 400) in the first
+    # unit, sqrt(2 / 400) v in the second; five of them, plus what subtracting its estimate costs.
+    v = 4 / samples
+    error = 5 * ((4 * data.item() * v + 4 * v**2) / 400) ** 0.5
+    assert found["top"].variances[0].item() == pytest.approx(data.item(), abs=error)
+    assert abs(found["top"].variances[1].item()) < 5 * v * (4 / 400) ** 0.5
+    one = pv.active_units(guide, X)["top"]
+    assert one.count == 2
+    assert one.variances[1].item() == pytest.approx(4, rel=5 * (2 / 400) ** 0.5)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_draws_of_a_site_without_a_mean_are_corrected_as_well(samples):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.stack([3 * x, 0 * x], -1), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, dist.transforms.AffineTransform(1.0, 2.0)))
+
+    # The mean of 64 draws of variance 4 has variance 1/16, more than the threshold; 5 SEs of it may be left.
+    variances = pv.active_units(guide, X, samples=samples)["z"].variances
+    assert abs(variances[1].item()) < 5 * 4 / 64 * (2 / 400) ** 0.5
+
+
+@pytest.mark.parametrize("samples", [0, 1.5, True])
+def test_a_bad_number_of_samples_is_refused(samples):
+    with pytest.raises(ValueError, match="samples must be an integer of at least 1"):
+        pv.active_units(linear, X, samples=samples)
+
+
 def test_a_second_plate_does_not_stand_in_for_the_data():
     def guide(x):
         with pyro.plate("units", 4, dim=-2), pyro.plate("data", len(x)):
@@ -102,8 +144,8 @@ def test_a_distribution_without_a_mean_is_averaged_over_draws():
 
     units = pv.active_units(guide, X)["z"]
     assert units.count == 1
-    # The mean of 64 draws adds .04 / 64 to the variance; the second unit has nothing else.
-    assert units.variances[1].item() == pytest.approx(0.04 / 64, rel=0.35)
+    # The mean of 64 draws adds .04 / 64, which is taken off again, but for 5 SEs of .04 / 64 * sqrt(2 / 400).
+    assert units.variances[1].item() == pytest.approx(0, abs=0.04 / 64 * 0.36)
 
 
 def test_autoguides_are_seen_through_and_their_auxiliary_sites_left_out():

@@ -49,6 +49,49 @@ def kl(slope, scale, x):
     ).sum(-1)
 
 
+def test_inflation_widens_normals_and_keeps_the_estimate():
+    narrow = normal_guide(SLOPE, 0.5 * SPREAD)
+    wide = pv.inflate(narrow, 2.0)
+    torch.testing.assert_close(
+        pv.log_weights(model, wide, X, num_particles=20), exact_log_prob(X).expand(20, 3)
+    )  # it is the posterior again
+    found = [pv.log_likelihood(model, guide, X, num_samples=2000, seed=0) for guide in (narrow, wide)]
+    assert found[0].pareto_k.min() > 0.4
+    assert found[1].std_error.max() < 1e-6
+
+
+def test_inflation_of_full_covariances():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), scale_tril=torch.eye(2)))
+
+    assert pv.inflate(guide, 3.0)(torch.zeros(20_000)).std() == pytest.approx(3, rel=0.03)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
+def test_inflation_refuses_what_is_no_factor(factor):
+    with pytest.raises(ValueError, match="factor must be a number in"):
+        pv.inflate(layers_guide, factor)
+
+
+def test_inflation_refuses_other_sites_by_name():
+    with pytest.raises(ValueError, match=r'guide site "bit" .* cannot be inflated'):
+        pv.inflate(discrete)(X)
+
+
+def test_an_estimate_says_that_its_guide_was_refined():
+    guide = normal_guide(0.1, 1.4)
+    plain, refined = (
+        pv.log_likelihood(model, guide, pv.data.Images(X), num_samples=200, seed=0, refine_steps=s) for s in (0, 150)
+    )
+    assert "guide refined by 150 steps per datum" in str(refined)
+    assert "refined" not in str(plain)
+    assert refined.std_error.max() < 0.3 * plain.std_error.max()
+    assert ((refined.log_prob - exact_log_prob(X)).abs() < 5 * refined.std_error + 1e-6).all()
+    with pytest.raises(ValueError, match="refine_steps must be an integer of at least 0"):
+        pv.log_likelihood(model, guide, X, refine_steps=-1)
+
+
 def test_refinement_finds_the_posterior():
     refined = pv.refine(model, normal_guide(0.1, 1.4), X, steps=300, lr=0.05, seed=0)
     log_w = pv.log_weights(model, refined, X, num_particles=200)
