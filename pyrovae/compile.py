@@ -149,7 +149,7 @@ class CompiledStepper(Stepper):
             for parameter in others:
                 parameter.grad = None
             for parameter, gradient in zip(parameters, found, strict=True):
-                parameter.grad = gradient
+                parameter.grad = laid_out_as(parameter, gradient)
             return loss
 
         return gradients
@@ -238,6 +238,14 @@ class Recording:
         for parameter, gradient in self.gradients:  # other steps may have put theirs there
             parameter.grad = gradient
         return self.loss.clone()  # the next replay overwrites it
+
+
+def laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in its parameter's memory layout, as autograd would leave it.
+
+    Convolutions give theirs channels last, and fused optimizers read both tensors in the order in which they lie.
+    """
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
 
 
 def gathered(images: Images | None, batch: Batch) -> Batch:

@@ -21,7 +21,16 @@ from torch.optim import Optimizer
 
 from pyrovae import runs
 from pyrovae.arguments import in_range, one_of, pick_device, positive_int
-from pyrovae.compile import CHECK_SEED, Captured, CompiledStepper, Recording, capturable, gathered, untouched
+from pyrovae.compile import (
+    CHECK_SEED,
+    Captured,
+    CompiledStepper,
+    Recording,
+    capturable,
+    gathered,
+    laid_out_as,
+    untouched,
+)
 from pyrovae.feed import Feed
 from pyrovae.fit import describe_training, fit, make_optimizer, prepare, run_epoch
 from pyrovae.graph import CannotCompile, Graph, compare, signature, stacked_noise, tensors
@@ -255,7 +264,7 @@ class Replicas:
                 for parameter in stepper.parameters:
                     parameter.grad = None
                 for parameter, gradient in zip(used, found, strict=True):
-                    parameter.grad = gradient[r]
+                    parameter.grad = laid_out_as(parameter, gradient[r])
             return losses
 
         return gradients
