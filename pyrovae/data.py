@@ -116,6 +116,10 @@ class Images(Dataset[Any]):
         """The same data without labels, as unconditional models take them."""
         return self._replace(labels=None)
 
+    def relabelled(self, labels: Tensor) -> Images:
+        """The same data with other labels ``[N]``, integers; -1 stands for one that is not known."""
+        return self._replace(labels=_checked_labels(labels, self.x, self.name))
+
     def __repr__(self) -> str:
         dtype = str(self.x.dtype).removeprefix("torch.")
         labels = "no labels" if self.labels is None else "labelled"

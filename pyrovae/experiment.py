@@ -22,6 +22,8 @@ from pyrovae.arguments import lookup, one_of, pick_device, positive_int
 from pyrovae.evaluate import active_units, ais_log_likelihood, information, log_likelihood, posterior_gap
 from pyrovae.fit import fit
 from pyrovae.log import Fit
+from pyrovae.models.semi_supervised import hide_labels
+from pyrovae.monitor import MONITORED
 from pyrovae.objectives import Objective
 from pyrovae.programs import evaluating, isolated_rng
 from pyrovae.report import labels_for, pictures, print_comparison, print_results, reconstruction_error
@@ -77,7 +79,8 @@ def keywords(function: Callable[..., Any]) -> list[str]:
 
 _OWN_FIT = ("epochs", "batch_size", "lr", "seed", "device", "progress")  # what a model that trains itself is told
 FIT_KEYS = ("schedule", "kl_warmup", "clip_norm", "patience", "num_workers", "particles", "compile", "precision")
-DATA_KEYS = ("binarization", "validation")
+DATA_KEYS = ("binarization", "validation", "labels_per_class")
+CODES = "codes:"  # data that are the codes of a VQ-VAE's run
 
 
 @dataclass
@@ -94,7 +97,7 @@ class Parts:
     def of(cls, job: Settings, *, run: Path | None = None) -> Parts:
         """Look every name up, and give each setting to the part that knows it; no class is taken from ``run``."""
         own = ":" in job.model
-        model_class = runs.find_class(job.model, outside=run) if own else lookup("model", job.model, models.MODELS)
+        model_class: Any = runs.find_class(job.model, outside=run) if own else lookup("model", job.model, models.MODELS)
         objective_class = lookup("objective", job.objective.lower(), objectives.OBJECTIVES)
         known = {
             "model": [k for k in keywords(model_class) if k != "input_shape"],
@@ -102,7 +105,7 @@ class Parts:
             "fit": list(FIT_KEYS),
             "data": list(DATA_KEYS),
         }
-        if hasattr(model_class, "fit"):  # trains itself: it has no objective
+        if trains_itself(job.model):
             known |= {"objective": [], "fit": [k for k in keywords(model_class.fit) if k not in ("data", *_OWN_FIT)]}
         sorted_: dict[str, dict[str, Any]] = {part: {} for part in known}
         shorthand = {"latent_dim": job.latent_dim, "num_particles": job.particles, "num_groups": job.groups}
@@ -116,9 +119,39 @@ class Parts:
         return cls(model_class, objective, **sorted_)
 
 
+def trains_itself(model: str) -> bool:
+    """Whether a model of the zoo has a ``.fit`` of its own, and no objective."""
+    return hasattr(models.MODELS.get(model), "fit")
+
+
 def load_data(job: Settings, parts: Parts, root: str | None = None, **options: Any) -> datasets.Splits:
     """The data set of an experiment, labelled where it has labels; grey, unless asked otherwise."""
-    return datasets.load(job.data, root or job.data_dir, labels=None, seed=job.seed, **(options | parts.data))
+    if job.data.startswith(CODES):
+        return _codes(Path(job.data.removeprefix(CODES)), root or job.data_dir)
+    options = options | parts.data
+    kept = options.pop("labels_per_class", None)
+    splits = datasets.load(job.data, root or job.data_dir, labels=None, seed=job.seed, **options)
+    if kept is None:
+        return splits
+    labels: Any = as_labelled(splits.train).labels
+    return splits._replace(train=splits.train.relabelled(hide_labels(labels, kept, job.seed)))
+
+
+def _codes(folder: Path, root: str | None) -> datasets.Splits:
+    """The data of a VQ-VAE's run as the codes that it gives them, ``[N, h, w]``."""
+    pair, splits = reopen_with_data(folder, root)
+    if not isinstance(pair, models.VQVAE):
+        raise ValueError(f'"{CODES}{folder}" needs the run of a VQVAE, got {type(pair).__name__}: pass another run')
+    device = next(pair.parameters()).device
+
+    def encoded(images: datasets.Images) -> datasets.Images:
+        x = images.fixed().x
+        codes = torch.cat([pair.encode(part.to(device)).cpu() for part in x.split(500)])
+        return datasets.Images(codes.to(x.dtype), images.labels, name=f"{CODES}{folder}")
+
+    with torch.no_grad():
+        held_out = None if splits.validation is None else encoded(splits.validation)
+        return datasets.Splits(encoded(splits.train), held_out, encoded(splits.test))
 
 
 def describe_data(name: str, images: datasets.Images) -> dict[str, Any]:
@@ -128,8 +161,10 @@ def describe_data(name: str, images: datasets.Images) -> dict[str, Any]:
 
 def observes_bits(pair: Any, images: datasets.Images) -> bool:
     """Whether the pair's observed site is boolean and the data are not."""
-    if bool(((images.x == 0) | (images.x == 1)).all()):
+    if (binary := getattr(pair, "binary", None)) is False or bool(((images.x == 0) | (images.x == 1)).all()):
         return False
+    if binary:
+        return True
     first = images.subset([0])
     batch = (first.x.round(),) if first.labels is None else (first.x.round(), first.labels)
     with torch.no_grad(), isolated_rng(), evaluating(pair.model, pair.guide), pyro.validation_enabled(False):
@@ -138,10 +173,22 @@ def observes_bits(pair: Any, images: datasets.Images) -> bool:
     return any(is_boolean(site["fn"].support) for site in observed)
 
 
-def build(parts: Parts, shape: torch.Size, grey: Tensor, seed: int, num_classes: int | None = None) -> Any:
+def build(
+    parts: Parts,
+    shape: torch.Size,
+    grey: Tensor,
+    seed: int,
+    num_classes: int | None = None,
+    num_codes: int | None = None,
+) -> Any:
     """The model, with its weights drawn from ``seed`` and its output bias started from the data where it can be."""
     takes = keywords(parts.model_class)
-    known = {"input_shape": tuple(shape), "num_classes": None if "num_attributes" in parts.model else num_classes}
+    known: dict[str, Any] = {
+        "input_shape": tuple(shape),
+        "num_visible": tuple(shape),
+        "num_classes": None if "num_attributes" in parts.model else num_classes,
+        "num_codes": num_codes,
+    }
     arguments = {name: value for name, value in known.items() if name in takes and value is not None} | parts.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -158,11 +205,14 @@ def build(parts: Parts, shape: torch.Size, grey: Tensor, seed: int, num_classes:
 
 def as_seen_by(pair: Any, images: datasets.Images) -> datasets.Images:
     """The data as a pair takes them: with labels, if its programs are conditional on them."""
-    if not getattr(pair, "conditional", False):
-        return images.unlabelled()
+    return as_labelled(images) if getattr(pair, "conditional", False) else images.unlabelled()
+
+
+def as_labelled(images: datasets.Images) -> datasets.Images:
+    """The data, if they have labels."""
     if images.labels is None:
         raise datasets.DataError(
-            f"{type(pair).__name__} needs labels, which {images.name!r} lacks: take labelled data, or another model"
+            f"labels are needed, which {images.name!r} lacks: take labelled data, or another model"
         )
     return images
 
@@ -171,6 +221,8 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
     """Train, evaluate, draw: the main job."""
     folder = _folder(job, run_dir, resume)
     run = runs.Run(folder)
+    if trains_itself(job.model) and "objective" in explicit:
+        raise ValueError(f"{job.model} has a rule of its own to train by, got objective {job.objective}: leave it out")
     if resume and run.exists and (then := run.config().get("settings")):
         changed = {k: v for k, v in dataclasses.asdict(job).items() if k in explicit}
         job = Settings(**(then | changed))
@@ -178,12 +230,14 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
     positive_int("samples", job.samples)
     splits = load_data(job, parts)
     classes = None if splits.train.labels is None else int(splits.train.labels.max()) + 1
-    pair = build(parts, splits.train.event_shape, splits.train.x, job.seed, classes)
+    vqvae = reopen(Path(job.data.removeprefix(CODES)))[0] if job.data.startswith(CODES) else None
+    codes = None if vqvae is None else vqvae.quantizer.num_codes
+    pair = build(parts, splits.train.event_shape, splits.train.x, job.seed, classes, codes)
     training = as_seen_by(pair, splits.train)
     if observes_bits(pair, training):
         splits = load_data(job, parts, binarization="dynamic")
         training = as_seen_by(pair, splits.train)
-    alone = hasattr(pair, "fit")
+    alone = trains_itself(job.model)
     out.print(
         f"{type(pair).__name__} on {job.data} ({len(training):,} images), "
         f"{'its own rule' if alone else parts.objective}, run in {folder}"
@@ -206,11 +260,24 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
         speed = f"{t['ms_per_step']:.2f} ms a step, {t['path']}"
         out.print(f"trained {len(result.history)} epochs in {t['seconds']:.1f} s ({speed})")
     results = measure(pair, splits.test, samples=job.samples, seed=job.seed) | {"timings": result.timings}
+    if hasattr(pair, "fit_density"):
+        run.save("last", pair.fit_density(training).state_dict(), run.state())
+    if vqvae is not None:
+        joined = _join(vqvae.with_prior(pair), Path(job.data.removeprefix(CODES)), folder / "vqvae")
+        out.print(f'the VQ-VAE with this prior is the run "{joined}": pyrovae evaluate {joined}')
     results["seconds_per_epoch"] = sum(row["seconds"] for row in result.history) / max(len(result.history), 1)
     drawn = pictures(pair, as_seen_by(pair, splits.test), splits.test.labels, result.history, folder, seed=job.seed)
     runs.write_json(folder / runs.RESULTS, results | {"checkpoint": "last"})
     print_results(results, out)
     out.print(f"pictures in {folder}: " + ", ".join(path.name for path in drawn))
+
+
+def _join(vqvae: Any, source: Path, folder: Path) -> Path:
+    """A VQ-VAE with its learned prior as a run of its own, made of the run it comes from."""
+    run = runs.Run(folder)
+    run.start(runs.Run(source).config() | {"model": runs.describe(vqvae)})
+    run.save("last", vqvae.state_dict())
+    return folder
 
 
 def _fit_alone(
@@ -248,7 +315,8 @@ def measure(pair: Any, test: datasets.Images, *, samples: int, seed: int) -> dic
 
     The NLL is measured with importance samples where the model's is an estimate; a bound or an exact value takes one.
     """
-    test = as_seen_by(pair, test)
+    whole, classifies = test, hasattr(pair, "classify")
+    test = test.unlabelled() if classifies else as_seen_by(pair, test)  # log p(x), not log p(x, y)
     kind = getattr(pair, "likelihood_is", "estimate")
     results: dict[str, Any] = {
         "likelihood_is": kind,
@@ -262,7 +330,7 @@ def measure(pair: Any, test: datasets.Images, *, samples: int, seed: int) -> dic
         estimate = log_likelihood(pair.model, pair.guide, test, num_samples=count, seed=seed, progress=None)
         results |= {
             "nll": estimate.nll,
-            "nll_std_error": estimate.nll_std_error,
+            "nll_std_error": estimate.nll_std_error if kind == "estimate" else 0.0,
             "nll_data_std_error": estimate.nll_data_std_error,
             "bits_per_dim": estimate.nll / (test.event_shape.numel() * math.log(2)),
             "num_samples": count,
@@ -271,7 +339,11 @@ def measure(pair: Any, test: datasets.Images, *, samples: int, seed: int) -> dic
             "warning": estimate.warning() if kind == "estimate" else None,
             "precision": estimate.dtype,
         }
-    units = active_units(pair.guide, test)
+    if classifies and whole.labels is not None:
+        results["accuracy"] = pair.accuracy(whole.x.to(next(pair.parameters()).device), whole.labels)
+    if hasattr(pair, "metrics"):
+        results |= pair.metrics(test.subset(slice(0, MONITORED)).x.to(next(pair.parameters()).device))
+    units = {} if "perplexity" in results else active_units(pair.guide, test)  # codes are no units
     results["active_units"] = {name: {"active": u.count, "of": u.variances.numel()} for name, u in units.items()}
     return results
 
@@ -291,10 +363,8 @@ def evaluate(
     """Measure a run again and write its results.json; if asked, by annealing, and with what its latents carry."""
     positive_int("samples", samples)
     place = pick_device(device)
-    pair, job, parts = reopen(folder, checkpoint)
-    binarization = runs.Run(folder).config()["data"].get("binarization", "none")
-    test = load_data(job, parts, data_dir, binarization=binarization).test
-    pair = pair.to(place)
+    pair, splits = reopen_with_data(folder, data_dir, checkpoint)
+    pair, test = pair.to(place), splits.test
     if (ais or diagnostics) and getattr(pair, "likelihood_is", "estimate") != "estimate":
         raise ValueError(
             f"{type(pair).__name__} has nothing to anneal or diagnose, its log p(x) is no estimate: leave --ais and "
@@ -374,6 +444,13 @@ def _example(folder: Path) -> Tensor:
     return torch.zeros(1, *runs.Run(folder).config()["data"]["shape"])
 
 
+def reopen_with_data(folder: Path, root: str | None = None, checkpoint: str = "last") -> tuple[Any, datasets.Splits]:
+    """The trained pair of a run, and the data that it was trained and is to be measured on."""
+    pair, job, parts = reopen(folder, checkpoint)
+    binarization = runs.Run(folder).config()["data"].get("binarization", "none")
+    return pair, load_data(job, parts, root, binarization=binarization)
+
+
 def reopen(folder: Path, checkpoint: str = "last") -> tuple[Any, Settings, Parts]:
     """The trained pair of a run, with the settings it was made with."""
     one_of("checkpoint", checkpoint, ("last", "best"))
@@ -418,7 +495,8 @@ def _folder(job: Settings, run_dir: Path | None, resume: bool) -> Path:
     """The run's folder: as given, else runs/MODEL-DATA-OBJECTIVE, numbered on if that is taken."""
     if run_dir is not None:
         return run_dir
-    words = (job.model.rpartition(":")[2], Path(job.data.rpartition(":")[2]).stem, job.objective)
+    words = [job.model.rpartition(":")[2], Path(job.data.rpartition(":")[2]).stem]
+    words += [] if trains_itself(job.model) else [job.objective]
     base = Path("runs") / "-".join(words).lower()
     taken = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))]
     free = next(i for i, path in enumerate(taken) if not runs.Run(path).exists)

@@ -72,9 +72,9 @@ class Feed:
 
     def check(self, position: int, support: Constraint | None, site: str, shape: torch.Size) -> None:
         """Check that what the site observes, argument ``position``, lies in its support: all of it, if held here."""
-        images = self.images
-        whole = images is not None and images.binarization != "dynamic" and position == 0
-        x = images.x if whole and images is not None else self.first()[position]
+        held = () if self.images is None else (self.images.x, self.images.labels)
+        redrawn = position == 0 and self.images is not None and self.images.binarization == "dynamic"
+        x: Any = self.first()[position] if redrawn or position >= len(held) else held[position]
         check_support(x.reshape(-1, *shape) if shape.numel() == x[0].numel() else x, support, site=site)
 
     def _from_loader(self) -> Batch:

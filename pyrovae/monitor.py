@@ -9,16 +9,19 @@ import torch
 
 from pyrovae import importance
 from pyrovae.divergence import site_kl
-from pyrovae.evaluate.diagnostics import posterior_means
+from pyrovae.evaluate.diagnostics import mean_variances
 from pyrovae.feed import Feed
-from pyrovae.programs import Program, eval_mode, isolated_rng
+from pyrovae.programs import Program, eval_mode, isolated_rng, roots
 from pyrovae.sites import latent, point_mass
 
 MONITORED = 1000  # data on which units are watched, at most
 
 
 class Monitor:
-    """Reconstruction, KL of every unit and active units of a pair, on a fixed batch of data, in eval mode."""
+    """Reconstruction, KL of every unit and active units of a pair, on a fixed batch of data, in eval mode.
+
+    A pair's own ``metrics(*batch)``, a dict of numbers, where it has such, is logged with them.
+    """
 
     def __init__(self, model: Program, guide: Program, modules: list[torch.nn.Module], feed: Feed) -> None:
         watched = None if feed.steps == 1 else min(MONITORED, max(100, (feed.size or 0) // 10))
@@ -57,8 +60,9 @@ class Monitor:
             if self.joint:  # totals: of the likelihood over this batch, of the KL over all data
                 found["kl"] /= self.size
                 found |= {key: found[key] / len(self.batch[0]) for key in ("reconstruction",) if key in found}
-            means = posterior_means(self.guide, self.batch)
-            found["active_units"] = {
-                name: int((m.double().var(0) > 0.01).sum()) for name, m in means.items() if len(m) > 1
-            }
+            variances = mean_variances(self.guide, self.batch) if len(self.batch[0]) > 1 else {}
+            found["active_units"] = {name: int((variance > 0.01).sum()) for name, variance in variances.items()}
+            for module in roots(self.model, self.guide):
+                if callable(own := getattr(module, "metrics", None)):
+                    found |= own(*self.batch)
         return found

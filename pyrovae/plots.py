@@ -96,6 +96,11 @@ def curves(history: Sequence[Mapping[str, Any]], path: StrPath) -> Path:
     return _save(figure, path)
 
 
+def has_curves(history: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether :func:`curves` finds anything to draw."""
+    return any(_lines(history, keys) for _, keys in _PANELS)
+
+
 def latent_plane(means: Tensor, path: StrPath, *, labels: Tensor | None = None) -> Path:
     """Posterior means as points in the plane, coloured by label.
 
@@ -229,6 +234,9 @@ _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("reconstruction $\\log p(x|z)$, nats", {"reconstruction": ""}),
     ("KL, nats", {"kl": ""}),
     ("active units", {"active_units": ""}),
+    ("perplexity of the codes", {"perplexity": ""}),
+    ("pseudo-likelihood, nats", {"pseudo_log_likelihood": ""}),
+    ("reconstruction, squared error", {"reconstruction_error": ""}),
     ("gradient norm", {"grad_norm": ""}),
 )
 

@@ -28,7 +28,7 @@ def pictures(
     :param test: data as the pair takes them.
     :param classes: labels to colour by, whether the pair takes them or not.
     """
-    drawn = [plots.curves(history, folder / "curves.png")] if history else []
+    drawn = [plots.curves(history, folder / "curves.png")] if plots.has_curves(history) else []
     test = test.fixed(seed)
     if plots.is_image(test.event_shape):
         if (generated := _generate(pair, test, seed)) is not None:
@@ -139,6 +139,10 @@ def print_results(results: dict[str, Any], out: Console) -> None:
             table.add_row("measured", f"{_KINDS[kind]}, {counted}")
     if results["reconstruction_error"] is not None:
         table.add_row("reconstruction", f"squared error {results['reconstruction_error']:.3g} per image")
+    if results.get("accuracy") is not None:
+        table.add_row("accuracy", f"{results['accuracy']:.2%}")
+    if results.get("perplexity") is not None:
+        table.add_row("perplexity", f"{_perplexity(results)} of the codes")
     for name, units in results["active_units"].items():
         table.add_row("active units", f'{units["active"]} of {units["of"]} at "{name}"')
     for what, line in (*_diagnosed(results.get("diagnostics")), *_annealed(results.get("ais"))):
@@ -213,9 +217,15 @@ def print_comparison(rows: list[tuple[str, dict[str, Any], dict[str, Any]]], out
 def _use(results: dict[str, Any]) -> str:
     """Active units of every layer, or the perplexity of the codes."""
     if results.get("perplexity") is not None:
-        return f"perplexity {results['perplexity']:.0f}"
+        return f"perplexity {_perplexity(results)}"
     units = "+".join(str(u["active"]) for u in results["active_units"].values())
     return f"{units} units" if units else ""
+
+
+def _perplexity(results: dict[str, Any]) -> str:
+    """Of the codebook, or of each of them."""
+    found = results["perplexity"]
+    return ", ".join(f"{p:.0f}" for p in (found if isinstance(found, list) else [found]))
 
 
 def _number(value: float | None) -> str:

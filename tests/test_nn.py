@@ -26,6 +26,16 @@ def test_networks_take_any_leading_dimensions(network, leading):
     assert decoder(13, (16,), shape, heads=2)(code).shape == (*leading, 4, 8, 9)
 
 
+@pytest.mark.parametrize("hidden", [(), (16, 7)])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_features_are_what_the_last_layer_reads(network, hidden):
+    encoder = NETWORKS[network][0]((2, 8, 9), hidden, (5, 3))
+    x = torch.rand(3, 2, 2, 8, 9)
+    features = encoder.features(x)
+    assert features.shape == (3, 2, encoder.output.in_features)
+    torch.testing.assert_close(encoder.output(features), encoder(x))
+
+
 @pytest.mark.parametrize("shape", [(6,), (4, 5), (1, 2, 3, 4)])
 def test_dense_networks_take_any_event_shape(shape):
     x = torch.rand(2, 3, *shape)
@@ -144,3 +154,28 @@ def test_activations_by_name_and_by_class(name):
 def test_errors_name_the_rule_the_value_and_the_fix(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+@pytest.mark.parametrize("hidden", [(), (7,)])
+def test_a_context_is_the_last_of_the_input(hidden):
+    net = MLP(9, hidden, (3, 2)).double()
+    x, context = torch.randn(4, 5, 6).double(), torch.randn(5, 3).double()
+    joined = torch.cat([x, context.expand(4, 5, 3)], -1)
+    torch.testing.assert_close(net(x, context), net(joined))
+    every = torch.randn(2, 1, 3).double()  # the context may have the more dimensions
+    assert net(x[0], every).shape == (2, 5, 5)
+    torch.testing.assert_close(net(x[0], every)[1], net(x[0], every[1].expand(5, 3)))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_networks_take_a_context(network):
+    make_encoder, make_decoder = NETWORKS[network]
+    encoder, decoder = make_encoder((1, 8, 8), (7,), 5, context=3).double(), make_decoder(8, (7,), (1, 8, 8)).double()
+    x, context = torch.rand(4, 1, 8, 8).double(), torch.randn(4, 3).double()
+    code = encoder(x, context)
+    assert code.shape == (4, 5)
+    assert not torch.allclose(code, encoder(x, context + 1))
+    y = decoder(code, context)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y, decoder(torch.cat([code, context], -1)))
+    torch.testing.assert_close(encoder(x.expand(2, 4, 1, 8, 8), context)[1], code)

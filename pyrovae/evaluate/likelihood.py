@@ -210,7 +210,7 @@ def log_likelihood(
             proposal = refine(model, guide, *batch, steps=refine_steps, **kwargs) if refine_steps else guide
             if sampler is None or refine_steps:
                 sampler = _Sampler(model, proposal, batch, kwargs, num_samples, chunk_size, fold_particles, memory)
-                sampler.choose_path(compile and not refine_steps, total or len(batch[0]))
+                sampler.choose_path(False if refine_steps else compile, total or len(batch[0]))
             if sampler.joint and (results or batch_size is not None):
                 raise ValueError(
                     "the pair has latents outside the data plate, so that its weights are joint over the data, which "

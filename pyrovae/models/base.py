@@ -47,6 +47,8 @@ class Pair(nn.Module):
     conditional: bool = False
     #: What ``log_likelihood`` finds: "estimate", "bound" or "exact"; None for what is not a generative model.
     likelihood_is: str | None = "estimate"
+    #: Whether the data must be bits; None, as the observed site says.
+    binary: bool | None = None
 
     config: dict[str, Any]
     input_shape: tuple[int, ...]

@@ -3,70 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyrovae.arguments import lookup, positive_int, sizes
+from pyrovae.arguments import positive_int, sizes
 from pyrovae.likelihoods import make_likelihood
 from pyrovae.models.base import Pair, arguments
+from pyrovae.models.posteriors import POSTERIORS, centre, make_posterior, share_options
+from pyrovae.models.priors import PRIORS, make_prior
 from pyrovae.nn import networks
 
-__all__ = ["POSTERIORS", "VAE", "DiagonalNormal", "FullNormal"]
+__all__ = ["VAE"]
 
-
-class DiagonalNormal(nn.Module):
-    r"""Encoder output as :math:`N(\mu, \mathrm{diag}\,\sigma^2)` with :math:`\sigma = \exp(\text{output})`.
-
-    Shapes: ``[..., 2 * dim]`` to a distribution of batch shape ``[...]`` and event shape ``[dim]``.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.heads: tuple[int, ...] = (dim, dim)
-
-    def forward(self, params: Tensor) -> TorchDistribution:
-        mean, log_sigma = params.chunk(2, -1)
-        return dist.Normal(mean, log_sigma.exp()).to_event(1)
-
-    @torch.no_grad()
-    def start_(self, output: nn.Linear) -> None:
-        """Set what the encoder's last layer should start with, other than Glorot's."""
-
-
-class FullNormal(DiagonalNormal):
-    r"""Encoder output as :math:`N(\mu, L L^\top)`, L lower triangular with diagonal :math:`\exp(\text{output})`.
-
-    The weights of the elements below the diagonal start at 0, so that it starts as the :class:`DiagonalNormal`.
-
-    Shapes: ``[..., 2 * dim + dim * (dim - 1) / 2]`` to a distribution of batch shape ``[...]`` and event shape
-    ``[dim]``.
-    """
-
-    below: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim)
-        self.register_buffer("below", torch.tril_indices(dim, dim, -1), persistent=False)
-        if dim > 1:
-            self.heads = (dim, dim, self.below.shape[1])
-
-    def forward(self, params: Tensor) -> TorchDistribution:
-        dim = self.heads[0]
-        mean, log_diagonal, below = params.tensor_split((dim, 2 * dim), -1)
-        scale_tril = log_diagonal.exp().diag_embed()
-        scale_tril[..., self.below[0], self.below[1]] = below
-        return dist.MultivariateNormal(mean, scale_tril=scale_tril)
-
-    @torch.no_grad()
-    def start_(self, output: nn.Linear) -> None:
-        output.weight[2 * self.heads[0] :].zero_()
-
-
-POSTERIORS: dict[str, type[DiagonalNormal]] = {"diagonal": DiagonalNormal, "full": FullNormal}
+V = TypeVar("V", bound="VAE")
 
 
 class VAE(Pair):
@@ -74,6 +27,9 @@ class VAE(Pair):
 
     .. math:: z \sim N(0, I), \qquad x \mid z \sim p(x; f_\theta(z)), \qquad
               q_\phi(z \mid x) = N(\mu_\phi(x), \mathrm{diag}\,\sigma_\phi^2(x))
+
+    Both the prior and the posterior may be richer. A richer prior moves to where the codes are; a richer posterior is
+    bent around what the data leave open. All that is measured stays the same.
 
     The defaults are the one-layer network of the IWAE paper: 784-200-200-(50, 50) and 50-200-200-784, tanh,
     :math:`\sigma` the exponential of a linear layer, Glorot-uniform weights and zero biases. ``hidden=()`` is the
@@ -89,7 +45,13 @@ class VAE(Pair):
     :param likelihood: ``"bernoulli"``, ``"gaussian"``, ``"continuous_bernoulli"`` or ``"discretized_logistic"``.
     :param scale: for the Gaussian and the discretized logistic: a number (fixed), ``"learned"`` or ``"per_pixel"``.
     :param levels: for the discretized logistic: number of grey values, by default 256.
-    :param posterior: ``"diagonal"``, or ``"full"`` for a full covariance.
+    :param prior: ``"normal"``; ``"mixture"``, of learned normals; ``"vamp"``, the mixture of the posteriors of learned
+        pseudo-inputs; ``"flow"``, affine couplings.
+    :param posterior: ``"diagonal"``; ``"full"``, of full covariance; ``"flow"``, affine couplings; ``"iaf"``, inverse
+        autoregressive.
+    :param components: of the prior ``"mixture"``, by default 10, or ``"vamp"``, by default 100.
+    :param flows: number of steps of a flow, by default 4; where prior and posterior are flows it is that of both.
+    :param flow_hidden: widths of the hidden layers of each step, by default one of ``max(100, 2 * latent_dim)``.
     :param network: ``"mlp"`` or ``"conv"``; convolutions come in front of the encoder's dense layers.
     :param activation: a name from :data:`pyrovae.nn.ACTIVATIONS`.
     :param channels: for convolutions of stride 2: output channels of each in the encoder, by default ``(32, 64)``.
@@ -116,7 +78,11 @@ class VAE(Pair):
         scale: float | str = "learned",
         *,
         levels: int | None = None,
+        prior: str = "normal",
         posterior: str = "diagonal",
+        components: int | None = None,
+        flows: int | None = None,
+        flow_hidden: Sequence[int] | None = None,
         network: str = "mlp",
         activation: str = "tanh",
         channels: Sequence[int] | None = None,
@@ -128,10 +94,21 @@ class VAE(Pair):
         make_encoder, make_decoder = networks(network, activation, channels)
         self.latent_dim = positive_int("latent_dim", latent_dim)
         self.observation = make_likelihood(likelihood, shape, scale, levels)
-        self.normal = lookup("posterior", posterior, POSTERIORS)(self.latent_dim)
-        self.encoder = make_encoder(shape, widths, self.normal.heads)
+        options = {"components": components, "flows": flows, "flow_hidden": flow_hidden}
+        of_prior, of_posterior = share_options(options, prior=(prior, PRIORS), posterior=(posterior, POSTERIORS))
+        self.posterior_family = make_posterior(posterior, self.latent_dim, **of_posterior)
+        self.encoder = make_encoder(shape, widths, self.posterior_family.heads)
         self.decoder = make_decoder(self.latent_dim, widths[::-1], shape, heads=self.observation.outputs)
-        self.normal.start_(self.encoder.output)
+        self.posterior_family.start_(self.encoder.output)
+        # Last: means drawn first would be the very noise of whoever uses the same seed again.
+        self.prior_family = make_prior(
+            prior,
+            self.latent_dim,
+            posterior=self.posterior,
+            pseudo_shape=shape,
+            bounded=likelihood != "gaussian",
+            **of_prior,
+        )
 
     def model(self, x: Tensor) -> Tensor:
         """p(z) p(x | z) over the plate ``"data"``, with ``x`` observed."""
@@ -148,7 +125,7 @@ class VAE(Pair):
 
     def prior(self, like: Tensor) -> TorchDistribution:
         """p(z), of the tensor's dtype and device."""
-        return dist.Normal(like.new_zeros(self.latent_dim), like.new_ones(self.latent_dim)).to_event(1)
+        return self.prior_family.distribution(like)
 
     def likelihood(self, z: Tensor) -> TorchDistribution:
         """p(x | z) of latents ``[..., latent_dim]``."""
@@ -156,12 +133,19 @@ class VAE(Pair):
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """q(z | x) of data ``[..., *input_shape]``."""
-        return self.normal(self.encoder(x))
+        return self.posterior_family(self.encoder(x))
 
     def encode(self, x: Tensor) -> Tensor:
-        """The posterior's mean, ``[..., *input_shape]`` to ``[..., latent_dim]``."""
-        return self.posterior(x).mean
+        """The posterior's mean (of a flow its :func:`centre`), ``[..., *input_shape]`` to ``[..., latent_dim]``."""
+        return centre(self.posterior(x))
 
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's mean, ``[..., latent_dim]`` to ``[..., *input_shape]``."""
         return self.likelihood(z).mean
+
+    @torch.no_grad()
+    def initialise(self: V, x: Tensor) -> V:
+        """Start the decoder's bias, and the pseudo-inputs of a VampPrior, from data; returns the model itself."""
+        super().initialise(x)
+        self.prior_family.start_(x)
+        return self

@@ -265,7 +265,8 @@ class Objective(pyro.infer.ELBO):
 
     def _check(self, model: Program, guide: Program, args: Any, kwargs: Any) -> int:
         """Check a pair at its first call; return the number of dimensions of its own plates."""
-        key = (model, guide, torch.is_grad_enabled(), self.gradient, self.fold_particles)
+        modes = tuple(module.training for module in roots(model, guide))  # programs may differ between them
+        key = (model, guide, modes, torch.is_grad_enabled(), self.gradient, self.fold_particles)
         if self._layout is None or self._layout[0] != key:
             particles = importance.probe(model, guide, args, kwargs)
             self._check_pair(particles)

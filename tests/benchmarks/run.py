@@ -28,7 +28,7 @@ if not __package__:  # run as a file
 from tests.benchmarks.options import GRID, Options
 from tests.benchmarks.tables import Table
 
-SECTIONS = ("steps", "likelihoods", "replicas", "startup", "growth", "memory")
+SECTIONS = ("steps", "likelihoods", "replicas", "startup", "growth", "memory", "quantizer")
 
 
 def environment(options: Options) -> dict[str, Any]:

@@ -1,0 +1,422 @@
+"""Autoencoders: codes without a posterior, and so without log p(x); undercomplete, sparse, denoising."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Tensor, nn
+
+from pyrovae import data as datasets
+from pyrovae.arguments import DataError, in_range, lookup, one_of, positive_int, sizes
+from pyrovae.likelihoods import make_likelihood
+from pyrovae.models.base import Pair, arguments
+from pyrovae.nn import networks
+from pyrovae.programs import evaluating
+
+__all__ = ["CORRUPTIONS", "Activity", "Autoencoder", "Codes", "DenoisingAutoencoder", "SparseAutoencoder"]
+
+A = TypeVar("A", bound="Autoencoder")
+
+
+class Codes(TorchDistribution):
+    """The prior of an autoencoder's codes: its penalty for log p(z), and draws from the density fitted afterwards.
+
+    It is improper, as :class:`pyro.distributions.ImproperUniform` is: what scores codes and what draws them are
+    unrelated, and neither makes log p(x) exist.
+    """
+
+    arg_constraints: ClassVar[dict] = {}
+    support = constraints.real_vector
+
+    def __init__(self, owner: Autoencoder, batch_shape: Sequence[int] = (), temperature: float = 1.0) -> None:
+        self.owner, self.temperature = owner, temperature
+        super().__init__(torch.Size(batch_shape), torch.Size([owner.latent_dim]), validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return Codes(self.owner, batch_shape, self.temperature)
+
+    def tempered(self, temperature: float) -> Codes:
+        """The same with draws from components whose deviations are ``temperature`` times as large."""
+        return Codes(self.owner, self.batch_shape, temperature)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.owner.log_prior(value)
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+        density = self.owner.density(self.temperature)
+        return self.owner.code(density.sample(self._extended_shape(sample_shape)[:-1]))
+
+
+class Activity(NamedTuple):
+    """How sparse codes are: the mean of each unit's magnitude, ``[latent_dim]``, and the units in use per datum."""
+
+    mean: Tensor
+    units: float
+
+
+class Autoencoder(Pair):
+    r"""Undercomplete autoencoder: an encoder, a code smaller than the data, a decoder.
+
+    .. math:: z = \mathrm{enc}_\phi(x), \qquad \text{loss} = -\log p(x; f_\theta(z))
+
+    As a Pyro pair: the guide is a Delta at the code, and the prior is flat, :math:`\log p(z) = 0`. So
+    ``pv.fit(..., objective=pv.ELBO())`` trains it on that loss: cross-entropy for a Bernoulli, and for a Gaussian of
+    fixed scale c the squared error over :math:`2 c^2` plus a constant. Particles of a Delta are all alike, and so every
+    bound is this one; what needs log q at fixed codes ("stl", "dreg", RWS, TVO) is refused by name, as are free bits.
+
+    It is not a generative model: ``log_likelihood`` refuses it, as a Delta has no density. :meth:`fit_density` makes
+    codes to decode all the same; a density fitted on codes afterwards is not a likelihood, and training never sees it.
+
+    ``hidden=()`` with ``likelihood="gaussian"`` is the linear autoencoder, whose decoder ends in the subspace of the
+    data's first principal components; :meth:`subspace_angles` says how far it is from it.
+
+    Shapes: Data is ``[B, *input_shape]``; the plate ``"data"`` is at dim -1, with sites ``"z"`` of event
+    ``[latent_dim]`` and ``"x"`` of event ``input_shape``. Nats throughout.
+
+    :param input_shape: shape of one datum, such as ``(1, 28, 28)`` or ``(784,)``.
+    :param latent_dim: number of units of the code.
+    :param density_components: components of the mixture that :meth:`fit_density` fits.
+
+    The other arguments are those of :class:`VAE`.
+
+    :ivar config: the arguments, as JSON can hold them.
+    :raises TypeError, ValueError: at construction, for arguments that are out of range, unknown or do not go together;
+        from ``pv.sample`` before :meth:`fit_density`.
+    :raises DataError: for data of another shape.
+
+    >>> import pyrovae as pv
+    >>> digits = pv.data.load("digits").train
+    >>> autoencoder = Autoencoder((1, 8, 8), latent_dim=5, hidden=(32,), likelihood="gaussian").initialise(digits.x)
+    >>> result = pv.fit(autoencoder.model, autoencoder.guide, digits, objective=pv.ELBO(), epochs=1)
+    >>> autoencoder.reconstruct(digits.x[:20]).shape
+    torch.Size([20, 1, 8, 8])
+    >>> pv.sample(autoencoder.fit_density(digits), 3).shape
+    torch.Size([3, 1, 8, 8])
+
+    Bourlard and Kamp, *Auto-association by multilayer perceptrons and singular value decomposition*, 1988; Baldi and
+    Hornik, *Neural networks and principal component analysis*, 1989; Hinton and Salakhutdinov, *Reducing the
+    dimensionality of data with neural networks*, 2006.
+    """
+
+    likelihood_is = None
+    density_weights: Tensor
+    density_means: Tensor
+    density_scale_tril: Tensor
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        latent_dim: int = 50,
+        hidden: Sequence[int] = (200, 200),
+        likelihood: str = "bernoulli",
+        scale: float | str = "learned",
+        *,
+        levels: int | None = None,
+        network: str = "mlp",
+        activation: str = "tanh",
+        channels: Sequence[int] | None = None,
+        density_components: int = 10,
+    ) -> None:
+        given = arguments(locals())
+        super().__init__()
+        self.config = given
+        shape, widths = self.set_shape(input_shape), sizes("hidden", hidden)
+        make_encoder, make_decoder = networks(network, activation, channels)
+        self.latent_dim = positive_int("latent_dim", latent_dim)
+        self.observation = make_likelihood(likelihood, shape, scale, levels)
+        self.encoder = make_encoder(shape, widths, self.latent_dim)
+        self.decoder = make_decoder(self.latent_dim, widths[::-1], shape, heads=self.observation.outputs)
+        self.code: nn.Module = nn.Identity()
+        components = positive_int("density_components", density_components)
+        # Weights of 0 say that nothing has been fitted, so that a state_dict holds this as well.
+        self.register_buffer("density_weights", torch.zeros(components))
+        self.register_buffer("density_means", torch.zeros(components, self.latent_dim))
+        self.register_buffer("density_scale_tril", torch.zeros(components, self.latent_dim, self.latent_dim))
+
+    def model(self, x: Tensor) -> Tensor:
+        """The decoder's p(x | z) over the plate ``"data"``, with ``x`` observed, and the prior of the codes."""
+        self.check(x)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Codes(self))
+            return pyro.sample("x", self.likelihood(z), obs=x)
+
+    def guide(self, x: Tensor) -> Tensor:
+        """The code of ``x`` as a Delta, over the plate ``"data"``."""
+        self.check(x)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", dist.Delta(self.encode(x), event_dim=1))
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Minus the penalty of codes ``[..., latent_dim]``, ``[...]`` in nats: none here."""
+        return z.new_zeros(z.shape[:-1])
+
+    def likelihood(self, z: Tensor) -> TorchDistribution:
+        """p(x | z) of codes ``[..., latent_dim]``."""
+        return self.observation.distribution(self.decoder(z))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The code, ``[..., *input_shape]`` to ``[..., latent_dim]``."""
+        return self.code(self.encoder(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The likelihood's mean, ``[..., latent_dim]`` to ``[..., *input_shape]``."""
+        return self.likelihood(z).mean
+
+    # --- what is known afterwards --------------------------------------------------------------------------------
+
+    def fit_density(self: A, data: Any, *, seed: int = 0) -> A:
+        r"""Fit a mixture of Gaussians to the codes of ``data``, for ``pv.sample``; returns the model itself.
+
+        .. math:: p(a) = \sum_c \pi_c N(a; \mu_c, \Sigma_c), \qquad z = \mathrm{code}(a)
+
+        with :math:`a` the encoder's output and *code* its last nonlinearity, if there is one. The mixture is kept in
+        buffers, so a ``state_dict`` holds it. More training moves the codes: fit again then.
+
+        :param data: a tensor ``[N, *input_shape]`` or a Dataset, of which the first entry of each datum is used.
+        :param seed: where the fit starts.
+        :raises DataError: for fewer data than components, or codes that are not finite.
+        """
+        from sklearn.mixture import GaussianMixture
+
+        outputs = self._gather(data, self.encoder).double().cpu()
+        components = len(self.density_weights)
+        if len(outputs) < components:
+            raise DataError(f"a density of {components} components needs as many data, got {len(outputs)}: pass more")
+        if not torch.isfinite(outputs).all():
+            raise DataError("the codes of the data are not all finite: check the data, or train again with a lower lr")
+        mixture = GaussianMixture(components, random_state=seed, max_iter=300).fit(outputs.numpy())
+        self.density_weights.copy_(torch.from_numpy(mixture.weights_))
+        self.density_means.copy_(torch.from_numpy(mixture.means_))
+        self.density_scale_tril.copy_(torch.linalg.cholesky(torch.from_numpy(mixture.covariances_)))
+        return self
+
+    def density(self, temperature: float = 1.0) -> TorchDistribution:
+        """The mixture that :meth:`fit_density` fitted, over the encoder's outputs.
+
+        :param temperature: factor of the components' standard deviations.
+        :raises ValueError: before that.
+        """
+        if not self.density_weights.any():
+            raise ValueError(
+                f"{type(self).__name__} has no prior to draw codes from: call its fit_density(x) with training data "
+                "first, and again after more training"
+            )
+        parts = dist.MultivariateNormal(self.density_means, scale_tril=self.density_scale_tril * temperature)
+        return dist.MixtureSameFamily(dist.Categorical(self.density_weights), parts)
+
+    def activity(self, data: Any) -> Activity:
+        r"""How sparse the codes of data are.
+
+        .. math:: \text{mean}_u = \frac1N \sum_b |z_{bu}|, \qquad
+                  \text{units} = \frac1N \sum_b \frac{(\sum_u |z_{bu}|)^2}{\sum_u z_{bu}^2}
+
+        The second is the number of units in use for one datum, from 0 to ``latent_dim``, whatever their scale (as an
+        effective sample size is).
+
+        :param data: a tensor ``[N, *input_shape]`` or a Dataset, of which the first entry of each datum is used.
+
+        >>> autoencoder = Autoencoder((4,), latent_dim=3, hidden=())
+        >>> autoencoder.activity(torch.zeros(5, 4))
+        Activity(mean=tensor([0., 0., 0.]), units=0.0)
+
+        Treves and Rolls, *What determines the capacity of autoassociative memories in the brain?*, 1991.
+        """
+        size = self._gather(data, self.encode).abs()
+        squares = size.square().sum(-1)
+        units = size.sum(-1).square() / torch.where(squares > 0, squares, 1.0)
+        return Activity(size.mean(0), units.mean().item())
+
+    def subspace_angles(self, basis: Tensor) -> Tensor:
+        r"""Principal angles between the image of a linear decoder and the span of another basis, in radians.
+
+        All are 0 where the two subspaces are one. With the first ``latent_dim`` principal directions of the data, that
+        is where training with ``likelihood="gaussian"`` and one scale for all pixels ends.
+
+        :param basis: ``[k, *input_shape]`` (or flat, ``[k, d]``), one direction a row, such as the ``components`` of a
+            fitted :class:`PCA`.
+        :return: ``[min(k, latent_dim)]``, the largest first.
+        :raises ValueError: for an autoencoder that is not linear (``network="mlp"``, ``hidden=()``), and for a basis
+            of another shape.
+
+        Björck and Golub, *Numerical methods for computing angles between linear subspaces*, 1973.
+        """
+        from scipy.linalg import subspace_angles
+
+        if self.config["network"] != "mlp" or self.config["hidden"]:
+            self.refuse("subspace_angles", 'its decoder is not linear: build it with network="mlp" and hidden=()')
+        features = math.prod(self.input_shape)
+        other = basis.double().flatten(1) if basis.dim() > 1 else basis
+        if other.shape[1:] != (features,):
+            raise ValueError(
+                f"basis must be [k, {features}], one direction a row, got {tuple(basis.shape)}: reshape it"
+            )
+        own = self.decoder.output.weight[:features].double()
+        return torch.from_numpy(subspace_angles(own.numpy(force=True), other.T.numpy(force=True)))
+
+    @torch.no_grad()
+    def _gather(self, data: Any, encoder: Callable[[Tensor], Tensor]) -> Tensor:
+        """What an encoder makes of all data, in eval mode."""
+        source, device = datasets.as_dataset(data), next(self.parameters()).device
+        with evaluating(self.guide):
+            found = []
+            for x, *_ in datasets.batches((source,), 500, device=device):
+                self.check(x)
+                found.append(encoder(x))
+        return torch.cat(found)
+
+
+class SparseAutoencoder(Autoencoder):
+    r"""Autoencoder that is penalised for the activity of its code, which may then be larger than the data.
+
+    .. math:: \text{L1: } -\log p(z) = w \sum_u |z_u|, \qquad
+              \text{KL: } -\log p(z) = w \sum_u \Big[\rho \log \frac{\rho}{\hat\rho_u}
+              + (1 - \rho) \log \frac{1 - \rho}{1 - \hat\rho_u}\Big], \quad \hat\rho_u = \frac1B \sum_b z_{bu}
+
+    The penalty is the model's :math:`\log p(z)`, so that ``kl_weight`` and ``kl_warmup`` scale it and histories show it
+    as the KL. L1 is a Laplace prior less its normaliser :math:`\sum_u \log(w / 2)`, which no gradient sees; its code
+    ends in a ReLU, so that units can be exactly 0. A decoder can undo it in part, by making up for small codes with
+    large weights: judge it by :meth:`activity`, and hold it with weight decay.
+
+    KL(:math:`\rho \,\|\, \hat\rho`) compares the mean activity of each unit over the batch with what is wanted; its
+    code ends in a sigmoid. Every datum of a batch bears the whole penalty, so that the loss per datum is reconstruction
+    plus penalty. It is a property of batches: train on those of 100 or so, and read nothing into that of single data.
+
+    :param latent_dim: number of units of the code.
+    :param penalty: ``"l1"`` or ``"kl"``.
+    :param weight: w; for L1 in nats per unit of activity.
+    :param rho: for the KL: the mean activity wanted of each unit, by default 0.05.
+
+    The other arguments, and the rest, are those of :class:`Autoencoder`.
+
+    >>> sparse = SparseAutoencoder((1, 8, 8), latent_dim=100, hidden=(), penalty="kl", weight=3.0, rho=0.1)
+    >>> z = torch.tensor([[0.0] * 100, [0.2] * 100])  # 0.1 in the mean, as wanted
+    >>> sparse.log_prior(z).abs() < 1e-6
+    tensor([True, True])
+
+    Ng, *Sparse autoencoder*, lecture notes, 2011 (KL); Goodfellow, Bengio and Courville, *Deep learning*, section
+    14.2.1, 2016 (L1 as a Laplace prior).
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        latent_dim: int = 200,
+        hidden: Sequence[int] = (200,),
+        likelihood: str = "bernoulli",
+        scale: float | str = "learned",
+        *,
+        penalty: str = "l1",
+        weight: float = 1.0,
+        rho: float | None = None,
+        levels: int | None = None,
+        network: str = "mlp",
+        activation: str = "tanh",
+        channels: Sequence[int] | None = None,
+        density_components: int = 10,
+    ) -> None:
+        given = arguments(locals())
+        super().__init__(
+            input_shape, latent_dim, hidden, likelihood, scale, levels=levels, network=network, activation=activation,
+            channels=channels, density_components=density_components,
+        )  # fmt: skip
+        self.config = given
+        self.penalty = one_of("penalty", penalty, ("l1", "kl"))
+        self.weight = in_range("weight", weight, 0.0)
+        if penalty == "l1" and rho is not None:
+            raise ValueError(f"penalty='l1' has no rho, got rho={rho!r}: leave it out, or use 'kl'")
+        self.rho = in_range("rho", 0.05 if rho is None else rho, 1e-6, 1 - 1e-6)
+        self.code = nn.ReLU() if penalty == "l1" else nn.Sigmoid()
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Minus the penalty of codes ``[..., B, latent_dim]``, ``[..., B]`` in nats."""
+        if self.penalty == "l1":
+            return -self.weight * z.abs().sum(-1)
+        tiny = torch.finfo(z.dtype).eps  # a sigmoid rounds to 0 and to 1
+        mean = z.mean(-2).clamp(tiny, 1 - tiny)
+        on, off = self.rho, 1 - self.rho
+        kl = on * (math.log(on) - mean.log()) + off * (math.log(off) - (-mean).log1p())
+        return (-self.weight * kl.sum(-1, keepdim=True)).expand(z.shape[:-1])
+
+
+def _gaussian(x: Tensor, level: float) -> Tensor:
+    return x + level * torch.randn_like(x)
+
+
+def _masking(x: Tensor, level: float) -> Tensor:
+    return torch.where(torch.rand_like(x) < level, 0.0, x)
+
+
+def _salt_and_pepper(x: Tensor, level: float) -> Tensor:
+    chance = torch.rand_like(x)
+    return torch.where(chance < level, (chance < level / 2).to(x.dtype), x)
+
+
+#: Ways to corrupt data, and the largest level of each.
+CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
+    "gaussian": (_gaussian, math.inf),
+    "masking": (_masking, 1.0),
+    "salt_and_pepper": (_salt_and_pepper, 1.0),
+}
+
+
+class DenoisingAutoencoder(Autoencoder):
+    r"""Autoencoder that is shown corrupted data and asked for the clean ones.
+
+    .. math:: \tilde x \sim c(\tilde x \mid x), \qquad z = \mathrm{enc}_\phi(\tilde x), \qquad
+              \text{loss} = -\log p(x; f_\theta(z))
+
+    In training mode the guide corrupts what it reads, anew for every datum at every step; in eval mode, and in every
+    verb, it reads what it is given: ``reconstruct(corrupt(x))`` denoises. Nothing prevents a code larger than the data.
+
+    :param noise: ``"gaussian"`` adds :math:`N(0, \text{level}^2)`; ``"masking"`` sets a share ``level`` of the pixels
+        to 0; ``"salt_and_pepper"`` sets that share to 0 or 1 with equal chances, for data in [0, 1].
+    :param level: standard deviation, or share in [0, 1].
+
+    The other arguments, and the rest, are those of :class:`Autoencoder`.
+
+    >>> denoising = DenoisingAutoencoder((4,), latent_dim=2, hidden=(), noise="masking", level=1.0)
+    >>> denoising.corrupt(torch.ones(1, 4))
+    tensor([[0., 0., 0., 0.]])
+
+    Vincent, Larochelle, Bengio and Manzagol, *Extracting and composing robust features with denoising autoencoders*,
+    2008; Vincent et al., *Stacked denoising autoencoders*, 2010 (the three kinds of noise).
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        latent_dim: int = 50,
+        hidden: Sequence[int] = (200, 200),
+        likelihood: str = "bernoulli",
+        scale: float | str = "learned",
+        *,
+        noise: str = "masking",
+        level: float = 0.3,
+        levels: int | None = None,
+        network: str = "mlp",
+        activation: str = "tanh",
+        channels: Sequence[int] | None = None,
+        density_components: int = 10,
+    ) -> None:
+        given = arguments(locals())
+        super().__init__(
+            input_shape, latent_dim, hidden, likelihood, scale, levels=levels, network=network, activation=activation,
+            channels=channels, density_components=density_components,
+        )  # fmt: skip
+        self.config = given
+        self._corruption, largest = lookup("noise", noise, CORRUPTIONS)
+        self.level = in_range("level", level, 0.0, largest)
+
+    def corrupt(self, x: Tensor) -> Tensor:
+        """Data with the noise of training, drawn anew."""
+        return self._corruption(x, self.level)
+
+    def guide(self, x: Tensor) -> Tensor:
+        """The code of ``x``, corrupted first in training mode, as a Delta over the plate ``"data"``."""
+        return super().guide(self.corrupt(x) if self.training else x)

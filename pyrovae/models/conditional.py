@@ -1,0 +1,245 @@
+"""The conditional variational autoencoder: data given labels or attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyrovae.arguments import DataError, positive_int, sizes
+from pyrovae.likelihoods import make_likelihood
+from pyrovae.models.base import Pair, arguments
+from pyrovae.models.posteriors import DiagonalNormal, centre, make_posterior
+from pyrovae.nn import MLP, networks
+from pyrovae.support import DROP, at, first_outside
+
+__all__ = ["Attributes", "Classes", "ConditionalVAE"]
+
+
+class Classes:
+    """Class labels: integers ``[...]`` from 0 on, encoded one-hot, ``[..., number]``.
+
+    >>> Classes(3).encode(torch.tensor([2, 0]), torch.zeros(1))
+    tensor([[0., 0., 1.],
+            [1., 0., 0.]])
+    """
+
+    event_dim = 0
+
+    def __init__(self, number: int) -> None:
+        self.size = positive_int("num_classes", number, minimum=2)
+
+    def check(self, y: Tensor) -> None:
+        """Their type and shape, known without a look at the values."""
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise DataError(f"labels must be integers, one class index per datum, got {y.dtype}: convert with y.long()")
+
+    def check_values(self, y: Tensor) -> None:
+        """Their range; on CUDA this waits for the device."""
+        y = torch.atleast_1d(y)
+        if (bad := first_outside(y, lambda v: (v >= 0) & (v < self.size))) is not None:
+            raise DataError(
+                f"{at('labels', bad, y[bad])}: with num_classes={self.size}, labels run from 0 to {self.size - 1}; "
+                "correct the labels, or build the model with more classes"
+            )
+
+    def encode(self, y: Tensor, like: Tensor) -> Tensor:
+        """One-hot rows of the dtype of ``like``; NaN for a label out of range, so that it cannot pass unnoticed."""
+        hot = y.unsqueeze(-1) == torch.arange(self.size, device=y.device)
+        return torch.where(hot.any(-1, keepdim=True), hot, torch.nan).to(like.dtype)
+
+    def distribution(self, like: Tensor) -> TorchDistribution:
+        """Any distribution of such labels: only its support matters."""
+        return dist.Categorical(logits=like.new_zeros(self.size))
+
+
+class Attributes:
+    """Attribute vectors: real numbers ``[..., number]``, taken as they are."""
+
+    event_dim = 1
+
+    def __init__(self, number: int) -> None:
+        self.size = positive_int("num_attributes", number)
+
+    def check(self, y: Tensor) -> None:
+        """Their type and shape, known without a look at the values."""
+        if not y.is_floating_point() or y.shape[-1:] != (self.size,):
+            raise DataError(
+                f"attributes must be real numbers [batch, {self.size}] with num_attributes={self.size}, got "
+                f"{list(y.shape)} of {y.dtype}: convert with y.float(), or build the model with as many attributes"
+            )
+
+    def check_values(self, y: Tensor) -> None:
+        """That they are finite; on CUDA this waits for the device."""
+        y = torch.atleast_2d(y)
+        if (bad := first_outside(y, torch.isfinite)) is not None:
+            raise DataError(f"{at('attributes', bad, y[bad])}: attributes must be finite; {DROP}")
+
+    def encode(self, y: Tensor, like: Tensor) -> Tensor:
+        """The attributes in the dtype of ``like``."""
+        return y.to(like.dtype)
+
+    def distribution(self, like: Tensor) -> TorchDistribution:
+        """Any distribution of such attributes: only its support matters."""
+        return dist.Normal(like.new_zeros(self.size), 1.0).to_event(1)
+
+
+class ConditionalVAE(Pair):
+    r"""Variational autoencoder of data given labels: :math:`\log p(x \mid y)`.
+
+    .. math:: z \sim N(0, I), \qquad x \mid z, y \sim p(x; f_\theta(z, c(y))), \qquad
+              q_\phi(z \mid x, y) = N(\mu_\phi(x, c(y)), \mathrm{diag}\,\sigma_\phi^2(x, c(y)))
+
+    y is a class (``num_classes``; c is one-hot) or a vector of attributes (``num_attributes``; c is the identity), and
+    c(y) joins the input of the dense layers of both networks. With ``conditional_prior`` the prior is
+    :math:`p(z \mid y) = N(\mu_\psi(y), \mathrm{diag}\,\sigma_\psi^2(y))`, which starts as :math:`N(0, I)`. What y says
+    need not be in z: hence generation by label, and analogies, which keep z and change y.
+
+    Shapes: Data is ``[B, *input_shape]``, labels ``[B]`` or ``[B, num_attributes]``; the plate ``"data"`` is at dim -1,
+    with sites ``"z"`` and ``"x"`` as in :class:`VAE`, and the observed site ``"y"``, whose density is left out (its
+    mask is False): everything is given y. Within an outer plate of K particles y is shared by all. Nats throughout.
+    The verbs take labels that broadcast against the leading dimensions of ``x`` or ``z``: one int, for instance.
+
+    Labels that do not exist are refused by ``fit`` and wherever Pyro validates; elsewhere (in a training step, which
+    does not wait for the device) they make their datum's log-probability NaN, never that of another label.
+
+    :param input_shape: shape of one datum.
+    :param num_classes: number of classes; either this or ``num_attributes``.
+    :param latent_dim: number of latent units.
+    :param hidden: widths of the encoder's dense layers; the decoder has them in reverse.
+    :param likelihood: as in :class:`VAE`; ``scale`` and ``levels`` too.
+    :param num_attributes: number of attributes.
+    :param posterior: as in :class:`VAE`; ``flows`` and ``flow_hidden`` too.
+    :param conditional_prior: learn p(z | y), by a network of one hidden layer, of the width of the last in ``hidden``.
+    :param network: as in :class:`VAE`; ``activation`` and ``channels`` too.
+    :raises TypeError, ValueError: at construction, for arguments that are out of range, unknown or do not go together.
+    :raises DataError: from programs and verbs, for data or labels that are missing, or of another shape or type.
+
+    >>> cvae = ConditionalVAE((1, 8, 8), 10, latent_dim=5, hidden=(32,))
+    >>> x, y = torch.rand(20, 1, 8, 8).round(), torch.arange(20) % 10
+    >>> loss = pyro.infer.Trace_ELBO()(cvae.initialise(x).model, cvae.guide)(x, y)
+    >>> cvae.analogies(x, y, labels=range(10)).shape
+    torch.Size([20, 10, 1, 8, 8])
+    >>> import pyrovae as pv
+    >>> pv.sample(cvae, 7, torch.tensor(3)).shape  # seven threes
+    torch.Size([7, 1, 8, 8])
+
+    Kingma, Rezende, Mohamed and Welling, *Semi-supervised learning with deep generative models*, 2014; Sohn, Lee and
+    Yan, *Learning structured output representation using deep conditional generative models*, 2015.
+    """
+
+    conditional = True
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int | None = None,
+        latent_dim: int = 50,
+        hidden: Sequence[int] = (200, 200),
+        likelihood: str = "bernoulli",
+        scale: float | str = "learned",
+        *,
+        num_attributes: int | None = None,
+        levels: int | None = None,
+        posterior: str = "diagonal",
+        flows: int | None = None,
+        flow_hidden: Sequence[int] | None = None,
+        conditional_prior: bool = False,
+        network: str = "mlp",
+        activation: str = "tanh",
+        channels: Sequence[int] | None = None,
+    ) -> None:
+        given = arguments(locals())
+        super().__init__()
+        self.config = given
+        shape, widths = self.set_shape(input_shape), sizes("hidden", hidden)
+        if (num_classes is None) == (num_attributes is None):
+            both = "neither" if num_classes is None else "both"
+            raise ValueError(f"labels are classes or attributes, got {both}: give num_classes or num_attributes")
+        self.labels: Any = Attributes(num_attributes) if num_classes is None else Classes(num_classes)  # type: ignore[arg-type]
+        make_encoder, make_decoder = networks(network, activation, channels)
+        self.latent_dim, width = positive_int("latent_dim", latent_dim), self.labels.size
+        self.observation = make_likelihood(likelihood, shape, scale, levels)
+        self.posterior_family = make_posterior(posterior, self.latent_dim, flows=flows, flow_hidden=flow_hidden)
+        self.encoder = make_encoder(shape, widths, self.posterior_family.heads, context=width)
+        self.decoder = make_decoder(self.latent_dim + width, widths[::-1], shape, heads=self.observation.outputs)
+        self.posterior_family.start_(self.encoder.output)
+        self.prior_network: MLP | None = None
+        if conditional_prior:
+            self.prior_network = MLP(width, widths[-1:], (self.latent_dim, self.latent_dim), activation)
+            torch.nn.init.zeros_(self.prior_network.output.weight)
+
+    def model(self, x: Tensor, y: Any = None) -> Tensor:
+        """p(z) p(x | z, y) over the plate ``"data"``, with ``x`` observed; p(z | y) with a conditional prior."""
+        self.check(x)
+        y = self.checked(y, x, x.shape[:1])
+        code = self.labels.encode(y, x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", self.labels.distribution(x).mask(False), obs=y)
+            z = pyro.sample("z", self.prior(code))
+            return pyro.sample("x", self.likelihood(z, code), obs=x)
+
+    def guide(self, x: Tensor, y: Any = None) -> Tensor:
+        """q(z | x, y) over the plate ``"data"``."""
+        self.check(x)
+        code = self.labels.encode(self.checked(y, x, x.shape[:1]), x)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", self.posterior(x, code))
+
+    def prior(self, code: Tensor) -> TorchDistribution:
+        """p(z), or p(z | y) of encoded labels ``[..., width]``."""
+        if self.prior_network is not None:
+            return DiagonalNormal(self.latent_dim)(self.prior_network(code))
+        return dist.Normal(code.new_zeros(self.latent_dim), code.new_ones(self.latent_dim)).to_event(1)
+
+    def likelihood(self, z: Tensor, code: Tensor) -> TorchDistribution:
+        """p(x | z, y) of latents ``[..., latent_dim]`` and encoded labels ``[..., width]``."""
+        return self.observation.distribution(self.decoder(z, code))
+
+    def posterior(self, x: Tensor, code: Tensor) -> TorchDistribution:
+        """q(z | x, y) of data ``[..., *input_shape]`` and encoded labels ``[..., width]``."""
+        return self.posterior_family(self.encoder(x, code))
+
+    def encode(self, x: Tensor, y: Any = None) -> Tensor:  # type: ignore[override]
+        """The posterior's centre, ``[..., *input_shape]`` and labels ``[...]`` to ``[..., latent_dim]``."""
+        y = self.checked(y, x, x.shape[: x.dim() - len(self.input_shape)])
+        return centre(self.posterior(x, self.labels.encode(y, x)))
+
+    def decode(self, z: Tensor, y: Any = None) -> Tensor:  # type: ignore[override]
+        """The likelihood's mean, ``[..., latent_dim]`` and labels ``[...]`` to ``[..., *input_shape]``."""
+        y = self.checked(y, z, z.shape[:-1])
+        return self.likelihood(z, self.labels.encode(y, z)).mean
+
+    def analogies(self, x: Tensor, y: Any, labels: Any) -> Tensor:
+        """Data with their labels replaced by one after another, z as encoded, ``[N, len(labels), *input_shape]``.
+
+        :param x: data ``[N, *input_shape]``.
+        :param y: their own labels.
+        :param labels: those to show them with, ``[L]`` or ``[L, num_attributes]``.
+        """
+        labels = self.tensor(labels, x)
+        return self.decode(self.encode(x, y).unsqueeze(1).expand(-1, len(labels), -1), labels)
+
+    def checked(self, y: Any, like: Tensor, leading: torch.Size) -> Tensor:
+        """Labels as a tensor on the device of ``like``, after checks; their values where Pyro's validation is on."""
+        if y is None:
+            raise DataError("labels missing: call model(x, y), and load data with labels=True")
+        y = self.tensor(y, like)
+        self.labels.check(y)
+        shape = y.shape[: y.dim() - self.labels.event_dim]
+        if len(shape) > len(leading) or any(n not in (1, m) for n, m in zip(shape[::-1], leading[::-1], strict=False)):
+            raise DataError(
+                f"labels of shape {list(y.shape)} do not go with {list(leading)} data: pass one label per datum"
+            )
+        if dist.is_validation_enabled():
+            self.labels.check_values(y)
+        return y
+
+    def tensor(self, y: Any, like: Tensor) -> Tensor:
+        """Labels as a tensor on the device of ``like``."""
+        return torch.as_tensor(list(y) if isinstance(y, range) else y, device=like.device)

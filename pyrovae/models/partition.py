@@ -1,0 +1,142 @@
+r"""The partition function of a restricted Boltzmann machine: by enumeration, and by annealed importance sampling.
+
+.. math:: Z = \sum_{v, h} \exp(b^\top v + c^\top h + v^\top W h)
+
+Shapes: ``weight`` is W, ``[V, H]``; ``visible`` and ``hidden`` are the biases b ``[V]`` and c ``[H]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["LARGEST", "Annealed", "Memo", "anneal", "enumerate_states", "without_gradient"]
+
+T = TypeVar("T")
+LARGEST = 20  # units of the smaller side that are enumerated
+_CHUNK = 2**22  # numbers held at a time
+
+
+def bits(probabilities: Tensor) -> Tensor:
+    """Independent Bernoulli draws, of the dtype of their probabilities."""
+    return torch.rand_like(probabilities).lt(probabilities).to(probabilities.dtype)
+
+
+def enumerate_states(weight: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+    r"""log Z exactly, 0-d in float64 and differentiable: a sum over all states of the smaller side.
+
+    .. math:: \log Z = \log \sum_h \exp\Big(c^\top h + \sum_i \zeta(b_i + (W h)_i)\Big), \qquad
+              \zeta(a) = \log(1 + e^a)
+    """
+    if weight.shape[0] < weight.shape[1]:
+        weight, visible, hidden = weight.T, hidden, visible
+    weight, visible, hidden = weight.double(), visible.double(), hidden.double()
+    units = torch.arange(len(hidden), device=hidden.device)
+
+    def part(codes: Tensor) -> Tensor:
+        states = (codes.unsqueeze(-1) >> units & 1).double()
+        return torch.logsumexp(states @ hidden + softplus(states @ weight.T + visible).sum(-1), 0)
+
+    chunks = torch.arange(2 ** len(hidden), device=hidden.device).split(max(_CHUNK // len(visible), 1))
+    if len(chunks) == 1:
+        return part(chunks[0])
+    # What a chunk's gradient needs is computed again then: all chunks together would not fit in memory.
+    return torch.logsumexp(torch.stack([checkpoint(part, codes, use_reentrant=False) for codes in chunks]), 0)
+
+
+class Annealed(NamedTuple):
+    """What :func:`anneal` finds: log Z, its standard error (both 0-d, float64), and where the chains end."""
+
+    log_z: Tensor
+    std_error: Tensor
+    visible: Tensor
+
+
+@torch.no_grad()
+def anneal(weight: Tensor, visible: Tensor, hidden: Tensor, base: Tensor, chains: int, steps: int) -> Annealed:
+    r"""log Z by annealed importance sampling from independent pixels with logits ``base`` ``[V]``.
+
+    .. math:: p_\beta(v) \propto e^{((1 - \beta) b_0 + \beta b)^\top v}
+                  \prod_j \big(1 + e^{\beta (c_j + (v^\top W)_j)}\big), \qquad
+              \log \hat Z = \log Z_0 + \log \frac1C \sum_{i=1}^C \prod_{t=1}^T
+                  \frac{p^*_{\beta_t}(v^i_{t-1})}{p^*_{\beta_{t-1}}(v^i_{t-1})}
+
+    Each of ``chains`` runs goes from an exact draw at :math:`\beta = 0` through ``steps`` equal steps to
+    :math:`\beta = 1`, with one Gibbs step at each. :math:`\hat Z` is unbiased, so :math:`\log \hat Z` is too low on
+    average, by half its squared standard error where that is small. The standard error is that of the mean weight
+    over itself (delta method): it knows only the modes that the chains have found.
+
+    Neal, *Annealed importance sampling*, 2001; Salakhutdinov and Murray, *On the quantitative analysis of deep belief
+    networks*, 2008.
+    """
+    tilt = visible - base
+    v = bits(base.sigmoid().expand(chains, -1))
+    log_w = torch.zeros(chains, dtype=torch.float64, device=weight.device)
+    for low, high in pairwise(torch.linspace(0, 1, steps + 1, dtype=torch.float64).tolist()):
+        field = torch.addmm(hidden, v, weight)
+        log_w += (high - low) * (v @ tilt).double() + _rise(field, low, high).sum(-1, dtype=torch.float64)
+        h = bits((high * field).sigmoid_())
+        v = bits(torch.addmm(high * visible + (1 - high) * base, h, weight.T, beta=1, alpha=high).sigmoid_())
+    log_base = softplus(base.double()).sum() + len(hidden) * math.log(2)
+    largest = log_w.max()
+    w = (log_w - largest).exp()
+    spread = w.std() if chains > 1 else torch.full_like(largest, math.inf)
+    std_error = spread / (w.mean() * math.sqrt(chains))
+    return Annealed(log_base + largest + w.mean().log(), std_error, v)
+
+
+def _rise(field: Tensor, low: float, high: float) -> Tensor:
+    """softplus(high * field) - softplus(low * field) without cancellation: steps are small, and there are many."""
+    size = field.abs()
+    return (high - low) * field.relu() + torch.log1p((-low * size).sigmoid() * torch.expm1((low - high) * size))
+
+
+class Memo:
+    """Results that hold while some tensors have the values they have; forgotten when one changes.
+
+    Values are compared: version counters miss what a captured training step writes.
+    """
+
+    def __init__(self) -> None:
+        self.state: list[Tensor] = []
+        self.known: dict[Any, Any] = {}
+
+    @torch.no_grad()
+    def __call__(self, state: Sequence[Tensor], key: Any, find: Callable[[], T]) -> T:
+        """What ``find`` gave, or now gives, for these tensors and this key."""
+        if len(state) != len(self.state) or not all(map(_identical, state, self.state)):
+            self.state, self.known = [tensor.detach().clone() for tensor in state], {}
+        if key not in self.known:
+            self.known[key] = find()
+        return self.known[key]
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:  # type: ignore[override]
+        raise ValueError(
+            "the RBM's log Z is annealed importance sampling's estimate, which has no gradient: train with rbm.fit "
+            f"(contrastive divergence), or give one side at most {LARGEST} units"
+        )
+
+
+def without_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """An estimate that depends on parameters: as a value it serves, and it refuses to be differentiated."""
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        return _WithoutGradient.apply(value, *parameters)
+    return value

@@ -1,0 +1,285 @@
+"""The semi-supervised variational autoencoder: labels where there are some, summed over where there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from pyrovae.arguments import DataError, in_range, positive_int
+from pyrovae.models.base import arguments
+from pyrovae.models.conditional import Classes, ConditionalVAE
+from pyrovae.nn import networks
+
+__all__ = ["Belief", "PartialLabel", "SemiSupervisedVAE", "Weighted", "hide_labels"]
+
+UNKNOWN = -1  # the label of unlabelled data
+_CERTAIN = 1e4  # a difference of logits whose exponential is 0 in every precision
+
+
+class Belief(dist.OneHotCategorical):
+    r"""A one-hot categorical that measures beliefs, points v of the simplex, as well.
+
+    .. math:: \log p(v) = \sum_c v_c \log p_c = \mathbb E_{y \sim v} \log p(y)
+
+    >>> Belief(probs=torch.tensor([0.5, 0.5])).log_prob(torch.tensor([0.3, 0.7])).exp()
+    tensor(0.5000)
+    """
+
+    support = constraints.simplex  # type: ignore[assignment]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The expected log-probability, in nats; of a one-hot value its own."""
+        return (value * self.logits).sum(-1)
+
+
+class Weighted(TorchDistribution):
+    r"""A distribution whose log-density counts ``weight`` times, as one term of an expectation over classes.
+
+    ``poutine.scale`` would not do: a scale stands for more data of the same kind, and is ignored where log p(x) is
+    measured. Shapes: those of ``base``, whose batch shape ``weight`` broadcasts to.
+    """
+
+    def __init__(self, base: TorchDistribution, weight: Tensor) -> None:
+        self.base, self.weight = base, weight
+        self.has_rsample = base.has_rsample
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self.base.support
+
+    @property
+    def mean(self) -> Tensor:
+        return self.base.mean
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Weighted:
+        return Weighted(self.base.expand(batch_shape), self.weight)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return self.base.rsample(torch.Size(sample_shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self.base.sample(torch.Size(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The weighted log-density, in nats."""
+        return self.weight * self.base.log_prob(value)
+
+
+class PartialLabel(TorchDistribution):
+    r"""Of a class label :math:`y` its :math:`\alpha \log q(y)`; of -1, a label that is not known, 0.
+
+    Shapes: ``log_q`` is ``[..., num_classes]``, labels are integers ``[...]``.
+    """
+
+    def __init__(self, log_q: Tensor, weight: float) -> None:
+        self.log_q, self.weight = log_q, weight
+        super().__init__(log_q.shape[:-1], torch.Size(), validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return constraints.integer_interval(UNKNOWN, self.log_q.shape[-1] - 1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> PartialLabel:
+        return PartialLabel(self.log_q.expand(*batch_shape, -1), self.weight)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The weighted log-probability, in nats; NaN for a label that does not exist."""
+        known = value != UNKNOWN
+        code = Classes(self.log_q.shape[-1]).encode(torch.where(known, value, 0), self.log_q)
+        return torch.where(known, self.weight * (code * self.log_q).sum(-1), 0.0)
+
+
+class SemiSupervisedVAE(ConditionalVAE):
+    r"""Variational autoencoder with a class, latent where the label is not known: M2 of Kingma et al.
+
+    .. math:: y \sim p(y), \quad z \sim N(0, I), \quad x \mid z, y \sim p(x; f_\theta(z, y)), \qquad
+              q_\phi(y \mid x), \quad q_\phi(z \mid x, y)
+
+    A label of -1 is not known, and batches may mix. With :math:`L(x, y)` the log-weight
+    :math:`\log p(x, y, z) - \log q(z \mid x, y)`, a training step follows
+
+    .. math:: \text{labelled: } L(x, y) + \alpha \log q(y \mid x), \qquad
+              \text{unlabelled: } \sum_y q(y \mid x) \big[ L(x, y) - \log q(y \mid x) \big]
+
+    The sum over classes is exact and part of the programs, so every objective with ``gradient="total"`` trains them,
+    Pyro's too, and the step compiles. More particles than one give a lower bound as well, but one that does not reach
+    log p(x), as the sum stands inside each log-weight. In eval mode, which measuring and generation use, the programs
+    are the equations: y is drawn from q(y | x) where it is not known, :math:`\alpha` is out of the weights, and
+    ``pv.log_likelihood`` finds log p(x) of unlabelled and log p(x, y) of labelled data.
+
+    Shapes: As :class:`ConditionalVAE`, with labels ``[B]`` in -1 ... num_classes - 1, none at all meaning -1
+    throughout. The latent site ``"y"`` has event ``[num_classes]``: one-hot, in training the belief q(y | x); a known
+    label is a certain belief. The given labels are at site ``"label"``. In training ``"z"`` and ``"x"`` lie in a plate
+    ``"classes"`` at dim -2, each class weighed by the belief. Nats throughout.
+
+    :param input_shape: shape of one datum.
+    :param num_classes: number of classes.
+    :param latent_dim: number of latent units.
+    :param hidden: widths of the dense layers of q(y | x) and q(z | x, y); the decoder has them in reverse.
+    :param likelihood: as in :class:`VAE`; ``scale`` and ``levels`` too.
+    :param classification_weight: :math:`\alpha`, per labelled datum. The paper's :math:`\alpha = 0.1 N` weighs the mean
+        over the labelled data: of N data with M labels it is 0.1 N / M here.
+    :param class_probs: p(y), uniform by default.
+    :param posterior: as in :class:`VAE`; ``flows`` and ``flow_hidden`` too.
+    :param network: as in :class:`VAE`; ``activation`` and ``channels`` too.
+    :raises TypeError, ValueError: at construction, for arguments that are out of range, unknown or do not go together.
+    :raises DataError: from programs and verbs, for data or labels of another shape, type or range.
+
+    >>> import pyrovae as pv
+    >>> digits = pv.data.load("digits", binarization="threshold", labels=True)
+    >>> y = hide_labels(digits.train.labels, per_class=20)
+    >>> model = SemiSupervisedVAE((1, 8, 8), 10, latent_dim=5, hidden=(64,), classification_weight=1.0)
+    >>> result = pv.fit(model.model, model.guide, (digits.train.x, y), objective=pv.ELBO(), epochs=1)
+    >>> model.classify(digits.test.x).shape
+    torch.Size([360, 10])
+
+    Kingma, Rezende, Mohamed and Welling, *Semi-supervised learning with deep generative models*, 2014.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        latent_dim: int = 50,
+        hidden: Sequence[int] = (200, 200),
+        likelihood: str = "bernoulli",
+        scale: float | str = "learned",
+        *,
+        classification_weight: float = 1.0,
+        class_probs: Sequence[float] | None = None,
+        levels: int | None = None,
+        posterior: str = "diagonal",
+        flows: int | None = None,
+        flow_hidden: Sequence[int] | None = None,
+        network: str = "mlp",
+        activation: str = "tanh",
+        channels: Sequence[int] | None = None,
+    ) -> None:
+        given = arguments(locals())
+        super().__init__(
+            input_shape, num_classes, latent_dim, hidden, likelihood, scale, levels=levels, posterior=posterior,
+            flows=flows, flow_hidden=flow_hidden, network=network, activation=activation, channels=channels,
+        )  # fmt: skip
+        self.config = given
+        self.classification_weight = in_range("classification_weight", classification_weight, 0.0)
+        probs = [1.0] * num_classes if class_probs is None else [in_range("class_probs", p, 1e-12) for p in class_probs]
+        if len(probs) != num_classes:
+            raise ValueError(f"class_probs must have {num_classes} entries, one per class, got {len(probs)}: give all")
+        self.class_logits: Tensor
+        self.register_buffer("class_logits", log_softmax(torch.tensor(probs).log(), -1), persistent=False)
+        make_encoder, _ = networks(network, activation, channels)
+        self.classifier = make_encoder(self.input_shape, hidden, num_classes)
+
+    # --- programs ------------------------------------------------------------------------------------------------
+
+    def model(self, x: Tensor, y: Any = None) -> Tensor:
+        """p(y) p(z) p(x | z, y) over the plate ``"data"``, with ``x`` observed and y where it is known."""
+        self.check(x)
+        known, code = self.known(x, y)
+        with pyro.plate("data", len(x)):
+            if y is not None:
+                log_q = self.log_belief(x) if self.training else x.new_zeros(len(x), self.labels.size)
+                labels = PartialLabel(log_q, self.classification_weight).mask(self.training)
+                pyro.sample("label", labels, obs=self.tensor(y, x))
+            drawn = pyro.sample("y", Belief(logits=self.class_logits.to(x.dtype)))
+            belief = torch.where(known.unsqueeze(-1), code, drawn)  # the guide agrees; generation must
+            if not self.training:
+                z = pyro.sample("z", self.prior(belief))
+                return pyro.sample("x", self.likelihood(z, belief), obs=x)
+            with self.classes():
+                every, weight = self.every_class(x), self.weight(belief)
+                z = pyro.sample("z", Weighted(self.prior(every), weight))
+                return pyro.sample("x", Weighted(self.likelihood(z, every), weight), obs=x)
+
+    def guide(self, x: Tensor, y: Any = None) -> Tensor:
+        """q(y | x) q(z | x, y) over the plate ``"data"``; a known label is certain."""
+        self.check(x)
+        known, code = self.known(x, y)
+        logits = torch.where(known.unsqueeze(-1), (code - 1) * _CERTAIN, self.log_belief(x))
+        with pyro.plate("data", len(x)):
+            if not self.training:
+                drawn = pyro.sample("y", Belief(logits=logits))
+                return pyro.sample("z", self.posterior(x, drawn))
+            q = logits.exp()
+            belief = pyro.sample("y", dist.Delta(q, log_density=(q * logits).sum(-1), event_dim=1))
+            with self.classes():
+                return pyro.sample("z", Weighted(self.posterior(x, self.every_class(x)), self.weight(belief)))
+
+    def known(self, x: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+        """Which labels are known, ``[B]``, and the code of those, ``[B, num_classes]``."""
+        y = x.new_full((len(x),), UNKNOWN, dtype=torch.long) if y is None else self.tensor(y, x)
+        known = y != UNKNOWN
+        return known, self.labels.encode(self.checked(torch.where(known, y, y.new_zeros(())), x, x.shape[:1]), x)
+
+    def classes(self) -> Any:
+        """The plate of all classes."""
+        return pyro.plate("classes", self.labels.size, dim=-2)
+
+    def every_class(self, like: Tensor) -> Tensor:
+        """The codes of all classes, along the dim of their plate."""
+        return torch.eye(self.labels.size, dtype=like.dtype, device=like.device).unsqueeze(1)
+
+    def weight(self, belief: Tensor) -> Tensor:
+        """A belief ``[B, C]`` as the weights of the plate of classes, ``[C, B]``; ``[K, 1, B, C]`` as ``[K, C, B]``."""
+        return belief.mT if belief.dim() == 2 else belief.mT.squeeze(-3)
+
+    def log_belief(self, x: Tensor) -> Tensor:
+        """log q(y | x), ``[..., *input_shape]`` to ``[..., num_classes]``."""
+        return log_softmax(self.classifier(x), -1)
+
+    # --- verbs ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def classify(self, x: Tensor) -> Tensor:
+        """q(y | x), probabilities ``[N, num_classes]``."""
+        self.check(x)
+        return self.log_belief(x).exp()
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
+        """The share of data ``[N, *input_shape]`` whose most probable class is their label."""
+        found = torch.cat([self.classify(part).argmax(-1) for part in x.split(batch_size)])
+        return (found == self.checked(y, x, x.shape[:1])).double().mean().item()
+
+    def completed(self, x: Tensor, y: Any = None) -> Tensor:
+        """Labels, with the most probable class for those that are not known."""
+        guess = self.log_belief(x).argmax(-1)
+        if y is None:
+            return guess
+        y = self.tensor(y, x)
+        return torch.where(y == UNKNOWN, guess, y)
+
+    def encode(self, x: Tensor, y: Any = None) -> Tensor:  # type: ignore[override]
+        """The centre of q(z | x, y), y the most probable class where it is not known."""
+        return super().encode(x, self.completed(x, y))
+
+    def reconstruct(self, x: Tensor, y: Any = None, **where: Any) -> Tensor:  # type: ignore[override]
+        """Encode and decode again, with y the most probable class where it is not known."""
+        return super().reconstruct(x, self.completed(x, y), **where)
+
+
+def hide_labels(y: Tensor, per_class: int, seed: int = 0) -> Tensor:
+    """Labels ``[N]`` of which ``per_class`` of every class, drawn by ``seed``, are kept; the others become -1.
+
+    :raises DataError: a class with fewer labels than that.
+
+    >>> hide_labels(torch.tensor([0, 1, 0, 1, 1]), per_class=1).ge(0).sum()
+    tensor(2)
+    """
+    per_class = positive_int("per_class", per_class)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    hidden = torch.full_like(y, UNKNOWN)
+    for label in y.unique():
+        chosen = order[y[order] == label][:per_class]
+        if len(chosen) < per_class:
+            raise DataError(f"class {int(label)} has {len(chosen)} labels, per_class={per_class} asked for: keep fewer")
+        hidden[chosen] = label
+    return hidden

@@ -1,0 +1,359 @@
+"""The conditional VAE: traces, the linear case in closed form, labels that are wrong, generation by label."""
+
+import json
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+
+import pyrovae as pv
+from pyrovae.arguments import DataError
+from pyrovae.models.conditional import ConditionalVAE
+from tests.state import double_precision
+
+VARIANTS = [
+    {"num_classes": 3},
+    {"num_classes": 3, "hidden": ()},
+    {"num_classes": 3, "conditional_prior": True},
+    {"num_classes": 3, "posterior": "full"},
+    {"num_classes": 3, "posterior": "iaf", "flows": 2},
+    {"num_classes": 3, "network": "conv", "channels": (4,), "activation": "relu"},
+    {"num_classes": 3, "likelihood": "gaussian", "scale": "per_pixel"},
+    {"num_attributes": 2},
+    {"num_attributes": 2, "conditional_prior": True, "hidden": ()},
+]
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+X = torch.rand(7, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).round()
+CLASSES = torch.tensor([0, 1, 2, 2, 1, 0, 1])
+ATTRIBUTES = torch.linspace(-1, 1, 14, dtype=torch.float64).view(7, 2)
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    with double_precision(3):
+        yield
+
+
+def small(**variant):
+    return ConditionalVAE(**{"input_shape": (1, 4, 4), "latent_dim": 5, "hidden": (8,)} | variant)
+
+
+def labels(variant):
+    return CLASSES if "num_classes" in variant else ATTRIBUTES
+
+
+@each_variant
+@pytest.mark.parametrize("num_particles", [None, 3])
+def test_traces_of_the_programs(variant, num_particles):
+    cvae, y = small(**variant), labels(variant)
+
+    def run(program):
+        if num_particles is None:
+            return poutine.trace(program).get_trace(X, y)
+        with pyro.plate("k", num_particles, dim=-2):
+            return poutine.trace(program).get_trace(X, y)
+
+    q = run(cvae.guide)
+    p = run(poutine.replay(cvae.model, trace=q))
+    q.compute_log_prob()
+    p.compute_log_prob()
+    batch = (7,) if num_particles is None else (num_particles, 7)
+    assert [n for n in q.stochastic_nodes if n not in ("k", "data")] == ["z"]
+    assert p.observation_nodes == ["y", "x"]
+    assert p.nodes["y"]["value"] is y
+    assert not p.nodes["y"]["log_prob"].any()
+    assert q.nodes["z"]["value"].shape == (*batch, 5)
+    assert p.nodes["x"]["fn"].batch_shape == batch
+    code = cvae.labels.encode(y, X)
+    z = q.nodes["z"]["value"]
+    torch.testing.assert_close(q.nodes["z"]["log_prob"], cvae.posterior(X, code).log_prob(z))
+    torch.testing.assert_close(p.nodes["x"]["log_prob"], cvae.likelihood(z, code).log_prob(X))
+
+
+@each_variant
+def test_every_parameter_gets_a_finite_gradient(variant):
+    cvae = small(**variant)
+    Trace_ELBO(num_particles=2, vectorize_particles=True).differentiable_loss(
+        cvae.model, cvae.guide, X, labels(variant)
+    ).backward()
+    start = [n for n, p in cvae.named_parameters() if not p.grad.abs().sum() > 0]
+    # The conditional prior starts as N(0, I) whatever its hidden layer says, a flow as the identity.
+    assert all(n.startswith(("prior_network.0", "posterior_family")) and "output" not in n for n in start)
+    assert all(p.grad.isfinite().all() for p in cvae.parameters())
+
+
+@each_variant
+def test_config_rebuilds_the_model(variant):
+    cvae = small(**variant)
+    config = json.loads(json.dumps(cvae.config))
+    twin = ConditionalVAE(**config)
+    assert twin.config == cvae.config == config
+    twin.load_state_dict(cvae.state_dict())
+    assert torch.equal(twin.encode(X, labels(variant)), cvae.encode(X, labels(variant)))
+
+
+def linear(conditional_prior):
+    """A linear Gaussian pair whose guide is the exact posterior, and p(x | y)."""
+    cvae = ConditionalVAE(
+        (7,), 3, latent_dim=2, hidden=(), likelihood="gaussian", scale=0.4, posterior="full",
+        conditional_prior=conditional_prior,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in cvae.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 2)
+    loading, by_class = cvae.decoder.output.weight.detach().split((2, 3), 1)
+    offset = by_class.T + cvae.decoder.output_bias.detach()
+    mean, variance = torch.zeros(3, 2), torch.ones(3, 2)
+    if conditional_prior:
+        prior = cvae.prior(torch.eye(3))
+        mean, variance = prior.mean.detach(), prior.variance.detach()
+    covariance = torch.linalg.inv((1 / variance).diag_embed() + loading.T @ loading / 0.16)
+    marginal = torch.distributions.MultivariateNormal(
+        offset + mean @ loading.T, loading @ variance.diag_embed() @ loading.T + 0.16 * torch.eye(7)
+    )
+
+    def posterior(x, y):
+        precise = (mean / variance)[y] + (x - offset[y]) @ loading / 0.16
+        mu = torch.einsum("bij,bj->bi", covariance[y], precise)
+        return torch.distributions.MultivariateNormal(mu, covariance[y])
+
+    return cvae, posterior, marginal
+
+
+@pytest.mark.parametrize("conditional_prior", [False, True])
+def test_the_linear_pair_has_its_exact_conditional_density(conditional_prior):
+    cvae, posterior, marginal = linear(conditional_prior)
+    x, y = torch.randn(7, 7), CLASSES
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            found = posterior(x, y)
+            pyro.sample("z", pyro.distributions.MultivariateNormal(found.mean, found.covariance_matrix))
+
+    exact = marginal.log_prob(x.unsqueeze(1))[torch.arange(7), y]
+    torch.testing.assert_close(
+        pv.log_weights(cvae.model, guide, x, y, num_particles=4), exact.expand(4, 7), rtol=1e-9, atol=1e-9
+    )
+    estimate = pv.log_likelihood(cvae.model, guide, x, y, num_samples=10, seed=0)
+    torch.testing.assert_close(estimate.log_prob, exact)
+
+
+def test_the_linear_guide_holds_the_exact_posterior():
+    """The posterior's mean is linear in x and one-hot y: the encoder can be it."""
+    cvae, posterior, marginal = linear(False)
+    x, y = torch.randn(7, 7), CLASSES
+    code = torch.eye(3)[y]
+    design = torch.cat([torch.randn(50, 7), torch.eye(3)[torch.arange(50) % 3]], 1)
+    target = posterior(design[:, :7], torch.arange(50) % 3)
+    with torch.no_grad():
+        output = cvae.encoder.output
+        output.weight.zero_()
+        output.weight[:2] = torch.linalg.lstsq(design, target.mean).solution.T
+        root = target.scale_tril[0]
+        output.bias.copy_(torch.cat([torch.zeros(2), root.diagonal().log(), root[1, :1]]))
+    torch.testing.assert_close(cvae.posterior(x, code).mean, posterior(x, y).mean)
+    exact = marginal.log_prob(x.unsqueeze(1))[torch.arange(7), y]
+    log_w = pv.log_weights(cvae.model, cvae.guide, x, y, num_particles=3)
+    torch.testing.assert_close(log_w, exact.expand(3, 7), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", [{"num_classes": 3}, {"num_attributes": 2}], ids=str)
+def test_the_conditional_prior_starts_standard(variant):
+    code = torch.randn(4, 3 if "num_classes" in variant else 2)
+    z = torch.randn(4, 5)
+    start = small(**variant, conditional_prior=True).prior(code)
+    torch.testing.assert_close(start.log_prob(z), small(**variant).prior(code).log_prob(z))
+
+
+def test_the_conditional_prior_learns_where_the_codes_of_a_class_are():
+    cvae = small(num_classes=3, conditional_prior=True, latent_dim=2)
+    x = torch.nn.functional.one_hot(CLASSES, 16).view(7, 1, 4, 4).double()
+    pv.fit(cvae.model, cvae.guide, (x, CLASSES), objective=pv.ELBO(), epochs=100, lr=0.05)
+    means = cvae.prior(torch.eye(3)).mean
+    learnt = cvae.encode(x, CLASSES)
+    for label in range(3):
+        torch.testing.assert_close(learnt[label == CLASSES].mean(0), means[label], rtol=0, atol=0.5)
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------------
+
+
+@each_variant
+def test_verbs(variant):
+    cvae, y = small(**variant), labels(variant)
+    z = cvae.encode(X, y)
+    assert z.shape == (7, 5)
+    assert cvae.encode(X.expand(2, 7, 1, 4, 4), y).shape == (2, 7, 5)
+    assert cvae.decode(z.expand(2, 7, 5), y).shape == (2, 7, 1, 4, 4)
+    torch.testing.assert_close(cvae.reconstruct(X, y), cvae.decode(z, y))
+    assert cvae.interpolate(X[:3], X[3:6], y[:3], steps=4).shape == (3, 4, 1, 4, 4)
+    assert cvae.traverse(X[:1], y[:1], steps=3).shape == (5, 3, 1, 4, 4)
+
+
+def test_a_single_int_is_everyones_label():
+    cvae = small(num_classes=3)
+    z, twos = torch.randn(7, 5), torch.full((7,), 2)
+    assert torch.equal(cvae.decode(z, 2), cvae.decode(z, twos))
+    assert torch.equal(cvae.encode(X, 2), cvae.encode(X, twos))
+    log_w = [
+        pv.log_weights(cvae.model, cvae.guide, X, y, num_particles=2) for y in (2, twos) if not pyro.set_rng_seed(1)
+    ]
+    assert torch.equal(*log_w)
+
+
+def test_analogies_swap_the_label_at_fixed_z():
+    cvae = small(num_classes=3)
+    grid = cvae.analogies(X, CLASSES, [2, 0])
+    assert grid.shape == (7, 2, 1, 4, 4)
+    z = cvae.encode(X, CLASSES)
+    for column, label in enumerate((2, 0)):
+        torch.testing.assert_close(grid[:, column], cvae.decode(z, label))
+    torch.testing.assert_close(cvae.analogies(X, CLASSES, range(3))[:, 2], grid[:, 0])
+    described = small(num_attributes=2)
+    grid = described.analogies(X, ATTRIBUTES, ATTRIBUTES[:4])
+    assert grid.shape == (7, 4, 1, 4, 4)
+    torch.testing.assert_close(grid[3, 3], described.reconstruct(X, ATTRIBUTES)[3])
+
+
+@pytest.mark.parametrize("variant", [{}, {"conditional_prior": True}], ids=str)
+def test_samples_are_of_the_label_asked_for(variant):
+    """A model of which pixel c is on for class c draws exactly that."""
+    cvae = small(num_classes=3, hidden=(), **variant)
+    with torch.no_grad():
+        cvae.decoder.output.weight.zero_()[:3, 5:] = 60 * torch.eye(3)
+        cvae.decoder.output_bias.fill_(-30.0)
+    drawn = pv.sample(cvae, 7, CLASSES, returns="draws", seed=0)
+    assert torch.equal(drawn.flatten(1)[:, :3].argmax(1), CLASSES)
+    assert drawn.sum() == 7
+    assert torch.equal(pv.sample(cvae, 4, torch.tensor(1)).flatten(1).argmax(1), torch.ones(4).long())
+
+
+def test_what_the_label_says_is_learnt_from_the_label():
+    torch.manual_seed(0)
+    y = torch.arange(200) % 3
+    x = torch.bernoulli(torch.rand(3, 16)[y]).view(-1, 1, 4, 4)
+    cvae = small(num_classes=3).initialise(x)
+    before = pv.log_likelihood(cvae.model, cvae.guide, x, y, num_samples=100, seed=0).nll
+    pv.fit(cvae.model, cvae.guide, (x, y), objective=pv.IWAE(5), epochs=60, lr=0.01)
+    after = pv.log_likelihood(cvae.model, cvae.guide, x, y, num_samples=100, seed=0).nll
+    wrong = pv.log_likelihood(cvae.model, cvae.guide, x, (y + 1) % 3, num_samples=100, seed=0).nll
+    assert after < before - 0.5
+    assert wrong > after + 1
+    assert pv.active_units(cvae.guide, (x, y))["z"].variances.shape == (5,)
+
+
+def test_a_run_is_loaded(tmp_path):
+    cvae = small(num_classes=3)
+    pv.fit(cvae.model, cvae.guide, (X, CLASSES), objective=pv.ELBO(), epochs=1, run_dir=tmp_path)
+    twin = pv.load(tmp_path)
+    assert isinstance(twin, ConditionalVAE)
+    assert torch.equal(twin.encode(X, CLASSES), cvae.encode(X, CLASSES))
+
+
+# --- labels that are wrong -------------------------------------------------------------------------------------------
+
+WRONG = [
+    ({"num_classes": 3}, None, r"labels missing: call model\(x, y\), and load data with labels=True"),
+    ({"num_attributes": 2}, None, "labels missing"),
+    ({"num_classes": 3}, CLASSES.double(), r"labels must be integers.*got torch.float64: convert with y.long\(\)"),
+    ({"num_classes": 3}, CLASSES > 0, "labels must be integers.*got torch.bool"),
+    ({"num_classes": 3}, CLASSES[:5], r"labels of shape \[5\] do not go with \[7\] data"),
+    ({"num_classes": 3}, CLASSES[:, None], r"labels of shape \[7, 1\] do not go with \[7\] data"),
+    ({"num_classes": 3}, torch.eye(3)[CLASSES].long(), r"labels of shape \[7, 3\]"),
+    (
+        {"num_classes": 3},
+        torch.tensor([0, 1, 2, 3, 0, 4, 0]),
+        r"labels\[3\] = 3: with num_classes=3, labels run from 0",
+    ),
+    ({"num_classes": 3}, torch.tensor([0, 1, -1, 0, 0, 0, 0]), r"labels\[2\] = -1: with num_classes=3"),
+    ({"num_classes": 3}, 7, r"labels\[0\] = 7"),
+    ({"num_attributes": 2}, CLASSES, r"attributes must be real numbers \[batch, 2\].* got \[7\] of torch.int64"),
+    ({"num_attributes": 2}, ATTRIBUTES[:, :1], r"attributes must be real numbers .* got \[7, 1\]"),
+    ({"num_attributes": 2}, ATTRIBUTES[:4], r"labels of shape \[4, 2\] do not go with \[7\] data"),
+    (
+        {"num_attributes": 2},
+        ATTRIBUTES.clone().fill_(torch.inf),
+        r"attributes\[0, 0\] = inf: attributes must be finite",
+    ),
+]
+
+
+@pytest.mark.parametrize(("variant", "y", "match"), WRONG, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize("call", ["model", "guide", "encode", "decode"])
+def test_wrong_labels_are_refused(variant, y, match, call):
+    cvae = small(**variant)
+    with pytest.raises(DataError, match=match), pyro.validation_enabled(True):
+        getattr(cvae, call)(torch.randn(7, 5) if call == "decode" else X, y)
+
+
+@pytest.mark.parametrize("bad", [3, -1, 250])
+def test_a_label_that_does_not_exist_is_never_taken_for_another(bad):
+    """Where nothing is validated, as in a training step, its datum is NaN, and the others are as they were."""
+    cvae, y = small(num_classes=3), CLASSES.clone()
+    good = pv.log_weights(cvae.model, cvae.guide, X, y, num_particles=2)
+    y[4] = bad
+    pyro.set_rng_seed(0)
+    with pyro.validation_enabled(False):
+        log_w = pv.log_weights(cvae.model, cvae.guide, X, y, num_particles=2)
+    assert log_w[:, 4].isnan().all()
+    assert log_w[:, [0, 1, 2, 3, 5, 6]].isfinite().all()
+    assert good.isfinite().all()
+
+
+def test_fit_checks_every_label_before_it_trains():
+    """Also one that no first batch holds."""
+    cvae, y = small(num_classes=3), CLASSES.repeat(20)
+    y[133] = 5
+    before = cvae.encoder.output.weight.clone()
+    with pytest.raises(DataError, match=r'data\[133\] = 5 is outside the support of site "y"'):
+        pv.fit(cvae.model, cvae.guide, (X.repeat(20, 1, 1, 1), y), objective=pv.ELBO(), epochs=1, batch_size=10)
+    assert torch.equal(before, cvae.encoder.output.weight)
+
+
+def test_data_without_labels_are_refused_by_fit_and_evaluation():
+    cvae = small(num_classes=3)
+    with pytest.raises(DataError, match="labels missing"):
+        pv.fit(cvae.model, cvae.guide, X, objective=pv.ELBO(), epochs=1)
+    with pytest.raises(DataError, match="labels missing"):
+        pv.log_likelihood(cvae.model, cvae.guide, X, num_samples=2)
+    with pytest.raises(DataError, match="labels missing"):
+        pv.sample(cvae, 3)
+
+
+def test_a_label_that_does_not_exist_stops_an_evaluation():
+    cvae, y = small(num_classes=3), CLASSES.repeat(3)
+    y[20] = 9
+    with pytest.raises(ValueError, match=r"NaN|labels"):
+        pv.log_likelihood(cvae.model, cvae.guide, pv.data.Images(X.repeat(3, 1, 1, 1), y), num_samples=2, batch_size=7)
+
+
+@pytest.mark.parametrize("call", ["model", "guide"])
+def test_data_of_another_shape_are_refused(call):
+    with pytest.raises(DataError, match=r"input_shape=\(1, 4, 4\)"):
+        getattr(small(num_classes=3), call)(X.flatten(1), CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        ({}, ValueError, "classes or attributes, got neither: give num_classes or num_attributes"),
+        ({"num_classes": 3, "num_attributes": 2}, ValueError, "got both"),
+        ({"num_classes": 1}, ValueError, "num_classes must be an integer of at least 2, got 1"),
+        ({"num_attributes": 0}, ValueError, "num_attributes must be an integer of at least 1, got 0"),
+        ({"num_classes": 2.0}, ValueError, "num_classes must be an integer"),
+        ({"num_classes": 3, "posterior": "diag"}, ValueError, "unknown posterior 'diag': did you mean 'diagonal'"),
+        ({"num_classes": 3, "latent_dim": 0}, ValueError, "latent_dim must be"),
+        ({"num_classes": 3, "network": "mpl"}, ValueError, "did you mean 'mlp'"),
+    ],
+)
+def test_constructor_errors(given, error, match):
+    with pytest.raises(error, match=match):
+        ConditionalVAE((1, 4, 4), **given)
+
+
+def test_repr_and_class_attributes():
+    assert "num_classes=3" in repr(small(num_classes=3))
+    assert ConditionalVAE.conditional
+    assert ConditionalVAE.likelihood_is == "estimate"
