@@ -1,0 +1,86 @@
+"""A VQ-VAE, then a prior over its codes: perplexity, bounds on log p(x) with both priors, pictures.
+
+    python examples/vqvae.py [--data mnist --data-dir FOLDER] [--full] [--output FOLDER]
+
+By default on the embedded digits; ``--data mnist`` takes 5,000 images of MNIST, ``--full`` all data and larger networks
+(hours without a GPU).
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+import pyrovae as pv
+
+SIZES = {  # (vqvae, epochs), (prior, epochs)
+    "digits": (
+        ({"num_codes": 16, "code_dim": 16, "channels": 32, "num_downsamplings": 1}, 60),
+        ({"channels": 32, "num_layers": 4}, 15),
+    ),
+    "mnist": (
+        ({"num_codes": 128, "code_dim": 32, "channels": 32}, 10),
+        ({"channels": 32, "num_layers": 6}, 10),
+    ),
+    "full": (({"num_codes": 512, "code_dim": 64, "channels": 256}, 50), ({"channels": 128, "num_layers": 12}, 50)),
+}
+
+
+@torch.no_grad()
+def codes_of(vqvae, images):
+    """The codes of a data set, [N, h, w]; a dynamically binarised one is drawn once."""
+    device = next(vqvae.parameters()).device
+    return torch.cat([vqvae.encode(x.to(device)) for x in images.fixed().x.split(500)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", choices=("digits", "mnist"))
+    parser.add_argument("--data-dir")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--train", type=int, help="images to train on")
+    parser.add_argument("--epochs", type=int, nargs=2, help="of the VQ-VAE and of the prior")
+    parser.add_argument("--output", type=Path, default=Path("pictures"))
+    options = parser.parse_args()
+
+    splits = pv.data.load(options.data, options.data_dir, binarization="dynamic")
+    number = options.train or (5000 if options.data == "mnist" and not options.full else len(splits.train))
+    train, test = splits.train.subset(slice(number)), splits.test
+    (vqvae_sizes, vqvae_epochs), (prior_sizes, prior_epochs) = SIZES["full" if options.full else options.data]
+    if options.epochs:
+        vqvae_epochs, prior_epochs = options.epochs
+
+    torch.manual_seed(0)
+    vqvae = pv.models.VQVAE(train.event_shape, ema_decay=0.99, revive_below=1.0, **vqvae_sizes)
+    vqvae.initialise(train.fixed().x)
+    result = pv.fit(
+        vqvae.model, vqvae.guide, train, objective=pv.ELBO(), epochs=vqvae_epochs, lr=2e-3, schedule="cosine"
+    )
+    num_codes, positions = vqvae.quantizer.num_codes, math.prod(vqvae.grid)
+    print(f"perplexity {result.history[-1]['perplexity']:.1f} of {num_codes} codes, grid {vqvae.grid}")
+
+    codes, test_codes = codes_of(vqvae, train), codes_of(vqvae, test)
+    prior = pv.models.CodePrior(vqvae.grid, num_codes, **prior_sizes).initialise(codes)
+    pv.fit(prior.model, prior.guide, codes, objective=pv.ELBO(), epochs=prior_epochs, lr=2e-3, schedule="cosine")
+    nll = pv.log_likelihood(prior.model, prior.guide, test_codes, num_samples=1).nll
+    print(f"code NLL {nll:.1f} nats on test images, uniform {positions * math.log(num_codes):.1f}")
+
+    for name in ("uniform", "learned"):
+        if name == "learned":
+            vqvae.with_prior(prior)
+        bound = pv.log_likelihood(vqvae.model, vqvae.guide, test, num_samples=1, seed=0).nll
+        bits = bound / (test.event_shape.numel() * math.log(2))
+        print(f"{name} prior: test NLL <= {bound:.1f} nats, {bits:.3f} bits/dim")
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    some = test.fixed().x[:20].to(codes.device)
+    pv.plots.reconstructions(some.cpu(), vqvae.reconstruct(some).detach().cpu(), options.output / "reconstructions.png")
+    pv.plots.image_grid(pv.sample(vqvae, 64, seed=0).cpu(), options.output / "samples.png")
+    vqvae.code_prior = None
+    pv.plots.image_grid(pv.sample(vqvae, 64, seed=0).cpu(), options.output / "samples_uniform.png")
+    print(f"pictures in {options.output}")
+
+
+if __name__ == "__main__":
+    main()

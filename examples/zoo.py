@@ -1,0 +1,78 @@
+"""Every system of the zoo on one data set, trained, measured and put side by side in one table.
+
+    python examples/zoo.py [--data mnist] [--data-dir DIR] [--epochs 20] [--output runs/zoo]
+
+On the embedded digits by default. Each system is a run of its own in the output folder, as ``pyrovae train`` makes it,
+with its pictures; what has run already is not run again. Bounds on log p(x) are marked with a sign, and what is no
+generative model says so.
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from pyrovae import experiment
+from pyrovae.runs import RESULTS
+
+LABELS = 10  # per class, for the semi-supervised system
+
+SYSTEMS = {
+    "pca": {"model": "pca", "latent_dim": 50},
+    "rbm": {"model": "rbm", "settings": {"num_hidden": 200, "persistent": True}},
+    "autoencoder": {"model": "autoencoder"},
+    "sparse autoencoder": {"model": "sparse_autoencoder"},
+    "denoising autoencoder": {"model": "denoising_autoencoder"},
+    "vae": {"model": "vae"},
+    "beta-vae": {"model": "vae", "settings": {"kl_weight": 4.0}},
+    "iwae": {"model": "vae", "objective": "iwae", "particles": 5},
+    "iwae, 2 layers": {"model": "hierarchical", "objective": "iwae", "particles": 5},
+    "ladder": {"model": "hierarchical", "settings": {"guide": "top_down"}},
+    "vamp prior": {"model": "vae", "settings": {"prior": "vamp"}},
+    "flow posterior": {"model": "vae", "settings": {"posterior": "iaf"}},
+    "conditional": {"model": "conditional"},
+    "semi-supervised": {"model": "semi_supervised", "settings": {"labels_per_class": LABELS}},
+    "vq-vae": {
+        "model": "vqvae",
+        "settings": {"num_codes": 64, "code_dim": 16, "channels": 32, "ema_decay": 0.99, "revive_below": 1.0},
+    },
+    "code prior": {"model": "code_prior", "data": "codes:{vq-vae}", "settings": {"channels": 32, "num_layers": 3}},
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--output", type=Path, default=Path("runs/zoo"))
+    parser.add_argument("--only", nargs="*", choices=SYSTEMS, help="some of the systems")
+    options = parser.parse_args()
+
+    out = Console()
+    folders = {name: options.output / name.replace(", ", " ").replace(" ", "-") for name in SYSTEMS}
+    for name in options.only or SYSTEMS:
+        if not (folders[name] / RESULTS).exists():
+            train(name, folders, options, out)
+    chosen = [folders[name] for name in options.only or SYSTEMS]
+    joined = folders["code prior"] / "vqvae"
+    if joined.exists() and not (joined / RESULTS).exists():
+        experiment.evaluate(
+            joined, samples=1, checkpoint="last", data_dir=options.data_dir, device="auto", seed=0, out=out
+        )
+    experiment.compare([*chosen, *([joined] if joined.exists() else [])], out)
+
+
+def train(name, folders, options, out):
+    """One system as a run."""
+    given = {"data": options.data, "data_dir": options.data_dir, "samples": options.samples} | SYSTEMS[name]
+    given["data"] = given["data"].replace("{vq-vae}", str(folders["vq-vae"]))
+    if given["model"] != "pca":
+        given["epochs"] = options.epochs
+    job = experiment.Settings(**given)
+    experiment.train(job, run_dir=folders[name], resume=folders[name].exists(), explicit=set(), out=out)
+
+
+if __name__ == "__main__":
+    main()
