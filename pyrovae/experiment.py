@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -467,13 +468,13 @@ def reopen(folder: Path, checkpoint: str = "last") -> tuple[Any, Settings, Parts
 
 def compare(folders: Sequence[Path], out: Console) -> None:
     """A table of runs, one row each, from what their results.json say."""
-    rows = []
+    rows, base = [], Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
     for folder in folders:
         run = runs.Run(folder)
         config, results = run.config(), run.results()
         if not results:
             raise datasets.DataError(f'the run "{folder}" has no {runs.RESULTS}: run pyrovae evaluate {folder}')
-        rows.append((folder.name, config, results))
+        rows.append((str(folder.absolute().relative_to(base)), config, results))
     print_comparison(rows, out)
 
 

@@ -200,14 +200,17 @@ def _nll(results: dict[str, Any]) -> str:
 
 def print_comparison(rows: list[tuple[str, dict[str, Any], dict[str, Any]]], out: Console) -> None:
     """One row per run: size, speed, reconstruction, log p(x), and how much of the latent space is in use."""
-    table = Table(title="squared error per image; NLL in nats per image, ≤ marks a bound")
+    caption = "error: squared, per image; NLL: nats per image, \N{LESS-THAN OR EQUAL TO} marks a bound"
+    table = Table(caption=caption, caption_justify="left", box=None)
     for name in ("run", "model", "data", "parameters", "s/epoch", "error", "test NLL", "in use"):
-        table.add_column(name, justify="left" if name in ("run", "model", "data", "in use") else "right")
+        left = name in ("run", "model", "data", "in use")
+        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for name, config, results in rows:
         error, seconds = results.get("reconstruction_error"), results.get("seconds_per_epoch")
-        cls = (config.get("model") or {}).get("class", config.get("settings", {}).get("model", "?"))
+        model = config.get("settings", {}).get("model") or (config.get("model") or {}).get("class", "?")
         table.add_row(
-            name, cls.rpartition(":")[2], config.get("data", {}).get("name", "?"), f"{results.get('parameters', 0):,}",
+            name, model.rpartition(":")[2], config.get("data", {}).get("name", "?"),
+            f"{results.get('parameters', 0):,}",
             "" if seconds is None else f"{seconds:.1f}", "" if error is None else f"{error:.1f}", _nll(results),
             _use(results),
         )  # fmt: skip

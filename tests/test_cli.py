@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import textwrap
 
 import numpy as np
@@ -164,6 +165,95 @@ def test_a_users_own_class_trains_and_comes_back(run, tmp_path):
     assert code == 0, err
     assert run("evaluate", "mine", "--samples", 10)[0] == 0
     assert run("sample", "mine", "-n", 4)[0] == 0
+
+
+TINY = ["--epochs", "1", "--samples", "5", "--device", "cpu"]
+
+
+def test_a_conditional_model_is_trained_sampled_and_compared(run, tmp_path):
+    assert run("train", "conditional", *TINY, "--set", "hidden=[8]", "--run-dir", "c")[0] == 0
+    assert run("sample", "c", "-n", 20, "--label", 3, "--temperature", 0.5)[0] == 0
+    assert run("sample", "c", "-n", 20)[0] == 0
+    code, _, err = run("sample", "c", "--label", 12)
+    assert (code, "label must be one of 0 ... 9, got '12'" in err) == (2, True)
+    run("train", "vae", *TINY, "--set", "hidden=[8]", "--run-dir", "v")
+    code, _, err = run("sample", "v", "--label", 1)
+    assert (code, "not conditional" in err) == (2, True)
+    code, out, _ = run("compare", "c", "v")
+    assert code == 0
+    assert [line.split()[:3] for line in out.splitlines()[1:3]] == [
+        ["c", "conditional", "digits"],
+        ["v", "vae", "digits"],
+    ]
+
+
+def test_a_semi_supervised_model_reports_its_accuracy(run, tmp_path):
+    arguments = ["train", "semi_supervised", *TINY, "--set", "hidden=[8]", "--set", "labels_per_class=5"]
+    code, out, err = run(*arguments, "--run-dir", "s")
+    assert code == 0, err
+    assert "accuracy" in out
+    assert 0 <= json.loads((tmp_path / "s/results.json").read_text())["accuracy"] <= 1
+    code, _, err = run(*arguments[:-1], "labels_per_class=1000", "--run-dir", "t")
+    assert code == 3
+    assert "per_class=1000 asked for" in err
+
+
+def test_pca_is_fitted_measured_exactly_and_opened_again(run, tmp_path):
+    code, out, err = run("train", "pca", "--latent-dim", 5, "--run-dir", "p")
+    assert code == 0, err
+    assert "exactly" in out
+    trained = json.loads((tmp_path / "p/results.json").read_text())
+    assert trained["nll_std_error"] == 0
+    code, out, _ = run("train", "pca", "--latent-dim", 5, "--run-dir", "p", "--resume")
+    assert (code, "finished" in out) == (0, True)
+    assert run("evaluate", "p")[0] == 0
+    assert json.loads((tmp_path / "p/results.json").read_text())["nll"] == trained["nll"]
+    pca = pv.load("p")
+    x = pv.data.load("digits").test.x
+    assert -pca.log_prob(x).mean().item() == pytest.approx(trained["nll"])
+    for extra, says in ((["--epochs", 3], "PCA has no epochs"), (["--objective", "iwae"], "a rule of its own")):
+        code, _, err = run("train", "pca", *extra, "--run-dir", "q")
+        assert (code, says in err) == (2, True)
+
+
+def test_an_rbm_trains_on_bits(run, tmp_path):
+    code, out, err = run("train", "rbm", "--epochs", 2, "--set", "num_hidden=5", "--run-dir", "r")
+    assert code == 0, err
+    assert "exactly" in out
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    assert config["data"]["binarization"] == "dynamic"
+    assert run("sample", "r", "-n", 4)[0] == 0
+    assert (tmp_path / "r/curves.png").is_file()
+
+
+def test_an_autoencoder_has_no_log_p_but_samples(run, tmp_path):
+    code, out, err = run("train", "autoencoder", *TINY, "--set", "hidden=[8]", "--latent-dim", 3, "--run-dir", "a")
+    assert code == 0, err
+    assert "not a generative model" in out
+    assert (tmp_path / "a/samples.png").is_file()
+    assert run("sample", "a", "-n", 4)[0] == 0
+    code, _, err = run("evaluate", "a", "--ais")
+    assert (code, "nothing to anneal" in err) == (2, True)
+    assert "none" in run("compare", "a")[1]
+
+
+def test_a_vqvae_gets_a_learned_prior(run, tmp_path):
+    small = ["--set", "num_codes=4", "--set", "code_dim=2", "--set", "channels=4", "--set", "residual_layers=1"]
+    code, out, err = run("train", "vqvae", *TINY, *small, "--run-dir", "v")
+    assert code == 0, err
+    assert "as a bound" in out
+    assert "perplexity" in out
+    code, out, err = run("train", "code_prior", "--data", "codes:v", *TINY, "--set", "channels=4", "--run-dir", "p")
+    assert code == 0, err
+    assert "exactly" in out
+    assert run("evaluate", "p/vqvae", "--samples", 1)[0] == 0
+    assert run("sample", "p/vqvae", "-n", 4)[0] == 0
+    bounds = [json.loads((tmp_path / f"{name}/results.json").read_text())["nll"] for name in ("v", "p", "p/vqvae")]
+    uniform = 4 * math.log(4)
+    assert bounds[2] == pytest.approx(bounds[0] - uniform + bounds[1], rel=1e-4)
+    run("train", "pca", "--latent-dim", 2, "--run-dir", "q")
+    code, _, err = run("train", "code_prior", "--data", "codes:q", *TINY)
+    assert (code, "needs the run of a VQVAE, got PCA" in err) == (2, True)
 
 
 def test_list_names_every_model_objective_and_data_set(run):
