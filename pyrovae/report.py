@@ -200,16 +200,18 @@ def _nll(results: dict[str, Any]) -> str:
 
 def print_comparison(rows: list[tuple[str, dict[str, Any], dict[str, Any]]], out: Console) -> None:
     """One row per run: size, speed, reconstruction, log p(x), and how much of the latent space is in use."""
-    caption = "error: squared, per image; NLL: nats per image, \N{LESS-THAN OR EQUAL TO} marks a bound"
+    caption = (
+        "error: squared, per image; NLL: nats per image, \N{LESS-THAN OR EQUAL TO} marks a bound; "
+        "in use: active units by layer, or the perplexity of the codes"
+    )
     table = Table(caption=caption, caption_justify="left", box=None)
-    for name in ("run", "model", "data", "parameters", "s/epoch", "error", "test NLL", "in use"):
-        left = name in ("run", "model", "data", "in use")
+    for name in ("run", "data", "parameters", "s/epoch", "error", "test NLL", "in use"):
+        left = name in ("run", "data", "in use")
         table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for name, config, results in rows:
         error, seconds = results.get("reconstruction_error"), results.get("seconds_per_epoch")
-        model = config.get("settings", {}).get("model") or (config.get("model") or {}).get("class", "?")
         table.add_row(
-            name, model.rpartition(":")[2], config.get("data", {}).get("name", "?"),
+            name, _name_of_data(config.get("data", {})),
             f"{results.get('parameters', 0):,}",
             "" if seconds is None else f"{seconds:.1f}", "" if error is None else f"{error:.1f}", _nll(results),
             _use(results),
@@ -217,12 +219,17 @@ def print_comparison(rows: list[tuple[str, dict[str, Any], dict[str, Any]]], out
     out.print(table)
 
 
+def _name_of_data(data: dict[str, Any]) -> str:
+    """Grey images are not bits: their NLL may be a density, and no figure of one compares with the other's."""
+    grey = data.get("binarization") == "none" and not str(data.get("name")).startswith("codes:")
+    return f"{data.get('name', '?')}{', grey' if grey else ''}"
+
+
 def _use(results: dict[str, Any]) -> str:
     """Active units of every layer, or the perplexity of the codes."""
     if results.get("perplexity") is not None:
-        return f"perplexity {_perplexity(results)}"
-    units = "+".join(str(u["active"]) for u in results["active_units"].values())
-    return f"{units} units" if units else ""
+        return f"{_perplexity(results)} codes"
+    return "+".join(str(units["active"]) for units in results["active_units"].values())
 
 
 def _perplexity(results: dict[str, Any]) -> str:

@@ -24,8 +24,8 @@ VARIABLE = "PYROVAE_MUTATION"
 SUITE = [
     *("tests/laws/test_identities.py", "tests/laws/test_scales.py", "tests/laws/test_free_bits.py"),
     *("tests/test_importance.py", "tests/test_objectives.py", "tests/laws/test_oracles.py"),
-    *("tests/laws/test_subsampling.py", "tests/laws/test_gradients.py", "tests/laws/test_bounds.py"),
-    "tests/laws/test_variances.py",
+    *("tests/laws/test_wake_sleep.py", "tests/laws/test_subsampling.py"),
+    *("tests/laws/test_gradients.py", "tests/laws/test_bounds.py", "tests/laws/test_variances.py"),
 ]
 
 VALUE = "-(bound * particles.scale).sum() - (ascent"
@@ -40,6 +40,10 @@ MODEL = "total = dot(weights.model, log_p)"
 KL = "log_prior - log_guide"
 PROBE = "torch.no_grad(), isolated_rng(), protected_buffers():\n        particles = Particles("
 LIVE = "leaf = log_w if log_w.requires_grad else log_w.detach().requires_grad_()"
+
+RWS = '(wn - wn.square(), zero) if self.gradient == "dreg" else (zero, wn)'
+DREAM = "-(log_q * particles.scale).sum() / self.num_particles"
+THERMODYNAMIC = "(correction * above - 1 - beta * above)"
 
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
     # the bounds
@@ -61,6 +65,25 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("return super().bound(log_w)", "return super().bound(log_w) + log_mean_exp(log_w)")
     ],
     "PIWAE: model follows MIWAE": [("slope(self.bound, log_w)", "slope(self.path_bound, log_w)")],
+    # wake, sleep and the thermodynamic integral
+    "RWS: the guide flees the posterior": [(RWS, RWS.replace("(zero, wn)", "(zero, -wn)"))],
+    "RWS: all particles alike": [(RWS, RWS.replace("(zero, wn)", "(zero, torch.full_like(wn, 1 / len(wn)))"))],
+    "RWS: dreg without the square": [(RWS, RWS.replace("wn - wn.square()", "wn"))],
+    "RWS: dreg of IWAE": [(RWS, RWS.replace("wn - wn.square()", "wn.square()"))],
+    "RWS: the model follows the ELBO": [
+        ("ParticleWeights(wn, path, score", "ParticleWeights(wn / wn * 0.5, path, score")
+    ],
+    "sleep: ascends": [(DREAM, DREAM.replace("-(", "("))],
+    "sleep: a sum over dreams": [(DREAM, "-(log_q * particles.scale).sum()")],
+    "sleep: on the data": [('guide(dreamt[redraw.site]["value"], *args[1:]', "guide(*args")],
+    "TVO: right sum": [("(following - beta, beta, v,", "(following - beta, following, v,")],
+    "TVO: weights of the next temperature": [
+        ("v = (beta * log_w).softmax(0) if beta", "v = (following * log_w).softmax(0) if beta")
+    ],
+    "TVO: no correction for K": [(THERMODYNAMIC, "(above - 1 - beta * above)")],
+    "TVO: score without the weights' own slope": [(THERMODYNAMIC, "(correction * above - 1)")],
+    "TVO: model without the weights' own slope": [("step * v * (1 + beta * above)", "step * v")],
+    "TVO: points not on a logarithm": [("_SMALLEST ** ((last - i) / last)", "1 - (last - i) / last * (1 - _SMALLEST)")],
     "CIWAE: beta on the wrong side": [
         ("self.beta * log_w.mean(0) + (1 - self.beta)", "(1 - self.beta) * log_w.mean(0) + self.beta")
     ],
