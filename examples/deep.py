@@ -38,7 +38,9 @@ def main():
     parser.add_argument("--output", type=Path, help="folder for samples and reconstructions")
     options = parser.parse_args()
     data = pv.data.load(options.data, options.data_dir)
-    test = data.test.subset(slice(0, options.images))
+    count = min(options.images, len(data.test))
+    spread = torch.linspace(0, len(data.test) - 1, count).long()  # over all classes, where a folder is sorted by them
+    test = data.test.subset(spread)
     shape = tuple(data.train.event_shape)
     for name, make in pairs(shape, levels=17 if options.data == "digits" else 256):
         torch.manual_seed(0)

@@ -5,7 +5,7 @@
 
 Prints the estimated log Z with its standard error and the mean log p(x) of the test set, which an underestimated log Z
 makes too high; writes draws, one picture for each. About a minute on the embedded digits. On MNIST: 500 hidden units
-and persistent chains only, in some minutes.
+and persistent chains only, in six minutes on one core.
 """
 
 import argparse

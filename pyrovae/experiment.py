@@ -314,7 +314,7 @@ def _fit_alone(
 def measure(pair: Any, test: datasets.Images, *, samples: int, seed: int) -> dict[str, Any]:
     """Test NLL with its errors, reconstruction error and active units, as JSON can hold them.
 
-    The NLL is measured with importance samples where the model's is an estimate; a bound or an exact value takes one.
+    The NLL is measured with importance samples where the model's is an estimate; any other takes one.
     """
     whole, classifies = test, hasattr(pair, "classify")
     test = test.unlabelled() if classifies else as_seen_by(pair, test)  # log p(x), not log p(x, y)
@@ -329,9 +329,12 @@ def measure(pair: Any, test: datasets.Images, *, samples: int, seed: int) -> dic
     if kind is not None:
         count = samples if kind == "estimate" else 1
         estimate = log_likelihood(pair.model, pair.guide, test, num_samples=count, seed=seed, progress=None)
+        error = estimate.nll_std_error if kind == "estimate" else 0.0
+        if kind == "annealed":
+            error = pair.log_partition(return_std_error=True)[1].item()
         results |= {
             "nll": estimate.nll,
-            "nll_std_error": estimate.nll_std_error if kind == "estimate" else 0.0,
+            "nll_std_error": error,
             "nll_data_std_error": estimate.nll_data_std_error,
             "bits_per_dim": estimate.nll / (test.event_shape.numel() * math.log(2)),
             "num_samples": count,

@@ -185,7 +185,12 @@ def _sum(values: Any) -> str:
     return f"{float(sum(values)):.1f}"
 
 
-_KINDS = {"exact": "exactly", "bound": "as a bound: the true NLL is at most that", "estimate": "by importance sampling"}
+_KINDS = {
+    "annealed": "with a partition function by annealing, whose mean error makes log p(x) too high",
+    "exact": "exactly",
+    "bound": "as a bound: the true NLL is at most that",
+    "estimate": "by importance sampling",
+}
 
 
 def _nll(results: dict[str, Any]) -> str:

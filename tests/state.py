@@ -7,7 +7,7 @@ from typing import Any
 import pyro
 import torch
 
-from pyrovae import graph as graphs
+# Nothing of pyrovae is imported here: the laws' conftest needs this module before a mutation comes in.
 
 
 @contextmanager
@@ -26,6 +26,8 @@ def double_precision(seed: int) -> Iterator[None]:
 
 def counting(patch: Any, inductor: Callable[..., Any]) -> list[Any]:
     """Count compilations, from an empty memory of them."""
+    from pyrovae import graph as graphs
+
     made: list[Any] = []
     patch.setattr(graphs, "_inductor", lambda module: made.append(module) or inductor(module))
     patch.setattr(graphs, "_compiled", type(graphs._compiled)())
@@ -34,5 +36,7 @@ def counting(patch: Any, inductor: Callable[..., Any]) -> list[Any]:
 
 def interpreting(patch: Any, user: Any) -> list[Any]:
     """Let the module ``user`` capture graphs once and run them operation by operation; what it would compile."""
+    from pyrovae import graph as graphs
+
     patch.setattr(user, "capture", graphs._capture)
     return counting(patch, lambda module: module)

@@ -221,6 +221,11 @@ def test_an_rbm_trains_on_bits(run, tmp_path):
     assert config["data"]["binarization"] == "dynamic"
     assert run("sample", "r", "-n", 4)[0] == 0
     assert (tmp_path / "r/curves.png").is_file()
+    large = ["--set", "num_hidden=21", "--set", "ais_steps=20", "--set", "burn_in=5"]
+    code, out, err = run("train", "rbm", "--epochs", 1, *large, "--run-dir", "l")
+    assert code == 0, err
+    assert "by annealing" in out
+    assert json.loads((tmp_path / "l/results.json").read_text())["nll_std_error"] > 0
 
 
 def test_an_autoencoder_has_no_log_p_but_samples(run, tmp_path):

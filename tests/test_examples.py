@@ -20,7 +20,7 @@ EXAMPLES = [  # what is run, with which arguments, and what it prints; files go 
     (
         "vqvae.py",
         ["--epochs", "1", "1", "--train", "100", "--output", "{tmp}"],
-        r"(?s)perplexity \d+.* of 16 codes.*code NLL .*uniform 44\.4.*uniform prior: .*learned prior: .*bits/dim.*pictures",
+        r"(?s)perplexity \d+.* of 16 codes.*code NLL .*uniform 44\.4.*uniform prior: .*learned prior: .*bits/dim",
     ),
     (
         "why_many_samples.py",
@@ -44,8 +44,8 @@ EXAMPLES = [  # what is run, with which arguments, and what it prints; files go 
     ),
     (
         "semi_supervised.py",
-        ["--epochs", "2", "--samples", "10"],
-        r"(?s)200 labels alone: test accuracy \d+.*1,437 digits, 200 labels: test accuracy \d+.*log p\(x\): NLL \d+",
+        ["--first", "1", "--epochs", "1", "--samples", "10"],
+        r"(?s)200 labelled digits: test accuracy \d+.*all 1,437 digits: test accuracy \d+.*log p\(x\): NLL \d+",
     ),
     (
         "attributes.py",
@@ -61,6 +61,11 @@ EXAMPLES = [  # what is run, with which arguments, and what it prints; files go 
         "hierarchical.py",
         ["--epochs", "2", "--samples", "10"],
         r"(?s)one layer, .*NLL \d+.*z: KL.*bottom-up, .*z1: KL.*z2: KL \d.*\(a\), \d+ \(b\) of 10\n.*ladder.*z2: KL",
+    ),
+    (
+        "zoo.py",
+        ["--epochs", "1", "--samples", "5", "--output", "{tmp}", "--only", "pca", "autoencoder", "vae"],
+        r"(?s)run +data .*\n *pca +digits, grey .*\n *autoencoder +digits .* none .*\n *vae +digits .*\d+ *\n",
     ),
     (
         "deep.py",

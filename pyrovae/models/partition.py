@@ -52,50 +52,60 @@ def enumerate_states(weight: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
 
 
 class Annealed(NamedTuple):
-    """What :func:`anneal` finds: log Z, its standard error (both 0-d, float64), and where the chains end."""
+    """What :func:`anneal` finds: log Z and its standard error, both 0-d in float64."""
 
     log_z: Tensor
     std_error: Tensor
-    visible: Tensor
 
 
 @torch.no_grad()
-def anneal(weight: Tensor, visible: Tensor, hidden: Tensor, base: Tensor, chains: int, steps: int) -> Annealed:
-    r"""log Z by annealed importance sampling from independent pixels with logits ``base`` ``[V]``.
+def anneal(
+    weight: Tensor,
+    visible: Tensor,
+    hidden: Tensor,
+    base_visible: Tensor,
+    base_hidden: Tensor,
+    chains: int,
+    steps: int,
+) -> Annealed:
+    r"""log Z by annealed importance sampling from independent units with biases ``base_visible`` and ``base_hidden``.
 
-    .. math:: p_\beta(v) \propto e^{((1 - \beta) b_0 + \beta b)^\top v}
-                  \prod_j \big(1 + e^{\beta (c_j + (v^\top W)_j)}\big), \qquad
-              \log \hat Z = \log Z_0 + \log \frac1C \sum_{i=1}^C \prod_{t=1}^T
+    .. math:: p_\beta(v, h) \propto \exp\big(b_\beta^\top v + c_\beta^\top h + \beta v^\top W h\big), \qquad
+              b_\beta = (1 - \beta) b_0 + \beta b, \quad c_\beta = (1 - \beta) c_0 + \beta c
+
+    .. math:: \log \hat Z = \log Z_0 + \log \frac1C \sum_{i=1}^C \prod_{t=1}^T
                   \frac{p^*_{\beta_t}(v^i_{t-1})}{p^*_{\beta_{t-1}}(v^i_{t-1})}
 
     Each of ``chains`` runs goes from an exact draw at :math:`\beta = 0` through ``steps`` equal steps to
-    :math:`\beta = 1`, with one Gibbs step at each. :math:`\hat Z` is unbiased, so :math:`\log \hat Z` is too low on
-    average, by half its squared standard error where that is small. The standard error is that of the mean weight
-    over itself (delta method): it knows only the modes that the chains have found.
+    :math:`\beta = 1`, with one Gibbs step at each. Any base will do in the limit; one whose units are on as often as
+    the machine's, hidden ones included, needs far fewer steps than the usual :math:`c_0 = 0`, from which the chains of
+    a trained machine pass through images that are all but empty.
+
+    :math:`\hat Z` is unbiased, so :math:`\log \hat Z` is too low on average, by half its squared standard error where
+    that is small. The standard error is that of the mean weight over itself (delta method): it knows only the modes
+    that the chains have found.
 
     Neal, *Annealed importance sampling*, 2001; Salakhutdinov and Murray, *On the quantitative analysis of deep belief
-    networks*, 2008.
+    networks*, 2008; Grosse, Maddison and Salakhutdinov, *Annealing between distributions by averaging moments*, 2013.
     """
-    tilt = visible - base
-    v = bits(base.sigmoid().expand(chains, -1))
+    v = bits(base_visible.sigmoid().expand(chains, -1))
     log_w = torch.zeros(chains, dtype=torch.float64, device=weight.device)
     for low, high in pairwise(torch.linspace(0, 1, steps + 1, dtype=torch.float64).tolist()):
-        field = torch.addmm(hidden, v, weight)
-        log_w += (high - low) * (v @ tilt).double() + _rise(field, low, high).sum(-1, dtype=torch.float64)
-        h = bits((high * field).sigmoid_())
-        v = bits(torch.addmm(high * visible + (1 - high) * base, h, weight.T, beta=1, alpha=high).sigmoid_())
-    log_base = softplus(base.double()).sum() + len(hidden) * math.log(2)
+        slope = torch.addmm(hidden - base_hidden, v, weight)  # of what the hidden units receive, in beta
+        rise = _rise(base_hidden + low * slope, (high - low) * slope)
+        log_w += (high - low) * (v @ (visible - base_visible)).double() + rise.sum(-1, dtype=torch.float64)
+        h = bits((base_hidden + high * slope).sigmoid_())
+        v = bits(torch.addmm(torch.lerp(base_visible, visible, high), h, weight.T, alpha=high).sigmoid_())
+    log_base = softplus(base_visible.double()).sum() + softplus(base_hidden.double()).sum()
     largest = log_w.max()
     w = (log_w - largest).exp()
-    spread = w.std() if chains > 1 else torch.full_like(largest, math.inf)
-    std_error = spread / (w.mean() * math.sqrt(chains))
-    return Annealed(log_base + largest + w.mean().log(), std_error, v)
+    return Annealed(log_base + largest + w.mean().log(), w.std() / (w.mean() * math.sqrt(chains)))
 
 
-def _rise(field: Tensor, low: float, high: float) -> Tensor:
-    """softplus(high * field) - softplus(low * field) without cancellation: steps are small, and there are many."""
-    size = field.abs()
-    return (high - low) * field.relu() + torch.log1p((-low * size).sigmoid() * torch.expm1((low - high) * size))
+def _rise(low: Tensor, rise: Tensor) -> Tensor:
+    """softplus(low + rise) - softplus(low), without cancellation where ``rise`` is small: its steps are many."""
+    small = torch.log1p(low.sigmoid() * torch.expm1(rise.clamp(-1, 1)))
+    return torch.where(rise.abs() < 1, small, softplus(low + rise) - softplus(low))
 
 
 class Memo:

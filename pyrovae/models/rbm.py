@@ -46,8 +46,8 @@ class RBM(Pair):
     Train it with :meth:`fit`, contrastive divergence. Where log Z is exact the pair has its exact gradient too, so
     :func:`pyrovae.fit` with ``ELBO()`` is maximum likelihood; where it is not, that is refused at the first gradient.
 
-    Draws (``pyrovae.sample``) are the ends of chains that anneal from independent pixels to the model in ``burn_in``
-    Gibbs steps; their means are P(v | h) at the last one.
+    Draws (``pyrovae.sample``) are the ends of chains that start from noise, each pixel on with probability 1/2, and
+    take ``burn_in`` Gibbs steps; their means are P(v | h) at the last one.
 
     Shapes: Data is ``[B, *input_shape]``, of zeros and ones; the plate ``"data"`` is at dim -1. Nats throughout.
 
@@ -55,11 +55,12 @@ class RBM(Pair):
     :param num_hidden: number of hidden units.
     :param ais_chains: chains of the annealing by which log Z is estimated.
     :param ais_steps: temperatures of that annealing.
-    :param burn_in: Gibbs steps from independent pixels to a draw.
+    :param burn_in: Gibbs steps from noise to a draw.
     :ivar weight: W, ``[num_visible, num_hidden]``; it starts from N(0, 0.01^2).
     :ivar visible_bias: b, ``[num_visible]``.
     :ivar hidden_bias: c, ``[num_hidden]``.
-    :ivar base_bias: logits of the data's mean, from which annealing starts; 0 before :meth:`fit`.
+    :ivar base_visible: logits of the data's mean, ``[num_visible]``, where annealing starts; 0 before :meth:`fit`.
+    :ivar base_hidden: logits of the mean of P(h = 1 | v) over data, ``[num_hidden]``, likewise.
     :raises TypeError, ValueError: at construction, for arguments out of range.
     :raises DataError: for data of another shape, or that are not zeros and ones.
 
@@ -75,7 +76,8 @@ class RBM(Pair):
     """
 
     binary = True
-    base_bias: Tensor
+    base_visible: Tensor
+    base_hidden: Tensor
     chains: Tensor
 
     def __init__(
@@ -97,11 +99,12 @@ class RBM(Pair):
         self.ais_chains = positive_int("ais_chains", ais_chains, minimum=2)
         self.ais_steps = positive_int("ais_steps", ais_steps)
         self.burn_in = positive_int("burn_in", burn_in)
-        self.likelihood_is = "exact" if min(self.num_visible, self.num_hidden) <= LARGEST else "estimate"
+        self.likelihood_is = "exact" if min(self.num_visible, self.num_hidden) <= LARGEST else "annealed"
         self.weight = nn.Parameter(0.01 * torch.randn(self.num_visible, self.num_hidden))
         self.visible_bias = nn.Parameter(torch.zeros(self.num_visible))
         self.hidden_bias = nn.Parameter(torch.zeros(self.num_hidden))
-        self.register_buffer("base_bias", torch.zeros(self.num_visible))
+        self.register_buffer("base_visible", torch.zeros(self.num_visible))
+        self.register_buffer("base_hidden", torch.zeros(self.num_hidden))
         self.register_buffer("chains", torch.zeros(0, self.num_visible), persistent=False)
         self._memo = Memo()
 
@@ -201,7 +204,7 @@ class RBM(Pair):
                 f'{self.num_hidden}: pass method="ais"'
             )
         parameters = self.weight, self.visible_bias, self.hidden_bias
-        state = (*parameters, self.base_bias)
+        state = (*parameters, self.base_visible, self.base_hidden)
         if method == "ais" or self.likelihood_is != "exact":
             chains = positive_int("chains", self.ais_chains if chains is None else chains, minimum=2)
             steps = positive_int("steps", self.ais_steps if steps is None else steps)
@@ -233,12 +236,9 @@ class RBM(Pair):
     def initialise(self, x: Tensor) -> RBM:
         r"""Start the visible biases at the logits of the data's mean, clipped to [.001, .999]; returns the RBM."""
         self.check(x)
-        self._set_base(x.flatten(1).mean(0, dtype=torch.float64))
-        self.visible_bias.copy_(self.base_bias)
+        self.base_visible.copy_(_logit(x.flatten(1).mean(0, dtype=torch.float64)))
+        self.visible_bias.copy_(self.base_visible)
         return self
-
-    def _set_base(self, mean: Tensor) -> None:
-        self.base_bias.copy_(mean.clamp(0.001, 0.999).logit())
 
     def contrastive_divergence(self, v: Tensor, start: Tensor | None = None, steps: int = 1) -> tuple[Tensor, Tensor]:
         r"""A scalar whose gradient is that of CD-k, and the chains' new states ``[C, *input_shape]``.
@@ -323,15 +323,17 @@ class RBM(Pair):
             if validation is not None:
                 probes.append(self._feed(validation, batch_size, place).first(PROBE)[0])
             self.to(place)
-            self._set_base(_mean(feed))
+            self.base_visible.copy_(_logit(_mean(feed)))
             if persistent and len(self.chains) != number:
-                self.chains = bits(self.base_bias.sigmoid().expand(number, -1))
+                self.chains = bits(self.base_visible.sigmoid().expand(number, -1))
             for epoch in range(epochs):
                 began, now = time.perf_counter(), rate * factor(epoch / epochs)
                 self._epoch(feed, optimizer, now, cd_steps, persistent)
                 row = {"epoch": epoch + 1, "seconds": time.perf_counter() - began, "learning_rate": now}
                 history.append(row | self._metrics(*probes))
                 bar.update(epoch + 1, f"pseudo log p {history[-1]['pseudo_log_likelihood']:.1f}")
+            with torch.no_grad():
+                self.base_hidden.copy_(_logit(self.encode(probes[0]).mean(0)))
         return history
 
     def _epoch(self, feed: Feed, optimizer: torch.optim.Optimizer, lr: float, cd_steps: int, persistent: bool) -> None:
@@ -395,9 +397,9 @@ class RBM(Pair):
 class Equilibrium(TorchDistribution):
     r"""The marginal p(v) of an :class:`RBM`.
 
-    ``sample`` runs one chain per draw, annealed from independent pixels in ``rbm.burn_in`` Gibbs steps; an
-    approximation, like all of a chain's draws. ``mean`` is P(v | h) at the last step of the chains drawn last (of new
-    ones, where none were): what to look at, less noisy than a draw, and not the mean over chains.
+    ``sample`` runs one chain per draw, from noise through ``rbm.burn_in`` Gibbs steps; an approximation, like all of a
+    chain's draws. ``mean`` is P(v | h) at the last step of the chains drawn last (of new ones, where none were): what
+    to look at, less noisy than a draw, and not the mean over chains.
 
     >>> Equilibrium(RBM((1, 4, 4), 8), torch.Size([5])).sample().shape
     torch.Size([5, 1, 4, 4])
@@ -428,12 +430,10 @@ class Equilibrium(TorchDistribution):
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """One chain per draw."""
-        shape = (*sample_shape, *self.batch_shape)
-        rbm = self.rbm
-        state = rbm.weight, rbm.visible_bias, rbm.hidden_bias, rbm.base_bias
-        found = anneal(*state, math.prod(shape), rbm.burn_in)
-        h = bits(rbm._field(found.visible).sigmoid())
-        self._last = rbm._echo(h).sigmoid().view(*shape, *self.event_shape)
+        shape = self._extended_shape(sample_shape)
+        noise = torch.rand(shape, dtype=self.rbm.weight.dtype, device=self.rbm.weight.device).round()
+        v = self.rbm.gibbs(noise, self.rbm.burn_in)
+        self._last = self.rbm.decode(bits(self.rbm.encode(v)))
         return bits(self._last)
 
     @property
@@ -443,6 +443,10 @@ class Equilibrium(TorchDistribution):
             self.sample()
         assert self._last is not None
         return self._last
+
+
+def _logit(mean: Tensor) -> Tensor:
+    return mean.clamp(0.001, 0.999).logit()
 
 
 def _mean(feed: Feed) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -12,7 +12,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from pyrovae.arguments import DataError, in_range, positive_int
+from pyrovae.arguments import DataError, in_range, one_of, positive_int, sizes
 from pyrovae.models.base import arguments
 from pyrovae.models.conditional import Classes, ConditionalVAE
 from pyrovae.nn import networks
@@ -123,13 +123,15 @@ class SemiSupervisedVAE(ConditionalVAE):
     :param input_shape: shape of one datum.
     :param num_classes: number of classes.
     :param latent_dim: number of latent units.
-    :param hidden: widths of the dense layers of q(y | x) and q(z | x, y); the decoder has them in reverse.
+    :param hidden: widths of the encoders' dense layers; the decoder has them in reverse.
     :param likelihood: as in :class:`VAE`; ``scale`` and ``levels`` too.
     :param classification_weight: :math:`\alpha`, per labelled datum. The paper's :math:`\alpha = 0.1 N` weighs the mean
         over the labelled data: of N data with M labels it is 0.1 N / M here.
     :param class_probs: p(y), uniform by default.
     :param posterior: as in :class:`VAE`; ``flows`` and ``flow_hidden`` too.
     :param network: as in :class:`VAE`; ``activation`` and ``channels`` too.
+    :param classifier: ``hidden``, ``network``, ``activation`` or ``channels`` of q(y | x), where they differ from the
+        rest's. In training the rest runs once for each class, so that here convolutions come cheap.
     :raises TypeError, ValueError: at construction, for arguments that are out of range, unknown or do not go together.
     :raises DataError: from programs and verbs, for data or labels of another shape, type or range.
 
@@ -162,21 +164,27 @@ class SemiSupervisedVAE(ConditionalVAE):
         network: str = "mlp",
         activation: str = "tanh",
         channels: Sequence[int] | None = None,
+        classifier: Mapping[str, Any] | None = None,
     ) -> None:
         given = arguments(locals())
         super().__init__(
             input_shape, num_classes, latent_dim, hidden, likelihood, scale, levels=levels, posterior=posterior,
             flows=flows, flow_hidden=flow_hidden, network=network, activation=activation, channels=channels,
         )  # fmt: skip
-        self.config = given
+        self.config = given | {"classifier": None if classifier is None else arguments(classifier)}
         self.classification_weight = in_range("classification_weight", classification_weight, 0.0)
         probs = [1.0] * num_classes if class_probs is None else [in_range("class_probs", p, 1e-12) for p in class_probs]
         if len(probs) != num_classes:
             raise ValueError(f"class_probs must have {num_classes} entries, one per class, got {len(probs)}: give all")
         self.class_logits: Tensor
         self.register_buffer("class_logits", log_softmax(torch.tensor(probs).log(), -1), persistent=False)
-        make_encoder, _ = networks(network, activation, channels)
-        self.classifier = make_encoder(self.input_shape, hidden, num_classes)
+        own = {"hidden": hidden, "network": network, "activation": activation} | dict(classifier or {})
+        if own["network"] == network:
+            own = {"channels": channels} | own
+        for name in own:
+            one_of("setting of the classifier", name, ("hidden", "network", "activation", "channels"))
+        make_classifier, _ = networks(own["network"], own["activation"], own.get("channels"))
+        self.classifier = make_classifier(self.input_shape, sizes("hidden", own["hidden"]), num_classes)
 
     # --- programs ------------------------------------------------------------------------------------------------
 

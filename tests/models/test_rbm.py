@@ -102,7 +102,7 @@ def test_the_pair_observes_x_with_that_density(rbm):
     torch.testing.assert_close(estimate.log_prob, probabilities(rbm).log())
     assert not estimate.std_error.any()
     assert rbm.likelihood_is == "exact"
-    assert RBM(21, 21).likelihood_is == "estimate"
+    assert RBM(21, 21).likelihood_is == "annealed"
 
 
 def test_a_number_of_units_or_a_shape():
@@ -151,7 +151,7 @@ def test_annealing_without_weights_is_exact_at_once():
     """Independent units: all weights are equal, and one step is enough."""
     rbm = random_rbm(40, 30)
     rbm.weight.data.zero_()
-    rbm.base_bias.copy_(rbm.visible_bias)
+    rbm.base_visible.copy_(rbm.visible_bias)
     log_z, error = rbm.log_partition(method="ais", steps=1, return_std_error=True)
     expected = softplus(rbm.visible_bias).sum() + softplus(rbm.hidden_bias).sum()
     torch.testing.assert_close(log_z, expected)
@@ -162,7 +162,7 @@ def test_the_stated_error_is_honest_and_z_unbiased():
     """Over 300 repetitions deviations have standard deviation 1 (its standard error: 0.04), and the mean Z is Z."""
     rbm = random_rbm(12, 6, scale=0.7)
     exact = rbm.log_partition().detach()
-    parameters = rbm.weight, rbm.visible_bias, rbm.hidden_bias, rbm.base_bias
+    parameters = rbm.weight, rbm.visible_bias, rbm.hidden_bias, rbm.base_visible, rbm.base_hidden
     found = [anneal(*parameters, chains=50, steps=5) for _ in range(300)]
     deviation = torch.stack([(f.log_z - exact) / f.std_error for f in found])
     assert 0.8 < deviation.std() < 1.25
@@ -173,10 +173,11 @@ def test_the_stated_error_is_honest_and_z_unbiased():
 
 
 def test_annealed_increments_keep_their_digits_in_single_precision():
-    field = torch.tensor([-80.0, -9.0, -1e-3, 0.0, 1e-3, 9.0, 80.0])
-    for low, high in ((0.0, 1e-4), (0.5, 0.5001), (0.9, 1.0), (0.0, 1.0)):
-        expected = softplus(high * field.double()) - softplus(low * field.double())
-        torch.testing.assert_close(partition._rise(field, low, high).double(), expected, rtol=2e-6, atol=1e-12)
+    low = torch.tensor([-80.0, -9.0, -1e-3, 0.0, 1e-3, 9.0, 80.0])
+    for rise in (1e-4, -1e-4, 0.3, -0.999, 1.0, -50.0, 100.0):
+        expected = softplus(low.double() + rise) - softplus(low.double())
+        found = partition._rise(low, torch.full_like(low, rise)).double()
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-7 if abs(rise) < 1 else 1e-5)
 
 
 def test_one_log_z_serves_until_a_parameter_changes(monkeypatch):
@@ -199,11 +200,14 @@ def test_one_log_z_serves_until_a_parameter_changes(monkeypatch):
     rbm.load_state_dict(random_rbm(6, 4, seed=2).state_dict())
     third = asked()
     assert third != second
-    rbm.base_bias += 0.1
-    assert asked() != third
-    assert len(calls) == 6
-    assert rbm.float().log_partition(method="ais").dtype == torch.float64
+    rbm.base_visible += 0.1
+    fourth = asked()
+    assert fourth != third
+    rbm.base_hidden += 0.1
+    assert asked() != fourth
     assert len(calls) == 7
+    assert rbm.float().log_partition(method="ais").dtype == torch.float64
+    assert len(calls) == 8
     with torch.no_grad():
         exact = rbm.log_partition()
         rbm.hidden_bias.data += 1
@@ -401,7 +405,15 @@ def test_dynamic_data_and_loaders():
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(STRIPES), batch_size=8)
     rbm = RBM((3, 3), 4)
     rbm.fit(loader, epochs=1)
-    torch.testing.assert_close(rbm.base_bias, STRIPES.flatten(1).mean(0).logit())
+    torch.testing.assert_close(rbm.base_visible, STRIPES.flatten(1).mean(0).logit())
+
+
+def test_annealing_starts_where_units_are_on_as_often_as_on_data():
+    rbm, _ = trained(epochs=5)
+    mean = TRAINING.flatten(1).mean(0)
+    torch.testing.assert_close(rbm.base_visible.sigmoid(), mean)
+    torch.testing.assert_close(rbm.base_hidden.sigmoid(), rbm.encode(TRAINING).mean(0).detach())
+    assert rbm.base_hidden.any()
 
 
 def test_initialise_sets_the_visible_biases_and_where_annealing_starts():
@@ -410,7 +422,7 @@ def test_initialise_sets_the_visible_biases_and_where_annealing_starts():
     assert rbm.initialise(x) is rbm
     expected = torch.tensor([0.25, 0.999]).logit()
     torch.testing.assert_close(rbm.visible_bias.detach(), expected)
-    torch.testing.assert_close(rbm.base_bias, expected)
+    torch.testing.assert_close(rbm.base_visible, expected)
 
 
 # --- verbs and round trips -------------------------------------------------------------------------------------------
@@ -430,7 +442,7 @@ def test_verbs(rbm):
 
 def test_round_trip_through_a_run(tmp_path):
     rbm = random_rbm((1, 5, 5), 22, scale=0.1, ais_steps=10).float()
-    rbm.base_bias += 0.3
+    rbm.base_visible += 0.3
     x = torch.rand(4, 1, 5, 5).round()
     assert json.loads(json.dumps(rbm.config))["num_visible"] == [1, 5, 5]
     run = runs.Run(tmp_path / "rbm")

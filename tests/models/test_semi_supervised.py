@@ -32,6 +32,7 @@ VARIANTS = [
     {"likelihood": "gaussian"},
     {"network": "conv", "channels": (4,), "activation": "relu"},
     {"class_probs": PROBS},
+    {"classifier": {"network": "conv", "channels": [3], "activation": "relu", "hidden": ()}},
 ]
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
@@ -343,6 +344,17 @@ def test_config_rebuilds_the_model(variant):
     assert torch.equal(twin.encode(X), m.encode(X))
 
 
+def test_the_classifier_may_have_a_network_of_its_own():
+    own = {"network": "conv", "channels": [3, 4], "hidden": [6]}
+    mixed, conv = small(classifier=own), small(network="conv", channels=(2,))
+    shapes = [tuple(p.shape) for p in mixed.classifier.parameters() if p.dim() > 1]
+    assert shapes == [(3, 1, 4, 4), (4, 3, 4, 4), (6, 4), (3, 6)]
+    assert [tuple(p.shape) for p in mixed.encoder.parameters() if p.dim() > 1] == [(8, 19), (4, 8)]
+    assert conv.classifier.convolutions[0].out_channels == 2
+    plain = small(network="conv", channels=(2,), classifier={"network": "mlp"})
+    assert [tuple(p.shape) for p in plain.classifier.parameters() if p.dim() > 1] == [(8, 16), (3, 8)]
+
+
 def test_hide_labels():
     y = torch.arange(40) % 4
     hidden = hide_labels(y, per_class=3)
@@ -442,6 +454,8 @@ def test_fit_checks_every_label_before_it_trains(bad):
         ({"class_probs": (0.5, 0.5)}, ValueError, "class_probs must have 3 entries, one per class, got 2"),
         ({"class_probs": (0.5, 0.5, 0.0)}, ValueError, "class_probs must be a number in"),
         ({"network": "mpl"}, ValueError, "did you mean 'mlp'"),
+        ({"classifier": {"netwrok": "conv"}}, ValueError, "unknown setting of the classifier 'netwrok': did you mean"),
+        ({"classifier": {"channels": [3]}}, ValueError, "network='mlp' has no channels"),
     ],
 )
 def test_constructor_errors(given, error, match):
