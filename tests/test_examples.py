@@ -63,6 +63,16 @@ EXAMPLES = [  # what is run, with which arguments, and what it prints; files go 
         r"(?s)one layer, .*NLL \d+.*z: KL.*bottom-up, .*z1: KL.*z2: KL \d.*\(a\), \d+ \(b\) of 10\n.*ladder.*z2: KL",
     ),
     (
+        "agreement.py",
+        ["--epochs", "1", "--images", "3", "--samples", "50", "--temperatures", "5", "--repetitions", "20"],
+        r"(?s)1 latent units: exact.*importance, 50 .*annealing, 5 .*between.*linear Gaussian: exact.*cover the truth",
+    ),
+    (
+        "binary_latents.py",
+        ["--epochs", "1", "--samples", "10"],
+        r"(?s)bits, ELBO +NLL \d.*bits, VIMCO .*bits, RWS .*bits, TVO .*Gaussian VAE, IWAE +NLL",
+    ),
+    (
         "zoo.py",
         ["--epochs", "1", "--samples", "5", "--output", "{tmp}", "--only", "pca", "autoencoder", "vae"],
         r"(?s)run +data .*\n *pca +digits, grey .*\n *autoencoder +digits .* none .*\n *vae +digits .*\d+ *\n",

@@ -45,8 +45,8 @@ class Pair(nn.Module):
 
     #: Whether the programs take labels after x.
     conditional: bool = False
-    #: What ``log_likelihood`` finds: "estimate", "bound", "exact", or "annealed" (exact but for a partition function that
-    #: is estimated); None for what is not a generative model.
+    #: What ``log_likelihood`` finds: "estimate", "bound", "exact", or "annealed" (exact but for a partition function
+    #: that is estimated); None for what is not a generative model.
     likelihood_is: str | None = "estimate"
     #: Whether the data must be bits; None, as the observed site says.
     binary: bool | None = None
