@@ -234,7 +234,7 @@ def _use(results: dict[str, Any]) -> str:
     """Active units of every layer, or the perplexity of the codes."""
     if results.get("perplexity") is not None:
         return f"{_perplexity(results)} codes"
-    return "+".join(str(units["active"]) for units in results["active_units"].values())
+    return "+".join(str(units["active"]) for _, units in sorted(results["active_units"].items()))
 
 
 def _perplexity(results: dict[str, Any]) -> str:
