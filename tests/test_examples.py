@@ -44,8 +44,8 @@ EXAMPLES = [  # what is run, with which arguments, and what it prints; files go 
     ),
     (
         "semi_supervised.py",
-        ["--first", "1", "--epochs", "1", "--samples", "10"],
-        r"(?s)200 labelled digits: test accuracy \d+.*all 1,437 digits: test accuracy \d+.*log p\(x\): NLL \d+",
+        ["--code-epochs", "1", "--first", "1", "--epochs", "1"],
+        r"(?s)log p\(x\): NLL \d+.*200 labelled digits: test accuracy \d+.*all 1,437 digits: .*log p of codes: NLL",
     ),
     (
         "attributes.py",
