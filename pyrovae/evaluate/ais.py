@@ -19,7 +19,7 @@ from torch.distributions import biject_to, constraints
 from pyrovae import data as datasets
 from pyrovae import importance
 from pyrovae.arguments import in_range, one_of, positive_int
-from pyrovae.evaluate.likelihood import Figures
+from pyrovae.evaluate.likelihood import SAVED, Figures
 from pyrovae.graph import COMPILATION, CannotCompile, capture, check_compile, compare, signature, tensors
 from pyrovae.importance import Particles
 from pyrovae.precision import full_float32
@@ -33,7 +33,7 @@ State = dict[str, Tensor]
 _STEEPNESS = 4.0  # of the sigmoid schedule
 _WARM_UP, _VISITS, _TRIES = 40, 100, 2  # of the pilot run: transitions at first, temperatures visited, at each
 _GAINS = 0.5, 0.2  # of log step size per unit of acceptance, at first and later
-_SAVED = 1.5e-3  # seconds that compiling saves per evaluation of the gradient: Pyro's handlers
+_HANDLERS = 1.5e-3  # seconds that compiling saves per evaluation of the gradient, whatever the size: Pyro's handlers
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,9 @@ class _Annealer:
             for name, site in latent(record.sites).items()
         }
         evaluations = len(settings.betas) * (settings.leapfrog_steps + 1) * -(-number // len(batch[0]))
-        chosen = evaluations * _SAVED > COMPILATION if settings.compile == "auto" else settings.compile
+        rows = settings.num_chains * len(batch[0])
+        saved = evaluations * (_HANDLERS + SAVED * rows * sum(t.numel() for t in self.tensors))
+        chosen = saved > COMPILATION if settings.compile == "auto" else settings.compile
         self.path = "compiled" if chosen else "eager"
         self.graph: tuple[Any, Any] | None = None
         self.dtype = "float32"

@@ -47,7 +47,7 @@ from pyrovae.sites import latent, point_mass
 
 RELIABLE_K = 0.7
 EQUAL = 1e-3  # relative spread of the weights of a posterior-equal guide, which is rounding only
-_SAVED = 1e-11  # seconds that compiling saves, per parameter and sample of one datum (measured on CPUs)
+SAVED = 1e-11  # seconds that compiling saves, per parameter and sample of one datum (measured on CPUs)
 MEMORY = 2 * 2**30  # bytes that one evaluation may take
 WORKING_SET = {"cpu": 48 * 2**20, "cuda": 2**30}  # larger passes gain nothing: they leave the caches
 
@@ -264,7 +264,7 @@ class _Sampler:
     def choose_path(self, compile: bool | str, number: int) -> None:
         """Decide, from counts alone where ``compile`` is "auto", whether passes go through a compiled graph."""
         weights = sum(p.numel() for p in self._tensors())
-        chosen = number * self.num_samples * weights * _SAVED > COMPILATION if compile == "auto" else compile
+        chosen = number * self.num_samples * weights * SAVED > COMPILATION if compile == "auto" else compile
         self.path = "compiled" if chosen else "eager"
 
     def _tensors(self) -> list[Tensor]:

@@ -281,7 +281,7 @@ def test_auto_compiles_the_larger_evaluations(monkeypatch, interpreted):
         estimate(pair, "auto", data, num_samples=num_samples)
     assert chosen == ["eager"] * 3
     weights = sum(p.numel() for p in pair.parameters())
-    enough = math.ceil(graphs.COMPILATION / (likelihood._SAVED * weights * len(X)))
+    enough = math.ceil(graphs.COMPILATION / (likelihood.SAVED * weights * len(X)))
     sampler = likelihood._Sampler(pair.model, pair.guide, (X,), {}, enough + 1, 30, False, 2**30)
     paths = []
     for factor in (0.5, 0.999, 1.001, 2, 50):
