@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,6 +39,14 @@ def in_range(name: str, value: Any, low: float, high: float = math.inf) -> float
     if not number or not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}: pass a value in that range")
     return float(value)
+
+
+def rising_betas(value: Iterable[Any]) -> list[float]:
+    """Inverse temperatures that rise from 0 to 1, or one clear error."""
+    betas = [in_range("every beta", beta, 0.0, 1.0) for beta in value]
+    if len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or any(a >= b for a, b in pairwise(betas)):
+        raise ValueError(f"betas must rise from 0 to 1, got {betas}: pass such as (0, .1, .5, 1)")
+    return betas
 
 
 def weight(name: str, value: Any) -> float | Tensor:

@@ -26,7 +26,7 @@ from pyrovae.log import Fit, Log, describe_pair
 from pyrovae.memory import memory_advice
 from pyrovae.monitor import Monitor
 from pyrovae.precision import PRECISIONS
-from pyrovae.programs import Program, Reach, eval_mode, isolated_rng, protected_buffers, roots
+from pyrovae.programs import Program, Reach, device_of, eval_mode, isolated_rng, protected_buffers
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Plan, Schedule
 from pyrovae.sites import Sites, counts, log_prob, record_pair
@@ -193,7 +193,7 @@ def describe_training(
 
 def prepare(model: Program, guide: Program, feed: Feed) -> Reach:
     """Find a pair's parameters, check the data against its observed sites, and move it to the device of the data."""
-    home = next((p.device for module in roots(model, guide) for p in module.parameters()), None)
+    home = device_of(model, guide)
     batch = tuple(a.to(home) if home and isinstance(a, Tensor) else a for a in feed.first())
 
     pair = find_parameters(model, guide, batch, lambda joint: _check_observed(joint, batch, feed))

@@ -39,6 +39,11 @@ def roots(*programs: Program) -> list[nn.Module]:
     return list(found)
 
 
+def device_of(*programs: Program) -> torch.device | None:
+    """Where the first parameter of the programs' modules lives; None if they have none."""
+    return next((p.device for module in roots(*programs) for p in module.parameters()), None)
+
+
 @contextmanager
 def isolated_rng(seed: int | None = None) -> Iterator[None]:
     """Leave every random generator as it was found; inside, start from ``seed`` if one is given."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrovae import plots
 from pyrovae.data import Images
 from pyrovae.evaluate.diagnostics import posterior_means
-from pyrovae.programs import evaluating, isolated_rng, roots
+from pyrovae.programs import device_of, evaluating, isolated_rng
 from pyrovae.sampling import sample
 from pyrovae.sites import counts, latent, record_pair
 
@@ -43,13 +43,10 @@ def pictures(
     if vectors:
         labels = None if classes is None else classes[:PLANE_POINTS]
         drawn.append(plots.latent_plane(vectors[0].cpu(), folder / "latent_plane.png", labels=labels))
-        conditional = getattr(pair, "conditional", False)
-        if (
-            vectors[0].shape[1] == 2
-            and hasattr(pair, "decode")
-            and plots.is_image(test.event_shape)
-            and not conditional
-        ):
+        # The plane is laid out by the prior of a pair with this one latent, and decoded without labels.
+        planar = len(means) == 1 and vectors[0].shape[1] == 2 and getattr(pair, "likelihood_is", "estimate") is not None
+        decodes = hasattr(pair, "decode") and not getattr(pair, "conditional", False)
+        if planar and decodes and plots.is_image(test.event_shape):
             path = folder / "manifold.png"
             drawn.append(plots.manifold(pair.decode, path, latent_dim=2, event_shape=test.event_shape))
     return [Path(path) for path in drawn]
@@ -91,7 +88,7 @@ def _batch(images: Images) -> tuple[Tensor, ...]:
 
 
 def _device(pair: Any, x: Tensor) -> torch.device:
-    return next((p.device for module in roots(pair.model) for p in module.parameters()), x.device)
+    return device_of(pair.model) or x.device
 
 
 def reconstruct(pair: Any, batch: tuple[Tensor, ...], *, seed: int = 0) -> Tensor | None:

@@ -68,6 +68,9 @@ class Plan:
                 f"particles and kl_warmup need one of pyrovae's objectives, got {type(objective).__name__}: "
                 "leave them out, or take pyrovae's equal of it"
             )
+        if kl_warmup and not getattr(objective, "weighs_kl", True):
+            name = type(objective).__name__
+            raise ValueError(f"{name} has no kl_weight to warm up, got kl_warmup={kl_warmup}: leave it out")
         stages = None if particles is None else sizes("particles", particles)
         if stages == ():
             raise ValueError("particles is empty: give a number for each stage, or leave it out")

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pyro
@@ -18,12 +17,12 @@ from torch.distributions import biject_to, constraints
 
 from pyrovae import data as datasets
 from pyrovae import importance
-from pyrovae.arguments import in_range, one_of, positive_int
+from pyrovae.arguments import in_range, one_of, positive_int, rising_betas
 from pyrovae.evaluate.likelihood import SAVED, Figures
 from pyrovae.graph import COMPILATION, CannotCompile, capture, check_compile, compare, signature, tensors
 from pyrovae.importance import Particles
 from pyrovae.precision import full_float32
-from pyrovae.programs import Program, evaluating, isolated_rng, protected_buffers, reached_modules, roots
+from pyrovae.programs import Program, device_of, evaluating, isolated_rng, protected_buffers, reached_modules
 from pyrovae.progress import ProgressBar
 from pyrovae.sampling import Redraw, blank, generate, program_of
 from pyrovae.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, latent, point_mass, quoted
@@ -130,7 +129,7 @@ def ais_log_likelihood(
     settings = _Settings.checked(num_chains, num_temperatures, leapfrog_steps, schedule, target_acceptance, compile)
     batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
     program = program_of(model)
-    device = next((p.device for module in roots(program) for p in module.parameters()), None)
+    device = device_of(program)
     total = len(args[0]) if len(args) == 1 and isinstance(args[0], datasets.Images) else None
     parts = []
     with _quiet(seed, program, *([guide] if guide else [])), ProgressBar("AIS", total, progress) as bar:
@@ -217,10 +216,7 @@ class _Settings(NamedTuple):
 def make_betas(schedule: str | Sequence[float], temperatures: int) -> list[float]:
     """Inverse temperatures from 0 to 1, ``temperatures`` + 1 of them."""
     if not isinstance(schedule, str):
-        betas = [in_range("every beta", beta, 0.0, 1.0) for beta in schedule]
-        if len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or any(a >= b for a, b in pairwise(betas)):
-            raise ValueError(f"betas must rise from 0 to 1, got {betas}: pass such as (0, .1, .5, 1)")
-        return betas
+        return rising_betas(schedule)
     t = torch.linspace(0, 1, temperatures + 1, dtype=torch.float64)
     if one_of("schedule", schedule, ("sigmoid", "linear")) == "sigmoid":
         t = torch.sigmoid(_STEEPNESS * (2 * t - 1))

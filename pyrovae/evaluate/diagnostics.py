@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.arguments import in_range, positive_int
-from pyrovae.programs import Program, evaluating, isolated_rng, roots
+from pyrovae.programs import Program, device_of, evaluating, isolated_rng
 from pyrovae.sites import Record, Site, frames, latent, point_mass
 
 _DRAWS = 64  # where a site's mean is not known in closed form
@@ -61,7 +61,7 @@ def active_units(
     """
     threshold, samples = in_range("threshold", threshold, 0.0), positive_int("samples", samples)
     source = datasets.as_dataset(data)
-    device = next((p.device for module in roots(guide) for p in module.parameters()), None)
+    device = device_of(guide)
     means: dict[str, list[Tensor]] = {}
     noise: dict[str, Any] = {}
     size = 0

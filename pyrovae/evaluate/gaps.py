@@ -14,7 +14,7 @@ from pyrovae.arguments import positive_int
 from pyrovae.evaluate.proposals import refine
 from pyrovae.objectives import IWAE, Objective
 from pyrovae.precision import full_float32
-from pyrovae.programs import Program, evaluating, graph_leaves, isolated_rng, protected_buffers, roots
+from pyrovae.programs import Program, device_of, evaluating, graph_leaves, isolated_rng, protected_buffers
 from pyrovae.sites import Record, Site, counts, latent, log_prob
 
 __all__ = ["GradientSNR", "PosteriorGap", "gradient_snr", "posterior_gap"]
@@ -89,7 +89,7 @@ def posterior_gap(
     """
     num_particles = positive_int("num_particles", num_particles)
     num_samples = positive_int("num_samples", num_samples, minimum=num_particles)
-    device = next((p.device for module in roots(model, guide) for p in module.parameters()), None)
+    device = device_of(model, guide)
     sums, number = torch.zeros(4, dtype=torch.float64), 0
     with isolated_rng(seed), torch.no_grad(), evaluating(model, guide), full_float32():
         for batch in datasets.batches(args, batch_size, seed=seed, device=device):

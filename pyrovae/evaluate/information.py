@@ -13,7 +13,7 @@ from pyrovae import importance
 from pyrovae.arguments import positive_int
 from pyrovae.divergence import elementwise, site_kl
 from pyrovae.precision import full_float32
-from pyrovae.programs import Program, evaluating, isolated_rng, roots
+from pyrovae.programs import Program, device_of, evaluating, isolated_rng
 from pyrovae.sites import latent
 
 _CELLS = 2**24  # densities held at a time
@@ -64,7 +64,7 @@ def information(
     Hoffman and Johnson (2016), *ELBO surgery: yet another way to carve up the variational evidence lower bound*.
     """
     num_data = positive_int("num_data", num_data, minimum=2)
-    device = next((p.device for module in roots(model, guide) for p in module.parameters()), None)
+    device = device_of(model, guide)
     with isolated_rng(seed), torch.no_grad(), evaluating(model, guide), full_float32():
         batch = next(iter(datasets.batches(args, num_data, seed=seed, device=device)), None)
         if batch is None or len(batch[0]) < 2:

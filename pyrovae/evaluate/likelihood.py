@@ -35,12 +35,12 @@ from pyrovae.memory import is_out_of_memory
 from pyrovae.precision import full_float32
 from pyrovae.programs import (
     Program,
+    device_of,
     eval_mode,
     evaluating,
     isolated_rng,
     protected_buffers,
     reached_modules,
-    roots,
 )
 from pyrovae.progress import ProgressBar
 from pyrovae.sites import latent, point_mass
@@ -200,7 +200,7 @@ def log_likelihood(
     batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
     refine_steps = positive_int("refine_steps", refine_steps, minimum=0)
     check_compile(compile)
-    device = next((p.device for module in roots(model, guide) for p in module.parameters()), None)
+    device = device_of(model, guide)
     results: list[tuple[Tensor, ...]] = []
     seeded = nullcontext() if seed is None else isolated_rng(seed)
     total = len(args[0]) if len(args) == 1 and isinstance(args[0], datasets.Images) else None

@@ -106,6 +106,8 @@ class Objective(pyro.infer.ELBO):
     proportional: bool = False
     #: Whether the guide follows its score alone, the path coefficients being 0.
     score_only: bool = False
+    #: Whether kl_weight may differ from 1.
+    weighs_kl: bool = True
     #: Whether non-reparameterised sites follow ``reinforce``; else it is 0.
     scores: bool = True
     kl_weight: Any
@@ -123,6 +125,8 @@ class Objective(pyro.infer.ELBO):
         super().__init__(vectorize_particles=True)
         self.num_particles = positive_int("num_particles", num_particles)
         self.kl_weight = weight("kl_weight", kl_weight)
+        if not self.weighs_kl and (isinstance(self.kl_weight, Tensor) or self.kl_weight != 1):
+            raise ValueError(f"{type(self).__name__} has no kl_weight but 1, got {kl_weight!r}: leave it out")
         self.likelihood_weight = weight("likelihood_weight", likelihood_weight)
         self.gradient = one_of("gradient", gradient, GRADIENTS)
         self.fold_particles = bool(fold_particles)

@@ -9,9 +9,8 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from pyrovae.arguments import in_range, positive_int
+from pyrovae.arguments import positive_int, rising_betas
 from pyrovae.objectives.base import Objective, Options, ParticleWeights, finite_weights
-from pyrovae.objectives.wake_sleep import only_one
 
 _SMALLEST = 0.025  # the first point above 0, in the middle of the range that the paper found best
 
@@ -45,6 +44,7 @@ class TVO(Objective):
     """
 
     score_only = True
+    weighs_kl = False
     scores = False
 
     def __init__(
@@ -55,17 +55,13 @@ class TVO(Objective):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(positive_int("num_particles", num_particles, 2), **options)
-        only_one("TVO", self)
         if self.gradient != "total":
             raise ValueError(f'TVO has one gradient, got gradient="{self.gradient}": leave it out')
         if betas is not None and partitions is not None:
             raise ValueError(f"give betas or partitions, got {betas} and {partitions}: drop one of the two")
-        self.betas = None if betas is None else [in_range("every beta", beta, 0.0, 1.0) for beta in betas]
+        self.betas = None if betas is None else rising_betas(betas)
         self.partitions = None if partitions is None else positive_int("partitions", partitions)
         self.points = self.betas or _log_spaced(self.partitions or 5)
-        rising = all(a < b for a, b in pairwise(self.points))
-        if len(self.points) < 2 or self.points[0] != 0 or self.points[-1] != 1 or not rising:
-            raise ValueError(f"betas must rise from 0 to 1, got {self.points}: pass such as (0, .1, .5, 1)")
 
     @property
     def linear(self) -> bool:

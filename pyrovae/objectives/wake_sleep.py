@@ -16,12 +16,6 @@ from pyrovae.sampling import Redraw, generate
 from pyrovae.sites import Record, latent
 
 
-def only_one(name: str, objective: Objective) -> None:
-    """Refuse a kl_weight other than 1 to an objective that has none."""
-    if not (isinstance(objective.kl_weight, float) and objective.kl_weight == 1):
-        raise ValueError(f"{name} has no kl_weight but 1, got {objective.kl_weight!r}: leave it out, or take IWAE")
-
-
 class RWS(Objective):
     r"""Reweighted wake-sleep, wake phase for both programs.
 
@@ -43,11 +37,11 @@ class RWS(Objective):
     et al. (2018), *Doubly reparameterized gradient estimators*.
     """
 
+    weighs_kl = False
     scores = False
 
     def __init__(self, num_particles: int = 5, **options: Unpack[Options]) -> None:
         super().__init__(num_particles, **options)
-        only_one("RWS", self)
         if self.gradient == "stl":
             raise ValueError('RWS has no gradient="stl", its guide follows no bound: pass gradient="total" or "dreg"')
         self.score_only = self.gradient == "total"
@@ -85,6 +79,8 @@ class SleepPhi(Objective):
 
     Hinton et al. (1995), *The wake-sleep algorithm for unsupervised neural networks*.
     """
+
+    weighs_kl = False
 
     def __init__(self, num_particles: int = 1) -> None:  # dreams per datum
         super().__init__(num_particles)

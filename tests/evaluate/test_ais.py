@@ -136,7 +136,6 @@ def test_bdmc_brackets_log_p():
         pv.bdmc(linear, 400, like=torch.zeros(1, 3), num_chains=4, **FAST | {"num_temperatures": t}) for t in (3, 60)
     )
     assert 0 < many.gap < few.gap
-    assert many.gap < 0.75
     for found in (few, many):
         error = (found.upper.log_prob - found.lower.log_prob).std() / 20
         assert found.gap > -LIMIT * error

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import pyrovae as pv
+from pyrovae.schedules import Plan
 from tests.laws.exact import Noise, _axes
 from tests.laws.gradients import draws
 from tests.laws.pairs import GAUSSIAN, MIXTURE, NET, NOISE, PAIRS, mixture_prior
@@ -190,6 +191,7 @@ def refused(match, make):
         refused("betas must rise from 0 to 1", lambda: pv.TVO(2, (0.1, 1.0))),
         refused("give betas or partitions", lambda: pv.TVO(2, (0.0, 1.0), partitions=1)),
         refused("every beta must be a number", lambda: pv.TVO(2, (0.0, 1.5))),
+        refused("RWS has no kl_weight to warm up", lambda: Plan.make(pv.RWS(2), 3, "constant", None, 2)),
         refused("it has no bound", lambda: pv.SleepPhi().bound(torch.zeros(2))),
     ],
 )
