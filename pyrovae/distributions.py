@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import Independent, TorchDistribution, constraints
-from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
 __all__ = ["BernoulliPixels", "ContinuousBernoulli", "DiscretizedLogistic", "Gaussian"]
 
+_FACTORS = 126  # in [1/2, 1], whose product is a normal number of float32
+
 
 class BernoulliPixels(Independent):
-    """An ``Independent`` Bernoulli that negates after summing: two passes over all pixels less in a training step.
+    r"""An ``Independent`` Bernoulli whose log-probability takes one logarithm for up to 126 pixels.
+
+    .. math:: \log p(x \mid l) = \sum_i \big[x_i l_i - \max(l_i, 0)\big]
+              + \sum_g \log \prod_{i \in g} \frac{1}{1 + e^{-|l_i|}}
+
+    Each factor lies in [1/2, 1], so that the product of a group g cannot underflow. In float32 factors are rounded by at
+    most 3e-8, which adds no more to a pixel's nats than adding up the pixels does.
 
     >>> from pyro.distributions import Bernoulli
     >>> BernoulliPixels(Bernoulli(logits=torch.zeros(5, 3)), 1).log_prob(torch.ones(3)) / math.log(2)
@@ -26,9 +33,37 @@ class BernoulliPixels(Independent):
         """log p(value), in nats, summed over the event."""
         if self._validate_args:
             self._validate_sample(value)
-        logits, value = torch.broadcast_tensors(self.base_dist.logits, value)
-        nats = binary_cross_entropy_with_logits(logits, value, reduction="none")
-        return -sum_rightmost(nats, self.reinterpreted_batch_ndims)
+        logits = self.base_dist.logits
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        logits, value = torch.broadcast_tensors(logits, value.to(logits.dtype))
+        ndims = self.reinterpreted_batch_ndims
+        if ndims == 0:
+            return -binary_cross_entropy_with_logits(logits, value, reduction="none")
+        return _BernoulliSum.apply(logits.flatten(-ndims), value.flatten(-ndims))
+
+
+class _BernoulliSum(torch.autograd.Function):
+    """The log-probability over the last axis; its derivatives in closed form."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, value: Tensor) -> Tensor:
+        size = logits.shape[-1]
+        group = max(g for g in range(1, min(size, _FACTORS) + 1) if size % g == 0)
+        factors = logits.abs().sigmoid_().unflatten(-1, (size // group, group))
+        return (-logits).clamp_(max=0).addcmul_(value, logits).sum(-1) + factors.prod(-1).log_().sum(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        logits, value = ctx.saved_tensors
+        gradient = gradient.unsqueeze(-1)
+        in_logits = (value - logits.sigmoid()).mul_(gradient) if ctx.needs_input_grad[0] else None
+        return in_logits, gradient * logits if ctx.needs_input_grad[1] else None
 
 
 def _near_zero(a: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:

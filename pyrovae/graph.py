@@ -36,6 +36,7 @@ from pyrovae.programs import isolated_rng
 aten = torch.ops.aten
 
 COMPILATION = 25.0  # seconds that one compilation takes at most, unless something like it was compiled before
+_INDUCTOR = {"cpp.use_decompose_tanh": True}  # by one exp: three times as fast, and off by at most 1e-7
 REMEMBERED = 32  # compiled functions that a process keeps
 _READS = "the program reads a tensor's value on the host (.item(), if, float)"
 _compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
@@ -460,10 +461,14 @@ def _remembered(module: fx.GraphModule, key: Any) -> Callable[..., Any]:
 
 def _inductor(module: fx.GraphModule) -> Callable[..., Any]:
     import torch._inductor
+    import torch._inductor.config
 
     example: list[Any] = [_example(v) for v in _placeholders(module)]
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.utils.cpp_extension"):
+        with (
+            torch.no_grad(), warnings.catch_warnings(), _quiet("torch.utils.cpp_extension"),
+            torch._inductor.config.patch(_INDUCTOR),
+        ):  # fmt: skip
             warnings.simplefilter("ignore")
             return torch._inductor.standalone_compile(module, example, dynamic_shapes="from_example_inputs")
     except Exception as error:
