@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import pyrovae as pv
+from pyrovae.sites import Record
 from tests.state import double_precision
 
 NOISE = 0.6
@@ -37,7 +38,7 @@ def exact_log_prob(x):
 def normal_guide(slope, scale):
     def guide(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(slope * x, scale).to_event(1))
+            return pyro.sample("z", dist.Normal(slope * x, scale).to_event(1))
 
     return guide
 
@@ -66,6 +67,39 @@ def test_inflation_of_full_covariances():
             return pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), scale_tril=torch.eye(2)))
 
     assert pv.inflate(guide, 3.0)(torch.zeros(20_000)).std() == pytest.approx(3, rel=0.03)
+
+
+def test_a_defensive_mixture_has_the_density_of_its_draws():
+    mean, spread, wide, share = SLOPE * X[:1], 0.5 * SPREAD, 2.0 * SPREAD, 0.3
+    guide = pv.inflate(normal_guide(SLOPE, spread), 4.0, weight=share)
+    z = torch.linspace(-3, 3, 50).reshape(50, 1)
+    with Record({"z": z}) as seen:
+        guide(X[:1].expand(50, 1))
+    by_hand = (1 - share) * dist.Normal(mean, spread).log_prob(z).exp() + share * dist.Normal(mean, wide).log_prob(
+        z
+    ).exp()
+    torch.testing.assert_close(seen.sites["z"]["fn"].log_prob(z).exp(), by_hand.squeeze(-1))
+    draws = guide(X[:1].expand(40_000, 1))
+    assert draws.var() == pytest.approx((1 - share) * spread**2 + share * wide**2, rel=0.05)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_defensive_mixture_mends_light_tails(compile):
+    narrow = normal_guide(SLOPE, 0.5 * SPREAD)
+    mixed = pv.inflate(narrow, 3.0, weight=0.2)
+    plain, found = (
+        pv.log_likelihood(model, guide, X, num_samples=4000, seed=0, compile=compile) for guide in (narrow, mixed)
+    )
+    assert plain.unreliable > 0
+    assert found.unreliable == 0
+    assert found.path == ("compiled" if compile else "eager")
+    assert ((found.log_prob - exact_log_prob(X)).abs() < 5 * found.std_error).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.5, float("nan")])
+def test_a_mixture_refuses_what_is_no_share(weight):
+    with pytest.raises(ValueError, match="weight must be a number in"):
+        pv.inflate(layers_guide, weight=weight)
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
