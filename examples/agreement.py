@@ -94,9 +94,10 @@ def main():
     copies = y[:1].expand(options.repetitions, -1)
     for name, found in (
         ("importance, 500", pv.log_likelihood(model, guide, copies, num_samples=500, seed=1)),
-        ("annealing, 200", pv.ais_log_likelihood(model, copies, num_temperatures=200, num_chains=32, seed=1)),
+        (f"annealing, {options.temperatures:,}", anneal(pv.ais_log_likelihood, model, copies, options=options)),
     ):
-        covered = ((found.log_prob - marginal.log_prob(y[0])).abs() < 1.96 * found.std_error).double().mean()
+        low, high = found.interval(0.95)
+        covered = ((low < marginal.log_prob(y[0])) & (marginal.log_prob(y[0]) < high)).double().mean()
         print(f"95% intervals of {name}: {covered:.1%} of {options.repetitions:,} cover the truth")
 
 

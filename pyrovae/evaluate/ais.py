@@ -53,6 +53,10 @@ class AISEstimate(Figures):
     dtype: str
     path: str = "eager"
 
+    @property
+    def _independent(self) -> int:
+        return self.num_chains
+
     def __str__(self) -> str:
         return (
             f"NLL {self.nll:.2f} ± {self.nll_std_error:.2g} nats by AIS, {self.num_chains} chains, "

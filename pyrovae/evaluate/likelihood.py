@@ -6,21 +6,24 @@ import math
 import warnings
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
+from scipy.stats import t as student
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyrovae import data as datasets
 from pyrovae import importance
-from pyrovae.arguments import positive_int
+from pyrovae.arguments import in_range, positive_int
 from pyrovae.evaluate.proposals import refine
 from pyrovae.evaluate.psis import pareto_k, tail_size
+from pyrovae.evaluate.resampling import Resampler
 from pyrovae.graph import (
     COMPILATION,
     CannotCompile,
@@ -59,6 +62,24 @@ class Figures:
     std_error: Tensor
 
     @property
+    def _independent(self) -> int:
+        """How many independent weights per datum the standard error was estimated from."""
+        raise NotImplementedError
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        r"""The ends of an interval around each :attr:`log_prob` that covers log p(x) with probability ``level``.
+
+        .. math:: \log \hat p \pm t_{S - 1}\, \mathrm{std\_error}
+
+        with Student's t, for the standard error is itself estimated from S weights (or chains). As right as they are: with
+        a Pareto k above 0.7, or chains that have not reached the posterior, it covers less.
+        """
+        reach = student.ppf((1 + in_range("level", level, 0.0, 1.0)) / 2, max(self._independent - 1, 1))
+        dead = torch.isinf(self.std_error)
+        width = torch.where(dead, 0.0, self.std_error * reach)
+        return torch.where(dead, -math.inf, self.log_prob - width), torch.where(dead, math.inf, self.log_prob + width)
+
+    @property
     def nll(self) -> float:
         """Mean negative log-likelihood in nats per datum (in all, for joint weights)."""
         return -self.log_prob.mean().item()
@@ -82,7 +103,8 @@ class LikelihoodEstimate(Figures):
 
     ``std_error`` is the delta-method standard error of each :math:`\log \hat p`, ``ess`` the effective sample size
     :math:`(\sum w)^2 / \sum w^2`, ``pareto_k`` the tail shape of the weights: above 0.7 neither the estimate nor its
-    standard error can be trusted. All are ``[B]``, or 0-d for a pair with joint weights.
+    standard error can be trusted. All are ``[B]``, or 0-d for a pair with joint weights. ``draws`` are the posterior
+    draws that were asked for, by site, ``[num_draws, B, *event]``.
     """
 
     log_prob: Tensor
@@ -94,6 +116,11 @@ class LikelihoodEstimate(Figures):
     dtype: str
     path: str = "eager"
     refine_steps: int = 0
+    draws: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def _independent(self) -> int:
+        return self.num_samples
 
     @property
     def unreliable(self) -> float:
@@ -121,14 +148,21 @@ class LikelihoodEstimate(Figures):
         )
 
     def to_arviz(self) -> Any:
-        """The estimates as ``arviz.InferenceData``, one entry per datum: ``log_likelihood`` and ``sample_stats``."""
+        """The estimates as ``arviz.InferenceData``, one entry per datum: ``log_likelihood`` and ``sample_stats``.
+
+        With ``draws`` also ``posterior``, one chain of them.
+        """
         import arviz
         import xarray
 
         def table(**columns: Tensor) -> Any:
             return xarray.Dataset({k: ("datum", v.reshape(-1).cpu().numpy()) for k, v in columns.items()})
 
+        kept = {name: value.unsqueeze(0).cpu().numpy() for name, value in self.draws.items()}
+        local = {name: ["datum"] for name, value in kept.items() if value.shape[2:3] == self.log_prob.shape[:1]}
+        groups = {"posterior": arviz.dict_to_dataset(kept, dims=local)} if kept else {}
         return arviz.InferenceData(
+            **groups,
             attrs={
                 "num_samples": self.num_samples,
                 "seed": "" if self.seed is None else self.seed,
@@ -150,6 +184,7 @@ def log_likelihood(
     fold_particles: bool = False,
     memory: int = MEMORY,
     refine_steps: int = 0,
+    num_draws: int = 0,
     compile: bool | str = "auto",
     progress: bool | None = False,
     **kwargs: Any,
@@ -173,6 +208,8 @@ def log_likelihood(
     :param memory: bytes that a pass may take; 2 GiB by default.
     :param refine_steps: of gradient by which the guide is fitted to each datum before it proposes, as by
         :func:`pyrovae.refine`; such an evaluation runs eagerly, and says so wherever it is printed.
+    :param num_draws: posterior draws to keep per datum, resampled by weight with replacement; where the effective
+        sample size is below it many are equal.
     :param compile: True for passes through one compiled graph (see :mod:`pyrovae.graph`), whose first is compared with
         the eager one on the same noise; what cannot be compiled runs eagerly after a warning. "auto" compiles where the
         number of data and samples promises a shorter evaluation.
@@ -199,13 +236,14 @@ def log_likelihood(
     chunk_size = None if chunk_size is None else positive_int("chunk_size", chunk_size)
     batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
     refine_steps = positive_int("refine_steps", refine_steps, minimum=0)
+    num_draws = positive_int("num_draws", num_draws, minimum=0)
     check_compile(compile)
     device = device_of(model, guide)
     results: list[tuple[Tensor, ...]] = []
     seeded = nullcontext() if seed is None else isolated_rng(seed)
     total = len(args[0]) if len(args) == 1 and isinstance(args[0], datasets.Images) else None
     with torch.no_grad(), seeded, full_float32(), ProgressBar("log p(x)", total, progress) as bar:
-        sampler = None
+        sampler, resampler = None, None
         for batch in datasets.batches(args, batch_size, seed=seed or 0, device=device):
             proposal = refine(model, guide, *batch, steps=refine_steps, **kwargs) if refine_steps else guide
             if sampler is None or refine_steps:
@@ -216,14 +254,17 @@ def log_likelihood(
                     "the pair has latents outside the data plate, so that its weights are joint over the data, which "
                     "therefore cannot come in batches: pass them whole, as tensors, without batch_size"
                 )
-            results.append(sampler(batch))
+            resampler = resampler or Resampler(num_draws, seed, sampler.pair)
+            results.append(sampler(batch, resampler))
             bar.update(sum(log_prob.numel() for log_prob, *_ in results), "data")
-    if sampler is None:
+    if sampler is None or resampler is None:
         raise datasets.DataError("there are no data to evaluate: pass at least one datum")
     columns = [torch.cat(c, -1) if c[0].dim() else c[0] for c in zip(*results, strict=True)]
     log_prob, std_error, ess, k = columns
     dtype = str(sampler.dtype).removeprefix("torch.")
-    return LikelihoodEstimate(log_prob, std_error, ess, k, num_samples, seed, dtype, sampler.path, refine_steps)
+    return LikelihoodEstimate(
+        log_prob, std_error, ess, k, num_samples, seed, dtype, sampler.path, refine_steps, resampler.results()
+    )
 
 
 class _Sampler:
@@ -242,7 +283,7 @@ class _Sampler:
     ) -> None:
         self.model, self.guide, self.kwargs, self.num_samples, self.fold = model, guide, kwargs, num_samples, fold
         with reached_modules(model, guide) as modules, evaluating(model, guide):
-            checked = importance.probe(model, guide, batch, kwargs)
+            checked = self.pair = importance.probe(model, guide, batch, kwargs)
         importance.check_fold(checked, fold)
         self.seen = 0
         self.modules, self.nesting = list(modules), importance.nesting(checked)
@@ -271,32 +312,34 @@ class _Sampler:
         found = (t for module in self.modules for t in (*module.parameters(), *module.buffers()))
         return list({id(t): t for t in found}.values())
 
-    def _log_weights(self, batch: tuple[Any, ...], size: int) -> Tensor:
-        """The log-weights of one pass, ``[size, B]``, in eval mode."""
+    def _pass(self, batch: tuple[Any, ...], size: int, resampler: Resampler) -> list[Tensor]:
+        """The log-weights of one pass, ``[size, B]``, in eval mode, and what a resampler wants of it."""
         if self.path == "compiled" and self.graph is None:
             try:
-                self.graph = (size, signature(batch)), self._compile(batch, size)
+                self.graph = (size, signature(batch)), self._compile(batch, size, resampler)
             except CannotCompile as error:
                 self.path = "eager"
                 warnings.warn(f"cannot compile: {error}; running eagerly", stacklevel=4)
         if self.graph is not None and self.graph[0] == (size, signature(batch)):
             return self.graph[1](batch)
-        return importance.measure(self._run(batch, size))
+        return self._measure(batch, size, resampler)
 
-    def _compile(self, batch: tuple[Any, ...], size: int) -> Any:
+    def _measure(self, batch: tuple[Any, ...], size: int, resampler: Resampler) -> list[Tensor]:
+        run = self._run(batch, size)
+        return [importance.measure(run), *resampler.values(run)]
+
+    def _compile(self, batch: tuple[Any, ...], size: int, resampler: Resampler) -> Any:
         if self.subsampled:
             raise CannotCompile("a plate is subsampled, and every pass must weigh the same data")
         state = self._tensors()
-
-        def log_weights() -> list[Tensor]:
-            return [importance.measure(self._run(batch, size))]
+        measured = partial(self._measure, batch, size, resampler)
 
         with isolated_rng(0), rewritten():
-            expected = log_weights()
-        compiled = capture(log_weights, [*state, *tensors(batch)]).compiled()
+            expected = measured()
+        compiled = capture(measured, [*state, *tensors(batch)]).compiled()
         with isolated_rng(0):
             compare(expected, compiled(*state, *tensors(batch)))
-        return lambda batch: compiled(*state, *tensors(batch))[0]
+        return lambda batch: compiled(*state, *tensors(batch))
 
     def _run(self, batch: tuple[Any, ...], num_particles: int) -> importance.Particles:
         with eval_mode(self.modules):
@@ -327,21 +370,24 @@ class _Sampler:
                     "autoencoder); draw it from a distribution with a density"
                 )
 
-    def __call__(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def __call__(self, batch: tuple[Any, ...], resampler: Resampler) -> tuple[Tensor, ...]:
         """log_prob, std_error, ess and pareto_k of one batch."""
         tally, drawn, subsample = _Tally(self.num_samples), 0, _SameSubsample()
         while drawn < self.num_samples:
             size = min(self.chunk_size, self.num_samples - drawn)
             try:
                 with subsample:
-                    log_w = self._log_weights(batch, size)
+                    log_w, *values = self._pass(batch, size, resampler)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
                 self.chunk_size, self.graph = size // 2, None
                 continue
             tally.add(log_w)
+            if resampler.num_draws:
+                resampler.add(log_w, values)
             drawn += size
+        resampler.finish()
         results = tally.results()
         bad = torch.isnan(results[0]) | torch.isposinf(results[0])
         if bad.any():

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from functools import partial
 
 import arviz
 import numpy as np
@@ -10,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
+import scipy.stats
 import torch
 from pyro.infer import autoguide, config_enumerate
 from torch import nn
@@ -487,10 +489,78 @@ def test_arviz_receives_every_number():
     assert table.attrs["seed"] == 4
 
 
+def test_intervals_are_students():
+    estimate = estimate_of([-1.0, -math.inf], [0.5, math.inf], [0.1, math.inf])
+    low, high = estimate.interval(0.9)
+    reach = scipy.stats.t.ppf(0.95, 99) * 0.5
+    assert (low[0].item(), high[0].item()) == pytest.approx((-1 - reach, -1 + reach))
+    assert (low[1].item(), high[1].item()) == (-math.inf, math.inf)
+    with pytest.raises(ValueError, match="level must be a number in"):
+        estimate.interval(95)
+
+
+# --- posterior draws ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_size": 700}, {"compile": True}, {"batch_size": 2}, {"fold_particles": True}]
+)
+def test_kept_draws_come_from_the_posterior(options):
+    found = pv.log_likelihood(model, guide, X, num_samples=20_000, num_draws=2000, seed=0, **options)
+    draws, deviation = found.draws["z"], math.sqrt(NOISE**2 / (1 + NOISE**2))
+    assert draws.shape == (2000, 3)
+    error = deviation * (1 / 2000 + 1 / found.ess.min()) ** 0.5
+    assert ((draws.mean(0) - X / (1 + NOISE**2)).abs() < Z * error).all()
+    assert (draws.std(0) / deviation - 1).abs().max() < 0.1
+    without = pv.log_likelihood(model, guide, X, num_samples=20_000, seed=0, **options)
+    assert torch.equal(without.log_prob, found.log_prob)
+    assert without.draws == {}
+
+
+def test_draws_of_sites_inside_and_outside_of_plates():
+    """One site per way of lying in plates; what is kept has the axes of the site's own plates, draws first."""
+
+    def program(x, scale, observe):
+        pyro.sample("w", dist.Normal(x.new_zeros(2), scale).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(4), scale).to_event(1))
+            if observe:
+                pyro.sample("x", dist.Normal(x.new_zeros(()), 1.0), obs=x)
+            with pyro.plate("inner", 5):
+                pyro.sample("u", dist.Normal(x.new_zeros(()), scale))
+
+    observed, prior = partial(program, scale=1.0, observe=True), partial(program, scale=0.8, observe=False)
+    found = pv.log_likelihood(observed, prior, X, num_samples=50, num_draws=7, chunk_size=20, seed=0)
+    assert {name: draws.shape for name, draws in found.draws.items()} == {"w": (7, 2), "z": (7, 3, 4), "u": (7, 5, 3)}
+    assert all(len(draws.unique(dim=0)) > 3 for draws in found.draws.values())
+
+
+def test_draws_of_a_datum_without_weights_are_the_guides():
+    def impossible(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.factor("x", torch.where(x > 0, -z, -math.inf))
+
+    found = pv.log_likelihood(impossible, guide, X, num_samples=40, num_draws=5, chunk_size=9, seed=0)
+    assert torch.isneginf(found.log_prob[1])
+    assert torch.isfinite(found.draws["z"]).all()
+
+
+def test_arviz_receives_the_draws_and_draws_them():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    table = pv.log_likelihood(model, guide, X, num_samples=500, num_draws=50, seed=0).to_arviz()
+    assert table.posterior.z.dims[:3] == ("chain", "draw", "datum")
+    arviz.plot_density(table.sel(datum=0), var_names=["z"])
+    arviz.plot_pair(table, var_names=["z"], coords={"datum": [0, 1]})
+    matplotlib.pyplot.close("all")
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"num_samples": 0}, "num_samples"),
+        ({"num_draws": -1}, "num_draws"),
         ({"num_samples": 2.5}, "num_samples"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"batch_size": -1}, "batch_size"),

@@ -1,0 +1,84 @@
+r"""Posterior draws out of weighted particles, kept while the particles of one pass after another go by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyrovae.importance import Particles, nesting
+from pyrovae.sites import frames, latent
+
+
+class Resampler:
+    r"""Keeps ``num_draws`` posterior draws per datum: particle s with probability :math:`w_s / \sum_s w_s` each.
+
+    A draw gives way to one of a new pass with the share that the pass has in the weights so far; so nothing is held but
+    the draws. They have a generator of their own: what the guide draws does not depend on them.
+
+    Rubin (1988), *Using the SIR algorithm to simulate posterior distributions*.
+    """
+
+    def __init__(self, num_draws: int, seed: int | None, pair: Particles) -> None:
+        self.num_draws, self.seed = num_draws, seed
+        self.nesting, self.data_dims = nesting(pair), pair.common_dims
+        sites = latent(pair.model) if num_draws else {}
+        self.event_dims = {name: site["fn"].event_dim for name, site in sites.items()}
+        self.plates = {name: {dim for _, dim, _ in frames(site)} for name, site in sites.items()}
+        self.generator: torch.Generator | None = None
+        self.done: list[dict[str, Tensor]] = []
+        self.draws: dict[str, Tensor] = {}
+        self.log_sum: Tensor | None = None
+
+    def values(self, run: Particles) -> list[Tensor]:
+        """The model's latents of one pass, each ``[K, *[size or 1] * nesting, *event]``."""
+        found = []
+        for name, event_dim in self.event_dims.items():
+            value, ndim = run.model[name]["value"], self.nesting + event_dim
+            if run.folded:
+                value = value.unflatten(0, (run.num_particles, -1))
+            elif value.dim() <= ndim:
+                value = value.reshape(1, *[1] * (ndim - value.dim()), *value.shape)
+            found.append(value.expand(run.num_particles, *value.shape[1:]))
+        return found
+
+    def add(self, log_w: Tensor, values: list[Tensor]) -> None:
+        """Let a pass in: its log-weights ``[K, *plates]``, and its :meth:`values`."""
+        log_w = log_w.double()
+        if self.generator is None:
+            seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed + 1  # not the noise of the guide
+            self.generator = torch.Generator(log_w.device).manual_seed(seed)
+        total = torch.logsumexp(log_w, 0)
+        shares = (log_w - total).exp().nan_to_num(1.0)  # all alike where every weight is 0
+        chosen = torch.multinomial(
+            shares.reshape(len(shares), -1).T, self.num_draws, replacement=True, generator=self.generator
+        )
+        self.log_sum = total if self.log_sum is None else torch.logaddexp(self.log_sum, total)
+        share = (total - self.log_sum).exp().nan_to_num(1.0).expand(self.num_draws, *total.shape)
+        taken = self._aligned(torch.bernoulli(share, generator=self.generator) == 1)
+        index = self._aligned(chosen.T.reshape(share.shape))
+        for (name, event_dim), value in zip(self.event_dims.items(), values, strict=True):
+            at = index.reshape(*index.shape, *[1] * event_dim)
+            fresh = value.gather(0, at.expand(self.num_draws, *value.shape[1:]))
+            new = taken.reshape(*taken.shape, *[1] * event_dim)
+            self.draws[name] = torch.where(new, fresh, self.draws.get(name, fresh))
+
+    def _aligned(self, t: Tensor) -> Tensor:
+        """``[num_draws, *plates]`` with an axis for every plate of the programs."""
+        shape = [1] * self.nesting
+        for dim, size in zip(self.data_dims, t.shape[1:], strict=True):
+            shape[dim] = size
+        return t.reshape(len(t), *shape)
+
+    def finish(self) -> None:
+        """Close a batch of data."""
+        self.done.append(self.draws)
+        self.draws, self.log_sum = {}, None
+
+    def results(self) -> dict[str, Tensor]:
+        """The draws of all batches, ``[num_draws, *plates of the site, *event]``."""
+        found = {}
+        for name, event_dim in self.event_dims.items():
+            whole = torch.cat([batch[name] for batch in self.done], -1 - event_dim if len(self.done) > 1 else 0)
+            absent = [1 + axis for axis in range(self.nesting) if axis - self.nesting not in self.plates[name]]
+            found[name] = whole.reshape([size for axis, size in enumerate(whole.shape) if axis not in absent])
+        return found
