@@ -21,8 +21,8 @@ class BernoulliPixels(Independent):
     .. math:: \log p(x \mid l) = \sum_i \big[x_i l_i - \max(l_i, 0)\big]
               + \sum_g \log \prod_{i \in g} \frac{1}{1 + e^{-|l_i|}}
 
-    Each factor lies in [1/2, 1], so that the product of a group g cannot underflow. In float32 factors are rounded by at
-    most 3e-8, which adds no more to a pixel's nats than adding up the pixels does.
+    Each factor lies in [1/2, 1], so that the product of a group g cannot underflow. In float32 factors are rounded by
+    at most 3e-8, which adds no more to a pixel's nats than adding up the pixels does.
 
     >>> from pyro.distributions import Bernoulli
     >>> BernoulliPixels(Bernoulli(logits=torch.zeros(5, 3)), 1).log_prob(torch.ones(3)) / math.log(2)

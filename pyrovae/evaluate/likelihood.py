@@ -71,8 +71,8 @@ class Figures:
 
         .. math:: \log \hat p \pm t_{S - 1}\, \mathrm{std\_error}
 
-        with Student's t, for the standard error is itself estimated from S weights (or chains). As right as they are: with
-        a Pareto k above 0.7, or chains that have not reached the posterior, it covers less.
+        with Student's t, for the standard error is itself estimated from S weights (or chains). It is as right as they
+        are: with a Pareto k above 0.7, or chains that have not reached the posterior, it covers less.
         """
         reach = student.ppf((1 + in_range("level", level, 0.0, 1.0)) / 2, max(self._independent - 1, 1))
         dead = torch.isinf(self.std_error)

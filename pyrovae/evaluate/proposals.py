@@ -56,8 +56,8 @@ def inflate(guide: Program, factor: float = 1.2, *, weight: float = 1.0) -> Infl
     .. math:: q'(z \mid x) = (1 - a)\, N(z; \mu, \Sigma) + a\, N(z; \mu, c^2 \Sigma)
 
     A guide trained on the ELBO is narrower than the posterior, and where its tails are too light the weights have no
-    variance. A wider proposal (a = 1) costs effective samples everywhere; a *defensive mixture* (a small, c large) keeps
-    the guide for most draws, and no weight is more than 1 / (1 - a) times what it was.
+    variance. A wider proposal (a = 1) costs effective samples everywhere; a *defensive mixture* (a small, c large)
+    keeps the guide for most draws, and with one latent site no weight is more than 1 / (1 - a) times what it was.
 
     :param factor: c, above 0.
     :param weight: a, the share of the wider normal, in (0, 1].
@@ -129,7 +129,7 @@ class _Mixture(dist.TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> _Mixture:
         return _Mixture(self.usual.expand(batch_shape), self.wide.expand(batch_shape), self.weight)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         usual, wide = self.usual.sample(sample_shape), self.wide.sample(sample_shape)
         shape = (*sample_shape, *self.batch_shape, *[1] * self.event_dim)
         return torch.where(torch.rand(shape, dtype=usual.dtype, device=usual.device) < self.weight, wide, usual)
