@@ -52,7 +52,7 @@ class _BernoulliSum(torch.autograd.Function):
         size = logits.shape[-1]
         group = max(g for g in range(1, min(size, _FACTORS) + 1) if size % g == 0)
         factors = logits.abs().sigmoid_().unflatten(-1, (size // group, group))
-        return (-logits).clamp_(max=0).addcmul_(value, logits).sum(-1) + factors.prod(-1).log_().sum(-1)
+        return (value * logits).sub_(logits.clamp(min=0)).sum(-1) + factors.prod(-1).log_().sum(-1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

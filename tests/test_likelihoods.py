@@ -2,12 +2,14 @@
 
 import math
 
+import pyro.distributions as dist
 import pytest
 import scipy.special
 import scipy.stats
 import torch
 from torch.autograd import grad
 
+from pyrovae.distributions import BernoulliPixels
 from pyrovae.likelihoods import (
     LIKELIHOODS,
     ContinuousBernoulli,
@@ -72,6 +74,36 @@ def test_bernoulli_is_scipys():
     expected = scipy.stats.bernoulli(scipy.special.expit(logits.numpy())).logpmf(x.numpy()).sum()
     log_prob = make_likelihood("bernoulli", (5,)).distribution(logits).log_prob(x)
     torch.testing.assert_close(log_prob.item(), expected)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (2, 4), (127,), (131,), (1, 28, 28), (3, 32, 32)])
+def test_bernoulli_is_exact_in_float32(shape):
+    """Groups of every size, a prime number of pixels included; all factors at their smallest, and logits far out."""
+    for logits in (torch.zeros(2, *shape), 20 * torch.randn(2, *shape), torch.full((2, *shape), 100.0)):
+        x = torch.bernoulli(torch.full(shape, 0.4))
+        exact = torch.distributions.Bernoulli(logits=logits.double()).log_prob(x.double()).flatten(1).sum(-1)
+        found = make_likelihood("bernoulli", shape).distribution(logits).log_prob(x)
+        assert (found - exact).abs().max() <= 4e-7 * (exact.abs().max() + x.numel())
+
+
+def test_bernoulli_has_both_derivatives_twice_and_a_batched_form():
+    logits = torch.randn(3, 130, dtype=torch.float64, requires_grad=True)
+    x = torch.rand(3, 130, dtype=torch.float64, requires_grad=True)
+
+    def log_prob(logits, x):
+        return BernoulliPixels(dist.Bernoulli(logits=logits), 1, validate_args=False).log_prob(x)
+
+    assert torch.autograd.gradcheck(log_prob, (logits, x))
+    assert torch.autograd.gradgradcheck(log_prob, (logits, x))
+    torch.testing.assert_close(torch.vmap(log_prob)(logits, x), log_prob(logits, x))
+
+
+def test_bernoulli_of_half_precision_logits_is_float32():
+    logits = torch.randn(5, 784).bfloat16()
+    found = make_likelihood("bernoulli", (784,)).distribution(logits).log_prob(torch.ones(784))
+    exact = make_likelihood("bernoulli", (784,)).distribution(logits.double()).log_prob(torch.ones(784).double())
+    torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-4)
+    assert found.dtype == torch.float32
 
 
 @pytest.mark.parametrize("logit", LOGITS)
