@@ -33,10 +33,10 @@ from pyrovae.graph import (
     capture,
     compare,
     has_compiler,
-    rewritten,
     signature,
     tensors,
 )
+from pyrovae.noise import rewritten
 from pyrovae.objectives import Objective
 from pyrovae.programs import Program, Reach, isolated_rng
 from pyrovae.schedules import Plan

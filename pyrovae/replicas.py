@@ -33,9 +33,10 @@ from pyrovae.compile import (
 )
 from pyrovae.feed import Feed
 from pyrovae.fit import describe_training, fit, make_optimizer, prepare, run_epoch
-from pyrovae.graph import CannotCompile, Graph, compare, signature, stacked_noise, tensors
+from pyrovae.graph import CannotCompile, Graph, compare, signature, tensors
 from pyrovae.log import Fit, Log, describe_pair
 from pyrovae.monitor import Monitor
+from pyrovae.noise import stacked_noise
 from pyrovae.objectives import Objective
 from pyrovae.precision import PRECISIONS
 from pyrovae.programs import Program, eval_mode, isolated_rng

@@ -25,13 +25,14 @@ from pyrovae import compile as compiling
 from pyrovae import graph as graphs
 from pyrovae.compile import CompiledStepper, RecordedStepper, untouched, worthwhile
 from pyrovae.feed import Feed
-from pyrovae.graph import CannotCompile, has_compiler, rewritten, tensors
+from pyrovae.graph import CannotCompile, has_compiler, tensors
 from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.models import MODELS, CodePrior
 from pyrovae.models.autoencoders import CORRUPTIONS
 from pyrovae.models.hierarchical import GUIDES
 from pyrovae.models.posteriors import POSTERIORS
 from pyrovae.models.priors import PRIORS
+from pyrovae.noise import rewritten
 from pyrovae.programs import eval_mode, isolated_rng
 from pyrovae.schedules import Plan
 from pyrovae.steps import Stepper, find_parameters

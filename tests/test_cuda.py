@@ -15,7 +15,7 @@ import pyrovae as pv
 from pyrovae.compile import RecordedStepper
 from pyrovae.feed import Feed
 from pyrovae.fit import prepare
-from pyrovae.graph import rewritten
+from pyrovae.noise import rewritten
 from pyrovae.programs import isolated_rng
 from pyrovae.schedules import cosine
 from pyrovae.steps import Stepper, find_parameters

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyrovae import graph as graphs
-from pyrovae.graph import CannotCompile, capture, rewritten
+from pyrovae.graph import CannotCompile, capture
+from pyrovae.noise import rewritten
 from pyrovae.programs import isolated_rng, replayed_rng, rng_state
 from tests.state import double_precision
 

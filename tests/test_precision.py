@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import pyrovae as pv
 from pyrovae import graph as graphs
 from pyrovae.compile import CompiledStepper
-from pyrovae.graph import rewritten
+from pyrovae.noise import rewritten
 from pyrovae.precision import bfloat16_networks, full_float32, networks_in
 from pyrovae.programs import isolated_rng
 from pyrovae.steps import Stepper, find_parameters

@@ -14,7 +14,7 @@ from pyrovae import compile as compiling
 from pyrovae import graph as graphs
 from pyrovae.compile import CompiledStepper
 from pyrovae.feed import Feed
-from pyrovae.graph import stacked_noise
+from pyrovae.noise import stacked_noise
 from pyrovae.programs import eval_mode, isolated_rng
 from pyrovae.replicas import Replicas
 from pyrovae.runs import Run

@@ -30,11 +30,11 @@ from pyrovae.graph import (
     capture,
     check_compile,
     compare,
-    rewritten,
     signature,
     tensors,
 )
 from pyrovae.memory import is_out_of_memory
+from pyrovae.noise import rewritten
 from pyrovae.precision import full_float32
 from pyrovae.programs import (
     Program,
