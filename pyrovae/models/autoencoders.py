@@ -23,6 +23,8 @@ __all__ = ["CORRUPTIONS", "Activity", "Autoencoder", "Codes", "DenoisingAutoenco
 
 A = TypeVar("A", bound="Autoencoder")
 
+_MOST_CODES = 10_000  # that a density is fitted to: enough for its parameters, and a matter of seconds
+
 
 class Codes(TorchDistribution):
     """The prior of an autoencoder's codes: its penalty for log p(z), and draws from the density fitted afterwards.
@@ -178,13 +180,15 @@ class Autoencoder(Pair):
         with :math:`a` the encoder's output and *code* its last nonlinearity, if there is one. The mixture is kept in
         buffers, so a ``state_dict`` holds it. More training moves the codes: fit again then.
 
-        :param data: a tensor ``[N, *input_shape]`` or a Dataset, of which the first entry of each datum is used.
+        :param data: a tensor ``[N, *input_shape]`` or a Dataset, of which the first entry of each datum is used; of more
+            than 10,000 data every second, or third, and so on.
         :param seed: where the fit starts.
         :raises DataError: for fewer data than components, or codes that are not finite.
         """
         from sklearn.mixture import GaussianMixture
 
         outputs = self._gather(data, self.encoder).double().cpu()
+        outputs = outputs[:: max(1, math.ceil(len(outputs) / _MOST_CODES))]
         components = len(self.density_weights)
         if len(outputs) < components:
             raise DataError(f"a density of {components} components needs as many data, got {len(outputs)}: pass more")

@@ -1,5 +1,6 @@
 """Autoencoders: their losses by hand, PCA's subspace, penalties, noise, and what they must refuse."""
 
+import copy
 import json
 import math
 
@@ -327,6 +328,13 @@ def test_the_density_is_that_of_the_codes(digits):
     assert drawn.shape == (count, 5)
     # Six standard errors for each of the five units.
     assert ((drawn.mean(0) - codes.mean(0)).abs() < 6 * codes.std(0) / count**0.5).all()
+
+
+def test_the_density_of_many_data_takes_some_of_them(digits, monkeypatch):
+    monkeypatch.setattr("pyrovae.models.autoencoders._MOST_CODES", 100)
+    x = digits.x[:350]
+    few = copy.deepcopy(pair := small()).fit_density(x[::4])
+    torch.testing.assert_close(pair.fit_density(x).density().mean, few.density().mean, rtol=0, atol=0)
 
 
 def test_the_temperature_of_samples(digits):
