@@ -180,8 +180,8 @@ class Autoencoder(Pair):
         with :math:`a` the encoder's output and *code* its last nonlinearity, if there is one. The mixture is kept in
         buffers, so a ``state_dict`` holds it. More training moves the codes: fit again then.
 
-        :param data: a tensor ``[N, *input_shape]`` or a Dataset, of which the first entry of each datum is used; of more
-            than 10,000 data every second, or third, and so on.
+        :param data: a tensor ``[N, *input_shape]`` or a Dataset, of which the first entry of each datum is used; of
+            more than 10,000 data every second, or third, and so on.
         :param seed: where the fit starts.
         :raises DataError: for fewer data than components, or codes that are not finite.
         """
