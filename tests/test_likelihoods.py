@@ -96,6 +96,8 @@ def test_bernoulli_has_both_derivatives_twice_and_a_batched_form():
     assert torch.autograd.gradcheck(log_prob, (logits, x))
     assert torch.autograd.gradgradcheck(log_prob, (logits, x))
     torch.testing.assert_close(torch.vmap(log_prob)(logits, x), log_prob(logits, x))
+    rows, forward = (make(log_prob, argnums=(0, 1))(logits, x) for make in (torch.func.jacrev, torch.func.jacfwd))
+    torch.testing.assert_close(forward, rows)
 
 
 def test_bernoulli_of_half_precision_logits_is_float32():

@@ -76,7 +76,7 @@ class Figures:
         """
         reach = student.ppf((1 + in_range("level", level, 0.0, 1.0)) / 2, max(self._independent - 1, 1))
         dead = torch.isinf(self.std_error)
-        width = torch.where(dead, 0.0, self.std_error * reach)
+        width = torch.where(dead | (self.std_error == 0), 0.0, self.std_error * reach)
         return torch.where(dead, -math.inf, self.log_prob - width), torch.where(dead, math.inf, self.log_prob + width)
 
     @property
@@ -104,7 +104,7 @@ class LikelihoodEstimate(Figures):
     ``std_error`` is the delta-method standard error of each :math:`\log \hat p`, ``ess`` the effective sample size
     :math:`(\sum w)^2 / \sum w^2`, ``pareto_k`` the tail shape of the weights: above 0.7 neither the estimate nor its
     standard error can be trusted. All are ``[B]``, or 0-d for a pair with joint weights. ``draws`` are the posterior
-    draws that were asked for, by site, ``[num_draws, B, *event]``.
+    draws that were asked for, by site, ``[num_draws, B, *other plates, *event]`` (without B for joint weights).
     """
 
     log_prob: Tensor
@@ -159,7 +159,7 @@ class LikelihoodEstimate(Figures):
             return xarray.Dataset({k: ("datum", v.reshape(-1).cpu().numpy()) for k, v in columns.items()})
 
         kept = {name: value.unsqueeze(0).cpu().numpy() for name, value in self.draws.items()}
-        local = {name: ["datum"] for name, value in kept.items() if value.shape[2:3] == self.log_prob.shape[:1]}
+        local = {name: ["datum"] for name in kept if self.log_prob.dim() == 1}
         groups = {"posterior": arviz.dict_to_dataset(kept, dims=local)} if kept else {}
         return arviz.InferenceData(
             **groups,
@@ -386,6 +386,7 @@ class _Sampler:
             tally.add(log_w)
             if resampler.num_draws:
                 resampler.add(log_w, values)
+            del values  # or two passes would be held at a time
             drawn += size
         resampler.finish()
         results = tally.results()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.importance import Particles, nesting
+from pyrovae.programs import isolated_rng
 from pyrovae.sites import frames, latent
 
 
@@ -35,9 +36,11 @@ class Resampler:
         for name, event_dim in self.event_dims.items():
             value, ndim = run.model[name]["value"], self.nesting + event_dim
             if run.folded:
-                value = value.unflatten(0, (run.num_particles, -1))
+                value = value.unflatten(-1 - event_dim, (run.num_particles, -1)).movedim(-2 - event_dim, 0)
             elif value.dim() <= ndim:
-                value = value.reshape(1, *[1] * (ndim - value.dim()), *value.shape)
+                value = value.unsqueeze(0)
+            padding = [1] * (1 + ndim - value.dim())
+            value = value.reshape(len(value), *padding, *value.shape[1:])
             found.append(value.expand(run.num_particles, *value.shape[1:]))
         return found
 
@@ -45,7 +48,8 @@ class Resampler:
         """Let a pass in: its log-weights ``[K, *plates]``, and its :meth:`values`."""
         log_w = log_w.double()
         if self.generator is None:
-            seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed + 1  # not the noise of the guide
+            with isolated_rng():
+                seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed + 1  # not the guide's noise
             self.generator = torch.Generator(log_w.device).manual_seed(seed)
         total = torch.logsumexp(log_w, 0)
         shares = (log_w - total).exp().nan_to_num(1.0)  # all alike where every weight is 0
@@ -75,10 +79,14 @@ class Resampler:
         self.draws, self.log_sum = {}, None
 
     def results(self) -> dict[str, Tensor]:
-        """The draws of all batches, ``[num_draws, *plates of the site, *event]``."""
+        """The draws of all batches, ``[num_draws, B, *other plates of the site, *event]``; no B for joint weights."""
         found = {}
+        data = [1 + self.nesting + dim for dim in self.data_dims[-1:]]
         for name, event_dim in self.event_dims.items():
-            whole = torch.cat([batch[name] for batch in self.done], -1 - event_dim if len(self.done) > 1 else 0)
-            absent = [1 + axis for axis in range(self.nesting) if axis - self.nesting not in self.plates[name]]
-            found[name] = whole.reshape([size for axis, size in enumerate(whole.shape) if axis not in absent])
+            inside = [1 + self.nesting + dim for dim in sorted(self.plates[name])]
+            events = [1 + self.nesting + i for i in range(event_dim)]
+            kept = [0, *data, *(axis for axis in inside if axis not in data), *events]
+            absent = [axis for axis in range(1, 1 + self.nesting) if axis not in kept]  # of size 1
+            parts = [batch[name].permute(*kept, *absent).flatten(len(kept) - 1) for batch in self.done]
+            found[name] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return found

@@ -21,6 +21,7 @@ import pyrovae as pv
 from pyrovae import importance
 from pyrovae.evaluate import likelihood
 from pyrovae.evaluate.psis import pareto_k, tail_size
+from pyrovae.evaluate.resampling import Resampler
 from tests.state import double_precision
 
 X = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
@@ -160,6 +161,10 @@ def global_model(x, size=None, **plate):
     w = pyro.sample("w", dist.Normal(0.0, 1.0))
     with pyro.plate("data", size or len(x), **plate):
         pyro.sample("x", dist.Normal(w, NOISE), obs=x)
+
+
+def global_model_prior(x):
+    pyro.sample("w", dist.Normal(x.new_zeros(()), x.new_ones(())))
 
 
 def global_exact():
@@ -495,6 +500,7 @@ def test_intervals_are_students():
     reach = scipy.stats.t.ppf(0.95, 99) * 0.5
     assert (low[0].item(), high[0].item()) == pytest.approx((-1 - reach, -1 + reach))
     assert (low[1].item(), high[1].item()) == (-math.inf, math.inf)
+    assert estimate_of([-1.0], [0.0], [0.1]).interval(1.0) == (torch.tensor([-1.0]), torch.tensor([-1.0]))
     with pytest.raises(ValueError, match="level must be a number in"):
         estimate.interval(95)
 
@@ -513,26 +519,58 @@ def test_kept_draws_come_from_the_posterior(options):
     assert ((draws.mean(0) - X / (1 + NOISE**2)).abs() < Z * error).all()
     assert (draws.std(0) / deviation - 1).abs().max() < 0.1
     without = pv.log_likelihood(model, guide, X, num_samples=20_000, seed=0, **options)
-    assert torch.equal(without.log_prob, found.log_prob)
+    assert torch.equal(without.log_prob, found.log_prob)  # the guide's noise is not touched
     assert without.draws == {}
 
 
-def test_draws_of_sites_inside_and_outside_of_plates():
-    """One site per way of lying in plates; what is kept has the axes of the site's own plates, draws first."""
+@pytest.mark.parametrize("data", [-1, -2])
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"fold_particles": True}])
+def test_draws_have_their_data_first_and_share_a_particle(data, options):
+    """One site per way of lying in plates; u is z and a little noise, so that a mixture of particles would show."""
+    if data == -2 and options.get("fold_particles"):
+        pytest.skip("folding takes a data plate at -1")
 
     def program(x, scale, observe):
-        pyro.sample("w", dist.Normal(x.new_zeros(2), scale).to_event(1))
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x.new_zeros(4), scale).to_event(1))
+        with pyro.plate("data", len(x), dim=data):
+            at = x if data == -1 else x.unsqueeze(-1)
+            z = pyro.sample("z", dist.Normal(0 * at.unsqueeze(-1) + x.new_zeros(4), scale).to_event(1))
             if observe:
-                pyro.sample("x", dist.Normal(x.new_zeros(()), 1.0), obs=x)
-            with pyro.plate("inner", 5):
-                pyro.sample("u", dist.Normal(x.new_zeros(()), scale))
+                pyro.sample("x", dist.Normal(0 * at, 1.0), obs=at)
+            with pyro.plate("inner", 3, dim=-3 - data):
+                pyro.sample("u", dist.Normal(z[..., 0], 1e-3))
 
     observed, prior = partial(program, scale=1.0, observe=True), partial(program, scale=0.8, observe=False)
-    found = pv.log_likelihood(observed, prior, X, num_samples=50, num_draws=7, chunk_size=20, seed=0)
-    assert {name: draws.shape for name, draws in found.draws.items()} == {"w": (7, 2), "z": (7, 3, 4), "u": (7, 5, 3)}
-    assert all(len(draws.unique(dim=0)) > 3 for draws in found.draws.values())
+    found = pv.log_likelihood(observed, prior, X, num_samples=50, num_draws=7, chunk_size=20, seed=0, **options)
+    z, u = found.draws["z"], found.draws["u"]
+    assert z.shape == (7, 3, 4)
+    assert u.shape == (7, 3, 3)  # data before the inner plate
+    assert (u - z[..., :1]).abs().max() < 0.01
+    assert len(z.unique(dim=0)) > 3
+    assert found.to_arviz().posterior.u.dims[:3] == ("chain", "draw", "datum")
+
+
+def test_draws_of_joint_weights():
+    found = pv.log_likelihood(global_model, global_model_prior, X, num_samples=60, num_draws=9, chunk_size=20, seed=0)
+    assert found.log_prob.shape == ()
+    assert found.draws["w"].shape == (9,)
+    assert found.to_arviz().posterior.w.dims == ("chain", "draw")
+
+
+def test_draws_are_proportional_to_the_weights_of_all_passes():
+    """Passes of very unequal weight, one of them impossible, against exact frequencies; two batches."""
+    log_w = torch.tensor([[0.0, -2.0], [-3.0, 1.0], [-math.inf, -1.0], [-math.inf, 2.0], [4.0, 0.0], [3.0, -math.inf]])
+    checked = importance.probe(model, guide, (X[:2],), {})
+    resampler = Resampler(40_000, 0, checked)
+    for _ in range(2):
+        for rows in log_w.split(2):
+            number = (log_w == rows[:1]).all(1).nonzero()[0]
+            resampler.add(rows, [(number + torch.arange(2.0)).unsqueeze(-1).expand(2, 2)])
+        resampler.finish()
+    draws, shares = resampler.results()["z"], log_w.softmax(0)
+    assert draws.shape == (40_000, 4)
+    for particle, share in enumerate(shares):
+        error = (share * (1 - share) / 40_000).sqrt()
+        assert ((draws == particle).double().mean(0) - share.repeat(2)).abs().le(Z * error.repeat(2)).all()
 
 
 def test_draws_of_a_datum_without_weights_are_the_guides():
