@@ -27,7 +27,7 @@ from pyrovae.models.semi_supervised import hide_labels
 from pyrovae.monitor import MONITORED
 from pyrovae.objectives import Objective
 from pyrovae.programs import evaluating, isolated_rng
-from pyrovae.report import labels_for, pictures, print_comparison, print_results, reconstruction_error
+from pyrovae.report import columns_for, labels_for, pictures, print_comparison, print_results, reconstruction_error
 from pyrovae.sampling import sample as draw
 from pyrovae.sites import counts, record_pair
 from pyrovae.support import is_boolean
@@ -441,7 +441,7 @@ def sample(
         pair, number, *labels,
         returns="draws" if draws else "means", temperature=temperature, seed=seed, like=_example(folder),
     )  # fmt: skip
-    return Path(image_grid(images, output or folder / "samples.png"))
+    return Path(image_grid(images, output or folder / "samples.png", columns=columns_for(pair, label)))
 
 
 def _example(folder: Path) -> Tensor:

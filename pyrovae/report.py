@@ -32,7 +32,7 @@ def pictures(
     test = test.fixed(seed)
     if plots.is_image(test.event_shape):
         if (generated := _generate(pair, test, seed)) is not None:
-            drawn.append(plots.image_grid(generated, folder / "samples.png"))
+            drawn.append(plots.image_grid(generated, folder / "samples.png", columns=columns_for(pair)))
         few = test.subset(slice(0, 16))
         if (rebuilt := reconstruct(pair, _batch(few), seed=seed)) is not None:
             drawn.append(plots.reconstructions(few.x, rebuilt, folder / "reconstructions.png"))
@@ -53,10 +53,12 @@ def pictures(
 
 
 def _generate(pair: Any, test: Images, seed: int) -> Tensor | None:
-    """64 samples, of each class in turn where the pair is conditional; None where it generates only when told more."""
+    """64 samples, or as many whole rows of all classes; None where the pair generates only when told more."""
+    columns = columns_for(pair) or 8
+    number = columns * max(1, 64 // columns)
     try:
-        labels = labels_for(pair, 64)
-        return sample(pair, 64, *labels, returns="means", seed=seed, like=test.x[:1])
+        labels = labels_for(pair, number)
+        return sample(pair, number, *labels, returns="means", seed=seed, like=test.x[:1])
     except ValueError:
         return None
 
@@ -80,6 +82,13 @@ def labels_for(pair: Any, number: int, label: str | None = None) -> tuple[Tensor
     if not (label.isdigit() and int(label) < classes):
         raise ValueError(f"label must be one of 0 ... {classes - 1}, got {label!r}: pass such")
     return (torch.full((number,), int(label)),)
+
+
+def columns_for(pair: Any, label: str | None = None) -> int | None:
+    """A column for every class, where samples go through the classes in turn; None for a square grid."""
+    if not getattr(pair, "conditional", False) or label is not None:
+        return None
+    return pair.config.get("num_classes")
 
 
 def _batch(images: Images) -> tuple[Tensor, ...]:
