@@ -523,12 +523,12 @@ def test_kept_draws_come_from_the_posterior(options):
     assert without.draws == {}
 
 
-@pytest.mark.parametrize("data", [-1, -2])
-@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"fold_particles": True}])
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [(-1, {}), (-2, {}), (-1, {"batch_size": 2}), (-2, {"batch_size": 2}), (-1, {"fold_particles": True})],
+)
 def test_draws_have_their_data_first_and_share_a_particle(data, options):
     """One site per way of lying in plates; u is z and a little noise, so that a mixture of particles would show."""
-    if data == -2 and options.get("fold_particles"):
-        pytest.skip("folding takes a data plate at -1")
 
     def program(x, scale, observe):
         with pyro.plate("data", len(x), dim=data):
