@@ -75,9 +75,8 @@ def test_a_defensive_mixture_has_the_density_of_its_draws():
     z = torch.linspace(-3, 3, 50).reshape(50, 1)
     with Record({"z": z}) as seen:
         guide(X[:1].expand(50, 1))
-    by_hand = (1 - share) * dist.Normal(mean, spread).log_prob(z).exp() + share * dist.Normal(mean, wide).log_prob(
-        z
-    ).exp()
+    usual, wider = (dist.Normal(mean, scale).log_prob(z).exp() for scale in (spread, wide))
+    by_hand = (1 - share) * usual + share * wider
     torch.testing.assert_close(seen.sites["z"]["fn"].log_prob(z).exp(), by_hand.squeeze(-1))
     draws = guide(X[:1].expand(40_000, 1))
     assert draws.var() == pytest.approx((1 - share) * spread**2 + share * wide**2, rel=0.05)
