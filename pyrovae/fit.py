@@ -72,8 +72,8 @@ def fit(
     :param epochs: passes over the data.
     :param batch_size: data per step (a DataLoader has its own).
     :param optimizer: parameters -> ``torch.optim`` optimizer; by default fused Adam with learning rate ``lr`` (1e-3).
-    :param schedule: "constant", "cosine", "iwae" (the paper's stages), or a function of progress in [0, 1) that gives
-        the factor of the learning rate.
+    :param schedule: "constant", "cosine", "linear", "iwae" (the paper's stages), or a function of progress in [0, 1)
+        that gives the factor of the learning rate.
     :param particles: numbers of particles for equal parts of the epochs, for instance ``(1, 5, 20, 50)``.
     :param kl_warmup: epochs over which kl_weight rises linearly from 0 to the objective's own.
     :param clip_norm: largest 2-norm of the gradient.

@@ -27,6 +27,11 @@ def cosine(progress: float) -> float:
     return 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
 
 
+def linear(progress: float) -> float:
+    r""":math:`1 - t`: straight down to nothing."""
+    return 1 - progress
+
+
 def iwae(progress: float) -> float:
     r"""Stages i = 0..7 of :math:`3^i` epochs (3,280 in all) at :math:`10^{-i/7}`, stretched to the epochs at hand.
 
@@ -40,7 +45,7 @@ def iwae(progress: float) -> float:
     return 10 ** (-stage / 7)
 
 
-SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "iwae": iwae}
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "linear": linear, "iwae": iwae}
 
 
 def make_schedule(schedule: str | Schedule) -> Schedule:

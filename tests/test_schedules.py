@@ -31,6 +31,10 @@ def test_iwae_stages_begin_and_end_at_the_papers_epochs(stage, stretch):
         assert factor(first - 0.001) == pytest.approx(10 ** (-(stage - 1) / 7))
 
 
+def test_the_line_ends_at_nothing():
+    assert [SCHEDULES["linear"](t) for t in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
+
+
 def test_the_cosine_ends_at_a_hundredth():
     assert SCHEDULES["cosine"](0.5) == pytest.approx(0.505)
     assert SCHEDULES["cosine"](1 - 1e-9) == pytest.approx(0.01)

@@ -286,7 +286,8 @@ class RBM(Pair):
         :param epochs: passes over the data.
         :param batch_size: data per step.
         :param lr: learning rate; with momentum m, steps are up to 1 / (1 - m) times as long.
-        :param schedule: "constant", "cosine", "iwae", or a function of progress in [0, 1) that gives the factor of lr.
+        :param schedule: "constant", "cosine", "linear", "iwae", or a function of progress in [0, 1) that gives the
+            factor of lr.
         :param cd_steps: k, Gibbs steps per gradient.
         :param persistent: let the chains go on from step to step (persistent contrastive divergence), and on from
             where the last fit left them.
