@@ -1,9 +1,10 @@
 """A deep VAE with grids of latents at several scales against a VAE of one layer, in bits per dimension.
 
-    python examples/deep.py [--data cifar10] [--epochs 30] [--samples 100] [--images 500] [--output FOLDER]
+    python examples/deep.py [--epochs 30] [--samples 100] [--images 500] [--output FOLDER]
+    python examples/deep.py --data cifar10 --train 10000 --batch-size 32 --minutes 15
 
-Both have the same likelihood, a discretized logistic on the data's grey levels. On the embedded digits by default;
-32x32 colour images want a GPU, or patience.
+Both have the same likelihood, a discretized logistic on the data's grey levels, and train for the same number of epochs
+or of minutes. On the embedded digits by default; 32x32 colour images want a GPU, or patience.
 """
 
 import argparse
@@ -27,11 +28,31 @@ def pairs(shape, levels):
     yield "deep", lambda: pv.models.DeepVAE(shape, **deep, **likelihood)
 
 
+def train(make, images, epochs, options):
+    """A pair from fixed initial weights, trained, and what ``fit`` returned."""
+    torch.manual_seed(0)
+    pair = make().initialise(images.x)
+    return pair, pv.fit(
+        pair.model, pair.guide, images, objective=pv.ELBO(), epochs=epochs, batch_size=options.batch_size,
+        clip_norm=200.0, kl_warmup=min(options.warmup, epochs / 2),
+    )  # fmt: skip
+
+
+def epochs_within(minutes, make, images, options):
+    """As many epochs as fit into the minutes, by the pace of a short training; at least one."""
+    _, short = train(make, images.subset(slice(300)), 2, options)
+    return max(1, round(60 * minutes * short.history[-1]["images_per_second"] / len(images)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--data-dir")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--train", type=int, help="images to train on")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, default=30)
+    length.add_argument("--minutes", type=float, help="instead of epochs: as many as each can do in that time")
+    parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--warmup", type=float, default=5, help="epochs over which the KL's weight rises to 1")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--images", type=int, default=500, help="test images to measure on")
@@ -40,20 +61,16 @@ def main():
     data = pv.data.load(options.data, options.data_dir)
     count = min(options.images, len(data.test))
     spread = torch.linspace(0, len(data.test) - 1, count).long()  # over all classes, where a folder is sorted by them
-    test = data.test.subset(spread)
-    shape = tuple(data.train.event_shape)
+    images, test = data.train.subset(slice(options.train)), data.test.subset(spread)
+    shape = tuple(images.event_shape)
     for name, make in pairs(shape, levels=17 if options.data == "digits" else 256):
-        torch.manual_seed(0)
-        pair = make().initialise(data.train.x)
+        epochs = epochs_within(options.minutes, make, images, options) if options.minutes else options.epochs
         began = time.perf_counter()
-        pv.fit(
-            pair.model, pair.guide, data.train, objective=pv.ELBO(), epochs=options.epochs, clip_norm=200.0,
-            kl_warmup=min(options.warmup, options.epochs / 2),
-        )  # fmt: skip
+        pair, _ = train(make, images, epochs, options)
         minutes = (time.perf_counter() - began) / 60
         estimate = pv.log_likelihood(pair.model, pair.guide, test, num_samples=options.samples, seed=0)
         bits = estimate.nll / (math.prod(shape) * math.log(2))
-        print(f"{name}: {bits:.3f} bits/dim after {minutes:.1f} minutes; {estimate}")
+        print(f"{name}: {bits:.3f} bits/dim after {epochs} epochs, {minutes:.1f} minutes; {estimate}")
         if options.output:
             stem = options.output / name.replace(" ", "_")
             pv.plots.image_grid(pv.sample(pair, 64, seed=0), stem.with_name(f"{stem.name}_samples.png"))
