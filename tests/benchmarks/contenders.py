@@ -106,11 +106,11 @@ def ours_eager(vae: pv.models.VAE, k: int, x: Tensor) -> Step:
     return descend(vae, lambda x: bound.differentiable_loss(vae.model, vae.guide, x) / len(x))
 
 
-def ours_compiled(vae: pv.models.VAE, k: int, x: Tensor) -> Step:
+def ours_compiled(vae: pv.models.VAE, k: int, x: Tensor, precision: str = "float32") -> Step:
     """The library's compiled step."""
     from pyrovae.compile import training_step
 
-    return training_step(vae.model, vae.guide, objective(k), adam(vae), x)
+    return training_step(vae.model, vae.guide, objective(k), adam(vae), x, precision=precision)
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def _convolutions(layer: Any, x: Tensor, y: Tensor, with_input: bool) -> list[Ca
     ]
 
 
-OURS, COMPILED = "pyrovae eager", "pyrovae compiled"
+OURS, COMPILED, BFLOAT16 = "pyrovae eager", "pyrovae compiled", "pyrovae compiled, bfloat16"
 SVI_FAST, SVI_SLOW = "Pyro SVI vectorised", "Pyro SVI default"
 HAND, HAND_COMPILED = "hand-written", "hand-written, torch.compile"
 PYTHAE, FLOOR = "Pythae", "products alone"
@@ -321,6 +321,7 @@ PYTHAE, FLOOR = "Pythae", "products alone"
 CONTENDERS: dict[str, Callable[[pv.models.VAE, int, Tensor], Step]] = {
     OURS: ours_eager,
     COMPILED: ours_compiled,
+    BFLOAT16: functools.partial(ours_compiled, precision="bfloat16"),
     SVI_FAST: svi_vectorised,
     SVI_SLOW: svi_default,
     HAND: hand_written,

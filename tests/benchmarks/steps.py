@@ -12,16 +12,28 @@ import pyro
 import torch
 
 from tests.benchmarks import contenders, images
-from tests.benchmarks.contenders import COMPILED, CONTENDERS, FLOOR, HAND, HAND_COMPILED, OURS, SVI_FAST, Setting
+from tests.benchmarks.contenders import (
+    BFLOAT16,
+    COMPILED,
+    CONTENDERS,
+    FLOOR,
+    HAND,
+    HAND_COMPILED,
+    OURS,
+    SVI_FAST,
+    Setting,
+)
 from tests.benchmarks.options import Options
 from tests.benchmarks.tables import Row, Table, ratio
 from tests.benchmarks.timing import Run, Times, block, take_turns, timed_compilation
 
 RATIOS = {
     f"{ours.removeprefix('pyrovae ')} / {other}": (ours, other)
-    for ours, others in {COMPILED: (HAND, HAND_COMPILED, SVI_FAST, FLOOR), OURS: (HAND, SVI_FAST)}.items()
+    for ours, others in {
+        COMPILED: (HAND, HAND_COMPILED, SVI_FAST, FLOOR), BFLOAT16: (HAND, SVI_FAST, FLOOR), OURS: (HAND, SVI_FAST),
+    }.items()
     for other in others
-}
+}  # fmt: skip
 
 
 @dataclass
@@ -58,7 +70,7 @@ def _ready(name: str, setting: Setting, options: Options, batches: list[torch.Te
     """The contender's step on its next batch; a compiler has done its work."""
     vae, data = contenders.start(setting, options), images.stream(batches)
     mode = {"mode": options.compile_mode} if name == HAND_COMPILED else {}
-    if name not in (COMPILED, HAND_COMPILED):
+    if name not in (COMPILED, BFLOAT16, HAND_COMPILED):
         step = CONTENDERS[name](vae, setting.k, batches[0])
         return lambda: step(next(data))
     made: list[contenders.Step] = []
