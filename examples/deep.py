@@ -28,6 +28,12 @@ def pairs(shape, levels):
     yield "deep", lambda: pv.models.DeepVAE(shape, **deep, **likelihood)
 
 
+def spread(images, count):
+    """At most so many of the images, from all over the set: a folder is sorted by class."""
+    count = min(count or len(images), len(images))
+    return images.subset(torch.linspace(0, len(images) - 1, count).long())
+
+
 def train(make, images, epochs, options):
     """A pair from fixed initial weights, trained, and what ``fit`` returned."""
     torch.manual_seed(0)
@@ -59,9 +65,7 @@ def main():
     parser.add_argument("--output", type=Path, help="folder for samples and reconstructions")
     options = parser.parse_args()
     data = pv.data.load(options.data, options.data_dir)
-    count = min(options.images, len(data.test))
-    spread = torch.linspace(0, len(data.test) - 1, count).long()  # over all classes, where a folder is sorted by them
-    images, test = data.train.subset(slice(options.train)), data.test.subset(spread)
+    images, test = spread(data.train, options.train), spread(data.test, options.images)
     shape = tuple(images.event_shape)
     for name, make in pairs(shape, levels=17 if options.data == "digits" else 256):
         epochs = epochs_within(options.minutes, make, images, options) if options.minutes else options.epochs
