@@ -1,7 +1,7 @@
 """A deep VAE with grids of latents at several scales against a VAE of one layer, in bits per dimension.
 
     python examples/deep.py [--epochs 30] [--samples 100] [--images 500] [--output FOLDER]
-    python examples/deep.py --data cifar10 --train 10000 --batch-size 32 --minutes 15
+    python examples/deep.py --data cifar10 --batch-size 32 --minutes 10
 
 Both have the same likelihood, a discretized logistic on the data's grey levels, and train for the same number of epochs
 or of minutes. On the embedded digits by default; 32x32 colour images want a GPU, or patience.
@@ -44,10 +44,11 @@ def train(make, images, epochs, options):
     )  # fmt: skip
 
 
-def epochs_within(minutes, make, images, options):
-    """As many epochs as fit into the minutes, by the pace of a short training; at least one."""
+def within(minutes, make, images, options):
+    """Images and epochs that fit into the minutes, by the pace of a short training: all images, if one epoch fits."""
     _, short = train(make, images.subset(slice(300)), 2, options)
-    return max(1, round(60 * minutes * short.history[-1]["images_per_second"] / len(images)))
+    number = round(60 * minutes * short.history[-1]["images_per_second"])
+    return spread(images, number), max(1, round(number / len(images)))
 
 
 def main():
@@ -55,9 +56,9 @@ def main():
     parser.add_argument("--data", default="digits")
     parser.add_argument("--data-dir")
     parser.add_argument("--train", type=int, help="images to train on")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, default=30)
-    length.add_argument("--minutes", type=float, help="instead of epochs: as many as each can do in that time")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--epochs", type=int, default=30)
+    group.add_argument("--minutes", type=float, help="instead of epochs: as many as each can do in that time")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--warmup", type=float, default=5, help="epochs over which the KL's weight rises to 1")
     parser.add_argument("--samples", type=int, default=100)
@@ -68,13 +69,16 @@ def main():
     images, test = spread(data.train, options.train), spread(data.test, options.images)
     shape = tuple(images.event_shape)
     for name, make in pairs(shape, levels=17 if options.data == "digits" else 256):
-        epochs = epochs_within(options.minutes, make, images, options) if options.minutes else options.epochs
+        some, epochs = images, options.epochs
+        if options.minutes:
+            some, epochs = within(options.minutes, make, images, options)
         began = time.perf_counter()
-        pair, _ = train(make, images, epochs, options)
+        pair, _ = train(make, some, epochs, options)
         minutes = (time.perf_counter() - began) / 60
         estimate = pv.log_likelihood(pair.model, pair.guide, test, num_samples=options.samples, seed=0)
         bits = estimate.nll / (math.prod(shape) * math.log(2))
-        print(f"{name}: {bits:.3f} bits/dim after {epochs} epochs, {minutes:.1f} minutes; {estimate}")
+        length = f"{epochs} epochs of {len(some):,} images, {minutes:.1f} minutes"
+        print(f"{name}: {bits:.3f} bits/dim after {length}; {estimate}")
         if options.output:
             stem = options.output / name.replace(" ", "_")
             pv.plots.image_grid(pv.sample(pair, 64, seed=0), stem.with_name(f"{stem.name}_samples.png"))

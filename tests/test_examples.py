@@ -80,12 +80,12 @@ EXAMPLES = [  # what is run, with which arguments, and what it prints; files go 
     (
         "deep.py",
         ["--epochs", "1", "--samples", "10", "--images", "50", "--output", "{tmp}"],
-        r"one layer: \d\.\d+ bits/dim after 1 epochs, .*\ndeep: \d\.\d+ bits/dim after 1 epochs, ",
+        r"one layer: \d\.\d+ bits/dim after 1 epochs of 1,437 .*\ndeep: \d\.\d+ bits/dim after 1 epochs of 1,437 ",
     ),
     (
         "deep.py",
         ["--train", "200", "--batch-size", "50", "--minutes", "0.01", "--samples", "10", "--images", "50"],
-        r"one layer: \d\.\d+ bits/dim after ([2-9]|\d\d+) epochs, .*\ndeep: \d\.\d+ bits/dim after ",
+        r"one layer: \d\.\d+ bits/dim after ([2-9]|\d\d+) epochs of 200 .*\ndeep: \d\.\d+ bits/dim after ",
     ),
 ]
 
