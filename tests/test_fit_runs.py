@@ -397,7 +397,7 @@ BAD = [
     ({"device": "cuda:99"}, ValueError, "CUDA devices are here"),
     ({"seed": None}, ValueError, "seed must be an integer"),
     ({"objective": pv.ELBO}, TypeError, "objective must be"),
-    ({"schedule": "linear"}, ValueError, "unknown schedule"),
+    ({"schedule": "parabolic"}, ValueError, "unknown schedule"),
     ({"data": "mnist"}, TypeError, "data must be"),
 ]
 
