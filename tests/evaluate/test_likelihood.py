@@ -579,9 +579,12 @@ def test_draws_of_a_datum_without_weights_are_the_guides():
             z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
             pyro.factor("x", torch.where(x > 0, -z, -math.inf))
 
-    found = pv.log_likelihood(impossible, guide, X, num_samples=40, num_draws=5, chunk_size=9, seed=0)
+    found = pv.log_likelihood(impossible, guide, X, num_samples=2000, num_draws=2000, chunk_size=300, seed=0)
     assert torch.isneginf(found.log_prob[1])
     assert torch.isfinite(found.draws["z"]).all()
+    draws = found.draws["z"][:, 1]
+    assert abs(draws.mean() - (0.4 * X[1] + 0.1)) < Z * 0.9 * math.sqrt(2 / 2000)  # drawn, then drawn from
+    assert draws.std() == pytest.approx(0.9, rel=0.1)
 
 
 def test_arviz_receives_the_draws_and_draws_them():
