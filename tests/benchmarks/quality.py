@@ -35,7 +35,8 @@ from pyrovae.schedules import linear
 from tests.benchmarks import contenders, images
 
 PARTS = (1,) * 6 + (5,) * 11 + (20,) * 3
-STAGES, RATE, BATCH, POINTS, CALIBRATION = (1, 5, 20), 3e-3, 100, 20, 12
+STAGES = tuple(dict.fromkeys(PARTS))
+RATE, BATCH, POINTS, CALIBRATION = 3e-3, 100, 20, 12
 
 Step = Callable[[Tensor, float], Any]  # a batch and the learning rate
 
