@@ -465,6 +465,37 @@ def test_inductor_computes_what_the_graph_does_and_changes_buffers_in_place():
         assert not torch.equal(buffers[1]["1.running_mean"], start["1.running_mean"])
 
 
+def convolve_activations(x, first, second):
+    hidden = F.conv2d(x, first).tanh()
+    return [F.conv2d(hidden, second).flatten(1)]
+
+
+def change_before_convolving(x, first, second):
+    hidden = F.conv2d(x, first)
+    hidden.clamp_(0.0)
+    return [F.conv2d(hidden, second).flatten(1), hidden]
+
+
+def change_through_a_view_after_convolving(x, first, second):
+    hidden = F.conv2d(x, first)
+    convolved = F.conv2d(hidden, second)
+    hidden.flatten(1).mul_(2.0)
+    return [convolved, hidden + 1.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "turned"),
+    [(convolve_activations, 1), (change_before_convolving, 0), (change_through_a_view_after_convolving, 0)],
+)
+def test_convolutions_find_their_inputs_channels_last_unless_these_change_in_place(function, turned):
+    inputs = [torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3), torch.randn(5, 4, 3, 3)]
+    graph = capture(lambda: function(*inputs), inputs)
+    nodes = graphs._channels_last(graph.module).graph.nodes
+    assert sum(node.target is torch.ops.aten.clone.default for node in nodes) == turned
+    for expected, got in zip(function(*inputs), graph.compiled()(*inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_what_inductor_cannot_do_is_a_reason(monkeypatch):
     from torch._inductor import config
 
