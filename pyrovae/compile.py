@@ -36,6 +36,7 @@ from pyrovae.graph import (
     signature,
     tensors,
 )
+from pyrovae.layout import laid_out_as
 from pyrovae.noise import rewritten
 from pyrovae.objectives import Objective
 from pyrovae.programs import Program, Reach, isolated_rng
@@ -238,14 +239,6 @@ class Recording:
         for parameter, gradient in self.gradients:  # other steps may have put theirs there
             parameter.grad = gradient
         return self.loss.clone()  # the next replay overwrites it
-
-
-def laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """A gradient in its parameter's memory layout, as autograd would leave it.
-
-    Convolutions give theirs channels last, and fused optimizers read both tensors in the order in which they lie.
-    """
-    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
 
 
 def gathered(images: Images | None, batch: Batch) -> Batch:

@@ -22,7 +22,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from pyrovae.layout import channels_last
 from pyrovae.noise import READS, CannotCompile, Draws, aten, lift_noise, new_placeholder, stacked_noise
 from pyrovae.programs import isolated_rng
 
@@ -295,61 +294,12 @@ def _inductor(module: fx.GraphModule) -> Callable[..., Any]:
             torch._inductor.config.patch(_INDUCTOR),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
-            module = _channels_last(module)
+            module = channels_last(module, example)
             return torch._inductor.standalone_compile(module, example, dynamic_shapes="from_example_inputs")
     except Exception as error:
         if "CxxCompiler" in type(error).__name__ or "compiler" in str(error).lower():
             raise CannotCompile("there is no working C++ compiler: install g++ or clang, or set CXX") from error
         raise CannotCompile(f"Inductor failed with {type(error).__name__}: {str(error).splitlines()[0]}") from error
-
-
-def _channels_last(module: fx.GraphModule) -> fx.GraphModule:
-    """Let convolutions on CPUs find their inputs channels last, in the backward pass too.
-
-    Inductor reads them so there, but keeps a contiguous value as well for the backward pass, and turns each into the
-    other: a tenth of a step.
-    """
-    on_cpu = all(value.device.type == "cpu" for value in _placeholders(module))
-    convolves = any(node.target is aten.convolution.default for node in module.graph.nodes)
-    return _ChannelsLast(module).transform() if on_cpu and convolves else module
-
-
-class _ChannelsLast(fx.Transformer):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.fixed = _unchanged(module.graph)
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        convolved = any(user.target is aten.convolution.default and user.args[0] is n for user in n.users)
-        if not convolved or n not in self.fixed or n.op == "placeholder" or n.meta["val"].dim() != 4:
-            return result
-        return aten.clone.default(result, memory_format=torch.channels_last)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        views = (aten.view.default, aten._unsafe_view.default)  # which what lies channels last may not have
-        return super().call_function(aten.reshape.default if target in views else target, args, kwargs)
-
-
-def _unchanged(graph: fx.Graph) -> set[fx.Node]:
-    """The values whose memory no operation changes in place: a copy is as good."""
-    owner: dict[fx.Node, fx.Node] = {}
-    changed = set()
-    for node in graph.nodes:
-        shared, written = _aliases(node)
-        owner[node] = owner[shared[0]] if shared else node
-        changed |= {owner[n] for n in written}
-    return {node for node in graph.nodes if owner[node] not in changed}
-
-
-def _aliases(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The arguments whose memory an operation's result shares, and those of them that it writes to."""
-    if node.target is getitem:
-        return node.all_input_nodes, []
-    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
-    given = {a.name: value for a, value in zip(arguments, node.args, strict=False)} | node.kwargs
-    shared = [(n, a.is_write) for a in arguments if a.alias_info for n in tree_leaves(given.get(a.name)) if n]
-    return [n for n, _ in shared], [n for n, written in shared if written]
 
 
 @contextmanager

@@ -28,12 +28,12 @@ from pyrovae.compile import (
     Recording,
     capturable,
     gathered,
-    laid_out_as,
     untouched,
 )
 from pyrovae.feed import Feed
 from pyrovae.fit import describe_training, fit, make_optimizer, prepare, run_epoch
 from pyrovae.graph import CannotCompile, Graph, compare, signature, tensors
+from pyrovae.layout import laid_out_as
 from pyrovae.log import Fit, Log, describe_pair
 from pyrovae.monitor import Monitor
 from pyrovae.noise import stacked_noise
