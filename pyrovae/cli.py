@@ -15,6 +15,7 @@ from torch import OutOfMemoryError
 
 from pyrovae import experiment
 from pyrovae.arguments import DataError
+from pyrovae.memory import keep_freed_memory
 
 app = typer.Typer(
     help="Variational autoencoders as Pyro programs: train a pair, measure log p(x), swap the objective.",
@@ -140,6 +141,7 @@ def list_() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 2 for bad arguments, 3 for bad data, one line and no traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    keep_freed_memory()
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:

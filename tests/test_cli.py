@@ -3,7 +3,11 @@
 import functools
 import json
 import math
+import platform
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -372,3 +376,23 @@ def test_python_raises_what_the_command_line_prints(run):
     with pytest.raises(ValueError) as error:
         pv.CIWAE(1.5)
     assert err == f"error: {error.value}\n"
+
+
+FAULTS = """
+import resource
+from pyrovae.memory import keep_freed_memory
+keep_freed_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"x" * (64 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told to keep memory")
+@pytest.mark.parametrize("keeps", [True, False])
+def test_freed_memory_is_kept(keeps):
+    script = FAULTS if keeps else FAULTS.replace("keep_freed_memory()", "")
+    root = Path(pv.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
+    assert (int(done.stdout) < 100) == keeps
