@@ -141,9 +141,9 @@ def list_() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 2 for bad arguments, 3 for bad data, one line and no traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    keep_freed_memory()
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    keep_freed_memory()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn

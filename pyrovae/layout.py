@@ -24,7 +24,7 @@ def channels_last(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphM
     """Let convolutions on CPUs find their inputs channels last, in the backward pass too.
 
     Inductor reads them so there, but keeps a contiguous value as well for the backward pass, and turns each into the
-    other: a seventh of a step.
+    other: up to a seventh of a step.
     """
     convolves = any(node.target is aten.convolution.default for node in module.graph.nodes)
     if not convolves or any(t.device.type != "cpu" for t in inputs):
@@ -35,6 +35,8 @@ def channels_last(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphM
 
 
 class _ChannelsLast(fx.Transformer):
+    """Copies what is convolved, in that order, for all who read it."""
+
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         convolved = any(user.target is aten.convolution.default and user.args[0] is n for user in n.users)
