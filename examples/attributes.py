@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 
 import torch
+from morphology import slant, stroke_width
 
 import pyrovae as pv
-from pyrovae.morphology import slant, stroke_width
 
 
 def measured(x):

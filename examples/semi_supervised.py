@@ -12,7 +12,7 @@ import argparse
 import torch
 
 import pyrovae as pv
-from pyrovae.models.semi_supervised import hide_labels
+from pyrovae.parts import hide_labels
 
 
 def encoded(train, test, dim, epochs):

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pyrovae import experiment
+from pyrovae.app import measure, tables
+from pyrovae.app import train as training
+from pyrovae.app.settings import Settings
 from pyrovae.runs import RESULTS
 
 LABELS = 10  # per class, for the semi-supervised system
@@ -58,10 +60,10 @@ def main():
     chosen = [folders[name] for name in options.only or SYSTEMS]
     joined = folders["code prior"] / "vqvae"
     if joined.exists() and not (joined / RESULTS).exists():
-        experiment.evaluate(
+        measure.evaluate(
             joined, samples=1, checkpoint="last", data_dir=options.data_dir, device="auto", seed=0, out=out
         )
-    experiment.compare([*chosen, *([joined] if joined.exists() else [])], out)
+    tables.compare([*chosen, *([joined] if joined.exists() else [])], out)
 
 
 def train(name, folders, options, out):
@@ -70,8 +72,8 @@ def train(name, folders, options, out):
     given["data"] = given["data"].replace("{vq-vae}", str(folders["vq-vae"]))
     if given["model"] != "pca":
         given["epochs"] = options.epochs
-    job = experiment.Settings(**given)
-    experiment.train(job, run_dir=folders[name], resume=folders[name].exists(), explicit=set(), out=out)
+    job = Settings(**given)
+    training.train(job, run_dir=folders[name], resume=folders[name].exists(), explicit=set(), out=out)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ any objective, and log p(x) is measured by importance sampling with a standard e
 
 __version__ = "0.1.0"
 
-from pyrovae import data, models, nn, plots
-from pyrovae.compile import training_step
+from pyrovae import data, evaluate, models, nn, objectives, parts, plots
+from pyrovae.engine.run import log_weights
 from pyrovae.evaluate import (
     AISEstimate,
     Bracket,
@@ -25,8 +25,6 @@ from pyrovae.evaluate import (
     posterior_gap,
     refine,
 )
-from pyrovae.fit import Fit, fit
-from pyrovae.importance import log_weights
 from pyrovae.objectives import (
     CIWAE,
     ELBO,
@@ -42,9 +40,12 @@ from pyrovae.objectives import (
     SleepPhi,
     VRMax,
 )
-from pyrovae.replicas import fit_replicas
 from pyrovae.runs import load
 from pyrovae.sampling import sample
+from pyrovae.train.compiled import training_step
+from pyrovae.train.log import Fit
+from pyrovae.train.loop import fit
+from pyrovae.train.replicas import fit_replicas
 
 __all__ = [
     "CIWAE",
@@ -71,6 +72,7 @@ __all__ = [
     "ais_log_likelihood",
     "bdmc",
     "data",
+    "evaluate",
     "fit",
     "fit_replicas",
     "gradient_snr",
@@ -81,6 +83,8 @@ __all__ = [
     "log_weights",
     "models",
     "nn",
+    "objectives",
+    "parts",
     "plots",
     "posterior_gap",
     "refine",

@@ -1,5 +1,5 @@
 """``python -m pyrovae``."""
 
-from pyrovae.cli import main
+from pyrovae.app.cli import main
 
 main()

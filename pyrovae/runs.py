@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import random
 import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pyrovae.arguments import DataError
-from pyrovae.programs import isolated_rng
+from pyrovae.engine.randomness import isolated_rng
 
 CONFIG, METRICS, RESULTS, WEIGHTS, STATE = (
     "config.json",
@@ -202,9 +201,6 @@ def _brief(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-# --- what a run consists of ----------------------------------------------------------------------------------------
-
-
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     packages = {name: version(name) for name in ("torch", "pyro-ppl", "numpy")}
@@ -303,28 +299,3 @@ def restore(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, whe
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return (", ".join(names[:3]) + (", ..." if len(names) > 3 else "")) or "none"
-
-
-# --- randomness ------------------------------------------------------------------------------------------------------
-
-
-def rng_snapshot() -> dict[str, Any]:
-    """The state of every generator, in types that ``torch.load(weights_only=True)`` accepts."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "python": random.getstate(),
-    }
-
-
-def restore_rng(snapshot: Mapping[str, Any]) -> None:
-    """Put every generator back to where :func:`rng_snapshot` saw it."""
-    torch.set_rng_state(snapshot["torch"])
-    if snapshot["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(snapshot["cuda"])
-    kind, keys, *rest = snapshot["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version_, internal, gauss = snapshot["python"]
-    random.setstate((version_, tuple(internal), gauss))

@@ -1,18 +1,11 @@
-"""What changes while training: the learning rate, the number of particles, the weight of the KL."""
+"""Schedules of the learning rate: training progress in [0, 1) to its factor."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
-import pyro.infer
-import torch
-
-from pyrovae.arguments import in_range, lookup, sizes
-from pyrovae.objectives import Objective
+from pyrovae.arguments import lookup
 
 Schedule = Callable[[float], float]  # training progress in [0, 1) -> factor of the learning rate
 
@@ -51,71 +44,3 @@ SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "linea
 def make_schedule(schedule: str | Schedule) -> Schedule:
     """A schedule by its name, or any function of progress."""
     return schedule if callable(schedule) else lookup("schedule", schedule, SCHEDULES)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What changes while training: learning rate, particles and kl_weight, as functions of progress."""
-
-    objective: pyro.infer.ELBO  # the caller's, never changed
-    current: pyro.infer.ELBO
-    epochs: int
-    schedule: Schedule
-    particles: tuple[int, ...] | None
-    kl_warmup: float
-
-    @classmethod
-    def make(cls, objective: Any, epochs: int, schedule: Any, particles: Any, kl_warmup: float) -> Plan:
-        if not isinstance(objective, pyro.infer.ELBO):
-            raise TypeError(f"objective must be a pyro.infer.ELBO such as pyrovae.IWAE(5), got {objective!r}: pass one")
-        if not isinstance(objective, Objective) and (particles is not None or kl_warmup):
-            raise ValueError(
-                f"particles and kl_warmup need one of pyrovae's objectives, got {type(objective).__name__}: "
-                "leave them out, or take pyrovae's equal of it"
-            )
-        if kl_warmup and not getattr(objective, "weighs_kl", True):
-            name = type(objective).__name__
-            raise ValueError(f"{name} has no kl_weight to warm up, got kl_warmup={kl_warmup}: leave it out")
-        stages = None if particles is None else sizes("particles", particles)
-        if stages == ():
-            raise ValueError("particles is empty: give a number for each stage, or leave it out")
-        for number in stages or ():  # some objectives need two at least
-            cls._check_number(objective, number)
-        warmup = in_range("kl_warmup", kl_warmup, 0.0)
-        return cls(objective, copy.copy(objective), epochs, make_schedule(schedule), stages, warmup)
-
-    @staticmethod
-    def _check_number(objective: Any, number: int) -> None:
-        if type(objective).__module__.startswith("pyrovae."):
-            type(objective)(**objective.config | {"num_particles": number})
-
-    @property
-    def final(self) -> pyro.infer.ELBO:
-        """The objective as it is once everything has grown, as an object of its own."""
-        return copy.copy(self.at(self.epochs, warm=True))
-
-    def stages(self) -> list[Any]:
-        """An objective for each number of particles there will be."""
-        found = []
-        for number in dict.fromkeys(self.particles or (self.objective.num_particles,)):
-            found.append(copy.copy(self.at(0)))
-            found[-1].num_particles = number
-        return found
-
-    def at(self, epoch: float, *, warm: bool = False) -> pyro.infer.ELBO:
-        """The objective after ``epoch`` epochs (a fraction counts): one object, so that it checks its pair only once.
-
-        With ``warm`` the KL's warm-up counts as over.
-        """
-        if self.particles is not None:
-            stage = min(int(epoch * len(self.particles) / self.epochs), len(self.particles) - 1)
-            self.current.num_particles = self.particles[stage]
-        if self.kl_warmup:
-            factor = 1.0 if warm else min(epoch / self.kl_warmup, 1.0)
-            # A tensor even where it is 0: the KL's parameters get gradients of 0 then, compiled or not, and never none.
-            self.current.kl_weight = torch.as_tensor(self.objective.kl_weight * factor, dtype=torch.float64)  # type: ignore[attr-defined]
-        return self.current
-
-    def factor(self, epoch: float) -> float:
-        """The factor of the learning rate after ``epoch`` epochs."""
-        return self.schedule(epoch / self.epochs)

@@ -26,17 +26,17 @@ def double_precision(seed: int) -> Iterator[None]:
 
 def counting(patch: Any, inductor: Callable[..., Any]) -> list[Any]:
     """Count compilations, from an empty memory of them."""
-    from pyrovae import graph as graphs
+    from pyrovae.compile import inductor
 
     made: list[Any] = []
-    patch.setattr(graphs, "_inductor", lambda module: made.append(module) or inductor(module))
-    patch.setattr(graphs, "_compiled", type(graphs._compiled)())
+    patch.setattr(inductor, "_inductor", lambda module: made.append(module) or inductor(module))
+    patch.setattr(inductor, "_compiled", type(inductor._compiled)())
     return made
 
 
 def interpreting(patch: Any, user: Any) -> list[Any]:
     """Let the module ``user`` capture graphs once and run them operation by operation; what it would compile."""
-    from pyrovae import graph as graphs
+    from pyrovae.compile import graph as graphs
 
     patch.setattr(user, "capture", graphs._capture)
     return counting(patch, lambda module: module)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pyrovae as pv
-from pyrovae.cli import main
+from pyrovae.app.cli import main
 
 SMALL = ["--epochs", "2", "--samples", "20", "--set", "hidden=[16]", "--latent-dim", "3", "--device", "cpu"]
 
@@ -68,8 +68,8 @@ def test_evaluate_repeats_the_results_of_train(run, tmp_path):
 def test_evaluate_in_full(run, tmp_path, monkeypatch):
     run("train", *SMALL, "--run-dir", "a")
     short = functools.partial(pv.ais_log_likelihood, num_temperatures=10, num_chains=4, leapfrog_steps=2)
-    monkeypatch.setattr("pyrovae.experiment.ais_log_likelihood", short)
-    monkeypatch.setattr("pyrovae.experiment.CLOSER", 10)
+    monkeypatch.setattr("pyrovae.app.measure.ais_log_likelihood", short)
+    monkeypatch.setattr("pyrovae.app.measure.CLOSER", 10)
     code, out, err = run("evaluate", "a", "--samples", 70, "--ais", "--diagnostics")
     assert code == 0, err
     for words in ("NLL by AIS", "posterior gap", "amortisation", 'units of "z"', "active, averaged"):

@@ -6,7 +6,6 @@ Every objective meets every pair with ``PYROVAE_FULL=1`` (six minutes); else eac
 import math
 import os
 import re
-import sys
 import warnings
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -21,21 +20,24 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyrovae as pv
-from pyrovae import compile as compiling
-from pyrovae import graph as graphs
-from pyrovae.compile import CompiledStepper, RecordedStepper, untouched, worthwhile
-from pyrovae.feed import Feed
-from pyrovae.graph import CannotCompile, has_compiler, tensors
-from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.compile import graph as graphs
+from pyrovae.compile import inductor
+from pyrovae.compile.checked import tensors, untouched
+from pyrovae.compile.inductor import has_compiler
+from pyrovae.compile.noise import CannotCompile, rewritten
+from pyrovae.data.batches import Feed
+from pyrovae.engine.probe import find_parameters
+from pyrovae.engine.programs import eval_mode
+from pyrovae.engine.randomness import isolated_rng
 from pyrovae.models import MODELS, CodePrior
 from pyrovae.models.autoencoders import CORRUPTIONS
 from pyrovae.models.hierarchical import GUIDES
-from pyrovae.models.posteriors import POSTERIORS
-from pyrovae.models.priors import PRIORS
-from pyrovae.noise import rewritten
-from pyrovae.programs import eval_mode, isolated_rng
-from pyrovae.schedules import Plan
-from pyrovae.steps import Stepper, find_parameters
+from pyrovae.parts import LIKELIHOODS, POSTERIORS, PRIORS
+from pyrovae.train import compiled as compiling
+from pyrovae.train import loop as training
+from pyrovae.train.compiled import CompiledStepper, RecordedStepper, worthwhile
+from pyrovae.train.plan import Plan
+from pyrovae.train.step import Stepper
 from tests.laws.objectives import OBJECTIVES
 from tests.state import counting, double_precision, interpreting
 
@@ -452,7 +454,7 @@ def assert_same(one, other, **tolerance):
 def compiled():
     """A compiled training through Inductor, with the number of its compilations."""
     with double_precision(41), pytest.MonkeyPatch.context() as patch:
-        made = counting(patch, graphs._inductor)
+        made = counting(patch, inductor._inductor)
         yield train(compile=True), made
 
 
@@ -487,7 +489,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(("epoch", "compile"), [(1, True), (3, True), (1, False)])
 def test_a_compiled_run_that_was_killed_ends_with_the_same_bits(compiled, epoch, compile, tmp_path, monkeypatch):
     """In either stage of particles; where it goes on eagerly, to rounding."""
-    training, done = sys.modules["pyrovae.fit"], []
+    done = []
     original = training.run_epoch
 
     def dying(*args):
@@ -639,7 +641,7 @@ def test_one_warning_serves_all_stages_of_particles():
 def test_a_missing_compiler_is_named(monkeypatch):
     from torch._inductor import config
 
-    monkeypatch.setattr(graphs, "_compiled", type(graphs._compiled)())
+    monkeypatch.setattr(inductor, "_compiled", type(inductor._compiled)())
     with config.patch({"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}):
         assert not has_compiler(torch.device("cpu"))
         trained, message = trained_with_a_warning(**SHORT)

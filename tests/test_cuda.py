@@ -2,7 +2,6 @@
 
 import gc
 import math
-import sys
 import warnings
 
 import pyro
@@ -12,13 +11,15 @@ import torch
 from torch.utils.data import TensorDataset
 
 import pyrovae as pv
-from pyrovae.compile import RecordedStepper
-from pyrovae.feed import Feed
-from pyrovae.fit import prepare
-from pyrovae.noise import rewritten
-from pyrovae.programs import isolated_rng
+from pyrovae.compile.noise import rewritten
+from pyrovae.data.batches import Feed
+from pyrovae.engine.probe import find_parameters
+from pyrovae.engine.randomness import isolated_rng
 from pyrovae.schedules import cosine
-from pyrovae.steps import Stepper, find_parameters
+from pyrovae.train import loop as training
+from pyrovae.train.compiled import RecordedStepper
+from pyrovae.train.loop import prepare
+from pyrovae.train.step import Stepper
 
 pytestmark = [
     pytest.mark.cuda,
@@ -308,7 +309,7 @@ def test_the_last_batch_of_another_size_is_a_step_as_well(digits):
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(("began", "ended"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
 def test_a_run_goes_on_on_another_device(began, ended, compile, tmp_path, monkeypatch, digits):
-    training, done = sys.modules["pyrovae.fit"], []
+    done = []
     original = training.run_epoch
 
     def dying(*args):

@@ -801,7 +801,7 @@ def test_values_outside(values, support, fragments):
 
 
 def test_first_offender_is_found_across_pieces(monkeypatch):
-    monkeypatch.setattr("pyrovae.support.CHUNK_BYTES", 3 * 5 * 4)
+    monkeypatch.setattr("pyrovae.data.support.CHUNK_BYTES", 3 * 5 * 4)
     x = torch.zeros(20, 5)
     x[10, 4], x[10, 2], x[15, 0] = 0.1, 0.2, 0.3
     with fails(DataError, "data[10, 2] = 0.2", "0.0 to 0.3"):

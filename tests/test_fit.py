@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pyrovae as pv
 from pyrovae.arguments import DataError
-from pyrovae.monitor import Monitor
+from pyrovae.train.monitor import Monitor
 
 # z ~ N(0, 1), x ~ N(w z + a, .5^2); data of mean .5 and variance 1.25, so that the best w is 1.
 NOISE = 0.5

@@ -19,9 +19,11 @@ from torch.utils.data import Dataset
 import pyrovae as pv
 from pyrovae import runs
 from pyrovae.arguments import DataError
-from pyrovae.log import describe_objective
+from pyrovae.objectives import base
+from pyrovae.train import loop as training
+from pyrovae.train import monitor
+from pyrovae.train.log import describe_objective
 
-training = sys.modules["pyrovae.fit"]  # as an attribute of the package, the function hides it
 TIMES = ("seconds", "images_per_second")
 GREY = torch.rand(55, 6, generator=torch.Generator().manual_seed(0))
 
@@ -141,8 +143,9 @@ def test_the_history_says_what_changed():
 
 def test_a_pair_is_checked_once_however_the_objective_changes(monkeypatch):
     probes = []
-    probe = pv.importance.probe
-    monkeypatch.setattr(pv.importance, "probe", lambda *args: probes.append(args) or probe(*args))
+    probe = base.probe
+    monkeypatch.setattr(base, "probe", lambda *args: probes.append(args) or probe(*args))
+    monkeypatch.setattr(monitor, "probe", base.probe)
     train(validation=None)
     assert len(probes) == 2  # the objective's and the monitor's
 

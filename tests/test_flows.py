@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from pyrovae.flows import Autoregressive, Coupling, FlowNormal
+from pyrovae.parts import Autoregressive, Coupling, FlowNormal
 from tests.state import double_precision
 
 STEPS = {

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pyrovae import graph as graphs
-from pyrovae.graph import CannotCompile, capture
-from pyrovae.layout import channels_last
-from pyrovae.noise import rewritten
-from pyrovae.programs import isolated_rng, replayed_rng, rng_state
+from pyrovae.compile import inductor
+from pyrovae.compile.graph import capture
+from pyrovae.compile.inductor import channels_last
+from pyrovae.compile.noise import CannotCompile, rewritten
+from pyrovae.engine.randomness import isolated_rng, replayed_rng, rng_state
 from tests.state import double_precision
 
 X = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).view(4, 3)
@@ -390,8 +390,8 @@ def test_what_looks_like_it_but_is_static_is_captured(what):
 def compilations(monkeypatch):
     """The graphs that were handed to Inductor, which is replaced by the graph itself."""
     made = []
-    monkeypatch.setattr(graphs, "_inductor", lambda module: made.append(module) or module)
-    monkeypatch.setattr(graphs, "_compiled", type(graphs._compiled)())
+    monkeypatch.setattr(inductor, "_inductor", lambda module: made.append(module) or module)
+    monkeypatch.setattr(inductor, "_compiled", type(inductor._compiled)())
     return made
 
 
@@ -432,7 +432,7 @@ def test_graphs_that_differ_do_not_share(what, compilations):
 
 
 def test_compilations_are_kept_up_to_a_number(compilations, monkeypatch):
-    monkeypatch.setattr(graphs, "REMEMBERED", 2)
+    monkeypatch.setattr(inductor, "REMEMBERED", 2)
     x, graph = X.clone(), scaled(1.0, X, torch.tensor(1.0))
     graph.compiled()
     for factor in (2.0, 3.0):
@@ -502,7 +502,7 @@ def test_what_inductor_cannot_do_is_a_reason(monkeypatch):
     from torch._inductor import config
 
     graph = capture(lambda: [X * 2], [X])
-    monkeypatch.setattr(graphs, "_compiled", type(graphs._compiled)())
+    monkeypatch.setattr(inductor, "_compiled", type(inductor._compiled)())
     without = {"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}
     reason = r"no working C\+\+ compiler: install g\+\+ or clang, or set CXX"
     with config.patch(without), pytest.raises(CannotCompile, match=reason):

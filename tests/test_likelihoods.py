@@ -9,9 +9,9 @@ import scipy.stats
 import torch
 from torch.autograd import grad
 
-from pyrovae.distributions import BernoulliPixels
-from pyrovae.likelihoods import (
+from pyrovae.parts import (
     LIKELIHOODS,
+    BernoulliPixels,
     ContinuousBernoulli,
     DiscretizedLogistic,
     Gaussian,

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from morphology import slant, stroke_width
 
 from pyrovae.arguments import DataError
-from pyrovae.morphology import slant, stroke_width
 
 
 def stroke(width, angle=0.0, size=40, length=26.0, finer=8):

@@ -12,7 +12,7 @@ from torch import nn
 
 from pyrovae import plots
 from pyrovae.models import VAE
-from pyrovae.pixels import CELL, FRAME, GAP
+from pyrovae.plots.images import CELL, FRAME, GAP
 
 
 def read(path):

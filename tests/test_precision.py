@@ -11,12 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import pyrovae as pv
-from pyrovae import graph as graphs
-from pyrovae.compile import CompiledStepper
-from pyrovae.noise import rewritten
-from pyrovae.precision import bfloat16_networks, full_float32, networks_in
-from pyrovae.programs import isolated_rng
-from pyrovae.steps import Stepper, find_parameters
+from pyrovae.compile import graph as graphs
+from pyrovae.compile import inductor
+from pyrovae.compile.noise import rewritten
+from pyrovae.compile.precision import bfloat16_networks, full_float32, networks_in
+from pyrovae.engine.probe import find_parameters
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.train.compiled import CompiledStepper
+from pyrovae.train.step import Stepper
 
 EPS = torch.finfo(torch.bfloat16).eps
 
@@ -32,8 +34,8 @@ def clean_state():
 @pytest.fixture
 def interpreted(monkeypatch):
     """Graphs run operation by operation instead of through Inductor."""
-    monkeypatch.setattr(graphs, "_inductor", lambda module: module)
-    monkeypatch.setattr(graphs, "_compiled", type(graphs._compiled)())
+    monkeypatch.setattr(inductor, "_inductor", lambda module: module)
+    monkeypatch.setattr(inductor, "_compiled", type(inductor._compiled)())
 
 
 WEIGHT = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -13,19 +13,10 @@ import torch
 from pyro.infer import config_enumerate
 from torch import nn
 
-from pyrovae.programs import (
-    eval_mode,
-    evaluating,
-    graph_leaves,
-    isolated_rng,
-    protected_buffers,
-    reach,
-    reached_modules,
-    replayed_rng,
-    rng_state,
-    roots,
-)
-from pyrovae.sites import log_prob, record_pair
+from pyrovae.engine.probe import reach
+from pyrovae.engine.programs import eval_mode, evaluating, graph_leaves, protected_buffers, reached_modules, roots
+from pyrovae.engine.randomness import isolated_rng, replayed_rng, rng_state
+from pyrovae.engine.sites import log_prob, record_pair
 
 
 @pytest.fixture(autouse=True)

@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 import pyrovae as pv
-from pyrovae import compile as compiling
-from pyrovae import graph as graphs
-from pyrovae.compile import CompiledStepper
-from pyrovae.feed import Feed
-from pyrovae.noise import stacked_noise
-from pyrovae.programs import eval_mode, isolated_rng
-from pyrovae.replicas import Replicas
+from pyrovae.compile import graph as graphs
+from pyrovae.compile.noise import stacked_noise
+from pyrovae.data.batches import Feed
+from pyrovae.engine.probe import find_parameters
+from pyrovae.engine.programs import eval_mode
+from pyrovae.engine.randomness import isolated_rng
 from pyrovae.runs import Run
-from pyrovae.steps import Stepper, find_parameters
+from pyrovae.train import compiled as compiling
+from pyrovae.train.compiled import CompiledStepper
+from pyrovae.train.replicas import Replicas
+from pyrovae.train.step import Stepper
 from tests.state import double_precision, interpreting
 
 # Data in two clusters: there is something to learn, a nat per datum and more.

@@ -15,13 +15,14 @@ from torch import nn
 import pyrovae as pv
 from pyrovae import runs
 from pyrovae.arguments import DataError
+from pyrovae.engine.randomness import restore_rng, rng_snapshot
 from pyrovae.runs import Run
 
 WEIGHTS = {"a": torch.randn(3, 2), "b": torch.tensor(2, dtype=torch.int64), "c": torch.randn(4, dtype=torch.float64)}
 
 
 def state(epoch=1):
-    return {"epoch": epoch, "best_epoch": None, "finished": False, "optimizer": {}, "rng": runs.rng_snapshot()}
+    return {"epoch": epoch, "best_epoch": None, "finished": False, "optimizer": {}, "rng": rng_snapshot()}
 
 
 @pytest.fixture
@@ -298,7 +299,7 @@ def test_the_generators_come_back(run):
             random.gauss(0, 1),
         )
 
-    runs.restore_rng(snapshot)
+    restore_rng(snapshot)
     first = draws()
-    runs.restore_rng(snapshot)
+    restore_rng(snapshot)
     assert draws() == first

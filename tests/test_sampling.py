@@ -10,8 +10,9 @@ from torch import nn
 from torch.distributions import AffineTransform
 
 from pyrovae.data import Images
+from pyrovae.engine.generate import tempered
 from pyrovae.models import VAE
-from pyrovae.sampling import sample, tempered
+from pyrovae.sampling import sample
 
 Z_LIMIT = 4.9  # of a two-sided test with a false-alarm rate of 1e-6
 W = torch.tensor([[1.0, -2.0], [0.5, 0.0], [0.0, 1.5]])

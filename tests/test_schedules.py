@@ -7,7 +7,8 @@ import torch
 from pyro.infer import Trace_ELBO
 
 import pyrovae as pv
-from pyrovae.schedules import SCHEDULES, Plan, make_schedule
+from pyrovae.schedules import SCHEDULES, make_schedule
+from pyrovae.train.plan import Plan
 
 
 def plan(objective=None, epochs=8, schedule="constant", particles=None, kl_warmup=0):

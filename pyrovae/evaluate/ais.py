@@ -6,74 +6,45 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import biject_to, constraints
 
 from pyrovae import data as datasets
-from pyrovae import importance
 from pyrovae.arguments import in_range, one_of, positive_int, rising_betas
-from pyrovae.evaluate.likelihood import SAVED, Figures
-from pyrovae.graph import COMPILATION, CannotCompile, capture, check_compile, compare, signature, tensors
-from pyrovae.importance import Particles
-from pyrovae.precision import full_float32
-from pyrovae.programs import Program, device_of, evaluating, isolated_rng, protected_buffers, reached_modules
+from pyrovae.compile.checked import check_compile, compare, signature, tensors
+from pyrovae.compile.graph import capture
+from pyrovae.compile.inductor import COMPILATION
+from pyrovae.compile.noise import CannotCompile
+from pyrovae.compile.precision import full_float32
+from pyrovae.engine.generate import Redraw, generate, program_of
+from pyrovae.engine.particles import Particles
+from pyrovae.engine.probe import nesting
+from pyrovae.engine.programs import Program, device_of, evaluating, protected_buffers, reached_modules
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, latent, quoted
+from pyrovae.engine.unwrap import _masked, _unconstrained, point_mass
+from pyrovae.evaluate.estimate import AISEstimate, Bracket
+from pyrovae.evaluate.likelihood import SAVED
 from pyrovae.progress import ProgressBar
-from pyrovae.sampling import Redraw, blank, generate, program_of
-from pyrovae.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, latent, point_mass, quoted
+from pyrovae.sampling import blank
 
 State = dict[str, Tensor]
 
+
 _STEEPNESS = 4.0  # of the sigmoid schedule
+
+
 _WARM_UP, _VISITS, _TRIES = 40, 100, 2  # of the pilot run: transitions at first, temperatures visited, at each
+
+
 _GAINS = 0.5, 0.2  # of log step size per unit of acceptance, at first and later
+
+
 _HANDLERS = 1.5e-3  # seconds that compiling saves per evaluation of the gradient, whatever the size: Pyro's handlers
-
-
-@dataclass(frozen=True)
-class AISEstimate(Figures):
-    r"""Annealed estimates :math:`\log \hat p(x_b) = \log \frac1C \sum_c w_{cb}` in nats, float64, each ``[B]``.
-
-    ``std_error`` is the delta-method standard error over chains, ``ess`` the effective number of chains,
-    ``acceptance`` the mean acceptance rate of the transitions.
-    """
-
-    log_prob: Tensor
-    std_error: Tensor
-    ess: Tensor
-    acceptance: Tensor
-    num_chains: int
-    num_temperatures: int
-    seed: int | None
-    dtype: str
-    path: str = "eager"
-
-    @property
-    def _independent(self) -> int:
-        return self.num_chains
-
-    def __str__(self) -> str:
-        return (
-            f"NLL {self.nll:.2f} ± {self.nll_std_error:.2g} nats by AIS, {self.num_chains} chains, "
-            f"{self.num_temperatures} temperatures, acceptance {self.acceptance.mean():.2f}"
-        )
-
-
-class Bracket(NamedTuple):
-    """Stochastic bounds on log p(x) of data simulated from a model, in nats: ``lower`` and ``upper``, each ``[n]``."""
-
-    lower: AISEstimate
-    upper: AISEstimate
-
-    @property
-    def gap(self) -> float:
-        """Mean of upper - lower: what the log-likelihoods, and any that AIS finds on real data, may be off by."""
-        return (self.upper.log_prob - self.lower.log_prob).mean().item()
 
 
 def ais_log_likelihood(
@@ -258,7 +229,7 @@ class _Annealer:
             self.probed = Particles({}, record.sites, 1, None, False, False, {}, dict)
             self._check(record.sites, batch)
         self.tensors = list({id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values())
-        self.nesting = importance.nesting(self.probed)
+        self.nesting = nesting(self.probed)
         self.maps = {name: _unconstrained(site["fn"].support) for name, site in latent(record.sites).items()}
         self.event_dims = {
             name: site["fn"].event_dim if self.maps[name] is None else self.maps[name].domain.event_dim
@@ -457,19 +428,3 @@ def _smoothed(table: Tensor) -> Tensor:
     low = [max(0, i - window) for i in range(rows)]
     high = [min(rows, i + window + 1) for i in range(rows)]
     return torch.stack([table[a:b].mean(0) for a, b in zip(low, high, strict=True)])
-
-
-def _unconstrained(support: Any) -> Any:
-    """The map from all reals onto a support; None where that is the identity."""
-    plain = support
-    while isinstance(plain, constraints.independent):
-        plain = plain.base_constraint
-    return None if plain in (constraints.real, constraints.real_vector) else biject_to(support)
-
-
-def _masked(fn: Any) -> bool:
-    while hasattr(fn, "base_dist"):
-        if type(fn).__name__ == "MaskedDistribution":
-            return True
-        fn = fn.base_dist
-    return False

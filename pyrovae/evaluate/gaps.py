@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from pyrovae import data as datasets
-from pyrovae import importance
 from pyrovae.arguments import positive_int
+from pyrovae.compile.precision import full_float32
+from pyrovae.engine.programs import Program, device_of, evaluating, graph_leaves, protected_buffers
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.run import log_weights
+from pyrovae.engine.sites import Record, Site, counts, latent, log_prob
 from pyrovae.evaluate.proposals import refine
-from pyrovae.objectives import IWAE, Objective
-from pyrovae.precision import full_float32
-from pyrovae.programs import Program, device_of, evaluating, graph_leaves, isolated_rng, protected_buffers
-from pyrovae.sites import Record, Site, counts, latent, log_prob
-
-__all__ = ["GradientSNR", "PosteriorGap", "gradient_snr", "posterior_gap"]
+from pyrovae.objectives.base import Objective
+from pyrovae.objectives.bounds import IWAE
 
 
 class PosteriorGap(NamedTuple):
@@ -96,7 +96,7 @@ def posterior_gap(
             groups, left = [], num_samples
             while left:  # L_64 of every group; what is left over counts towards log p-hat alone
                 size = min(num_particles, left)
-                groups.append(importance.log_weights(model, guide, *batch, num_particles=size, **kwargs).double())
+                groups.append(log_weights(model, guide, *batch, num_particles=size, **kwargs).double())
                 left -= size
             whole = [g for g in groups if len(g) == num_particles]
             every = torch.cat(groups)
@@ -107,7 +107,7 @@ def posterior_gap(
             if refine_steps:
                 better = refine(model, guide, *batch, steps=refine_steps, **kwargs)
                 with torch.no_grad():
-                    values[3] = importance.log_weights(model, better, *batch, num_particles=256, **kwargs).mean(0)
+                    values[3] = log_weights(model, better, *batch, num_particles=256, **kwargs).mean(0)
             sums += torch.stack([v.double().sum().cpu() for v in values])
             number += every[0].numel()
     iwae, log_p, elbo, refined = (sums / max(number, 1)).tolist()

@@ -2,175 +2,38 @@ r"""log p(x) by importance sampling, with a standard error and a warning where n
 
 from __future__ import annotations
 
-import math
 import warnings
-import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
-from scipy.stats import t as student
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pyrovae import data as datasets
-from pyrovae import importance
-from pyrovae.arguments import in_range, positive_int
+from pyrovae.arguments import positive_int
+from pyrovae.compile.checked import check_compile, compare, signature, tensors
+from pyrovae.compile.graph import capture
+from pyrovae.compile.inductor import COMPILATION
+from pyrovae.compile.noise import CannotCompile, rewritten
+from pyrovae.compile.precision import full_float32
+from pyrovae.engine.particles import Particles
+from pyrovae.engine.probe import check_fold, nesting, probe
+from pyrovae.engine.programs import Program, device_of, eval_mode, evaluating, protected_buffers, reached_modules
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.run import measure, run
+from pyrovae.engine.sites import latent
+from pyrovae.engine.unwrap import point_mass
+from pyrovae.engine.weights import _Tally
+from pyrovae.evaluate.estimate import LikelihoodEstimate
 from pyrovae.evaluate.proposals import refine
-from pyrovae.evaluate.psis import pareto_k, tail_size
 from pyrovae.evaluate.resampling import Resampler
-from pyrovae.graph import (
-    COMPILATION,
-    CannotCompile,
-    capture,
-    check_compile,
-    compare,
-    signature,
-    tensors,
-)
-from pyrovae.memory import is_out_of_memory
-from pyrovae.noise import rewritten
-from pyrovae.precision import full_float32
-from pyrovae.programs import (
-    Program,
-    device_of,
-    eval_mode,
-    evaluating,
-    isolated_rng,
-    protected_buffers,
-    reached_modules,
-)
+from pyrovae.memory import MEMORY, _fitting_chunk, _PeakBytes, is_out_of_memory
 from pyrovae.progress import ProgressBar
-from pyrovae.sites import latent, point_mass
 
-RELIABLE_K = 0.7
-EQUAL = 1e-3  # relative spread of the weights of a posterior-equal guide, which is rounding only
 SAVED = 1e-11  # seconds that compiling saves, per parameter and sample of one datum (measured on CPUs)
-MEMORY = 2 * 2**30  # bytes that one evaluation may take
-WORKING_SET = {"cpu": 48 * 2**20, "cuda": 2**30}  # larger passes gain nothing: they leave the caches
-
-
-class Figures:
-    """What estimates of log p(x), one per datum with a standard error each, say of the data as a whole."""
-
-    log_prob: Tensor
-    std_error: Tensor
-
-    @property
-    def _independent(self) -> int:
-        """How many independent weights per datum the standard error was estimated from."""
-        raise NotImplementedError
-
-    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        r"""The ends of an interval around each :attr:`log_prob` that covers log p(x) with probability ``level``.
-
-        .. math:: \log \hat p \pm t_{S - 1}\, \mathrm{std\_error}
-
-        with Student's t, for the standard error is itself estimated from S weights (or chains). It is as right as they
-        are: with a Pareto k above 0.7, or chains that have not reached the posterior, it covers less.
-        """
-        reach = student.ppf((1 + in_range("level", level, 0.0, 1.0)) / 2, max(self._independent - 1, 1))
-        dead = torch.isinf(self.std_error)
-        width = torch.where(dead | (self.std_error == 0), 0.0, self.std_error * reach)
-        return torch.where(dead, -math.inf, self.log_prob - width), torch.where(dead, math.inf, self.log_prob + width)
-
-    @property
-    def nll(self) -> float:
-        """Mean negative log-likelihood in nats per datum (in all, for joint weights)."""
-        return -self.log_prob.mean().item()
-
-    @property
-    def nll_std_error(self) -> float:
-        """Standard error of :attr:`nll` over the draws of the guide, the data taken as given."""
-        return self.std_error.square().sum().sqrt().item() / max(self.std_error.numel(), 1)
-
-    @property
-    def nll_data_std_error(self) -> float:
-        """Standard error of :attr:`nll` over the data, as a sample of a population (NaN for a single datum)."""
-        return (
-            (self.log_prob.std() / math.sqrt(self.log_prob.numel())).item() if self.log_prob.numel() > 1 else math.nan
-        )
-
-
-@dataclass(frozen=True)
-class LikelihoodEstimate(Figures):
-    r"""Importance-sampling estimates :math:`\log \hat p(x_b) = \log \frac1S \sum_s w_{sb}`, in nats, float64.
-
-    ``std_error`` is the delta-method standard error of each :math:`\log \hat p`, ``ess`` the effective sample size
-    :math:`(\sum w)^2 / \sum w^2`, ``pareto_k`` the tail shape of the weights: above 0.7 neither the estimate nor its
-    standard error can be trusted. All are ``[B]``, or 0-d for a pair with joint weights. ``draws`` are the posterior
-    draws that were asked for, by site, ``[num_draws, B, *other plates, *event]`` (without B for joint weights).
-    """
-
-    log_prob: Tensor
-    std_error: Tensor
-    ess: Tensor
-    pareto_k: Tensor
-    num_samples: int
-    seed: int | None
-    dtype: str
-    path: str = "eager"
-    refine_steps: int = 0
-    draws: dict[str, Tensor] = field(default_factory=dict, repr=False)
-
-    @property
-    def _independent(self) -> int:
-        return self.num_samples
-
-    @property
-    def unreliable(self) -> float:
-        """The share of data whose Pareto k is above 0.7; weights that are all but equal are reliable whatever it is."""
-        spread = self.std_error * math.sqrt(self.num_samples)
-        return ((self.pareto_k > RELIABLE_K) & (spread > EQUAL)).double().mean().item()
-
-    def warning(self) -> str | None:
-        """What a reader must know before quoting :attr:`nll`, or None."""
-        lost = int(torch.isinf(self.log_prob).sum())
-        notes = [f"log p(x) is -inf for {lost} of {self.log_prob.numel()} data"] if lost else []
-        if self.unreliable > 0:
-            notes.append(
-                f"Pareto k > {RELIABLE_K} for {self.unreliable:.1%} of the data: neither their log p(x) nor "
-                "its standard error can be trusted; use more samples or a better guide"
-            )
-        return "; ".join(notes) or None
-
-    def __str__(self) -> str:
-        over_data = f" (± {self.nll_data_std_error:.2g} over data)" if self.log_prob.numel() > 1 else ""
-        return (
-            f"NLL {self.nll:.2f} ± {self.nll_std_error:.2g} nats{over_data}, "
-            f"{self.num_samples} samples, median ESS {self.ess.median().item():.0f}"
-            + (f", guide refined by {self.refine_steps} steps per datum" if self.refine_steps else "")
-        )
-
-    def to_arviz(self) -> Any:
-        """The estimates as ``arviz.InferenceData``, one entry per datum: ``log_likelihood`` and ``sample_stats``.
-
-        With ``draws`` also ``posterior``, one chain of them.
-        """
-        import arviz
-        import xarray
-
-        def table(**columns: Tensor) -> Any:
-            return xarray.Dataset({k: ("datum", v.reshape(-1).cpu().numpy()) for k, v in columns.items()})
-
-        kept = {name: value.unsqueeze(0).cpu().numpy() for name, value in self.draws.items()}
-        local = {name: ["datum"] for name in kept if self.log_prob.dim() == 1}
-        groups = {"posterior": arviz.dict_to_dataset(kept, dims=local)} if kept else {}
-        return arviz.InferenceData(
-            **groups,
-            attrs={
-                "num_samples": self.num_samples,
-                "seed": "" if self.seed is None else self.seed,
-                "dtype": self.dtype,
-            },
-            log_likelihood=table(log_prob=self.log_prob),
-            sample_stats=table(std_error=self.std_error, ess=self.ess, pareto_k=self.pareto_k),
-        )
 
 
 def log_likelihood(
@@ -210,7 +73,7 @@ def log_likelihood(
         :func:`pyrovae.refine`; such an evaluation runs eagerly, and says so wherever it is printed.
     :param num_draws: posterior draws to keep per datum, resampled by weight with replacement; where the effective
         sample size is below it many are equal.
-    :param compile: True for passes through one compiled graph (see :mod:`pyrovae.graph`), whose first is compared with
+    :param compile: True for passes through one compiled graph (see :mod:`pyrovae.compile.graph`), whose first is compared with
         the eager one on the same noise; what cannot be compiled runs eagerly after a warning. "auto" compiles where the
         number of data and samples promises a shorter evaluation.
     :param progress: show a progress bar; None shows it on terminals only.
@@ -283,10 +146,10 @@ class _Sampler:
     ) -> None:
         self.model, self.guide, self.kwargs, self.num_samples, self.fold = model, guide, kwargs, num_samples, fold
         with reached_modules(model, guide) as modules, evaluating(model, guide):
-            checked = self.pair = importance.probe(model, guide, batch, kwargs)
-        importance.check_fold(checked, fold)
+            checked = self.pair = probe(model, guide, batch, kwargs)
+        check_fold(checked, fold)
         self.seen = 0
-        self.modules, self.nesting = list(modules), importance.nesting(checked)
+        self.modules, self.nesting = list(modules), nesting(checked)
         self.exact = not latent(checked.guide) and not latent(checked.model)
         self.joint = not checked.common_dims
         if self.joint and checked.uncommon_subsampled:
@@ -296,7 +159,7 @@ class _Sampler:
             )
         with protected_buffers(), isolated_rng(), _PeakBytes() as used:
             self._refuse_without_density(self._run(batch, 2))
-        self.dtype = importance.measure(checked).dtype
+        self.dtype = measure(checked).dtype
         self.chunk_size = chunk_size or _fitting_chunk(used.peak / 2, memory, batch)
         self.subsampled = checked.oversampling != 1.0 or bool(checked.uncommon_subsampled)
         self.graph: tuple[Any, Any] | None = None
@@ -326,7 +189,7 @@ class _Sampler:
 
     def _measure(self, batch: tuple[Any, ...], size: int, resampler: Resampler) -> list[Tensor]:
         run = self._run(batch, size)
-        return [importance.measure(run), *resampler.values(run)]
+        return [measure(run), *resampler.values(run)]
 
     def _compile(self, batch: tuple[Any, ...], size: int, resampler: Resampler) -> Any:
         if self.subsampled:
@@ -341,19 +204,19 @@ class _Sampler:
             compare(expected, compiled(*state, *tensors(batch)))
         return lambda batch: compiled(*state, *tensors(batch))
 
-    def _run(self, batch: tuple[Any, ...], num_particles: int) -> importance.Particles:
+    def _run(self, batch: tuple[Any, ...], num_particles: int) -> Particles:
         with eval_mode(self.modules):
-            return importance.run(
+            return run(
                 self.model, self.guide, batch, self.kwargs,
                 num_particles=num_particles, nesting=self.nesting, fold=self.fold, scaled=False,
             )  # fmt: skip
 
-    def _refuse_without_density(self, particles: importance.Particles) -> None:
+    def _refuse_without_density(self, particles: Particles) -> None:
         """A continuous latent at a point mass has no density, unless that transforms another draw and says by how much.
 
         Autoguides do: their draw is auxiliary, or the Delta carries the log-density.
         """
-        importance.measure(particles)  # also counts towards the memory of a pass
+        measure(particles)  # also counts towards the memory of a pass
         auxiliary = any(site["infer"].get("is_auxiliary") for site in particles.guide.values())
         for name, site in latent(particles.guide).items():
             prior = particles.model.get(name)
@@ -417,76 +280,3 @@ class _SameSubsample(Messenger):
         plate = msg["fn"]  # a folded plate is of another size where fewer particles are left, and has nothing to keep
         if type(plate).__name__ == "_Subsample" and plate.subsample_size not in (None, plate.size):
             self.drawn[msg["name"]] = msg["value"]
-
-
-class _Tally:
-    """Running sums of weights in float64, with the largest ones kept for the Pareto fit."""
-
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples, self.keep = num_samples, min(tail_size(num_samples) + 1, num_samples)
-        self.pending: list[Tensor] = []
-        self.log_sum = self.log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64)
-        self.largest: Tensor | None = None
-
-    def add(self, log_w: Tensor) -> None:
-        self.pending.append(log_w.double())
-        if sum(map(len, self.pending)) >= 4 * self.keep:  # merging is dear in small portions
-            self._merge()
-
-    def _merge(self) -> None:
-        log_w = torch.cat(self.pending)
-        self.pending = []
-        sums = torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0)
-        self.log_sum = torch.logaddexp(self.log_sum.to(log_w.device), sums[0])
-        self.log_sum_squares = torch.logaddexp(self.log_sum_squares.to(log_w.device), sums[1])
-        candidates = log_w if self.largest is None else torch.cat([self.largest, log_w])
-        self.largest = candidates.movedim(0, -1).topk(min(self.keep, len(candidates)), -1).values.movedim(-1, 0)
-
-    def results(self) -> tuple[Tensor, ...]:
-        if self.pending:
-            self._merge()
-        assert self.largest is not None
-        num, dead = self.num_samples, torch.isneginf(self.log_sum)
-        ess = torch.where(dead, 0.0, (2 * self.log_sum - self.log_sum_squares).exp())
-        variance = (num / ess - 1).clamp(min=0) / max(num - 1, 1)
-        std_error = torch.where(dead, math.inf, variance.sqrt()) if num > 1 else torch.full_like(ess, math.inf)
-        k = pareto_k(self.largest.reshape(self.keep, -1).T, num).view_as(ess)
-        return self.log_sum - math.log(num), std_error, ess, k
-
-
-class _PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside held at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.holders: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            pointer = tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
-            if pointer and (pointer in self.holders or pointer not in given):  # not a view of a parameter, say
-                self._hold(tensor)
-        return out
-
-    def _hold(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        pointer, size = storage.data_ptr(), storage.nbytes()
-        self.now += 0 if self.holders.get(pointer) else size
-        self.holders[pointer] = self.holders.get(pointer, 0) + 1
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(tensor, self._release, pointer, size)
-
-    def _release(self, pointer: int, size: int) -> None:
-        self.holders[pointer] -= 1
-        if not self.holders[pointer]:
-            del self.holders[pointer]
-            self.now -= size
-
-
-def _fitting_chunk(bytes_per_particle: float, memory: int, batch: tuple[Any, ...]) -> int:
-    device = next((a.device.type for a in batch if isinstance(a, Tensor)), "cpu")
-    budget = min(memory, WORKING_SET.get(device, WORKING_SET["cpu"]))
-    return max(1, int(budget / max(bytes_per_particle, 1)))

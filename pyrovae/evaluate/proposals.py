@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.arguments import in_range, positive_int
-from pyrovae.objectives import ELBO
-from pyrovae.precision import full_float32
-from pyrovae.programs import Program, evaluating, isolated_rng, protected_buffers
-from pyrovae.sites import Record, Site, counts, latent
-
-__all__ = ["Inflated", "Refined", "inflate", "refine"]
+from pyrovae.compile.precision import full_float32
+from pyrovae.engine.programs import Program, evaluating, protected_buffers
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.sites import Record, Site, counts, latent
+from pyrovae.objectives.elbo import ELBO
 
 
 class Refined:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrovae.importance import Particles, nesting
-from pyrovae.programs import isolated_rng
-from pyrovae.sites import frames, latent
+from pyrovae.engine.particles import Particles
+from pyrovae.engine.probe import nesting
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.sites import frames, latent
 
 
 class Resampler:

@@ -6,11 +6,11 @@ from pyrovae.models.conditional import ConditionalVAE
 from pyrovae.models.deep import DeepVAE
 from pyrovae.models.hierarchical import HierarchicalVAE
 from pyrovae.models.pca import PCA
-from pyrovae.models.quantizer import Quantized, VectorQuantizer
 from pyrovae.models.rbm import RBM
 from pyrovae.models.semi_supervised import SemiSupervisedVAE
 from pyrovae.models.vae import VAE
 from pyrovae.models.vqvae import VQVAE
+from pyrovae.parts.quantizer import Quantized, VectorQuantizer
 
 MODELS = {
     "vae": VAE,

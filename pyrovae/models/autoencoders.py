@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from pyrovae import data as datasets
 from pyrovae.arguments import DataError, in_range, lookup, one_of, positive_int, sizes
-from pyrovae.likelihoods import make_likelihood
-from pyrovae.models.base import Pair, arguments
-from pyrovae.nn import networks
-from pyrovae.programs import evaluating
-
-__all__ = ["CORRUPTIONS", "Activity", "Autoencoder", "Codes", "DenoisingAutoencoder", "SparseAutoencoder"]
+from pyrovae.configured import arguments
+from pyrovae.engine.programs import evaluating
+from pyrovae.models.base import Pair
+from pyrovae.nn.conv import networks
+from pyrovae.parts.likelihoods import make_likelihood
 
 A = TypeVar("A", bound="Autoencoder")
+
 
 _MOST_CODES = 10_000  # that a density is fitted to: enough for its parameters, and a matter of seconds
 

@@ -1,36 +1,16 @@
-"""What the families of the zoo share: arguments, checks, and the verbs for using a trained model."""
+"""What the families of the zoo share: checks, and the verbs for using a trained model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyrovae.arguments import DataError, in_range, one_of, positive_int, sizes
 
-__all__ = ["Pair", "arguments"]
-
 P = TypeVar("P", bound="Pair")
-
-
-def arguments(names: Mapping[str, Any]) -> dict[str, Any]:
-    """A constructor's ``locals()`` as the arguments it was given, in types that JSON can hold.
-
-    >>> arguments({"self": None, "hidden": (200, 200), "latent_dim": np.int64(5)})
-    {'hidden': [200, 200], 'latent_dim': 5}
-    """
-    return {name: _plain(value) for name, value in names.items() if name not in ("self", "__class__")}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(each) for each in value]
-    return value
 
 
 class Pair(nn.Module):

@@ -1,175 +1,18 @@
-"""A learned prior over grids of codes: gated masked convolutions, one code after the other."""
+"""A learned prior over the codes of a VQ-VAE: a pair whose data are grids of codes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import pyro
 import torch
-from pyro.distributions import TorchDistribution, constraints
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import Tensor
 
-from pyrovae.arguments import DataError, in_range, positive_int
-from pyrovae.models.base import Pair, arguments
-from pyrovae.nn import fold, glorot
-
-__all__ = ["AutoregressiveCodes", "CodePrior", "GatedConvolutions"]
-
-
-class _GatedLayer(nn.Module):
-    """One layer of both stacks; each is given its input padded, all of it or the part that one output hangs on."""
-
-    def __init__(self, channels: int, reach: int) -> None:
-        super().__init__()
-        self.reach = reach
-        self.vertical = glorot(nn.Conv2d(channels, 2 * channels, (reach + 1, 2 * reach + 1)), 2)
-        self.horizontal = glorot(nn.Conv2d(channels, 2 * channels, (1, reach + 1)), 2)
-        self.link = glorot(nn.Conv2d(2 * channels, 2 * channels, 1), 2)
-        self.out = glorot(nn.Conv2d(channels, channels, 1))
-
-    def down(self, above: Tensor) -> tuple[Tensor, Tensor]:
-        """The vertical stack's next layer, and what it tells the horizontal one."""
-        wide = self.vertical(above)
-        return _gate(wide), self.link(wide)
-
-    def along(self, left: Tensor, told: Tensor) -> Tensor:
-        """The horizontal stack's next layer."""
-        return left[..., self.reach :] + self.out(_gate(self.horizontal(left) + told))
-
-
-def _gate(wide: Tensor) -> Tensor:
-    a, b = wide.chunk(2, 1)
-    return a.tanh() * b.sigmoid()
-
-
-class GatedConvolutions(nn.Module):
-    r"""Logits of every code of a grid given the codes before it, row by row from the top left.
-
-    .. math:: y = \tanh(W_f * x) \odot \sigma(W_g * x)
-
-    in two stacks: a vertical one that sees the rows above, and a horizontal one that sees what is left in the same row
-    and the vertical one, so that nothing before a position is hidden from it. Inputs are shifted by one row and one
-    column in place of a mask on the first kernel. Each position has a bias of its own.
-
-    Shapes: integers ``[N, h, w]`` to ``[N, num_codes, h, w]``.
-
-    :param grid: ``(h, w)``.
-    :param num_codes: K.
-    :param channels: units of every layer.
-    :param num_layers: L; with r = kernel_size // 2 a position sees r L + 1 rows up and r L columns to either side.
-    :param kernel_size: an odd number, 3 at least.
-
-    van den Oord et al., *Conditional image generation with PixelCNN decoders*, 2016.
-    """
-
-    def __init__(
-        self, grid: Sequence[int], num_codes: int, channels: int = 64, num_layers: int = 6, kernel_size: int = 3
-    ) -> None:
-        super().__init__()
-        if positive_int("kernel_size", kernel_size, 3) % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}: pass {kernel_size + 1}")
-        width, self.grid = positive_int("channels", channels), tuple(grid)
-        self.reach = kernel_size // 2
-        self.embedding = nn.Embedding(num_codes, width)
-        self.position = nn.Parameter(torch.zeros(width, *grid))
-        count = positive_int("num_layers", num_layers)
-        self.layers = nn.ModuleList(_GatedLayer(width, self.reach) for _ in range(count))
-        self.output = glorot(nn.Conv2d(width, num_codes, 1))
-        self.head = nn.Sequential(nn.ReLU(), glorot(nn.Conv2d(width, width, 1)), nn.ReLU(), self.output)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        r, seen = self.reach, self.embedding(codes).movedim(-1, 1)
-        above = pad(seen[:, :, :-1], (0, 0, 1, 0)) + self.position
-        left = pad(seen[..., :-1], (1, 0)) + self.position
-        for layer in self._layers():
-            above, told = layer.down(pad(above, (r, r, r, 0)))
-            left = layer.along(pad(left, (r, 0)), told)
-        return self.head(left)
-
-    @torch.no_grad()
-    def generate(self, number: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """Grids ``[number, h, w]`` code by code; ``choose`` makes codes ``[number]`` of logits ``[number, num_codes]``.
-
-        Every layer keeps its inputs: a row is convolved once and a position once, so that a whole grid costs what one
-        call of :meth:`forward` costs.
-        """
-        (height, width), r, like = self.grid, self.reach, self.position
-        rows = [like.new_zeros(number, len(like), height + r, width + 2 * r) for _ in self.layers]
-        codes = torch.zeros(number, height, width, dtype=torch.long, device=like.device)
-        for i in range(height):
-            step = like[:, i : i + 1].expand(number, -1, -1, -1)
-            if i:
-                step = step + self.embedding(codes[:, i - 1 : i]).movedim(-1, 1)
-            told = []
-            for held, layer in zip(rows, self._layers(), strict=True):
-                held[:, :, i + r : i + r + 1, r : r + width] = step
-                step, link = layer.down(held[:, :, i : i + r + 1])
-                told.append(link)
-            row = [like.new_zeros(number, len(like), 1, width + r) for _ in self.layers]
-            for j in range(width):
-                step = like[:, i : i + 1, j : j + 1].expand(number, -1, -1, -1)
-                if j:
-                    step = step + self.embedding(codes[:, i, j - 1])[..., None, None]
-                for held, layer, link in zip(row, self._layers(), told, strict=True):
-                    held[..., j + r : j + r + 1] = step
-                    step = layer.along(held[..., j : j + r + 1], link[..., j : j + 1])
-                codes[:, i, j] = choose(self.head(step).flatten(1))
-        return codes
-
-    def _layers(self) -> list[_GatedLayer]:
-        return list(self.layers)  # type: ignore[arg-type]
-
-
-class AutoregressiveCodes(TorchDistribution):
-    r"""Grids of codes, each code given those before it.
-
-    .. math:: \log p(k) = \sum_{ij} \log \mathrm{softmax}(f_{ij}(k_{<ij}) / T)_{k_{ij}}
-
-    Shapes: event ``[h, w]`` of integers (floats that hold integers pass as well); nats of probability per grid.
-    :meth:`log_prob` is one pass over all positions, :meth:`sample` goes from one to the next.
-
-    :param network: a :class:`GatedConvolutions`.
-    :param temperature: T, by which logits are divided.
-    """
-
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, network: GatedConvolutions, temperature: float = 1.0, batch_shape: Sequence[int] = ()) -> None:
-        self.network, self.temperature = network, temperature
-        super().__init__(torch.Size(batch_shape), torch.Size(network.grid))
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return constraints.independent(constraints.integer_interval(0, self.network.embedding.num_embeddings - 1), 2)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> AutoregressiveCodes:
-        return AutoregressiveCodes(self.network, self.temperature, batch_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        codes = value.long()
-        logits = fold(self.network, codes, 2) / self.temperature
-        each = logits.log_softmax(-3).gather(-3, codes.unsqueeze(-3))
-        return each.sum((-3, -2, -1)).expand(torch.broadcast_shapes(self.batch_shape, codes.shape[:-2]))
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        shape = torch.Size(sample_shape) + self.batch_shape
-
-        def draw(logits: Tensor) -> Tensor:
-            return (logits / self.temperature).softmax(-1).multinomial(1).squeeze(-1)
-
-        return self.network.generate(math.prod(shape), draw).view(*shape, *self.network.grid)
-
-    def tempered(self, temperature: float) -> AutoregressiveCodes:
-        """The same with its logits divided by ``temperature``: below 1 it keeps to what is likely."""
-        if in_range("temperature", temperature, 0.0) == 0:
-            raise ValueError("temperature must be above 0, got 0: pass a small one")
-        return AutoregressiveCodes(self.network, self.temperature * temperature, self.batch_shape)
+from pyrovae.arguments import DataError, positive_int
+from pyrovae.configured import arguments
+from pyrovae.models.base import Pair
+from pyrovae.parts.codes import AutoregressiveCodes, GatedConvolutions
 
 
 class CodePrior(Pair):

@@ -12,81 +12,13 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyrovae.arguments import DataError, positive_int, sizes
-from pyrovae.likelihoods import make_likelihood
-from pyrovae.models.base import Pair, arguments
-from pyrovae.models.posteriors import DiagonalNormal, centre, make_posterior
-from pyrovae.nn import MLP, networks
-from pyrovae.support import DROP, at, first_outside
-
-__all__ = ["Attributes", "Classes", "ConditionalVAE"]
-
-
-class Classes:
-    """Class labels: integers ``[...]`` from 0 on, encoded one-hot, ``[..., number]``.
-
-    >>> Classes(3).encode(torch.tensor([2, 0]), torch.zeros(1))
-    tensor([[0., 0., 1.],
-            [1., 0., 0.]])
-    """
-
-    event_dim = 0
-
-    def __init__(self, number: int) -> None:
-        self.size = positive_int("num_classes", number, minimum=2)
-
-    def check(self, y: Tensor) -> None:
-        """Their type and shape, known without a look at the values."""
-        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise DataError(f"labels must be integers, one class index per datum, got {y.dtype}: convert with y.long()")
-
-    def check_values(self, y: Tensor) -> None:
-        """Their range; on CUDA this waits for the device."""
-        y = torch.atleast_1d(y)
-        if (bad := first_outside(y, lambda v: (v >= 0) & (v < self.size))) is not None:
-            raise DataError(
-                f"{at('labels', bad, y[bad])}: with num_classes={self.size}, labels run from 0 to {self.size - 1}; "
-                "correct the labels, or build the model with more classes"
-            )
-
-    def encode(self, y: Tensor, like: Tensor) -> Tensor:
-        """One-hot rows of the dtype of ``like``; NaN for a label out of range, so that it cannot pass unnoticed."""
-        hot = y.unsqueeze(-1) == torch.arange(self.size, device=y.device)
-        return torch.where(hot.any(-1, keepdim=True), hot, torch.nan).to(like.dtype)
-
-    def distribution(self, like: Tensor) -> TorchDistribution:
-        """Any distribution of such labels: only its support matters."""
-        return dist.Categorical(logits=like.new_zeros(self.size))
-
-
-class Attributes:
-    """Attribute vectors: real numbers ``[..., number]``, taken as they are."""
-
-    event_dim = 1
-
-    def __init__(self, number: int) -> None:
-        self.size = positive_int("num_attributes", number)
-
-    def check(self, y: Tensor) -> None:
-        """Their type and shape, known without a look at the values."""
-        if not y.is_floating_point() or y.shape[-1:] != (self.size,):
-            raise DataError(
-                f"attributes must be real numbers [batch, {self.size}] with num_attributes={self.size}, got "
-                f"{list(y.shape)} of {y.dtype}: convert with y.float(), or build the model with as many attributes"
-            )
-
-    def check_values(self, y: Tensor) -> None:
-        """That they are finite; on CUDA this waits for the device."""
-        y = torch.atleast_2d(y)
-        if (bad := first_outside(y, torch.isfinite)) is not None:
-            raise DataError(f"{at('attributes', bad, y[bad])}: attributes must be finite; {DROP}")
-
-    def encode(self, y: Tensor, like: Tensor) -> Tensor:
-        """The attributes in the dtype of ``like``."""
-        return y.to(like.dtype)
-
-    def distribution(self, like: Tensor) -> TorchDistribution:
-        """Any distribution of such attributes: only its support matters."""
-        return dist.Normal(like.new_zeros(self.size), 1.0).to_event(1)
+from pyrovae.configured import arguments
+from pyrovae.models.base import Pair
+from pyrovae.nn.conv import networks
+from pyrovae.nn.mlp import MLP
+from pyrovae.parts.labels import Attributes, Classes
+from pyrovae.parts.likelihoods import make_likelihood
+from pyrovae.parts.posteriors import DiagonalNormal, centre, make_posterior
 
 
 class ConditionalVAE(Pair):

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from pyrovae.arguments import DataError, positive_int, sizes
-from pyrovae.likelihoods import make_likelihood
-from pyrovae.models.base import Pair, arguments
-from pyrovae.nn import PatchDecoder, PyramidEncoder, ResidualBlock, fold, glorot, zero
-
-__all__ = ["DeepVAE", "StochasticLayer"]
+from pyrovae.configured import arguments
+from pyrovae.models.base import Pair
+from pyrovae.nn.mlp import fold, glorot, zero
+from pyrovae.nn.residual import PatchDecoder, PyramidEncoder, ResidualBlock
+from pyrovae.parts.likelihoods import make_likelihood
 
 LIMIT = 5.0  # of log sigma, and of its change by the data
+
 
 Draw = Callable[[int, Tensor], Tensor]
 

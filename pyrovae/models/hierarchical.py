@@ -13,17 +13,20 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyrovae.arguments import one_of, positive_int, sizes
-from pyrovae.likelihoods import make_likelihood
-from pyrovae.models.base import Pair, arguments
-from pyrovae.models.posteriors import POSTERIORS, DiagonalNormal, centre, make_posterior, share_options
-from pyrovae.models.priors import PRIORS, make_prior
-from pyrovae.nn import MLP, networks
-
-__all__ = ["GUIDES", "HierarchicalVAE", "product"]
+from pyrovae.configured import arguments
+from pyrovae.models.base import Pair
+from pyrovae.nn.conv import networks
+from pyrovae.nn.mlp import MLP
+from pyrovae.parts.likelihoods import make_likelihood
+from pyrovae.parts.posteriors import POSTERIORS, DiagonalNormal, centre, make_posterior, share_options
+from pyrovae.parts.priors import PRIORS, make_prior
 
 GUIDES = ("bottom_up", "top_down")
 
+
 H = TypeVar("H", bound="HierarchicalVAE")
+
+
 Draw = Callable[[int, TorchDistribution], Tensor]
 
 

@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["LARGEST", "Annealed", "Memo", "anneal", "enumerate_states", "without_gradient"]
-
 T = TypeVar("T")
+
+
 LARGEST = 20  # units of the smaller side that are enumerated
+
+
 _CHUNK = 2**22  # numbers held at a time
 
 

@@ -14,12 +14,11 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyrovae.arguments import DataError, pick_device, positive_int
-from pyrovae.data import as_dataset, batches
-from pyrovae.distributions import Gaussian
-from pyrovae.models.base import Pair, arguments
-from pyrovae.support import check_support
-
-__all__ = ["PCA"]
+from pyrovae.configured import arguments
+from pyrovae.data.batches import as_dataset, batches
+from pyrovae.data.support import check_support
+from pyrovae.models.base import Pair
+from pyrovae.parts.pixels import Gaussian
 
 _NOTHING = 1e-12  # share of the variance outside the components that is rounding only
 

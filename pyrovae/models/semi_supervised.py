@@ -8,93 +8,16 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from pyrovae.arguments import DataError, in_range, one_of, positive_int, sizes
-from pyrovae.models.base import arguments
-from pyrovae.models.conditional import Classes, ConditionalVAE
-from pyrovae.nn import networks
+from pyrovae.arguments import in_range, one_of, sizes
+from pyrovae.configured import arguments
+from pyrovae.models.conditional import ConditionalVAE
+from pyrovae.nn.conv import networks
+from pyrovae.parts.labels import UNKNOWN, Belief, PartialLabel, Weighted
 
-__all__ = ["Belief", "PartialLabel", "SemiSupervisedVAE", "Weighted", "hide_labels"]
-
-UNKNOWN = -1  # the label of unlabelled data
 _CERTAIN = 1e4  # a difference of logits whose exponential is 0 in every precision
-
-
-class Belief(dist.OneHotCategorical):
-    r"""A one-hot categorical that measures beliefs, points v of the simplex, as well.
-
-    .. math:: \log p(v) = \sum_c v_c \log p_c = \mathbb E_{y \sim v} \log p(y)
-
-    >>> Belief(probs=torch.tensor([0.5, 0.5])).log_prob(torch.tensor([0.3, 0.7])).exp()
-    tensor(0.5000)
-    """
-
-    support = constraints.simplex  # type: ignore[assignment]
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """The expected log-probability, in nats; of a one-hot value its own."""
-        return (value * self.logits).sum(-1)
-
-
-class Weighted(TorchDistribution):
-    r"""A distribution whose log-density counts ``weight`` times, as one term of an expectation over classes.
-
-    ``poutine.scale`` would not do: a scale stands for more data of the same kind, and is ignored where log p(x) is
-    measured. Shapes: those of ``base``, whose batch shape ``weight`` broadcasts to.
-    """
-
-    def __init__(self, base: TorchDistribution, weight: Tensor) -> None:
-        self.base, self.weight = base, weight
-        self.has_rsample = base.has_rsample
-        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
-
-    @property
-    def support(self) -> Any:
-        return self.base.support
-
-    @property
-    def mean(self) -> Tensor:
-        return self.base.mean
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Weighted:
-        return Weighted(self.base.expand(batch_shape), self.weight)
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        return self.base.rsample(torch.Size(sample_shape))
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        return self.base.sample(torch.Size(sample_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """The weighted log-density, in nats."""
-        return self.weight * self.base.log_prob(value)
-
-
-class PartialLabel(TorchDistribution):
-    r"""Of a class label :math:`y` its :math:`\alpha \log q(y)`; of -1, a label that is not known, 0.
-
-    Shapes: ``log_q`` is ``[..., num_classes]``, labels are integers ``[...]``.
-    """
-
-    def __init__(self, log_q: Tensor, weight: float) -> None:
-        self.log_q, self.weight = log_q, weight
-        super().__init__(log_q.shape[:-1], torch.Size(), validate_args=False)
-
-    @property
-    def support(self) -> Any:
-        return constraints.integer_interval(UNKNOWN, self.log_q.shape[-1] - 1)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> PartialLabel:
-        return PartialLabel(self.log_q.expand(*batch_shape, -1), self.weight)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """The weighted log-probability, in nats; NaN for a label that does not exist."""
-        known = value != UNKNOWN
-        code = Classes(self.log_q.shape[-1]).encode(torch.where(known, value, 0), self.log_q)
-        return torch.where(known, self.weight * (code * self.log_q).sum(-1), 0.0)
 
 
 class SemiSupervisedVAE(ConditionalVAE):
@@ -137,7 +60,7 @@ class SemiSupervisedVAE(ConditionalVAE):
 
     >>> import pyrovae as pv
     >>> digits = pv.data.load("digits", binarization="threshold", labels=True)
-    >>> y = hide_labels(digits.train.labels, per_class=20)
+    >>> y = pv.parts.hide_labels(digits.train.labels, per_class=20)
     >>> model = SemiSupervisedVAE((1, 8, 8), 10, latent_dim=5, hidden=(64,), classification_weight=1.0)
     >>> result = pv.fit(model.model, model.guide, (digits.train.x, y), objective=pv.ELBO(), epochs=1)
     >>> model.classify(digits.test.x).shape
@@ -272,22 +195,3 @@ class SemiSupervisedVAE(ConditionalVAE):
     def reconstruct(self, x: Tensor, y: Any = None, **where: Any) -> Tensor:  # type: ignore[override]
         """Encode and decode again, with y the most probable class where it is not known."""
         return super().reconstruct(x, self.completed(x, y), **where)
-
-
-def hide_labels(y: Tensor, per_class: int, seed: int = 0) -> Tensor:
-    """Labels ``[N]`` of which ``per_class`` of every class, drawn by ``seed``, are kept; the others become -1.
-
-    :raises DataError: a class with fewer labels than that.
-
-    >>> hide_labels(torch.tensor([0, 1, 0, 1, 1]), per_class=1).ge(0).sum()
-    tensor(2)
-    """
-    per_class = positive_int("per_class", per_class)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
-    hidden = torch.full_like(y, UNKNOWN)
-    for label in y.unique():
-        chosen = order[y[order] == label][:per_class]
-        if len(chosen) < per_class:
-            raise DataError(f"class {int(label)} has {len(chosen)} labels, per_class={per_class} asked for: keep fewer")
-        hidden[chosen] = label
-    return hidden

@@ -11,13 +11,12 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyrovae.arguments import positive_int, sizes
-from pyrovae.likelihoods import make_likelihood
-from pyrovae.models.base import Pair, arguments
-from pyrovae.models.posteriors import POSTERIORS, centre, make_posterior, share_options
-from pyrovae.models.priors import PRIORS, make_prior
-from pyrovae.nn import networks
-
-__all__ = ["VAE"]
+from pyrovae.configured import arguments
+from pyrovae.models.base import Pair
+from pyrovae.nn.conv import networks
+from pyrovae.parts.likelihoods import make_likelihood
+from pyrovae.parts.posteriors import POSTERIORS, centre, make_posterior, share_options
+from pyrovae.parts.priors import PRIORS, make_prior
 
 V = TypeVar("V", bound="VAE")
 

@@ -9,91 +9,20 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyrovae.arguments import DataError
-from pyrovae.likelihoods import make_likelihood
-from pyrovae.models.base import Pair, arguments
-from pyrovae.models.code_prior import AutoregressiveCodes, CodePrior
-from pyrovae.models.quantizer import VectorQuantizer
-from pyrovae.nn import ResidualDecoder, ResidualEncoder, code_grid
-from pyrovae.programs import isolated_rng
-
-__all__ = ["VQVAE", "CodebookPrior"]
+from pyrovae.configured import arguments
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.models.base import Pair
+from pyrovae.models.code_prior import CodePrior
+from pyrovae.nn.residual import ResidualDecoder, ResidualEncoder, code_grid
+from pyrovae.parts.codes import CodebookPrior
+from pyrovae.parts.likelihoods import make_likelihood
+from pyrovae.parts.quantizer import VectorQuantizer
 
 _START = 16  # vectors per code that a start from the data chooses from, at most
-
-
-class _Rows(constraints.Constraint):
-    """Grids of a codebook's rows: a discrete set, whose membership is not tested."""
-
-    is_discrete = True
-    event_dim = 3
-
-    def check(self, value: Tensor) -> Tensor:
-        return torch.ones(value.shape[:-3], dtype=torch.bool, device=value.device)
-
-
-class CodebookPrior(TorchDistribution):
-    r"""A prior over grids of codes, as a distribution of the vectors that the codes stand for.
-
-    .. math:: \log p(z) = -h w \log K \text{ (times the number of codebooks)}, \qquad \text{or} \qquad
-              \log p(z) = \log p(k_{11}, \dots, k_{hw}) \text{ with } z_{ij} = e_{k_{ij}}
-
-    The uniform one does not look whether z lies in the codebook. A learned one finds the codes again, in float64; what
-    is no row of the codebook has probability 0.
-
-    Shapes: event ``[h, w, code_dim]``; nats of probability per grid.
-
-    :param quantizer: what holds the codebook.
-    :param grid: ``(h, w)``.
-    :param learned: a distribution of codes ``[h, w]``; None is uniform.
-    """
-
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
-    support = _Rows()
-
-    def __init__(
-        self,
-        quantizer: VectorQuantizer,
-        grid: Sequence[int],
-        learned: AutoregressiveCodes | None = None,
-        batch_shape: Sequence[int] = (),
-    ) -> None:
-        self.quantizer, self.grid, self.learned = quantizer, tuple(grid), learned
-        event = torch.Size((*self.grid, quantizer.code_dim))
-        super().__init__(torch.Size(batch_shape), event, validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> CodebookPrior:
-        return CodebookPrior(self.quantizer, self.grid, self.learned, batch_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        shape = torch.broadcast_shapes(self.batch_shape, value.shape[:-3])
-        if self.learned is None:
-            number = math.prod(self.grid) * self.quantizer.num_quantizers
-            return self.quantizer.codebook.new_full(shape, -number * math.log(self.quantizer.num_codes))
-        codes = self.quantizer.encode(value.detach().double())
-        rows = self.quantizer.lookup(codes).to(value.dtype)
-        found = torch.isclose(rows, value.detach()).flatten(-3).all(-1)
-        return torch.where(found, self.learned.log_prob(codes), -math.inf).expand(shape)
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        shape = torch.Size(sample_shape) + self.batch_shape
-        if self.learned is not None:
-            return self.quantizer.lookup(self.learned.sample(shape))
-        several = (self.quantizer.num_quantizers,) if self.quantizer.num_quantizers > 1 else ()
-        size = (*shape, *self.grid, *several)
-        codes = torch.randint(self.quantizer.num_codes, size, device=self.quantizer.codebook.device)
-        return self.quantizer.lookup(codes)
-
-    def tempered(self, temperature: float) -> CodebookPrior:
-        """The same with a learned prior's logits divided by ``temperature``; the uniform one stays uniform."""
-        if self.learned is None:
-            return self
-        learned = self.learned.tempered(temperature)
-        return CodebookPrior(self.quantizer, self.grid, learned, self.batch_shape)
 
 
 class VQVAE(Pair):

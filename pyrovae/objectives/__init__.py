@@ -1,6 +1,7 @@
 """Training objectives: bounds on log p(x), each a :class:`pyro.infer.ELBO`."""
 
-from pyrovae.objectives.base import Objective, ParticleWeights
+from pyrovae.engine.gradient import ParticleWeights
+from pyrovae.objectives.base import Objective
 from pyrovae.objectives.bounds import CIWAE, IWAE, MIWAE, PIWAE, VIMCO, Renyi, VRMax
 from pyrovae.objectives.elbo import ELBO
 from pyrovae.objectives.tvo import TVO

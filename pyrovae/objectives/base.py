@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, TypedDict
 
 import pyro.infer
 import torch
@@ -15,13 +14,19 @@ from pyro.infer.elbo import ELBOModule
 from pyro.infer.enum import get_importance_trace
 from torch import Tensor, nn
 
-from pyrovae import importance
 from pyrovae.arguments import one_of, positive_int, weight
-from pyrovae.importance import Particles
-from pyrovae.programs import Program, roots
-from pyrovae.sites import counts, latent, point_mass, quoted
+from pyrovae.engine.gradient import ParticleWeights, _ratio, finite_weights, surrogate
+from pyrovae.engine.particles import Copies, Particles
+from pyrovae.engine.probe import check_fold, nesting, probe
+from pyrovae.engine.programs import Program, roots
+from pyrovae.engine.run import combine, run
+from pyrovae.engine.sites import counts, latent, quoted
+from pyrovae.engine.unwrap import point_mass
+from pyrovae.objectives.derivatives import curvature, slope
 
 Gradient = Literal["total", "stl", "dreg"]
+
+
 GRADIENTS = ("total", "stl", "dreg")
 
 
@@ -32,47 +37,6 @@ class Options(TypedDict, total=False):
     likelihood_weight: float | Tensor
     gradient: Gradient
     fold_particles: bool
-
-
-class ParticleWeights(NamedTuple):
-    r"""Four detached coefficients per particle, each like the log-weights they were made from.
-
-    The gradient follows, with :math:`b` the kl_weight,
-
-    .. math::
-        \theta:&\; \sum_k \text{model}_k\, \nabla_\theta \log p(x, z_k) \\
-        \phi:&\; \sum_k \text{path}_k\, \nabla_z \log w_k\, \nabla_\phi z_k
-               + b\, \text{score}_k\, \nabla_\phi \log q(z_k \mid x)
-               + \text{reinforce}_k\, \nabla_\phi \log q_\text{non-reparameterised}.
-    """
-
-    model: Tensor
-    path: Tensor
-    score: Tensor
-    reinforce: Tensor
-
-
-def slope(bound: Callable[[Tensor], Tensor], log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """The bound at ``log_w``, and d bound / d log_w, shaped like it."""
-    with torch.enable_grad():
-        leaf = log_w.detach().requires_grad_()
-        value = bound(leaf)
-        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
-
-
-def curvature(bound: Callable[[Tensor], Tensor], log_w: Tensor) -> Tensor:
-    """The diagonal d^2 bound / d log_w_k^2, shaped like ``log_w``.
-
-    Copy k of the log-weights answers for particle k, so one double backward gives the diagonal without a loop.
-    """
-    num = log_w.shape[0]
-    with torch.enable_grad():
-        copies = log_w.detach().unsqueeze(1).repeat(1, num, *[1] * (log_w.dim() - 1)).requires_grad_()
-        first = torch.autograd.grad(bound(copies).sum(), copies, create_graph=True)[0]
-        if not first.requires_grad:  # a linear bound
-            return torch.zeros_like(log_w)
-        second = torch.autograd.grad(first.diagonal(dim1=0, dim2=1).sum(), copies, allow_unused=True)[0]
-    return torch.zeros_like(log_w) if second is None else second.diagonal(dim1=0, dim2=1).movedim(-1, 0)
 
 
 class Objective(pyro.infer.ELBO):
@@ -194,7 +158,7 @@ class Objective(pyro.infer.ELBO):
         return type(self).weights is not Objective.weights
 
     @property
-    def _copies(self) -> importance.Copies:
+    def _copies(self) -> Copies:
         """The copies of the samples that the model must run on, where model and path may differ."""
         if self._own_weights or self._two_bounds:
             return "detached"
@@ -221,7 +185,7 @@ class Objective(pyro.infer.ELBO):
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound summed over data, 0-d, in nats; its ``backward()`` gives this objective's estimator."""
         with_gradient = torch.is_grad_enabled()
-        particles = importance.run(
+        particles = run(
             model, guide, args, kwargs,
             num_particles=self.total_particles, nesting=self._check(model, guide, args, kwargs),
             fold=self.fold_particles, copies=self._copies if with_gradient else None,
@@ -231,15 +195,15 @@ class Objective(pyro.infer.ELBO):
 
     def _loss(self, particles: Particles) -> Tensor:
         likelihood, prior, guide = particles.log_likelihood(), particles.log_prior(), particles.log_guide()
-        log_w = importance.combine(likelihood, prior, guide, self.kl_weight, self.likelihood_weight)
+        log_w = combine(likelihood, prior, guide, self.kl_weight, self.likelihood_weight)
         if not log_w.requires_grad:
             return -(self.bound(log_w) * particles.scale).sum()
         log_p = None
         if self._copies:
-            log_p = importance.combine(likelihood, prior, None, self.kl_weight, self.likelihood_weight)
+            log_p = combine(likelihood, prior, None, self.kl_weight, self.likelihood_weight)
         reinforce = self.scores and any(not s["fn"].has_rsample for s in particles.guide.values() if counts(s))
         bound, weights = self._followed(log_w.detach(), particles, reinforce)
-        ascent = importance.surrogate(
+        ascent = surrogate(
             particles, log_p, guide, log_w, weights,
             kl_weight=self.kl_weight, fixed=self._fixed, reinforce=reinforce, path=not self.score_only,
             ratio=_ratio(weights) if self._copies == "live" else None,
@@ -272,14 +236,14 @@ class Objective(pyro.infer.ELBO):
         modes = tuple(module.training for module in roots(model, guide))  # programs may differ between them
         key = (model, guide, modes, torch.is_grad_enabled(), self.gradient, self.fold_particles)
         if self._layout is None or self._layout[0] != key:
-            particles = importance.probe(model, guide, args, kwargs)
+            particles = probe(model, guide, args, kwargs)
             self._check_pair(particles)
-            self._layout = key, importance.nesting(particles)
+            self._layout = key, nesting(particles)
         return self._layout[1]
 
     def _check_pair(self, particles: Particles) -> None:
         name = type(self).__name__
-        importance.check_fold(particles, self.fold_particles)
+        check_fold(particles, self.fold_particles)
         if (subsampled := particles.uncommon_subsampled) and not self.linear:
             raise ValueError(
                 f'{name} with {self.total_particles} particles cannot subsample plate "{subsampled[0]}", which not '
@@ -305,7 +269,7 @@ class Objective(pyro.infer.ELBO):
             )
 
     def _check_gradient(self, particles: Particles) -> None:
-        for site, message in ((n, s) for run in (particles.guide, particles.model) for n, s in run.items()):
+        for site, message in ((n, s) for sites in (particles.guide, particles.model) for n, s in sites.items()):
             if message["infer"].get("enumerate"):
                 raise ValueError(
                     f'site "{site}" is marked for enumeration, which {type(self).__name__} cannot do: '
@@ -348,31 +312,3 @@ class _PairLoss(ELBOModule):
     def __init__(self, model: Any, guide: Any, objective: Objective) -> None:
         super().__init__(model, guide, objective)
         self.owners = nn.ModuleList(m for m in roots(model, guide) if m is not model and m is not guide)
-
-
-def finite_weights(weights: ParticleWeights, bound: Tensor, tiny: float = 0.0, scale: Any = 1.0) -> ParticleWeights:
-    """No gradient from a datum whose bound is not finite, nor from a learning signal that is not.
-
-    Nor from a weight below ``tiny``, eps^2 in training: it is invisible in the sum, and its gradients are denormal,
-    many times slower on CPUs.
-    """
-    usable = torch.isfinite(bound)
-    done: dict[int, Tensor] = {}  # several coefficients are often one tensor
-    for c in weights[:3]:
-        if id(c) not in done:
-            kept = torch.where(usable & (c.abs() >= tiny), c, 0.0) if tiny else torch.where(usable, c, 0.0)
-            done[id(c)] = _times(kept, scale)
-    if id(weights.reinforce) not in done:
-        finite = usable & torch.isfinite(weights.reinforce)
-        done[id(weights.reinforce)] = _times(torch.where(finite, weights.reinforce, 0.0), scale)
-    return ParticleWeights(*(done[id(c)] for c in weights))  # type: ignore[call-arg]
-
-
-def _ratio(weights: ParticleWeights) -> Tensor:
-    """path / model, 0 where both are."""
-    dropped = weights.model == 0
-    return torch.where(dropped, 0.0, weights.path / torch.where(dropped, 1.0, weights.model))
-
-
-def _times(value: Tensor, scale: Any) -> Tensor:
-    return value if isinstance(scale, int | float) and scale == 1 else value * scale

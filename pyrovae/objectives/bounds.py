@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from pyrovae.arguments import in_range, positive_int
+from pyrovae.engine.weights import log_mean_exp
 from pyrovae.objectives.base import Objective, Options
-
-
-def log_mean_exp(log_w: Tensor) -> Tensor:
-    r""":math:`\log \frac1K \sum_k w_k` over the first axis."""
-    return torch.logsumexp(log_w, 0) - math.log(log_w.shape[0])
 
 
 class IWAE(Objective):
@@ -25,6 +20,7 @@ class IWAE(Objective):
     The tightest bound per particle, for the model. The guide's gradient loses signal as K grows; take
     ``gradient="dreg"`` there. Non-reparameterised sites follow VIMCO's leave-one-out signal.
 
+    >>> import torch
     >>> IWAE(num_particles=2).bound(torch.tensor([[0.0], [0.0]]))
     tensor([0.])
 
@@ -64,6 +60,7 @@ class Renyi(Objective):
     alpha = 0 is IWAE, alpha = 1 exactly the ELBO; the bound falls as alpha grows, and with finite K its order against
     log p(x) is sure only for alpha in [0, 1]. Any finite alpha is allowed.
 
+    >>> import torch
     >>> Renyi(alpha=1.0, num_particles=2).bound(torch.tensor([[0.0], [-2.0]]))
     tensor([-1.])
 
@@ -96,6 +93,7 @@ class VRMax(Objective):
     Cheap when the backward pass is dear; an estimate that may exceed log p(x) by up to log K. No ``"dreg"``: its
     weights jump.
 
+    >>> import torch
     >>> VRMax(num_particles=2).bound(torch.tensor([[0.0], [-2.0]]))
     tensor([0.])
 
@@ -146,6 +144,7 @@ class PIWAE(MIWAE):
     The model follows, and what is reported is, :math:`L_{MK} = \log \frac{1}{MK} \sum_{mk} w_{mk}`; the guide follows
     :math:`\frac1M \sum_m \log \frac1K \sum_k w_{mk}`. A tight bound for the one, signal for the other.
 
+    >>> import torch
     >>> PIWAE(num_groups=2, num_particles=1).bound(torch.tensor([[0.0], [0.0]]))
     tensor([0.])
 
@@ -170,6 +169,7 @@ class CIWAE(Objective):
 
     beta = 1 is the ELBO, beta = 0 is IWAE.
 
+    >>> import torch
     >>> CIWAE(beta=1.0, num_particles=2).bound(torch.tensor([[0.0], [-2.0]]))
     tensor([-1.])
 

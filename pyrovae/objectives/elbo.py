@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import in_range
-from pyrovae.divergence import site_kl
-from pyrovae.importance import Particles
+from pyrovae.engine.kl import site_kl
+from pyrovae.engine.particles import Particles
+from pyrovae.engine.sites import latent
+from pyrovae.engine.unwrap import point_mass
 from pyrovae.objectives.base import Objective, Options
-from pyrovae.sites import latent, point_mass
 
 
 class ELBO(Objective):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import positive_int, rising_betas
-from pyrovae.objectives.base import Objective, Options, ParticleWeights, finite_weights
+from pyrovae.engine.gradient import ParticleWeights, finite_weights
+from pyrovae.objectives.base import Objective, Options
 
 _SMALLEST = 0.025  # the first point above 0, in the middle of the range that the paper found best
 

@@ -7,13 +7,14 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from pyrovae import importance
-from pyrovae.importance import Particles
-from pyrovae.objectives.base import Objective, Options, ParticleWeights, finite_weights
-from pyrovae.objectives.bounds import log_mean_exp
-from pyrovae.programs import Program
-from pyrovae.sampling import Redraw, generate
-from pyrovae.sites import Record, latent
+from pyrovae.engine.generate import Redraw, generate
+from pyrovae.engine.gradient import ParticleWeights, finite_weights
+from pyrovae.engine.particles import Particles
+from pyrovae.engine.programs import Program
+from pyrovae.engine.run import fold_arguments
+from pyrovae.engine.sites import Record, latent
+from pyrovae.engine.weights import log_mean_exp
+from pyrovae.objectives.base import Objective, Options
 
 
 class RWS(Objective):
@@ -96,7 +97,7 @@ class SleepPhi(Objective):
         """Minus log q(z | x) of one dream per datum, summed over data, mean over particles."""
         self._check(model, guide, args, kwargs)
         if self.num_particles > 1:
-            args, kwargs = importance.fold_arguments(args, kwargs, self.num_particles)
+            args, kwargs = fold_arguments(args, kwargs, self.num_particles)
         with torch.no_grad():
             redraw = Redraw(args[0])
             dreamt = generate(model, args, kwargs, redraw)

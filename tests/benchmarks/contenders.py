@@ -108,7 +108,7 @@ def ours_eager(vae: pv.models.VAE, k: int, x: Tensor) -> Step:
 
 def ours_compiled(vae: pv.models.VAE, k: int, x: Tensor, precision: str = "float32") -> Step:
     """The library's compiled step."""
-    from pyrovae.compile import training_step
+    from pyrovae.train.compiled import training_step
 
     return training_step(vae.model, vae.guide, objective(k), adam(vae), x, precision=precision)
 

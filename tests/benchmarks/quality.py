@@ -30,8 +30,8 @@ from pyro.infer import SVI, RenyiELBO
 from torch import Tensor
 
 import pyrovae as pv
-from pyrovae.compile import training_step
 from pyrovae.schedules import linear
+from pyrovae.train.compiled import training_step
 from tests.benchmarks import contenders, images
 
 PARTS = (1,) * 6 + (5,) * 11 + (20,) * 3

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import pyrovae as pv
-from pyrovae import graph as graphs
+from pyrovae.compile import graph as graphs
+from pyrovae.compile import inductor
 from pyrovae.evaluate import likelihood
 from tests.state import double_precision, interpreting
 
@@ -281,7 +282,7 @@ def test_auto_compiles_the_larger_evaluations(monkeypatch, interpreted):
         estimate(pair, "auto", data, num_samples=num_samples)
     assert chosen == ["eager"] * 3
     weights = sum(p.numel() for p in pair.parameters())
-    enough = math.ceil(graphs.COMPILATION / (likelihood.SAVED * weights * len(X)))
+    enough = math.ceil(inductor.COMPILATION / (likelihood.SAVED * weights * len(X)))
     sampler = likelihood._Sampler(pair.model, pair.guide, (X,), {}, enough + 1, 30, False, 2**30)
     paths = []
     for factor in (0.5, 0.999, 1.001, 2, 50):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pyrovae as pv
-from pyrovae.sites import Record
+from pyrovae.engine.sites import Record
 from tests.state import double_precision
 
 NOISE = 0.6

@@ -18,10 +18,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
-from pyrovae import importance
+from pyrovae.engine.probe import probe
+from pyrovae.engine.weights import _Tally, pareto_k, tail_size
 from pyrovae.evaluate import likelihood
-from pyrovae.evaluate.psis import pareto_k, tail_size
 from pyrovae.evaluate.resampling import Resampler
+from pyrovae.memory import WORKING_SET, _PeakBytes
 from tests.state import double_precision
 
 X = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
@@ -62,13 +63,13 @@ def columns(estimate):
 @pytest.mark.parametrize(("num", "chunk"), [(1, None), (7, 3), (100, 100), (101, 50), (5, 1000), (1000, None)])
 def test_exactly_the_number_asked_for_is_used(monkeypatch, num, chunk):
     weights = []
-    measure = importance.measure
+    measure = likelihood.measure
 
     def recorded(particles, *args):
         weights.append(measure(particles, *args))
         return weights[-1]
 
-    monkeypatch.setattr(importance, "measure", recorded)
+    monkeypatch.setattr(likelihood, "measure", recorded)
     estimate = pv.log_likelihood(model, guide, X, num_samples=num, chunk_size=chunk, seed=0)
     log_w = weights.pop()
     while len(log_w) < num:  # what was drawn before are trials, of one particle and of two
@@ -409,7 +410,7 @@ def test_networks_run_in_eval_mode_and_nothing_else_changes(closure):
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_running_out_of_memory_halves_the_pass(monkeypatch, error):
-    run, sizes = importance.run, []
+    run, sizes = likelihood.run, []
 
     def small(*args, num_particles, **kwargs):
         if num_particles > 6:
@@ -417,7 +418,7 @@ def test_running_out_of_memory_halves_the_pass(monkeypatch, error):
         sizes.append(num_particles)
         return run(*args, num_particles=num_particles, **kwargs)
 
-    monkeypatch.setattr(importance, "run", small)
+    monkeypatch.setattr(likelihood, "run", small)
     estimate = pv.log_likelihood(model, posterior, X, num_samples=50, chunk_size=40)
     assert sizes == [2, *[5] * 10]
     torch.testing.assert_close(estimate.ess, torch.full((3,), 50.0))
@@ -427,7 +428,7 @@ def test_running_out_of_memory_halves_the_pass(monkeypatch, error):
             raise error
         return run(*args, num_particles=num_particles, **kwargs)
 
-    monkeypatch.setattr(importance, "run", never)
+    monkeypatch.setattr(likelihood, "run", never)
     with pytest.raises(type(error)):
         pv.log_likelihood(model, posterior, X, num_samples=1)
 
@@ -436,7 +437,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch):
     def failing(*args, num_particles, **kwargs):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(importance, "run", failing)
+    monkeypatch.setattr(likelihood, "run", failing)
     with pytest.raises(RuntimeError, match="mat1"):
         pv.log_likelihood(model, guide, X, num_samples=5)
 
@@ -446,9 +447,9 @@ def test_the_peak_stays_below_the_memory_given(megabytes, size, num):
     torch.set_default_dtype(torch.float32)
     vae = pv.models.VAE((1, 28, 28), latent_dim=50, hidden=(200, 200))
     x = torch.rand(size, 1, 28, 28).round()
-    with likelihood._PeakBytes() as used:
+    with _PeakBytes() as used:
         pv.log_likelihood(vae.model, vae.guide, x, num_samples=num, seed=0, memory=megabytes * 2**20)
-    assert 0.2 * min(megabytes * 2**20, likelihood.WORKING_SET["cpu"]) < used.peak < megabytes * 2**20
+    assert 0.2 * min(megabytes * 2**20, WORKING_SET["cpu"]) < used.peak < megabytes * 2**20
 
 
 def test_a_whole_evaluation_fits_in_two_gigabytes_of_process():
@@ -559,7 +560,7 @@ def test_draws_of_joint_weights():
 def test_draws_are_proportional_to_the_weights_of_all_passes():
     """Passes of very unequal weight, one of them impossible, against exact frequencies; two batches."""
     log_w = torch.tensor([[0.0, -2.0], [-3.0, 1.0], [-math.inf, -1.0], [-math.inf, 2.0], [4.0, 0.0], [3.0, -math.inf]])
-    checked = importance.probe(model, guide, (X[:2],), {})
+    checked = probe(model, guide, (X[:2],), {})
     resampler = Resampler(40_000, 0, checked)
     for _ in range(2):
         for rows in log_w.split(2):
@@ -619,7 +620,7 @@ def test_no_data():
 
 def test_the_tally_agrees_with_one_pass():
     log_w = 3 * torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
-    tally = likelihood._Tally(1000)
+    tally = _Tally(1000)
     for part in log_w.split(7):
         tally.add(part)
     expected = pareto_k(log_w.T.topk(tail_size(1000) + 1, 1).values, 1000)

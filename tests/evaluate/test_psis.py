@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyrovae.evaluate.psis import pareto_k, tail_size
+from pyrovae.engine.weights import pareto_k, tail_size
 
 TAILS = {
     "normal": lambda g, s: torch.randn(s, generator=g),

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ENGINE = ["pyrovae", "pyrovae/objectives"]
+ENGINE = ["pyrovae/engine", "pyrovae/objectives"]
 VARIABLE = "PYROVAE_MUTATION"
 # The quickest to kill first.
 SUITE = [

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pyrovae as pv
-from pyrovae.schedules import Plan
+from pyrovae.train.plan import Plan
 from tests.laws.exact import Noise, _axes
 from tests.laws.gradients import draws
 from tests.laws.pairs import GAUSSIAN, MIXTURE, NET, NOISE, PAIRS, mixture_prior

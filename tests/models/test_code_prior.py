@@ -11,7 +11,7 @@ from pyro import poutine
 import pyrovae as pv
 from pyrovae.arguments import DataError
 from pyrovae.models import CodePrior
-from pyrovae.models.code_prior import AutoregressiveCodes, GatedConvolutions
+from pyrovae.parts import AutoregressiveCodes, GatedConvolutions
 from tests.state import double_precision
 
 

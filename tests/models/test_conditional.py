@@ -10,7 +10,7 @@ from pyro.infer import Trace_ELBO
 
 import pyrovae as pv
 from pyrovae.arguments import DataError
-from pyrovae.models.conditional import ConditionalVAE
+from pyrovae.models import ConditionalVAE
 from tests.state import double_precision
 
 VARIANTS = [

@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 
 import pyrovae as pv
 from pyrovae.data import DataError
-from pyrovae.models.deep import LIMIT, DeepVAE, StochasticLayer
+from pyrovae.models import DeepVAE
+from pyrovae.models.deep import LIMIT, StochasticLayer
 from pyrovae.nn import PatchDecoder, PyramidEncoder, ResidualBlock, fold
 
 VARIANTS = [

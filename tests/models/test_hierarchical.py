@@ -12,7 +12,8 @@ from sklearn.datasets import load_digits
 
 import pyrovae as pv
 from pyrovae.data import DataError
-from pyrovae.models.hierarchical import GUIDES, HierarchicalVAE, product
+from pyrovae.models import HierarchicalVAE
+from pyrovae.models.hierarchical import GUIDES, product
 
 VARIANTS = [
     {},

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyrovae as pv
 from pyrovae import runs
 from pyrovae.data import DataError
-from pyrovae.models.pca import PCA
+from pyrovae.models import PCA
 
 SHAPE, DIM = (1, 2, 4), 8
 

@@ -9,9 +9,8 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import pyrovae as pv
-from pyrovae.models.posteriors import POSTERIORS, centre, make_posterior, share_options
-from pyrovae.models.priors import PRIORS
-from pyrovae.models.vae import VAE
+from pyrovae.models import VAE
+from pyrovae.parts import POSTERIORS, PRIORS, centre, make_posterior, share_options
 from tests.state import double_precision
 
 FLOWS = ("flow", "iaf")

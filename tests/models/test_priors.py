@@ -10,9 +10,8 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import pyrovae as pv
-from pyrovae.models.posteriors import POSTERIORS
-from pyrovae.models.priors import PRIORS, NormalMixture, StandardNormal, make_prior
-from pyrovae.models.vae import VAE
+from pyrovae.models import VAE
+from pyrovae.parts import POSTERIORS, PRIORS, NormalMixture, StandardNormal, make_prior
 from tests.state import double_precision
 
 RICH = [name for name in PRIORS if name != "normal"]

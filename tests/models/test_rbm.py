@@ -14,9 +14,9 @@ from torch.nn.functional import softplus
 import pyrovae as pv
 from pyrovae import runs
 from pyrovae.data import DataError
-from pyrovae.models import partition
+from pyrovae.models import RBM, partition
+from pyrovae.models.contrastive import Equilibrium
 from pyrovae.models.partition import anneal, enumerate_states
-from pyrovae.models.rbm import RBM, Equilibrium
 
 SHAPE, HIDDEN = (2, 3), 4
 

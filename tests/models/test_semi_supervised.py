@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 import pyrovae as pv
 from pyrovae.arguments import DataError
-from pyrovae.models.semi_supervised import Belief, PartialLabel, SemiSupervisedVAE, Weighted, hide_labels
+from pyrovae.models import SemiSupervisedVAE
+from pyrovae.parts import Belief, PartialLabel, Weighted, hide_labels
 from tests.state import double_precision
 
 X = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).round()
@@ -278,7 +279,7 @@ def clusters(number=300):
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_three_labels_and_many_images_make_a_classifier(compile, tmp_path, monkeypatch):
-    from pyrovae import compile as compiling
+    from pyrovae.train import compiled as compiling
     from tests.state import interpreting
 
     interpreting(monkeypatch, compiling)

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 import pyrovae as pv
 from pyrovae.data import DataError
-from pyrovae.models.vae import VAE
+from pyrovae.models import VAE
 
 VARIANTS = [
     {},

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import pyrovae as pv
 from pyrovae.arguments import DataError
+from pyrovae.compile.precision import bfloat16_networks
 from pyrovae.models import VQVAE, CodePrior, VectorQuantizer
-from pyrovae.precision import bfloat16_networks
 from tests.state import double_precision
 
 EMA = {"ema_decay": 0.9}
@@ -189,7 +189,7 @@ class _Largest(TorchDispatchMode):
 def test_distances_are_chunked(monkeypatch):
     made, z = VectorQuantizer(64, 3), torch.randn(700, 3)
     whole = made(z)
-    monkeypatch.setattr("pyrovae.models.quantizer._DISTANCES", {"cpu": 6400})
+    monkeypatch.setattr("pyrovae.parts.quantizer._DISTANCES", {"cpu": 6400})
     with _Largest() as largest:
         chunked = made(z)
     assert torch.equal(whole.codes, chunked.codes)

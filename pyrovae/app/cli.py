@@ -1,0 +1,187 @@
+"""The command line: train, evaluate, sample, list."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import OutOfMemoryError
+
+from pyrovae.app import measure, pictures, tables
+from pyrovae.app import train as training
+from pyrovae.app.settings import Settings, parse_settings
+from pyrovae.arguments import DataError
+from pyrovae.memory import keep_freed_memory
+
+app = typer.Typer(
+    help="Variational autoencoders as Pyro programs: train a pair, measure log p(x), swap the objective.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+out = Console(soft_wrap=True)
+
+
+DataDir = Annotated[str | None, typer.Option(help="Folder of the data sets; else $PYROVAE_DATA, else a cache folder.")]
+
+
+_INTERRUPTED = 130
+
+
+Device = Annotated[str, typer.Option(help='"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...')]
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help='A model (see "pyrovae list"), or my_module:MyPair, your own class.')
+    ] = "vae",
+    data: Annotated[str, typer.Option(help='A data set (see "pyrovae list"), folder:PATH or npz:PATH.')] = "digits",
+    data_dir: DataDir = None,
+    objective: Annotated[str, typer.Option(help='An objective (see "pyrovae list").')] = "elbo",
+    particles: Annotated[
+        int | None, typer.Option(help="Particles per datum (per group); the objective's default.")
+    ] = None,
+    groups: Annotated[int | None, typer.Option(help="Groups of particles (miwae, piwae).")] = None,
+    latent_dim: Annotated[int | None, typer.Option(help="Latent units; the model's default.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Data per step.")] = 100,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; a new one under runs/ by default.")] = None,
+    samples: Annotated[int, typer.Option(help="Samples per test image of the final NLL.")] = 5000,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any other argument of model, objective, training or data, in JSON."
+        ),
+    ] = None,
+) -> None:
+    """Train a model, measure its test NLL and active units, and draw pictures, all into runs/NAME.
+
+    Without arguments: a VAE on the embedded digits.
+    """
+    given = {k: v for k, v in context.params.items() if k not in ("run_dir", "resume", "set_")}
+    explicit = {k for k in given if getattr(context.get_parameter_source(k), "name", "DEFAULT") != "DEFAULT"}
+    job = Settings(**given, settings=parse_settings(set_ or []))
+    training.train(job, run_dir=run_dir, resume=resume, explicit=explicit | ({"settings"} if set_ else set()), out=out)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    samples: Annotated[int, typer.Option(help="Importance samples per test image.")] = 5000,
+    checkpoint: Annotated[str, typer.Option(help='"last" or "best".')] = "last",
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    ais: Annotated[bool, typer.Option("--ais", help="Anneal 100 test images as well.")] = False,
+    diagnostics: Annotated[
+        bool, typer.Option("--diagnostics", help="What each unit carries, and where the bound is lost.")
+    ] = False,
+) -> None:
+    """Measure a run's test NLL with its standard error, and its active units; writes results.json."""
+    measure.evaluate(
+        run, samples=samples, checkpoint=checkpoint, data_dir=data_dir, device=device, seed=seed, ais=ais,
+        diagnostics=diagnostics, out=out,
+    )  # fmt: skip
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    number: Annotated[int, typer.Option("--number", "-n", help="How many.")] = 64,
+    draws: Annotated[
+        bool, typer.Option("--draws", help="Draw the pixels too, instead of showing their means.")
+    ] = False,
+    label: Annotated[
+        str | None, typer.Option(help="Of a conditional model: a class, or attributes as 0.5,-1; else all classes.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the latents; below 1 keeps to the prior's modes.")] = 1.0,
+    output: Annotated[Path | None, typer.Option(help="PNG to write; samples.png in the run by default.")] = None,
+    checkpoint: Annotated[str, typer.Option(help='"last" or "best".')] = "last",
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+) -> None:
+    """Draw new data from a run's model into a picture."""
+    path = pictures.sample(
+        run, number, draws=draws, output=output, checkpoint=checkpoint, seed=seed, label=label, temperature=temperature
+    )
+    out.print(f"wrote {path}")
+
+
+@app.command()
+def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")]) -> None:
+    """Put the results of several runs side by side in one table."""
+    tables.compare(folders, out)
+
+
+@app.command(name="list")
+def list_() -> None:
+    """What there is: models, objectives and data sets, with one line each."""
+    for title, rows in tables.catalogue().items():
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+        table.add_column(style="cyan", no_wrap=True)
+        for name, line in rows.items():
+            table.add_row(name, line)
+        out.print(table)
+        out.print()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: exit code 2 for bad arguments, 3 for bad data, one line and no traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    keep_freed_memory()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            code = app(arguments, prog_name="pyrovae", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            code = 2  # the help is on the screen already
+        elif hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
+            code = _fail(error.format_message(), getattr(error, "exit_code", 2), debug)
+        else:
+            kinds = {DataError: 3, ValueError: 2, TypeError: 2, FloatingPointError: 1, OSError: 1, OutOfMemoryError: 1}
+            known = next((code for kind, code in kinds.items() if isinstance(error, kind)), None)
+            if known is None:
+                raise
+            code = _fail(error, known, debug)
+    if code == _INTERRUPTED:  # some releases of typer return it, others raise
+        _fail("interrupted; go on with --resume", code, debug=False)
+    sys.exit(code or 0)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line, without the source line that gave it."""
+    print("warning: " + " ".join(str(message).split()), file=sys.stderr)
+
+
+def _fail(error: Any, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    lines = [str(error), *getattr(error, "__notes__", ())]
+    print("error: " + " ".join(" ".join(lines).split()), file=sys.stderr)
+    return code

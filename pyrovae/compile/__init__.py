@@ -1,0 +1,1 @@
+"""Pyro programs as static graphs: captured, compared with the eager ones, compiled, recorded."""

@@ -1,0 +1,208 @@
+r"""A computation -> one flat graph of tensor operations without Python in it, with its noise lifted out.
+
+:func:`capture` runs a function once and records the operations below autograd, so gradients, Pyro's handlers and
+modules all become plain operations. What comes back is a pure function
+
+.. math:: \text{outputs} = g(\text{inputs}, \text{constants}, \text{noise})
+
+whose randomness is an input: ``noise()`` draws it with the operations, and from the generator, that the function itself
+used, in its order. So a captured function consumes the generator exactly as the function does, can be compared with it
+on the same noise, batched over replicas, and recorded as a CUDA graph. What cannot become such a graph raises
+:class:`CannotCompile` with the reason.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from pyrovae.compile.inductor import _example, _placeholders, _remembered
+from pyrovae.compile.noise import READS, CannotCompile, Draws, aten, lift_noise, new_placeholder, stacked_noise
+from pyrovae.engine.randomness import isolated_rng
+
+
+@dataclass
+class Graph:
+    """A captured function: its operations, the tensors it closes over, and what draws its noise."""
+
+    module: fx.GraphModule
+    constants: list[Tensor]
+    noise: Callable[[], tuple[Tensor, ...]]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal computations: the operations, and what they take."""
+        takes = tuple((v.shape, v.stride(), v.dtype, v.device) for v in _placeholders(self.module))
+        return self.module.code, getattr(self.noise, "code", None), takes
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Run the graph, operation by operation, on fresh noise."""
+        with torch.no_grad():
+            return list(self.module(*inputs, *self.constants, *self.noise()))
+
+    def compiled(self) -> Callable[..., list[Tensor]]:
+        """The same function through Inductor; graphs that are equal share one compilation.
+
+        :raises CannotCompile: where Inductor, or the compiler that it calls, fails.
+        """
+        run, constants = _remembered(self.module, self.key), self.constants
+
+        def call(*inputs: Tensor, noise: Callable[[], tuple[Tensor, ...]] = self.noise) -> list[Tensor]:
+            with torch.no_grad():
+                return list(run(*inputs, *constants, *noise()))
+
+        return call
+
+    def batched(self, number: int, stacked: Sequence[bool]) -> Graph:
+        """``number`` copies of the function side by side, each on noise of its own.
+
+        :param stacked: for each input, whether every copy has its own, stacked along a first axis.
+        :raises CannotCompile: where an operation has no batched form.
+        """
+        count = len(self.constants)
+        values = _placeholders(self.module)
+        axes = [*stacked, *[False] * count, *[True] * (len(values) - len(stacked) - count)]
+        in_dims = tuple(0 if own else None for own in axes)
+        examples = [
+            _example(v).expand(number, *v.shape).clone() if own else _example(v)
+            for v, own in zip(values, axes, strict=True)
+        ]
+        with torch.no_grad(), _reasons():
+            module = make_fx(torch.vmap(self.module, in_dims=in_dims))(*examples)
+        module.graph.set_codegen(fx.graph.CodeGen())
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        if more := [n for n in module.graph.nodes if n.op == "get_attr"]:
+            raise CannotCompile(f"batching it makes constants of its own ({more[0].target})")
+        return Graph(module, self.constants, stacked_noise([self.noise] * number))
+
+
+def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
+    """Record ``function``, which reads the tensors ``inputs`` wherever it finds them (they are known by identity).
+
+    The function runs twice: a graph that comes out different the second time depends on Python state, which a static
+    graph would freeze. Generators are left as they were; in-place changes of ``inputs`` happen, and are recorded.
+
+    :raises CannotCompile: where values steer the program, randomness depends on parameters in a way that has no
+        reparameterisation, or the two runs differ.
+    """
+    first, second = (_capture(function, inputs) for _ in range(2))
+    if first.key != second.key or not all(map(_equal, first.constants, second.constants)):
+        raise CannotCompile("the program does something else at every call (it changes Python state as it runs)")
+    return first
+
+
+def _capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
+    distinct = list({id(t): t for t in inputs}.values())
+    if len(distinct) != len(inputs):
+        raise CannotCompile("a tensor is given twice")
+    draws = Draws()
+    with isolated_rng(), _constant_python_rng(), _reasons(), draws, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        module = make_fx(lambda *_: _Traceable.run(function))(*inputs)
+    _refuse_dynamic_shapes(module)
+    constants = _lift_constants(module)
+    noise = lift_noise(module, draws.made)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return Graph(module, constants, noise)
+
+
+def _lift_constants(module: fx.GraphModule) -> list[Tensor]:
+    """Make inputs of the tensors that the function closes over: they are read anew, as they are, at every call."""
+    devices = {v.device for v in _placeholders(module)}
+    lifted: dict[int, tuple[Tensor, fx.Node]] = {}
+    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
+        tensor = getattr(module, node.target)
+        if not isinstance(tensor, Tensor):
+            raise CannotCompile(f"it holds a sub-graph ({type(tensor).__name__})")
+        if any(getattr(user.target, "_schema", None) and user.target._schema.is_mutable for user in node.users):
+            raise CannotCompile("it changes a tensor in place that is no parameter and no buffer: register it as one")
+        if id(tensor) not in lifted:
+            fresh = all(user.target is aten.lift_fresh_copy.default for user in node.users)
+            if tensor.device not in devices:
+                if not fresh:
+                    raise CannotCompile(f"it uses a tensor on {tensor.device}, its data are elsewhere")
+                tensor = tensor.to(next(d for d in devices))
+            lifted[id(tensor)] = tensor, new_placeholder(module.graph, "constant", tensor)
+        node.replace_all_uses_with(lifted[id(tensor)][1])
+        module.graph.erase_node(node)
+    return [tensor for tensor, _ in lifted.values()]
+
+
+def _refuse_dynamic_shapes(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.dynamic_output_shape not in tags:
+            continue
+        if node.target in (aten.index.Tensor, aten.repeat_interleave.Tensor):
+            index = [a for a in node.args[1] if a is not None] if node.target is aten.index.Tensor else [node]
+            if all(i is not node and i.meta["val"].dtype not in (torch.bool, torch.uint8) for i in index):
+                continue
+        raise CannotCompile(f'"{node.target}" gives a shape that depends on values')
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+
+
+class _Traceable(TorchFunctionMode):
+    """Refuse what reads a traced tensor's values unnoticed; write what reads them needlessly in another way."""
+
+    READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.READS and args[0].numel():
+            args[0].detach().reshape(-1)[0].item()  # a tensor that depends on the inputs refuses this
+        if func is torch.nn.functional.one_hot and (classes := _classes(*args, **kwargs)) > 0:
+            return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
+        return func(*args, **kwargs)
+
+    @classmethod
+    def run(cls, function: Callable[[], Any]) -> Any:
+        with cls():
+            return list(function())
+
+
+def _classes(labels: Tensor, num_classes: int = -1) -> int:
+    return num_classes
+
+
+@contextmanager
+def _constant_python_rng() -> Iterator[None]:
+    """Refuse a program that draws from Python's or numpy's generator, whose draws a graph would freeze."""
+
+    def state() -> bytes:
+        return pickle.dumps((random.getstate(), np.random.get_state()))
+
+    before = state()
+    yield
+    if state() != before:
+        raise CannotCompile("the program draws from Python's or numpy's generator: draw with torch")
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    try:
+        yield
+    except CannotCompile:
+        raise
+    except Exception as error:
+        text = str(error)
+        if "value out of a tracing tensor" in text or "data-dependent" in text.lower():
+            raise CannotCompile(READS) from error
+        raise CannotCompile(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}") from error

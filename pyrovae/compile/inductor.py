@@ -1,0 +1,128 @@
+"""The compiler: finding it, calling it, and the order in which tensors lie in memory."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyrovae.compile.noise import CannotCompile, aten
+
+COMPILATION = 25.0  # seconds that one compilation takes at most, unless something like it was compiled before
+
+
+_INDUCTOR = {"cpp.use_decompose_tanh": True}  # by one exp: three times as fast, and off by at most 1e-7
+
+
+REMEMBERED = 32  # compiled functions that a process keeps
+
+
+_compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether Inductor finds what it compiles with."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return device.type != "cuda" or has_triton()
+
+
+def _placeholders(module: fx.GraphModule) -> list[Tensor]:
+    return [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def _remembered(module: fx.GraphModule, key: Any) -> Callable[..., Any]:
+    """A graph through Inductor, or the result for an equal one."""
+    key = key, torch.get_num_threads()
+    if key not in _compiled:
+        _compiled[key] = _inductor(module)
+        while len(_compiled) > REMEMBERED:
+            _compiled.popitem(last=False)
+    _compiled.move_to_end(key)
+    return _compiled[key]
+
+
+def _inductor(module: fx.GraphModule) -> Callable[..., Any]:
+    import torch._inductor
+    import torch._inductor.config
+
+    example: list[Any] = [_example(v) for v in _placeholders(module)]
+    try:
+        with (
+            torch.no_grad(), warnings.catch_warnings(), _quiet("torch.utils.cpp_extension"),
+            torch._inductor.config.patch(_INDUCTOR),
+        ):  # fmt: skip
+            warnings.simplefilter("ignore")
+            module = channels_last(module, example)
+            return torch._inductor.standalone_compile(module, example, dynamic_shapes="from_example_inputs")
+    except Exception as error:
+        if "CxxCompiler" in type(error).__name__ or "compiler" in str(error).lower():
+            raise CannotCompile("there is no working C++ compiler: install g++ or clang, or set CXX") from error
+        raise CannotCompile(f"Inductor failed with {type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without a logger's warnings (of a CUDA toolkit without a device, for one)."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _example(value: Tensor) -> Tensor:
+    """A tensor of the same kind (what a graph remembers of its inputs holds no data)."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in its parameter's memory layout, as autograd would leave it.
+
+    Convolutions give theirs channels last, and fused optimizers read both tensors in the order in which they lie.
+    """
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
+
+
+def channels_last(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """Let convolutions on CPUs find their inputs channels last, in the backward pass too.
+
+    Inductor reads them so there, but keeps a contiguous value as well for the backward pass, and turns each into the
+    other: up to a seventh of a step.
+    """
+    convolves = any(node.target is aten.convolution.default for node in module.graph.nodes)
+    if not convolves or any(t.device.type != "cpu" for t in inputs):
+        return module
+    # without changes in place, a copy of a value is as good as the value
+    functional = make_fx(torch.func.functionalize(module), tracing_mode="fake")(*inputs)
+    return _ChannelsLast(functional).transform()
+
+
+class _ChannelsLast(fx.Transformer):
+    """Copies what is convolved, in that order, for all who read it."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        convolved = any(user.target is aten.convolution.default and user.args[0] is n for user in n.users)
+        if not convolved or n.op == "placeholder" or n.meta["val"].dim() != 4:
+            return result
+        return aten.clone.default(result, memory_format=torch.channels_last)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        views = (aten.view.default, aten._unsafe_view.default)  # which what lies channels last may not have
+        return super().call_function(aten.reshape.default if target in views else target, args, kwargs)

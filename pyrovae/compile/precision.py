@@ -1,0 +1,65 @@
+"""Mixed precision: networks multiply in bfloat16; log-probabilities, weights and everything else stay float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pyrovae.arguments import one_of
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+_MULTIPLIES = {
+    F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    F.scaled_dot_product_attention,
+}  # fmt: skip
+
+
+class bfloat16_networks(TorchFunctionMode):
+    """Inside, the float32 layers of networks (linear, convolution, attention) multiply in bfloat16.
+
+    Their results are float32 again. ``torch.autocast`` would hand bfloat16 on to distributions, and with it three
+    significant digits to log-probabilities of hundreds of nats.
+
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> with bfloat16_networks():
+    ...     y = layer(torch.ones(1, 2))
+    >>> y.dtype, torch.equal(y, y.bfloat16().float())
+    (torch.float32, True)
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _MULTIPLIES or args[0].dtype != torch.float32:
+            return func(*args, **kwargs)
+        low = [a.bfloat16() if isinstance(a, Tensor) and a.dtype == torch.float32 else a for a in args]
+        named = {
+            k: a.bfloat16() if isinstance(a, Tensor) and a.dtype == torch.float32 else a for k, a in kwargs.items()
+        }
+        return func(*low, **named).float()
+
+
+def networks_in(precision: str) -> AbstractContextManager[Any]:
+    """The context in which to run a pair: "float32" changes nothing, "bfloat16" is :class:`bfloat16_networks`."""
+    one_of("precision", precision, PRECISIONS)
+    return bfloat16_networks() if precision == "bfloat16" else nullcontext()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 in float32: neither TF32 on CUDA nor bfloat16 on CPUs, whatever was allowed before."""
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    flags = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(**flags, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

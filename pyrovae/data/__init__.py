@@ -1,0 +1,13 @@
+"""Data sets, their binarisation, and the checks that data must pass.
+
+:func:`load` reads a named set into :class:`Splits` of :class:`Images`; :func:`as_dataset` takes whatever else one has
+(tensors, arrays, Datasets, DataLoaders); :func:`check_support` compares values with what a likelihood can explain.
+"""
+
+from pyrovae.arguments import DataError
+from pyrovae.data.batches import as_dataset, batches
+from pyrovae.data.images import Images
+from pyrovae.data.sets import DATASETS, Splits, load
+from pyrovae.data.support import check_support
+
+__all__ = ["DATASETS", "DataError", "Images", "Splits", "as_dataset", "batches", "check_support", "load"]

@@ -1,0 +1,192 @@
+"""Data sets, loaders, and what feeds a device with their batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from pyrovae.arguments import DataError
+from pyrovae.data.images import Images, _is_integer, as_tensor
+from pyrovae.data.support import check_support
+from pyrovae.engine.programs import Batch
+
+
+def as_dataset(data: Any, *, name: str = "data") -> Images | Dataset[Any] | DataLoader[Any]:
+    """Bring what a user passes as data into one of three forms: Images, another Dataset, or a DataLoader.
+
+    A tensor ``[N, ...]``, a tuple ``(x, y)`` of tensors, and a TensorDataset of one or two become :class:`Images` with
+    ``y`` as labels (a TensorDataset, where ``y`` is not a vector of integers or there are more than two). Integers and
+    booleans become the default float type, unscaled; so do the values of NumPy arrays. The rest is returned as it is.
+
+    :raises DataError: as :class:`Images`; arrays of objects; lengths that differ.
+    :raises TypeError: anything else.
+
+    >>> as_dataset((torch.rand(10, 3), torch.arange(10)))
+    Images('data', 10 of [3], float32, binarization='none', labelled, cpu)
+    """
+    if isinstance(data, Subset) and isinstance(data.dataset, Images):
+        return data.dataset.subset(data.indices)
+    if type(data) is TensorDataset:
+        data = data.tensors
+    if isinstance(data, (Dataset, DataLoader)):
+        return data
+    columns = data if isinstance(data, tuple) else (data,)
+    if not columns or not all(isinstance(c, (Tensor, np.ndarray)) for c in columns):
+        raise TypeError(
+            "data must be a tensor, an array, a tuple of those, Images, a Dataset or a DataLoader, "
+            f"received {type(data).__name__}: convert it, for instance with torch.stack"
+        )
+    return _from_columns(*(as_tensor(c, name) for c in columns), name=name)
+
+
+def batches(
+    args: Sequence[Any], batch_size: int | None = None, *, seed: int = 0, device: torch.device | None = None
+) -> Iterator[tuple[Any, ...]]:
+    """What an evaluation passes to the programs, batch by batch, in order.
+
+    One Dataset or DataLoader is batched (by 100, unless ``batch_size`` says otherwise) and moved to ``device``; a
+    dynamic set is drawn once, by ``seed``. Tensors go whole, or are cut along their first axis into ``batch_size``.
+
+    >>> [x.shape[0] for (x,) in batches((torch.zeros(5, 2),), batch_size=2)]
+    [2, 2, 1]
+    """
+    if len(args) == 1 and isinstance(args[0], Dataset | DataLoader):
+        yield from (_on_device(batch, device) for batch in _dataset_batches(args[0], batch_size or 100, seed))
+    elif batch_size is None:
+        yield tuple(args)
+    else:
+        size = next((len(a) for a in args if isinstance(a, Tensor) and a.dim()), 0)
+        for i in range(0, size, batch_size):
+            whole = (isinstance(a, Tensor) and a.dim() and len(a) == size for a in args)
+            yield tuple(a[i : i + batch_size] if cut else a for a, cut in zip(args, whole, strict=True))
+
+
+def _dataset_batches(source: Dataset[Any] | DataLoader[Any], batch_size: int, seed: int) -> Iterator[Any]:
+    source = as_dataset(source)
+    if isinstance(source, DataLoader):
+        return iter(source)
+    if isinstance(source, Images):
+        fixed = source.fixed(seed)
+        return (fixed.batch(index) for index in torch.arange(len(fixed), device=fixed.x.device).split(batch_size))
+    return iter(DataLoader(source, batch_size=batch_size))
+
+
+def _on_device(batch: Any, device: torch.device | None) -> tuple[Any, ...]:
+    items = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    return tuple(a.to(device) if isinstance(a, Tensor) else a for a in items)
+
+
+def _from_columns(x: Tensor, *rest: Tensor, name: str) -> Images | TensorDataset:
+    if any(c.shape[:1] != x.shape[:1] for c in rest):
+        lengths = ", ".join(str(list(c.shape)) for c in (x, *rest))
+        raise DataError(f"the tensors of {name!r} must have one length, received shapes {lengths}: make them equal")
+    labels = rest[0] if len(rest) == 1 and rest[0].dim() == 1 and _is_integer(rest[0]) else None
+    images = Images(x, labels, name=name)
+    return TensorDataset(images.x, *rest) if rest and labels is None else images
+
+
+class Feed:
+    """Batches of a data set, as tuples of tensors on ``device``.
+
+    Data held in tensors live on the device if they fill at most half of its free memory; everything else streams
+    through a DataLoader. The order comes from torch's global generator.
+    """
+
+    def __init__(self, data: Any, batch_size: int, device: torch.device, num_workers: int | None = None) -> None:
+        source = as_dataset(data)
+        self.device, self.batch_size = device, batch_size
+        self.images = source.to(device) if isinstance(source, Images) and _fits(source, device) else None
+        self.loader: DataLoader[Any] | None = None
+        if self.images is None:
+            if _length(source) == 0:
+                raise DataError("there are no data to train on: pass at least one datum")
+            self.loader = source if isinstance(source, DataLoader) else _loader(source, batch_size, device, num_workers)
+        self._first: Batch | None = None
+        size = self.size
+        self.steps = -(-size // batch_size) if self.images is not None and size else _length(self.loader)
+
+    @property
+    def size(self) -> int | None:
+        """The number of data, where it is known."""
+        return len(self.images) if self.images is not None else _length(self.loader.dataset)  # type: ignore[union-attr]
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.images is None:
+            yield from (self._moved(batch) for batch in self.loader)  # type: ignore[union-attr]
+            return
+        for (index,) in self.indices():
+            yield _as_tuple(self.images.batch(index))
+
+    def indices(self) -> Iterator[tuple[Tensor]]:
+        """An epoch of data that live on the device, as the indices of its batches, in a new order."""
+        # A batch of everything stays in order: then a guide may hold parameters for each datum, as autoguides do.
+        number = len(self.images)  # type: ignore[arg-type]
+        order = (torch.arange if number <= self.batch_size else torch.randperm)(number)
+        for index in order.to(self.device, non_blocking=True).split(self.batch_size):
+            yield (index,)
+
+    def first(self, count: int | None = None) -> Batch:
+        """The first data, ``count`` of them where they can be counted out (else one batch), on the device.
+
+        A dynamic set is drawn once here, to the same bits every time.
+        """
+        if self.images is None:
+            if self._first is None:
+                self._first = self._from_loader()
+            return self._first
+        index = torch.arange(min(count or self.batch_size, len(self.images)), device=self.device)
+        some = self.images.subset(index).fixed()
+        return _as_tuple(some.batch(torch.arange(len(some), device=self.device)))
+
+    def check(self, position: int, support: Constraint | None, site: str, shape: torch.Size) -> None:
+        """Check that what the site observes, argument ``position``, lies in its support: all of it, if held here."""
+        held = () if self.images is None else (self.images.x, self.images.labels)
+        redrawn = position == 0 and self.images is not None and self.images.binarization == "dynamic"
+        x: Any = self.first()[position] if redrawn or position >= len(held) else held[position]
+        check_support(x.reshape(-1, *shape) if shape.numel() == x[0].numel() else x, support, site=site)
+
+    def _from_loader(self) -> Batch:
+        batch = next(iter(self.loader), None)  # type: ignore[arg-type]
+        if batch is None:
+            raise DataError("there are no data to train on: the DataLoader is empty")
+        moved = self._moved(batch)
+        if not (moved and isinstance(moved[0], Tensor) and moved[0].dim()):
+            kind = type(batch).__name__
+            raise TypeError(
+                f"batches must be tensors [B, ...], or tuples that begin with one, got a {kind}: convert them"
+            )
+        return moved
+
+    def _moved(self, batch: Any) -> Batch:
+        return tuple(a.to(self.device, non_blocking=True) if isinstance(a, Tensor) else a for a in _as_tuple(batch))
+
+
+def _as_tuple(batch: Any) -> Batch:
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def _length(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except TypeError:  # an iterable data set
+        return None
+
+
+def _fits(images: Images, device: torch.device) -> bool:
+    return device.type != "cuda" or images.x.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
+
+
+def _loader(source: Dataset[Any], batch_size: int, device: torch.device, num_workers: int | None) -> DataLoader[Any]:
+    shuffle = not isinstance(source, torch.utils.data.IterableDataset)
+    most = 4 if shuffle else 1  # several workers would each deliver the whole of a stream
+    workers = min(most, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
+    return DataLoader(
+        source, batch_size=batch_size, shuffle=shuffle, num_workers=workers, pin_memory=device.type == "cuda"
+    )

@@ -1,0 +1,189 @@
+"""Images held as one tensor, with the binarisation they are used under."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+from torch.utils.data import Dataset
+
+from pyrovae.arguments import DataError, one_of
+from pyrovae.data.support import BY_255, DROP, at, first_outside
+
+BINARIZATIONS = ("none", "dynamic", "static", "threshold")
+
+
+class Images(Dataset[Any]):
+    r"""Images (or vectors, or any events) held as one tensor, with the binarisation they are used under.
+
+    With ``binarization="dynamic"`` a pixel of value :math:`p` is drawn anew from Bernoulli(:math:`p`) at every use, the
+    protocol of the IWAE paper (Burda et al., 2016); ``"static"`` draws once, from a CPU generator seeded with ``seed``;
+    ``"threshold"`` is :math:`p > 0.5`; ``"none"`` leaves the values alone.
+
+    :param x: ``[N, *event]``, channels first; integers and booleans become the default float type, unscaled.
+    :param labels: integers ``[N]``, kept as int64.
+    :param binarization: "none", "dynamic", "static" or "threshold"; all but "none" ask for values in [0, 1].
+    :param seed: of the static draw.
+    :param name: the data's name in messages.
+    :raises DataError: no data, a value that is not finite or outside [0, 1], labels that are not N integers.
+    :raises ValueError: an unknown binarization.
+
+    >>> grey = Images(torch.full((4, 1, 2, 2), 0.5), torch.arange(4), binarization="dynamic", name="grey")
+    >>> grey
+    Images('grey', 4 of [1, 2, 2], float32, binarization='dynamic', labelled, cpu)
+    >>> x, y = grey.batch(torch.tensor([3, 0]))
+    >>> x.shape, y
+    (torch.Size([2, 1, 2, 2]), tensor([3, 0]))
+    """
+
+    def __init__(
+        self, x: Tensor, labels: Tensor | None = None, *, binarization: str = "none", seed: int = 0, name: str = "data"
+    ) -> None:
+        if not isinstance(x, Tensor) or x.is_complex():
+            raise TypeError(f"x must be a real tensor [N, ...], received {type(x).__name__}: use torch.as_tensor(x)")
+        one_of("binarization", binarization, BINARIZATIONS)
+        x = x.detach() if x.is_floating_point() else x.detach().to(torch.get_default_dtype())
+        _check_values(x, name, unit=binarization != "none")
+        self.x = _binarized(x, binarization, seed)
+        self.labels = None if labels is None else _checked_labels(labels, x, name)
+        self.binarization, self.name = binarization, name
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """The shape of one datum."""
+        return self.x.shape[1:]
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean image ``[*event]``: the expected value of each pixel, before any dynamic draw."""
+        return self.x.mean(0)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> Tensor | tuple[Tensor, Tensor]:
+        x = self._drawn(self.x[i])
+        return x if self.labels is None else (x, self.labels[i])
+
+    def batch(self, index: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The data ``[B, *event]`` at the integers ``index`` ``[B]`` (on the device of ``x``), and their labels if any.
+
+        Never waits for the device, so that it can be part of a captured training step.
+        """
+        x = self._drawn(self.x.index_select(0, index))
+        return x if self.labels is None else (x, self.labels.index_select(0, index))
+
+    def to(self, device: torch.device | str) -> Images:
+        """The same data on ``device``; nothing is drawn again."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return self._replace(x=self.x.to(device), labels=labels)
+
+    def fixed(self, seed: int = 0) -> Images:
+        """A dynamic set drawn once, to the same bits on every device; any other set is returned as it is.
+
+        >>> grey = Images(torch.full((100, 3), 0.5), binarization="dynamic")
+        >>> torch.equal(grey.fixed(seed=1).x, grey.fixed(seed=1).x)
+        True
+        """
+        if self.binarization != "dynamic":
+            return self
+        return self._replace(x=_binarized(self.x, "static", seed), binarization="static")
+
+    def subset(self, index: Tensor | Sequence[int] | slice) -> Images:
+        """The data at ``index`` (integers, a mask ``[N]`` or a slice); raises DataError if that leaves none."""
+        if not isinstance(index, slice):
+            chosen = torch.atleast_1d(torch.as_tensor(index, device=self.x.device))
+            index = chosen if chosen.numel() else chosen.long()
+        x = self.x[index]
+        if not len(x):
+            raise DataError(f"a subset needs data, but the index selects 0 of {len(self)} in {self.name!r}: widen it")
+        return self._replace(x=x, labels=None if self.labels is None else self.labels[index])
+
+    def unlabelled(self) -> Images:
+        """The same data without labels, as unconditional models take them."""
+        return self._replace(labels=None)
+
+    def relabelled(self, labels: Tensor) -> Images:
+        """The same data with other labels ``[N]``, integers; -1 stands for one that is not known."""
+        return self._replace(labels=_checked_labels(labels, self.x, self.name))
+
+    def __repr__(self) -> str:
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        labels = "no labels" if self.labels is None else "labelled"
+        return (
+            f"Images({self.name!r}, {len(self):,} of {list(self.event_shape)}, {dtype}, "
+            f"binarization={self.binarization!r}, {labels}, {self.x.device})"
+        )
+
+    def _drawn(self, x: Tensor) -> Tensor:
+        return (
+            torch.rand_like(x).lt(x).to(x.dtype) if self.binarization == "dynamic" else x
+        )  # 3x torch.bernoulli's speed
+
+    def _replace(self, **attributes: Any) -> Images:
+        """A copy that skips the constructor: the values are checked already, and a static draw is made once only."""
+        other = copy.copy(self)
+        other.__dict__.update(attributes)
+        return other
+
+
+def _check_values(x: Tensor, name: str, unit: bool) -> None:
+    if not x.dim() or not x.numel():
+        raise DataError(
+            f"data must be [N, ...] with N >= 1, {name!r} has shape {list(x.shape)}: pass at least one datum"
+        )
+    if (bad := first_outside(x, torch.isfinite)) is not None:
+        raise DataError(f"{at(name, bad, x[bad])}: data must be finite; {DROP}")
+    if unit and (bad := first_outside(x, constraints.unit_interval.check)) is not None:
+        raise DataError(
+            f"{at(name, bad, x[bad])}: binarization needs values in [0, 1]; {BY_255}, or pass binarization='none'"
+        )
+
+
+def _checked_labels(labels: Tensor, x: Tensor, name: str) -> Tensor:
+    if not _is_integer(labels := torch.as_tensor(labels)):
+        raise DataError(f"labels must be integers, those of {name!r} are {labels.dtype}: convert with labels.long()")
+    if labels.shape != x.shape[:1]:
+        raise DataError(
+            f"labels must have shape [{len(x)}], one for each datum, those of {name!r} have {list(labels.shape)}: "
+            "pass one class index per datum"
+        )
+    return labels.to(x.device, torch.int64)
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def _binarized(x: Tensor, binarization: str, seed: int) -> Tensor:
+    if binarization == "threshold":
+        return (x > 0.5).to(x.dtype)
+    if binarization != "static":
+        return x
+    generator = torch.Generator().manual_seed(seed)
+    return torch.bernoulli(x.cpu(), generator=generator).to(x.device)
+
+
+def as_tensor(array: Tensor | np.ndarray, name: str) -> Tensor:
+    """A tensor of a numeric array: 8-bit, boolean, int64 or the default float type."""
+    if isinstance(array, Tensor):
+        return array
+    if array.dtype.kind not in "buif":
+        raise DataError(f"{name} must be an array of numbers, received {array.dtype}: convert it with astype(float)")
+    if array.dtype.kind == "f":
+        return torch.tensor(array.astype(np.float64), dtype=torch.get_default_dtype())
+    return torch.tensor(array if array.dtype in (np.uint8, np.bool_) else array.astype(np.int64))
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """8-bit images ``[N, H, W]`` and ``[N, H, W, C]`` (C 1 or 3) as ``[N, C, H, W]``; anything else as it is."""
+    if x.dtype != torch.uint8:
+        return x
+    if x.dim() == 3:
+        return x.unsqueeze(1)
+    return x.movedim(-1, 1) if x.dim() == 4 and x.shape[-1] in (1, 3) else x

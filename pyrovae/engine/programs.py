@@ -1,0 +1,141 @@
+"""Calling Pyro programs: the modules they reach, their modes and buffers, what their values depend on.
+
+A program is any callable with Pyro primitives inside: a module, a bound method, a plain function that
+closes over networks. These helpers find what such a callable reaches without asking it to register anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+Program = Callable[..., Any]
+
+
+def roots(*programs: Program) -> list[nn.Module]:
+    """The modules that the programs are, or are methods of, each once and in order.
+
+    Partial functions are looked into: Pyro's handlers (``poutine.scale(model, ...)``) hold a program as an argument.
+    """
+    found: dict[nn.Module, None] = {}
+    pending: list[Any] = list(programs)
+    while pending:
+        program = pending.pop(0)
+        if isinstance(program, partial):
+            pending = [program.func, *program.args, *program.keywords.values(), *pending]
+        for candidate in (program, getattr(program, "__self__", None)):
+            if isinstance(candidate, nn.Module):
+                found[candidate] = None
+    return list(found)
+
+
+def device_of(*programs: Program) -> torch.device | None:
+    """Where the first parameter of the programs' modules lives; None if they have none."""
+    return next((p.device for module in roots(*programs) for p in module.parameters()), None)
+
+
+@contextmanager
+def _on_forward(hook: Callable[[nn.Module], None]) -> Iterator[None]:
+    handle = register_module_forward_pre_hook(lambda module, _: hook(module))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def protected_buffers() -> Iterator[None]:
+    """Let every module that runs inside work on copies of its buffers (BatchNorm's averages stay as they were)."""
+    originals: dict[nn.Module, dict[str, Tensor | None]] = {}
+
+    def lend_copies(module: nn.Module) -> None:
+        if module._buffers and module not in originals:
+            originals[module] = dict(module._buffers)
+            module._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})
+
+    with _on_forward(lend_copies):
+        try:
+            yield
+        finally:
+            for module, buffers in originals.items():
+                module._buffers.update(buffers)
+
+
+@contextmanager
+def reached_modules(*programs: Program) -> Iterator[dict[nn.Module, None]]:
+    """Collect, while the programs run inside, every module that they are, belong to or call."""
+    found: dict[nn.Module, None] = dict.fromkeys(roots(*programs))
+    with _on_forward(lambda module: found.setdefault(module)):
+        yield found
+
+
+@contextmanager
+def eval_mode(modules: Iterable[nn.Module], *, training: bool = False) -> Iterator[None]:
+    """Run the modules, and all below them, in eval mode (or train mode); restore each one's own mode afterwards."""
+    modes = {child: child.training for module in modules for child in module.modules()}
+    with ExitStack() as stack:
+        for module, mode in modes.items():
+            stack.callback(setattr, module, "training", mode)
+            module.training = training
+        yield
+
+
+@contextmanager
+def evaluating(*programs: Program) -> Iterator[None]:
+    """Run the programs in eval mode, with every module that they are, belong to or come to call; restore the modes."""
+    modes: dict[nn.Module, bool] = {}
+
+    def enter(module: nn.Module) -> None:
+        if module not in modes:
+            for child in module.modules():
+                modes.setdefault(child, child.training)
+                child.training = False
+
+    for root in roots(*programs):
+        enter(root)
+    with _on_forward(enter):
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def graph_leaves(root: Tensor) -> list[Tensor]:
+    """The leaf tensors that require grad and that ``root`` depends on, in the graph's order."""
+    found: dict[int, Tensor] = {}
+    seen, stack = set(), [root.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found.setdefault(id(variable), variable)
+        stack.extend(parent for parent, _ in reversed(node.next_functions))
+    return list(found.values())
+
+
+def depends_on(root: Tensor, nodes: set[Any]) -> bool:
+    """Whether the graph of ``root`` passes through one of the autograd ``nodes``."""
+    seen: set[Any] = set()
+    stack = [root.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node in nodes:
+            return True
+        seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+Batch = tuple[Any, ...]

@@ -1,0 +1,78 @@
+"""Random generators: isolated, seeded, replayed, saved."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
+    """Leave every random generator as it was found; inside, start from ``seed`` if one is given."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            seed_everything(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (every device), numpy and Python, as Pyro programs may draw from any of them."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def replayed_rng(state: Tensor, cuda_states: list[Tensor]) -> Iterator[None]:
+    """Draw again what was drawn from ``state`` on, then go on as if nothing had been drawn."""
+    now, cuda_now = rng_state()
+    _set_rng_state(state, cuda_states)
+    try:
+        yield
+    finally:
+        _set_rng_state(now, cuda_now)
+
+
+def rng_state() -> tuple[Tensor, list[Tensor]]:
+    """The states of torch's generators: the CPU's, and those of CUDA where it is in use."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_rng_state(state: Tensor, cuda_states: list[Tensor]) -> None:
+    torch.set_rng_state(state)
+    if cuda_states:
+        torch.cuda.set_rng_state_all(cuda_states)
+
+
+def rng_snapshot() -> dict[str, Any]:
+    """The state of every generator, in types that ``torch.load(weights_only=True)`` accepts."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def restore_rng(snapshot: Mapping[str, Any]) -> None:
+    """Put every generator back to where :func:`rng_snapshot` saw it."""
+    torch.set_rng_state(snapshot["torch"])
+    if snapshot["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(snapshot["cuda"])
+    kind, keys, *rest = snapshot["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version_, internal, gauss = snapshot["python"]
+    random.setstate((version_, tuple(internal), gauss))

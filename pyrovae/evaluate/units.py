@@ -1,0 +1,227 @@
+r"""What each latent unit carries: active units of any guide, KL, mutual information with the data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import Delta
+from torch import Tensor
+
+from pyrovae import data as datasets
+from pyrovae.arguments import in_range, positive_int
+from pyrovae.compile.precision import full_float32
+from pyrovae.engine.kl import site_kl
+from pyrovae.engine.programs import Program, device_of, evaluating
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.run import run
+from pyrovae.engine.sites import Record, Site, frames, latent
+from pyrovae.engine.unwrap import elementwise, point_mass
+
+_DRAWS = 64  # where a site's mean is not known in closed form
+
+
+_SEED = 52_016  # not one from which data are drawn as well, whose noise the draws would then repeat
+
+
+class ActiveUnits(NamedTuple):
+    """Variance over data of a site's posterior mean, shaped like its event, and how many exceed the threshold."""
+
+    variances: Tensor
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+
+
+def active_units(
+    guide: Program, data: Any, threshold: float = 0.01, *, samples: int = 1, batch_size: int = 500
+) -> dict[str, ActiveUnits]:
+    r"""Units of each latent site whose posterior mean varies over the data.
+
+    .. math:: A_u = \operatorname{Var}_x \big( \mathbb E_{q(z \mid x)}[z_u] \big) > 0.01
+
+    The mean is the site's own given its parents, at ``samples`` draws of them. For a second layer there are two
+    definitions in use, and they differ by what the draw of the first one adds:
+
+    .. math:: \text{samples} = 1: \; \operatorname{Var} \big( \mathbb E[z_{2u} \mid z_1] \big),
+              \; z_1 \sim q(z_1 \mid x); \qquad \text{samples} \to \infty: \;
+              \operatorname{Var}_x \big( \mathbb E_{q(z_1 \mid x)} \mathbb E[z_{2u} \mid z_1] \big)
+
+    The first is what the IWAE paper's code does, the second what the paper says. With several draws the variance that
+    is left in their average is subtracted, so that any number is right in the mean; more make it less noisy. Where a
+    distribution has no closed-form mean, or is a Delta that transforms another draw, draws of the site stand in for it,
+    at least 64.
+
+    :param data: a tensor, Dataset, DataLoader or tuple of tensors, as the guide takes them.
+    :param threshold: on the variance, in squared units of the latent.
+    :param samples: draws of the parents to average over.
+    :return: ``{site: (variances, count)}`` for every site of the guide that lies in a data plate, auxiliary ones aside.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def guide(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         h = pyro.sample("h", dist.Normal(torch.stack([x, 0 * x], -1), 1.0).to_event(1))
+    ...         pyro.sample("top", dist.Normal(h, 1.0).to_event(1))
+    >>> x = torch.linspace(-1, 1, 100)
+    >>> [active_units(guide, x, threshold=0.2, samples=s)["top"].count for s in (1, 100)]
+    [2, 1]
+
+    Burda, Grosse, Salakhutdinov (2016), *Importance weighted autoencoders*, section 5.2.
+    """
+    threshold, samples = in_range("threshold", threshold, 0.0), positive_int("samples", samples)
+    source = datasets.as_dataset(data)
+    device = device_of(guide)
+    means: dict[str, list[Tensor]] = {}
+    noise: dict[str, Any] = {}
+    size = 0
+    with torch.no_grad(), isolated_rng(_SEED), evaluating(guide):
+        for batch in datasets.batches((source,), batch_size, device=device):
+            size += len(batch[0])
+            for name, average in _averages(guide, batch, samples).items():
+                means.setdefault(name, []).append(average.mean)
+                noise[name] = noise.get(name, 0.0) + average.noise().sum(0)
+    if size < 2:
+        raise datasets.DataError(f"a variance over data needs two of them at least, got {size}: pass more")
+    variances = {name: torch.cat(parts).var(0) - noise[name] / size for name, parts in means.items()}
+    return {name: ActiveUnits(v, int((v > threshold).sum())) for name, v in variances.items()}
+
+
+def mean_variances(guide: Program, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+    """Of one batch what :func:`active_units` finds: by site, the variance over data of the posterior means."""
+    averages = _averages(guide, batch, 1)
+    return {name: average.mean.var(0) - average.noise().mean(0) for name, average in averages.items()}
+
+
+def posterior_means(guide: Program, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+    """The mean of each latent site over the guide, ``[B, *other plates, *event]``; see :func:`active_units`."""
+    return {name: average.mean for name, average in _averages(guide, batch, 1).items()}
+
+
+class _Average:
+    """A running mean over draws, in float64, and the variance that their scatter leaves in it (Welford 1962)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Any = 0.0
+        self.squares: Any = 0.0
+
+    def add(self, value: Tensor) -> None:
+        value = value.double()
+        self.count += 1
+        step = value - self.mean
+        self.mean = self.mean + step / self.count
+        self.squares = self.squares + step * (value - self.mean)
+
+    def noise(self) -> Tensor:
+        return self.squares / max(self.count - 1, 1) / self.count
+
+
+def _averages(guide: Program, batch: tuple[Any, ...], samples: int) -> dict[str, _Average]:
+    """For each latent site the average of its means over ``samples`` draws, data first."""
+    sites = _record(guide, batch)
+    auxiliary = any(site["infer"].get("is_auxiliary") for site in sites.values())
+    names = [name for name, site in sites.items() if _per_datum(site)]
+    unknown = [name for name in names if _closed_form_mean(sites[name], auxiliary) is None]
+    averages = {name: _Average() for name in names}
+    for draw in range(max(samples, _DRAWS) if unknown else samples):
+        sites = _record(guide, batch) if draw else sites
+        for name in names if draw < samples else unknown:
+            site = sites[name]
+            value = site["value"] if name in unknown else site["fn"].mean
+            averages[name].add(value.movedim(-1 - len(site["fn"].event_shape), 0))
+    return averages
+
+
+def _record(guide: Program, batch: tuple[Any, ...]) -> dict[str, Site]:
+    with Record() as record:
+        guide(*batch)
+    return latent(record.sites)
+
+
+def _per_datum(site: Site) -> bool:
+    return not site["infer"].get("is_auxiliary") and any(dim == -1 for _, dim, _ in frames(site))
+
+
+def _closed_form_mean(site: Site, auxiliary: bool) -> Tensor | None:
+    if auxiliary and isinstance(point_mass(site["fn"]), Delta):
+        return None
+    try:
+        mean = site["fn"].mean
+    except (NotImplementedError, AttributeError):
+        return None
+    return mean if torch.isfinite(mean).all() else None
+
+
+_CELLS = 2**24  # densities held at a time
+
+
+class Information(NamedTuple):
+    """Of one latent site, nats per unit (one entry where the units are not independent), each ``[units]``.
+
+    ``mutual_information`` is at most log N of the N data it was measured on. ``aggregate_kl`` compares the aggregate
+    posterior with the prior; of a site whose prior depends on other latents it says nothing.
+    """
+
+    kl: Tensor
+    mutual_information: Tensor
+    aggregate_kl: Tensor
+
+
+def information(
+    model: Program, guide: Program, *args: Any, num_data: int = 1000, seed: int = 0, **kwargs: Any
+) -> dict[str, Information]:
+    r"""Split the KL of every latent unit into what it knows of the data and how far its prior is off.
+
+    .. math:: \underbrace{\mathbb E_x \mathrm{KL}(q(z_u \mid x) \| p(z_u))}_{\text{kl}}
+              = \underbrace{I_q(x; z_u)}_{\text{mutual\_information}}
+              + \underbrace{\mathrm{KL}(q(z_u) \| p(z_u))}_{\text{aggregate\_kl}}, \qquad
+              q(z_u) = \tfrac1N \textstyle\sum_n q(z_u \mid x_n)
+
+    A collapsed unit has neither; a unit with a KL but no information is a bad prior. The aggregate posterior is the
+    mixture over the first ``num_data`` data, at one draw each, so that an estimate of the information has a standard
+    error of about :math:`N^{-1/2}` nats.
+
+    :param args: data as :func:`pyrovae.log_likelihood` takes them.
+    :param num_data: N, how many of the data to use.
+    :return: ``{site: Information}`` for every latent site in a data plate.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    ...         pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+    >>> def guide(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("z", dist.Normal(torch.stack([0.9 * x, 0 * x + 1], -1), 0.3).to_event(1))
+    >>> found = information(model, guide, torch.randn(500))["z"]
+    >>> (found.mutual_information > 0.5).tolist()  # the second unit knows nothing, whatever its KL
+    [True, False]
+
+    Hoffman and Johnson (2016), *ELBO surgery: yet another way to carve up the variational evidence lower bound*.
+    """
+    num_data = positive_int("num_data", num_data, minimum=2)
+    device = device_of(model, guide)
+    with isolated_rng(seed), torch.no_grad(), evaluating(model, guide), full_float32():
+        batch = next(iter(datasets.batches(args, num_data, seed=seed, device=device)), None)
+        if batch is None or len(batch[0]) < 2:
+            raise datasets.DataError("information over data needs two of them at least: pass more")
+        particles = run(model, guide, batch, kwargs, scaled=False)
+        found = {}
+        for name in latent(particles.model):
+            site = particles.guide[name]
+            if site["fn"].batch_shape != (len(batch[0]),):
+                continue  # shared by the data, or in further plates
+            kl = site_kl(particles, name)[0].double().mean(0)
+            info = _mutual_information(elementwise(site["fn"]) or site["fn"], site["value"]).reshape(-1)
+            kl = kl if kl.shape == info.shape else kl.sum().reshape(1)
+            found[name] = Information(kl, info, kl - info)
+    return found
+
+
+def _mutual_information(fn: Any, value: Tensor) -> Tensor:
+    """E log q(z_n | x_n) - log 1/N sum_m q(z_n | x_m), unit by unit, ``[units]``."""
+    number = len(value)
+    own = fn.log_prob(value)
+    rows = max(1, _CELLS // own.numel())
+    # Every draw against every datum's density: the draws get an axis of their own in front.
+    mixed = [torch.logsumexp(fn.log_prob(part.unsqueeze(1)), 1) - math.log(number) for part in value.split(rows)]
+    return (own - torch.cat(mixed)).double().mean(0)

@@ -1,0 +1,143 @@
+"""Pictures of images: sheets of 8-bit pixels, side by side."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyrovae.arguments import positive_int
+
+INK, MUTED, LINES = "#2b2d31", "#6f747c", "#e6e7ea"
+DPI = 150
+
+
+CELL = 56  # pixels that a small image is enlarged to, at least, by whole factors
+
+
+GAP, PAGE, FRAME = 2, 255, 205
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether a datum of this shape can be shown: ``(H, W)``, or ``(C, H, W)`` with 1 or 3 channels.
+
+    >>> is_image((1, 28, 28)), is_image((32, 32)), is_image((784,)), is_image((2, 8, 8))
+    (True, True, False, False)
+    """
+    shape = tuple(shape)
+    return len(shape) in (2, 3) and min(shape[-2:]) > 1 and (len(shape) == 2 or shape[0] in (1, 3))
+
+
+def rgb(images: Tensor, name: str) -> np.ndarray:
+    """Images as 8-bit RGB, ``[N, H, W, 3]``."""
+    if not isinstance(images, Tensor) or not len(images) or not is_image(images.shape[1:]):
+        shape = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
+        raise ValueError(
+            f"{name} must be [N, H, W] or [N, C, H, W] with 1 or 3 channels, got {shape}: reshape them into images"
+        )
+    x = as_numpy(images)
+    x = x[:, None] if x.ndim == 3 else x
+    x = np.nan_to_num(x, nan=0.0).clip(0, 1)
+    return np.broadcast_to((255 * x).round().astype(np.uint8), (len(x), 3, *x.shape[2:])).transpose(0, 2, 3, 1)
+
+
+def mosaic(pixels: np.ndarray, columns: int, gap: int = GAP) -> np.ndarray:
+    """Enlarged images on one sheet, ``[height, width, 3]``; cells without an image have the colour of the page."""
+    factor = max(1, math.ceil(CELL / max(pixels.shape[1:3]))) if gap else 1
+    tiles = pixels.repeat(factor, 1).repeat(factor, 2)
+    count, height, width, _ = tiles.shape
+    rows = math.ceil(count / columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), PAGE, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        # A frame round each image, shared with its neighbours: white images stand out from the page.
+        sheet[top - gap : top + height + gap, left - gap : left + width + gap] = FRAME
+        sheet[top : top + height, left : left + width] = tile
+    return sheet
+
+
+def as_numpy(x: Tensor) -> np.ndarray:
+    """The values of a tensor on any device; bfloat16, which NumPy lacks, as float32."""
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+StrPath = str | os.PathLike[str]
+
+
+def image_grid(images: Tensor, path: StrPath, *, columns: int | None = None, title: str | None = None) -> Path:
+    """Images side by side, row by row, enlarged by a whole factor so that each pixel stays a sharp square.
+
+    :param images: ``[N, H, W]`` or ``[N, C, H, W]`` with 1 or 3 channels; values are clipped to [0, 1], NaN is black.
+    :param path: the PNG to write.
+    :param columns: images per row; by default as many as make the grid square.
+    :param title: a line above the grid.
+    :raises ValueError: no images, or of another shape.
+    """
+    pixels = rgb(images, "images")
+    columns = math.ceil(math.sqrt(len(pixels))) if columns is None else positive_int("columns", columns)
+    return _write_pixels(mosaic(pixels, min(columns, len(pixels))), path, title)
+
+
+def reconstructions(
+    originals: Tensor, reconstructions: Tensor, path: StrPath, *, columns: int = 10, title: str | None = None
+) -> Path:
+    """Rows of data with the model's reconstruction below each; the images as in :func:`image_grid`."""
+    above, below = rgb(originals, "originals"), rgb(reconstructions, "reconstructions")
+    if above.shape[:3] != below.shape[:3]:
+        raise ValueError(
+            f"originals and reconstructions must have one shape, got {tuple(originals.shape)} and "
+            f"{tuple(reconstructions.shape)}: pass one reconstruction per datum"
+        )
+    columns = min(positive_int("columns", columns), len(above))
+    canvas, labels = np.empty((0, *mosaic(above[:columns], columns).shape[1:]), np.uint8), []
+    for i in range(0, len(above), columns):
+        for part, name in ((above, "data"), (below, "model")):
+            row = mosaic(part[i : i + columns], columns)
+            labels.append((len(canvas) + len(row) // 2, name))
+            canvas = np.concatenate([canvas, row])
+        canvas = np.concatenate([canvas, np.full((6 * GAP, *canvas.shape[1:]), PAGE, np.uint8)])
+    return _write_pixels(canvas[: -6 * GAP], path, title, labels)
+
+
+def _write_pixels(
+    sheet: np.ndarray, path: StrPath, title: str | None = None, labels: Sequence[tuple[int, str]] = ()
+) -> Path:
+    """The sheet at one screen pixel per value, with a title above and, at the heights given, labels to the left."""
+    height, width, _ = sheet.shape
+    left, top = 46 if labels else 0, 30 if title else 0
+    full_width, full_height = max(left + width, 8 * len(title or "")), top + height
+    # A touch more than the exact size, as the backend cuts the product of inches and dots per inch down to pixels.
+    figure = Figure(((full_width + 0.01) / 100, (full_height + 0.01) / 100), dpi=100, facecolor="white")
+    figure.figimage(sheet, xo=left, yo=0, origin="upper")
+    if title:
+        figure.text(2 / full_width, 1 - 14 / full_height, title, fontsize=10, color=INK, va="center")
+    for y, label in labels:
+        figure.text(
+            (left - 7) / full_width,
+            1 - (top + y) / full_height,
+            label,
+            fontsize=8,
+            color=MUTED,
+            ha="right",
+            va="center",
+        )
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: StrPath) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(aside, format="png", metadata={"Software": None})
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,91 @@
+"""What is logged about a pair after each epoch, so that collapse is seen while it happens; the validation bound."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from pyrovae import data as datasets
+from pyrovae.data.batches import Feed
+from pyrovae.engine.kl import site_kl
+from pyrovae.engine.probe import full_size, probe
+from pyrovae.engine.programs import Program, eval_mode, roots
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.run import combine, run
+from pyrovae.engine.sites import latent
+from pyrovae.engine.unwrap import point_mass
+from pyrovae.evaluate.units import mean_variances
+from pyrovae.train.step import first_loss
+
+MONITORED = 1000  # data on which units are watched, at most
+
+
+class Monitor:
+    """Reconstruction, KL of every unit and active units of a pair, on a fixed batch of data, in eval mode.
+
+    A pair's own ``metrics(*batch)``, a dict of numbers, where it has such, is logged with them.
+    """
+
+    def __init__(self, model: Program, guide: Program, modules: list[torch.nn.Module], feed: Feed) -> None:
+        watched = None if feed.steps == 1 else min(MONITORED, max(100, (feed.size or 0) // 10))
+        self.model, self.guide, self.modules, self.batch = model, guide, modules, feed.first(watched)
+        self.size = feed.size or len(self.batch[0])
+        self.joint = False
+        try:
+            self.joint = not probe(model, guide, self.batch, {}).common_dims
+            self.usable = True
+        except Exception as error:  # for instance a latent that only Pyro's enumeration knows; training may go on
+            self.usable = False
+            warnings.warn(f"KL and active units will not be logged: {' '.join(str(error).split())}", stacklevel=3)
+
+    def __call__(self) -> dict[str, Any]:
+        """``reconstruction`` = E log p(x | z), ``kl``: nats per datum; ``kl_per_unit``, ``active_units``: by site."""
+        if not self.usable:
+            return {}
+        with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
+            particles = run(self.model, self.guide, self.batch, {}, scaled=False)
+            likelihood = particles.log_likelihood()
+            found: dict[str, Any] = {}
+            if likelihood is not None:
+                found["reconstruction"] = likelihood.mean().item()
+            kls = {
+                name: site_kl(particles, name).flatten(0, -2).mean(0)
+                for name in latent(particles.model)
+                if point_mass(particles.guide[name]["fn"]) is None
+            }
+            found["kl_per_unit"] = {name: kl.tolist() for name, kl in kls.items()}
+            if kls.keys() == latent(particles.model).keys():
+                found["kl"] = sum(kl.sum().item() for kl in kls.values())
+            else:  # point masses (autoguides, codes) have a KL only together with the sites that they transform
+                found["kl"] = -combine(None, particles.log_prior(), particles.log_guide(), 1, 1).mean().item()
+            if self.joint:  # totals: of the likelihood over this batch, of the KL over all data
+                found["kl"] /= self.size
+                found |= {key: found[key] / len(self.batch[0]) for key in ("reconstruction",) if key in found}
+            variances = mean_variances(self.guide, self.batch) if len(self.batch[0]) > 1 else {}
+            found["active_units"] = {name: int((variance > 0.01).sum()) for name, variance in variances.items()}
+            for module in roots(self.model, self.guide):
+                if callable(own := getattr(module, "metrics", None)):
+                    found |= own(*self.batch)
+        return found
+
+
+class Validation:
+    """The bound on held-out data, in nats per datum, in eval mode and on the same noise every time."""
+
+    def __init__(
+        self, model: Program, guide: Program, modules: list[torch.nn.Module], feed: Feed, objective: Any
+    ) -> None:
+        self.model, self.guide, self.modules, self.feed, self.objective = model, guide, modules, feed, objective
+        self.full_size = full_size(model, guide, feed.first())
+
+    def __call__(self) -> float:
+        data: Any = self.feed.images if self.feed.images is not None else self.feed.loader
+        total = count = 0.0
+        with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
+            for batch in datasets.batches((data,), self.feed.batch_size, device=self.feed.device):
+                loss = first_loss(self.objective.loss(self.model, self.guide, *batch))
+                total -= loss / (self.full_size or len(batch[0])) * len(batch[0])
+                count += len(batch[0])
+        return total / count
