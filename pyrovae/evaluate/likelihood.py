@@ -73,9 +73,9 @@ def log_likelihood(
         :func:`pyrovae.refine`; such an evaluation runs eagerly, and says so wherever it is printed.
     :param num_draws: posterior draws to keep per datum, resampled by weight with replacement; where the effective
         sample size is below it many are equal.
-    :param compile: True for passes through one compiled graph (see :mod:`pyrovae.compile.graph`), whose first is compared with
-        the eager one on the same noise; what cannot be compiled runs eagerly after a warning. "auto" compiles where the
-        number of data and samples promises a shorter evaluation.
+    :param compile: True for passes through one compiled graph (see :mod:`pyrovae.compile.graph`), whose first is
+        compared with the eager one on the same noise; what cannot be compiled runs eagerly after a warning. "auto"
+        compiles where the number of data and samples promises a shorter evaluation.
     :param progress: show a progress bar; None shows it on terminals only.
     :raises ValueError: for a pair without a density (a Delta guide on a continuous latent), weights that are NaN or
         infinite, and joint weights (latents outside the data plate) of data that come in several batches.

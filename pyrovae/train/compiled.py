@@ -1,8 +1,8 @@
 r"""Pyro program -> one static training step.
 
-Pyro's handlers are Python over tensor operations. :func:`pyrovae.compile.graph.capture` runs objective and gradient once and
-keeps the operations alone; Inductor compiles them. On CUDA the whole step (gather, binarisation, loss, gradients,
-clipping, optimizer) is recorded as one CUDA graph and replayed without work on the host.
+Pyro's handlers are Python over tensor operations. :func:`pyrovae.compile.graph.capture` runs objective and gradient
+once and keeps the operations alone; Inductor compiles them. On CUDA the whole step (gather, binarisation, loss,
+gradients, clipping, optimizer) is recorded as one CUDA graph and replayed without work on the host.
 
 A compiled step is never silently wrong. Before its first use its loss and gradients are compared with the eager
 program's on the same noise, leaving generators, parameters and buffers untouched. What cannot be compiled runs eagerly,
@@ -59,7 +59,7 @@ class Captured(NamedTuple):
 
 
 class CompiledStepper(Stepper):
-    """A :class:`pyrovae.train.step.Stepper` whose gradients come from a compiled graph, one for each number of particles.
+    """A :class:`pyrovae.train.step.Stepper` whose gradients come from compiled graphs, one a number of particles.
 
     :param anneals: whether kl_weight changes while training; it then is an input of the graph.
     """
