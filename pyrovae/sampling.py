@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyrovae.arguments import in_range, one_of, positive_int, sizes
-from pyrovae.data.batches import as_dataset
+from pyrovae.data.feed import as_dataset
 from pyrovae.engine.generate import Redraw, generate, program_of
 from pyrovae.engine.programs import Program, evaluating, roots
 from pyrovae.engine.randomness import isolated_rng

@@ -25,7 +25,7 @@ from pyrovae.compile import inductor
 from pyrovae.compile.checked import tensors, untouched
 from pyrovae.compile.inductor import has_compiler
 from pyrovae.compile.noise import CannotCompile, rewritten
-from pyrovae.data.batches import Feed
+from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import find_parameters
 from pyrovae.engine.programs import eval_mode
 from pyrovae.engine.randomness import isolated_rng

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import pyrovae as pv
 from pyrovae.compile.noise import rewritten
-from pyrovae.data.batches import Feed
+from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import find_parameters
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.schedules import cosine

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from pyrovae.arguments import DataError
 from pyrovae.data import Images
-from pyrovae.data.batches import Feed
+from pyrovae.data.feed import Feed
 
 CPU = torch.device("cpu")
 X = torch.arange(10.0).unsqueeze(1)

@@ -12,7 +12,7 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.compile import graph as graphs
 from pyrovae.compile.noise import stacked_noise
-from pyrovae.data.batches import Feed
+from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import find_parameters
 from pyrovae.engine.programs import eval_mode
 from pyrovae.engine.randomness import isolated_rng

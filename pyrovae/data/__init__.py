@@ -5,7 +5,7 @@
 """
 
 from pyrovae.arguments import DataError
-from pyrovae.data.batches import as_dataset, batches
+from pyrovae.data.feed import as_dataset, batches
 from pyrovae.data.images import Images
 from pyrovae.data.sets import DATASETS, Splits, load
 from pyrovae.data.support import check_support

@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from pyrovae.data.batches import Feed
+from pyrovae.data.feed import Feed
 from pyrovae.models.partition import bits
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyrovae.arguments import DataError, pick_device, positive_int
 from pyrovae.configured import arguments
-from pyrovae.data.batches import as_dataset, batches
+from pyrovae.data.feed import as_dataset, batches
 from pyrovae.data.support import check_support
 from pyrovae.models.base import Pair
 from pyrovae.parts.pixels import Gaussian

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from pyrovae.arguments import DataError, in_range, one_of, pick_device, positive_int, sizes
 from pyrovae.configured import arguments
-from pyrovae.data.batches import Feed
+from pyrovae.data.feed import Feed
 from pyrovae.data.support import check_support
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.models.base import Pair

@@ -28,7 +28,7 @@ from pyrovae.compile.graph import Graph, capture
 from pyrovae.compile.inductor import COMPILATION, has_compiler, laid_out_as
 from pyrovae.compile.noise import CannotCompile, rewritten
 from pyrovae.compile.recording import Recording, capturable
-from pyrovae.data.batches import Feed
+from pyrovae.data.feed import Feed
 from pyrovae.data.images import Images
 from pyrovae.engine.probe import Reach, find_parameters
 from pyrovae.engine.programs import Batch, Program

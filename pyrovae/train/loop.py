@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from pyrovae.arguments import DataError, in_range, one_of, pick_device, positive_int
 from pyrovae.compile.checked import check_compile
 from pyrovae.compile.precision import PRECISIONS
-from pyrovae.data.batches import Feed
+from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import Reach, find_parameters
 from pyrovae.engine.programs import Program, device_of, eval_mode, protected_buffers
 from pyrovae.engine.randomness import isolated_rng

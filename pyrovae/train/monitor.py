@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pyrovae import data as datasets
-from pyrovae.data.batches import Feed
+from pyrovae.data.feed import Feed
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.probe import full_size, probe
 from pyrovae.engine.programs import Program, eval_mode, roots

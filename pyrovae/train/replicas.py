@@ -27,7 +27,7 @@ from pyrovae.compile.inductor import laid_out_as
 from pyrovae.compile.noise import CannotCompile, stacked_noise
 from pyrovae.compile.precision import PRECISIONS
 from pyrovae.compile.recording import Recording, capturable
-from pyrovae.data.batches import Feed
+from pyrovae.data.feed import Feed
 from pyrovae.engine.programs import Batch, Program, eval_mode
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective

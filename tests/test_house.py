@@ -1,0 +1,65 @@
+"""The house stands: folders import downwards only, files in no circle, and the guide to it says so."""
+
+import ast
+import re
+from graphlib import TopologicalSorter
+
+import pytest
+
+import pyrovae
+from tests.house import FLOORS, ROOT, File, arrows, files
+
+SOURCES = files(ROOT / "pyrovae")
+FLOOR = {room: number for number, rooms in enumerate(reversed(FLOORS)) for room in rooms}
+FACES = (pyrovae, *(getattr(pyrovae, name) for name in pyrovae.__all__ if name in {source.room for source in SOURCES}))
+
+
+def runtime_imports(source: File) -> set[str]:
+    """The package's files that a file imports when it runs, by their dotted names."""
+    names = {other.name for other in SOURCES}
+    for_types = {
+        id(node)
+        for branch in ast.walk(source.tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    found = set()
+    for node in ast.walk(source.tree):
+        if id(node) in for_types or not isinstance(node, ast.ImportFrom | ast.Import):
+            continue
+        module = node.module if isinstance(node, ast.ImportFrom) else None
+        for alias in node.names:
+            dotted = (f"{module}.{alias.name}" if module else alias.name).removeprefix("pyrovae.")
+            while dotted and dotted not in names:
+                dotted = dotted.rpartition(".")[0]
+            found.add(dotted)
+    return found - {"", source.name}
+
+
+def test_every_folder_has_a_floor():
+    assert {source.room for source in SOURCES if source.room} <= FLOOR.keys()
+
+
+def test_folders_import_from_floors_below():
+    upward = [(above, below) for above, below in arrows(SOURCES) if FLOOR[above] <= FLOOR[below]]
+    assert not upward
+
+
+def test_files_import_in_no_circle():
+    TopologicalSorter({source.name: runtime_imports(source) for source in SOURCES}).prepare()
+
+
+@pytest.mark.parametrize("face", FACES, ids=lambda face: face.__name__)
+def test_no_module_bears_the_name_of_a_public_function(face):
+    modules = {f"pyrovae.{source.name}" for source in SOURCES}
+    assert not [name for name in face.__all__ if callable(getattr(face, name)) and f"{face.__name__}.{name}" in modules]
+
+
+def test_contributing_shows_the_floors():
+    text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    shown = {
+        (int(floor), name)
+        for floor, rooms in re.findall(r"^\| (\d) \| (.*?) \|", text, re.MULTILINE)
+        for name in re.findall(r"`(\w+)(?:/|\.py)`", rooms)
+    }
+    assert shown == {(FLOOR[source.room], source.room) for source in SOURCES if source.room} - {(8, "__main__")}
