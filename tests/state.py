@@ -24,12 +24,12 @@ def double_precision(seed: int) -> Iterator[None]:
         pyro.clear_param_store()
 
 
-def counting(patch: Any, inductor: Callable[..., Any]) -> list[Any]:
+def counting(patch: Any, compiler: Callable[..., Any]) -> list[Any]:
     """Count compilations, from an empty memory of them."""
     from pyrovae.compile import inductor
 
     made: list[Any] = []
-    patch.setattr(inductor, "_inductor", lambda module: made.append(module) or inductor(module))
+    patch.setattr(inductor, "_inductor", lambda module: made.append(module) or compiler(module))
     patch.setattr(inductor, "_compiled", type(inductor._compiled)())
     return made
 
