@@ -34,9 +34,14 @@ def counting(patch: Any, compiler: Callable[..., Any]) -> list[Any]:
     return made
 
 
-def interpreting(patch: Any, user: Any) -> list[Any]:
-    """Let the module ``user`` capture graphs once and run them operation by operation; what it would compile."""
+def interpreting(patch: Any, *users: Any) -> list[Any]:
+    """Capture graphs once and run them operation by operation; what would be compiled.
+
+    :param users: modules that capture functions on their own.
+    """
+    from pyrovae.compile import checked
     from pyrovae.compile import graph as graphs
 
-    patch.setattr(user, "capture", graphs._capture)
+    for user in (checked, *users):
+        patch.setattr(user, "capture", graphs._capture)
     return counting(patch, lambda module: module)

@@ -3,21 +3,123 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 
-from pyrovae.compile.noise import CannotCompile
+from pyrovae.compile.graph import Graph, capture
+from pyrovae.compile.inductor import COMPILATION
+from pyrovae.compile.noise import CannotCompile, rewritten
 from pyrovae.engine.probe import Reach
+from pyrovae.engine.programs import Batch
+from pyrovae.engine.randomness import isolated_rng
+
+
+class Captured(NamedTuple):
+    """A function's graph, and what it is to be checked with."""
+
+    graph: Graph
+    expected: list[Tensor]  # of the function itself, on the noise of the check
+    changed: list[Tensor]  # the tensors that it changes in place, as it leaves them
+
+
+class Checked:
+    """A function of tensors, called through one compiled graph that was found to give what the function gives.
+
+    The graph is made for the first inputs and compared with the function on the same noise. Inputs of the same kinds
+    go through it, all others through the function; so does everything, after one warning, where nothing can be
+    compiled.
+
+    :param function: what is to be compiled; gives a list of tensors, a loss first if there is one.
+    :param state: the tensors that it reads besides its inputs, each once.
+    :param changes: those among them that it changes in place; they are compared as well.
+    :param untouched: a context that undoes what the function does to its state while it is tried out.
+    :param precision: "bfloat16" where its networks multiply in that: then more is explained by rounding.
+    :param seed: of the noise that both are compared on.
+    :param wanted: False for a function that is to run eagerly.
+    :param reason: why it cannot be compiled, where that is known beforehand.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., list[Tensor]],
+        state: Sequence[Tensor],
+        *,
+        changes: Sequence[Tensor] = (),
+        untouched: Callable[[], AbstractContextManager[None]] = nullcontext,
+        precision: str = "float32",
+        seed: int = 0,
+        wanted: bool = True,
+        reason: str | None = None,
+    ) -> None:
+        self.function, self.state, self.changes = function, list(state), list(changes)
+        self.untouched, self.precision, self.seed = untouched, precision, seed
+        self.path, self.reason = "compiled" if wanted else "eager", reason
+        self.compiled: Callable[..., list[Tensor]] | None = None
+        self.signature: tuple[object, ...] = ()
+
+    def __call__(self, *inputs: object) -> list[Tensor]:
+        """What the function gives for these inputs."""
+        if self.takes(inputs) and self.compiled is not None:
+            return self.compiled(*self.state, *tensors(inputs))
+        return self.function(*inputs)
+
+    def takes(self, inputs: Batch) -> bool:
+        """Whether these inputs go through the graph, which is made for the first."""
+        if self.path == "compiled" and self.compiled is None:
+            try:
+                self.compile(inputs)
+            except CannotCompile as error:
+                self.path, self.reason = "eager", str(error)
+                warnings.warn(f"cannot compile: {error}; running eagerly", stacklevel=4)
+        return self.compiled is not None and signature(inputs) == self.signature
+
+    def compile(self, inputs: Batch) -> None:
+        """Make the graph for inputs such as these.
+
+        :raises CannotCompile: with the reason.
+        """
+        if self.reason is not None:
+            raise CannotCompile(self.reason)
+        graph, expected, changed = self.capture(inputs)
+        compiled = graph.compiled()
+        with isolated_rng(self.seed), self.untouched():
+            compare(expected, compiled(*self.state, *tensors(inputs)), self.precision)
+            compare(changed, self.changes, self.precision)
+        self.compiled, self.signature = compiled, signature(inputs)
+
+    def capture(self, inputs: Batch) -> Captured:
+        """The graph for inputs such as these.
+
+        The function runs eagerly first, so that whatever is wrong with it is said in plain words.
+        """
+        function = partial(self.function, *inputs)
+        with isolated_rng(self.seed), self.untouched(), rewritten():
+            expected, changed = function(), [t.clone() for t in self.changes]
+        with self.untouched(), pyro.validation_enabled(False):
+            graph = capture(function, [*self.state, *tensors(inputs)])
+        return Captured(graph, expected, changed)
+
+    def forget(self) -> None:
+        """Make another graph, for the next inputs."""
+        self.compiled = None
 
 
 def check_compile(compile: bool | str) -> None:
     """Refuse anything but "auto", True and False."""
     if compile not in ("auto", True, False):
         raise ValueError(f'compile must be "auto", True or False, got {compile!r}: pass one of these')
+
+
+def wanted(compile: bool | str, saved: float) -> bool:
+    """Whether to compile: as told, or for "auto" where that saves more seconds than a compilation takes."""
+    return saved > COMPILATION if compile == "auto" else bool(compile)
 
 
 def compare(expected: list[Tensor], got: list[Tensor], precision: str = "float32") -> None:
@@ -37,17 +139,18 @@ def compare(expected: list[Tensor], got: list[Tensor], precision: str = "float32
             raise CannotCompile(f"compiled and eager results differ: by {error:.3g} in a tensor of norm {size:.3g}")
 
 
-def signature(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+def signature(batch: Batch) -> tuple[object, ...]:
     """What a graph is made for: the kinds of the tensors, and all else as it is."""
     return tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in batch)
 
 
-def tensors(batch: tuple[Any, ...]) -> list[Tensor]:
+def tensors(batch: Batch) -> list[Tensor]:
     """The tensors of a batch."""
     return [a for a in batch if isinstance(a, Tensor)]
 
 
-def _distinct(many: Iterable[Tensor]) -> list[Tensor]:
+def distinct(many: Iterable[Tensor]) -> list[Tensor]:
+    """Each tensor once."""
     return list({id(t): t for t in many}.values())
 
 
@@ -56,7 +159,7 @@ def untouched(pair: Reach) -> Iterator[None]:
     """Leave parameters and buffers as they were: their values, and which tensors they are."""
     buffers = [(m, dict(m._buffers)) for root in pair.modules for m in root.modules() if m._buffers]
     owned = [b for _, named in buffers for b in named.values() if b is not None]
-    values = [(t, t.detach().clone()) for t in _distinct([*pair.tensors.values(), *owned])]
+    values = [(t, t.detach().clone()) for t in distinct([*pair.tensors.values(), *owned])]
     try:
         yield
         for module, named in buffers:

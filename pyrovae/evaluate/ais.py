@@ -3,7 +3,6 @@ r"""log p(x) by annealed importance sampling, and its bracket by bidirectional M
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -15,10 +14,7 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.arguments import in_range, one_of, positive_int, rising_betas
-from pyrovae.compile.checked import check_compile, compare, signature, tensors
-from pyrovae.compile.graph import capture
-from pyrovae.compile.inductor import COMPILATION
-from pyrovae.compile.noise import CannotCompile
+from pyrovae.compile.checked import Checked, check_compile, distinct, wanted
 from pyrovae.compile.precision import full_float32
 from pyrovae.engine.generate import Redraw, generate, program_of
 from pyrovae.engine.particles import Particles
@@ -228,7 +224,7 @@ class _Annealer:
                 model(*batch, **kwargs)
             self.probed = Particles({}, record.sites, 1, None, False, False, {}, dict)
             self._check(record.sites, batch)
-        self.tensors = list({id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values())
+        state = distinct(t for m in modules for t in (*m.parameters(), *m.buffers()))
         self.nesting = nesting(self.probed)
         self.maps = {name: _unconstrained(site["fn"].support) for name, site in latent(record.sites).items()}
         self.event_dims = {
@@ -237,10 +233,8 @@ class _Annealer:
         }
         evaluations = len(settings.betas) * (settings.leapfrog_steps + 1) * -(-number // len(batch[0]))
         rows = settings.num_chains * len(batch[0])
-        saved = evaluations * (_HANDLERS + SAVED * rows * sum(t.numel() for t in self.tensors))
-        chosen = saved > COMPILATION if settings.compile == "auto" else settings.compile
-        self.path = "compiled" if chosen else "eager"
-        self.graph: tuple[Any, Any] | None = None
+        saved = evaluations * (_HANDLERS + SAVED * rows * sum(t.numel() for t in state))
+        self.slope = Checked(self._slope, state, wanted=wanted(settings.compile, saved))
         self.dtype = "float32"
 
     def _check(self, sites: Sites, batch: tuple[Any, ...]) -> None:
@@ -291,36 +285,18 @@ class _Annealer:
         assert joint is not None
         return start, joint, volume
 
-    def _slope(self, batch: tuple[Any, ...], beta: Tensor, u: State) -> list[Tensor]:
+    def _slope(self, names: tuple[str, ...], beta: Tensor, *given: Any) -> list[Tensor]:
         """log q_0, log p(x, z), log f_beta with the volume, and the gradient of the last in every latent."""
+        points, batch = given[: len(names)], given[len(names) :]
         with torch.enable_grad():
-            leaves = {name: point.detach().requires_grad_() for name, point in u.items()}
+            leaves = {name: point.detach().requires_grad_() for name, point in zip(names, points, strict=True)}
             start, joint, volume = self._densities(batch, leaves)
             tempered = (1 - beta) * start + beta * joint + volume
             gradients = torch.autograd.grad(tempered.sum(), list(leaves.values()))
         return [start.detach(), joint.detach(), tempered.detach(), *gradients]
 
     def _evaluate(self, batch: tuple[Any, ...], beta: Tensor, u: State) -> list[Tensor]:
-        if self.path == "compiled" and self.graph is None:
-            try:
-                self.graph = signature(batch), self._compile(batch, beta, u)
-            except CannotCompile as error:
-                self.path = "eager"
-                warnings.warn(f"cannot compile: {error}; running eagerly", stacklevel=4)
-        if self.graph is not None and self.graph[0] == signature(batch):
-            return self.graph[1](batch, beta, u)
-        return self._slope(batch, beta, u)
-
-    def _compile(self, batch: tuple[Any, ...], beta: Tensor, u: State) -> Any:
-        own, names = [beta.clone(), *(point.clone() for point in u.values())], list(u)
-
-        def function() -> list[Tensor]:
-            return self._slope(batch, own[0], dict(zip(names, own[1:], strict=True)))
-
-        expected = function()
-        compiled = capture(function, [*self.tensors, *tensors(batch), *own]).compiled()
-        compare(expected, compiled(*self.tensors, *tensors(batch), *own))
-        return lambda batch, beta, u: compiled(*self.tensors, *tensors(batch), beta, *u.values())
+        return self.slope(tuple(u), beta, *u.values(), *batch)
 
     # --- chains ----------------------------------------------------------------------------------------------------
 
@@ -330,7 +306,7 @@ class _Annealer:
         return self._pulled_back({name: site["value"] for name, site in latent(sites).items()})
 
     def _pulled_back(self, values: State) -> State:
-        return {n: v if self.maps[n] is None else self.maps[n].inv(v) for n, v in values.items()}
+        return {n: v.clone() if self.maps[n] is None else self.maps[n].inv(v) for n, v in values.items()}
 
     def _transition(self, batch: tuple[Any, ...], beta: Tensor, u: State, step: Tensor) -> tuple[State, Tensor, Tensor]:
         """One HMC step that leaves f_beta invariant; the new state, log p - log q_0 there, and who accepted."""
@@ -418,7 +394,7 @@ class _Annealer:
         std_error = torch.where(dead, math.inf, ((num / ess - 1).clamp(min=0) / (num - 1)).sqrt())
         return AISEstimate(
             sign * (log_sum - math.log(num)), std_error, ess, acceptance, num, len(self.settings.betas) - 1, seed,
-            self.dtype, self.path,
+            self.dtype, self.slope.path,
         )  # fmt: skip
 
 

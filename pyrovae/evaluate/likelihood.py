@@ -2,7 +2,6 @@ r"""log p(x) by importance sampling, with a standard error and a warning where n
 
 from __future__ import annotations
 
-import warnings
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -14,10 +13,7 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.arguments import positive_int
-from pyrovae.compile.checked import check_compile, compare, signature, tensors
-from pyrovae.compile.graph import capture
-from pyrovae.compile.inductor import COMPILATION
-from pyrovae.compile.noise import CannotCompile, rewritten
+from pyrovae.compile.checked import Checked, check_compile, distinct, wanted
 from pyrovae.compile.precision import full_float32
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import check_fold, nesting, probe
@@ -111,14 +107,14 @@ def log_likelihood(
             proposal = refine(model, guide, *batch, steps=refine_steps, **kwargs) if refine_steps else guide
             if sampler is None or refine_steps:
                 sampler = _Sampler(model, proposal, batch, kwargs, num_samples, chunk_size, fold_particles, memory)
-                sampler.choose_path(False if refine_steps else compile, total or len(batch[0]))
+                resampler = resampler or Resampler(num_draws, seed, sampler.pair)
+                sampler.prepare(False if refine_steps else compile, total or len(batch[0]), resampler)
             if sampler.joint and (results or batch_size is not None):
                 raise ValueError(
                     "the pair has latents outside the data plate, so that its weights are joint over the data, which "
                     "therefore cannot come in batches: pass them whole, as tensors, without batch_size"
                 )
-            resampler = resampler or Resampler(num_draws, seed, sampler.pair)
-            results.append(sampler(batch, resampler))
+            results.append(sampler(batch))
             bar.update(sum(log_prob.numel() for log_prob, *_ in results), "data")
     if sampler is None or resampler is None:
         raise datasets.DataError("there are no data to evaluate: pass at least one datum")
@@ -126,7 +122,7 @@ def log_likelihood(
     log_prob, std_error, ess, k = columns
     dtype = str(sampler.dtype).removeprefix("torch.")
     return LikelihoodEstimate(
-        log_prob, std_error, ess, k, num_samples, seed, dtype, sampler.path, refine_steps, resampler.results()
+        log_prob, std_error, ess, k, num_samples, seed, dtype, sampler.passes.path, refine_steps, resampler.results()
     )
 
 
@@ -162,47 +158,23 @@ class _Sampler:
         self.dtype = measure(checked).dtype
         self.chunk_size = chunk_size or _fitting_chunk(used.peak / 2, memory, batch)
         self.subsampled = checked.oversampling != 1.0 or bool(checked.uncommon_subsampled)
-        self.graph: tuple[Any, Any] | None = None
-        self.path = "eager"
+        self.tensors = distinct(t for module in self.modules for t in (*module.parameters(), *module.buffers()))
 
-    def choose_path(self, compile: bool | str, number: int) -> None:
+    def prepare(self, compile: bool | str, number: int, resampler: Resampler) -> None:
         """Decide, from counts alone where ``compile`` is "auto", whether passes go through a compiled graph."""
-        weights = sum(p.numel() for p in self._tensors())
-        chosen = number * self.num_samples * weights * SAVED > COMPILATION if compile == "auto" else compile
-        self.path = "compiled" if chosen else "eager"
+        weights = sum(t.numel() for t in self.tensors)
+        self.resampler = resampler
+        self.passes = Checked(
+            partial(self._measure, resampler),
+            self.tensors,
+            wanted=wanted(compile, number * self.num_samples * weights * SAVED),
+            reason="a plate is subsampled, and every pass must weigh the same data" if self.subsampled else None,
+        )
 
-    def _tensors(self) -> list[Tensor]:
-        found = (t for module in self.modules for t in (*module.parameters(), *module.buffers()))
-        return list({id(t): t for t in found}.values())
-
-    def _pass(self, batch: tuple[Any, ...], size: int, resampler: Resampler) -> list[Tensor]:
+    def _measure(self, resampler: Resampler, size: int, *batch: Any) -> list[Tensor]:
         """The log-weights of one pass, ``[size, B]``, in eval mode, and what a resampler wants of it."""
-        if self.path == "compiled" and self.graph is None:
-            try:
-                self.graph = (size, signature(batch)), self._compile(batch, size, resampler)
-            except CannotCompile as error:
-                self.path = "eager"
-                warnings.warn(f"cannot compile: {error}; running eagerly", stacklevel=4)
-        if self.graph is not None and self.graph[0] == (size, signature(batch)):
-            return self.graph[1](batch)
-        return self._measure(batch, size, resampler)
-
-    def _measure(self, batch: tuple[Any, ...], size: int, resampler: Resampler) -> list[Tensor]:
         run = self._run(batch, size)
         return [measure(run), *resampler.values(run)]
-
-    def _compile(self, batch: tuple[Any, ...], size: int, resampler: Resampler) -> Any:
-        if self.subsampled:
-            raise CannotCompile("a plate is subsampled, and every pass must weigh the same data")
-        state = self._tensors()
-        measured = partial(self._measure, batch, size, resampler)
-
-        with isolated_rng(0), rewritten():
-            expected = measured()
-        compiled = capture(measured, [*state, *tensors(batch)]).compiled()
-        with isolated_rng(0):
-            compare(expected, compiled(*state, *tensors(batch)))
-        return lambda batch: compiled(*state, *tensors(batch))
 
     def _run(self, batch: tuple[Any, ...], num_particles: int) -> Particles:
         with eval_mode(self.modules):
@@ -233,25 +205,26 @@ class _Sampler:
                     "autoencoder); draw it from a distribution with a density"
                 )
 
-    def __call__(self, batch: tuple[Any, ...], resampler: Resampler) -> tuple[Tensor, ...]:
+    def __call__(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """log_prob, std_error, ess and pareto_k of one batch."""
         tally, drawn, subsample = _Tally(self.num_samples), 0, _SameSubsample()
         while drawn < self.num_samples:
             size = min(self.chunk_size, self.num_samples - drawn)
             try:
                 with subsample:
-                    log_w, *values = self._pass(batch, size, resampler)
+                    log_w, *values = self.passes(size, *batch)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
-                self.chunk_size, self.graph = size // 2, None
+                self.chunk_size = size // 2
+                self.passes.forget()
                 continue
             tally.add(log_w)
-            if resampler.num_draws:
-                resampler.add(log_w, values)
+            if self.resampler.num_draws:
+                self.resampler.add(log_w, values)
             del values  # or two passes would be held at a time
             drawn += size
-        resampler.finish()
+        self.resampler.finish()
         results = tally.results()
         bad = torch.isnan(results[0]) | torch.isposinf(results[0])
         if bad.any():

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyrovae.compile.checked import _distinct, compare, signature, tensors, untouched
+from pyrovae.compile.checked import compare, distinct, signature, tensors, untouched
 from pyrovae.compile.graph import Graph, capture
 from pyrovae.compile.inductor import COMPILATION, has_compiler, laid_out_as
 from pyrovae.compile.noise import CannotCompile, rewritten
@@ -125,12 +125,12 @@ class CompiledStepper(Stepper):
     @property
     def buffers(self) -> list[Tensor]:
         """The tensors of the pair that a step may change in place."""
-        return [t for t in _distinct(self.pair.tensors.values()) if not t.requires_grad]
+        return [t for t in distinct(self.pair.tensors.values()) if not t.requires_grad]
 
     @property
     def inputs(self) -> list[Tensor]:
         """All that the graph takes besides the batch."""
-        return _distinct([*self.reached, *self.buffers, *([self.kl_weight] if self.anneals else [])])
+        return distinct([*self.reached, *self.buffers, *([self.kl_weight] if self.anneals else [])])
 
     def _compile(self, objective: Any) -> Callable[[Batch], Tensor]:
         graph, inputs, parameters, expected, buffers = self.capture(objective)
@@ -138,7 +138,7 @@ class CompiledStepper(Stepper):
         with isolated_rng(CHECK_SEED), untouched(self.pair):
             compare(expected, compiled(*inputs, *tensors(self.example)), self.precision)
             compare(buffers, self.buffers, self.precision)
-        others = _distinct([*self.reached, *self.parameters])
+        others = distinct([*self.reached, *self.parameters])
 
         def gradients(batch: Batch) -> Tensor:
             loss, *found = compiled(*inputs, *tensors(batch))

@@ -1,6 +1,5 @@
 """log p(x) through a compiled graph: the eager estimate, pass by pass, or a warning and the eager path."""
 
-import math
 import warnings
 
 import pyro
@@ -10,8 +9,8 @@ import torch
 from torch import nn
 
 import pyrovae as pv
+from pyrovae.compile import checked
 from pyrovae.compile import graph as graphs
-from pyrovae.compile import inductor
 from pyrovae.evaluate import likelihood
 from tests.state import double_precision, interpreting
 
@@ -27,7 +26,7 @@ def clean_state():
 @pytest.fixture
 def interpreted(monkeypatch):
     """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
-    return interpreting(monkeypatch, likelihood)
+    return interpreting(monkeypatch)
 
 
 class Modules(nn.Module):
@@ -268,31 +267,17 @@ def test_a_graph_that_computes_something_else_is_refused(monkeypatch):
 
 def test_auto_compiles_the_larger_evaluations(monkeypatch, interpreted):
     """From the number of data, samples and parameters alone."""
-    chosen = []
-
-    def choose(self, compile, number):
-        original(self, compile, number)
-        chosen.append(self.path)
-        self.path = "eager"
-
-    original = likelihood._Sampler.choose_path
-    monkeypatch.setattr(likelihood._Sampler, "choose_path", choose)
-    pair = pv.models.VAE((6,), latent_dim=2, hidden=(100,))  # 2,100 parameters
+    pair = pv.models.VAE((6,), latent_dim=2, hidden=(100,))
     for num_samples, data in ((10, X), (10, pv.data.Images(X)), (70, X)):
-        estimate(pair, "auto", data, num_samples=num_samples)
-    assert chosen == ["eager"] * 3
+        assert estimate(pair, "auto", data, num_samples=num_samples).path == "eager"
     weights = sum(p.numel() for p in pair.parameters())
-    enough = math.ceil(inductor.COMPILATION / (likelihood.SAVED * weights * len(X)))
-    sampler = likelihood._Sampler(pair.model, pair.guide, (X,), {}, enough + 1, 30, False, 2**30)
-    paths = []
-    for factor in (0.5, 0.999, 1.001, 2, 50):
-        sampler.num_samples = int(factor * enough)
-        original(sampler, "auto", len(X))
-        paths.append(sampler.path)
-    assert paths == ["eager", "eager", "compiled", "compiled", "compiled"]
-    original(sampler, False, 10**9)
-    assert sampler.path == "eager"
-    assert not interpreted
+    saved = likelihood.SAVED * weights * len(X) * 70
+    for data in (X, pv.data.Images(X)):
+        for factor, path in ((1.001, "eager"), (0.999, "compiled"), (0.5, "compiled")):
+            monkeypatch.setattr(checked, "COMPILATION", factor * saved)
+            assert estimate(pair, "auto", data, batch_size=len(X)).path == path
+    assert estimate(pair, False).path == "eager"
+    assert len(interpreted) == 1
 
 
 def test_the_default_of_a_small_evaluation_is_eager_and_says_so(interpreted):
