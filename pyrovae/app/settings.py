@@ -13,6 +13,7 @@ from torch import nn
 
 from pyrovae import models, objectives, runs
 from pyrovae.arguments import lookup, one_of
+from pyrovae.configured import Configured
 from pyrovae.objectives.base import Objective
 
 
@@ -56,6 +57,8 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
 
 def keywords(function: Callable[..., Any]) -> list[str]:
     """The arguments that ``--set`` can give to a class or function."""
+    if isinstance(function, type) and issubclass(function, Configured):
+        return list(function.defaults())
     return [
         name for name in inspect.signature(function).parameters if name not in ("self", "options", "args", "kwargs")
     ]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pyrovae import data as datasets
 from pyrovae.arguments import DataError, in_range, lookup, one_of, positive_int, sizes
-from pyrovae.configured import arguments
 from pyrovae.engine.programs import evaluating
 from pyrovae.models.base import Pair
 from pyrovae.nn.conv import networks
@@ -125,9 +124,7 @@ class Autoencoder(Pair):
         channels: Sequence[int] | None = None,
         density_components: int = 10,
     ) -> None:
-        given = arguments(locals())
         super().__init__()
-        self.config = given
         shape, widths = self.set_shape(input_shape), sizes("hidden", hidden)
         make_encoder, make_decoder = networks(network, activation, channels)
         self.latent_dim = positive_int("latent_dim", latent_dim)
@@ -324,12 +321,10 @@ class SparseAutoencoder(Autoencoder):
         channels: Sequence[int] | None = None,
         density_components: int = 10,
     ) -> None:
-        given = arguments(locals())
         super().__init__(
             input_shape, latent_dim, hidden, likelihood, scale, levels=levels, network=network, activation=activation,
             channels=channels, density_components=density_components,
         )  # fmt: skip
-        self.config = given
         self.penalty = one_of("penalty", penalty, ("l1", "kl"))
         self.weight = in_range("weight", weight, 0.0)
         if penalty == "l1" and rho is not None:
@@ -408,12 +403,10 @@ class DenoisingAutoencoder(Autoencoder):
         channels: Sequence[int] | None = None,
         density_components: int = 10,
     ) -> None:
-        given = arguments(locals())
         super().__init__(
             input_shape, latent_dim, hidden, likelihood, scale, levels=levels, network=network, activation=activation,
             channels=channels, density_components=density_components,
         )  # fmt: skip
-        self.config = given
         self._corruption, largest = lookup("noise", noise, CORRUPTIONS)
         self.level = in_range("level", level, 0.0, largest)
 

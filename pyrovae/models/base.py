@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.arguments import DataError, in_range, one_of, positive_int, sizes
+from pyrovae.configured import Configured
 
 P = TypeVar("P", bound="Pair")
 
 
-class Pair(nn.Module):
+class Pair(Configured, nn.Module):
     r"""A family of the zoo: a Pyro model and guide in one module, and the verbs for using it once it is trained.
 
     A subclass gives ``model`` and ``guide``, ``encode`` and ``decode``; what it cannot do it refuses by name. The
@@ -31,7 +32,6 @@ class Pair(nn.Module):
     #: Whether the data must be bits; None, as the observed site says.
     binary: bool | None = None
 
-    config: dict[str, Any]
     input_shape: tuple[int, ...]
     observation: Any  # the likelihood's family, and the network that gives its parameters
     decoder: Any

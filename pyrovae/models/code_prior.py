@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import DataError, positive_int
-from pyrovae.configured import arguments
 from pyrovae.models.base import Pair
 from pyrovae.parts.codes import AutoregressiveCodes, GatedConvolutions
 
@@ -57,9 +56,7 @@ class CodePrior(Pair):
         num_layers: int = 6,
         kernel_size: int = 3,
     ) -> None:
-        given = arguments(locals())
         super().__init__()
-        self.config = given
         grid = self.set_shape(input_shape)
         if len(grid) != 2:
             raise ValueError(f"input_shape must be a grid (height, width), got {grid}: pass the grid of the codes")

@@ -12,7 +12,6 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyrovae.arguments import DataError, positive_int, sizes
-from pyrovae.configured import arguments
 from pyrovae.models.base import Pair
 from pyrovae.nn.conv import networks
 from pyrovae.nn.mlp import MLP
@@ -86,9 +85,7 @@ class ConditionalVAE(Pair):
         activation: str = "tanh",
         channels: Sequence[int] | None = None,
     ) -> None:
-        given = arguments(locals())
         super().__init__()
-        self.config = given
         shape, widths = self.set_shape(input_shape), sizes("hidden", hidden)
         if (num_classes is None) == (num_attributes is None):
             both = "neither" if num_classes is None else "both"

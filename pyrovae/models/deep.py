@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from pyrovae.arguments import DataError, positive_int, sizes
-from pyrovae.configured import arguments
 from pyrovae.models.base import Pair
 from pyrovae.nn.mlp import fold, glorot, zero
 from pyrovae.nn.residual import PatchDecoder, PyramidEncoder, ResidualBlock
@@ -138,9 +137,7 @@ class DeepVAE(Pair):
         levels: int | None = None,
         patch: int = 2,
     ) -> None:
-        given = arguments(locals())
         super().__init__()
-        self.config = given
         shape = self.set_shape(input_shape)
         per_scale = {"channels": channels, "latent_channels": latent_channels, "blocks": blocks}
         widths, latents, counts = _per_scale(per_scale)

@@ -13,7 +13,6 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyrovae.arguments import one_of, positive_int, sizes
-from pyrovae.configured import arguments
 from pyrovae.models.base import Pair
 from pyrovae.nn.conv import networks
 from pyrovae.nn.mlp import MLP
@@ -102,9 +101,7 @@ class HierarchicalVAE(Pair):
         activation: str = "tanh",
         channels: Sequence[int] | None = None,
     ) -> None:
-        given = arguments(locals())
         super().__init__()
-        self.config = given
         shape, dims = self.set_shape(input_shape), sizes("latent_dims", latent_dims)
         widths = _widths(hidden, dims)
         self.top_down = one_of("guide", guide, GUIDES) == "top_down"

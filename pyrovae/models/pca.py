@@ -14,7 +14,6 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyrovae.arguments import DataError, pick_device, positive_int
-from pyrovae.configured import arguments
 from pyrovae.data.feed import as_dataset, batches
 from pyrovae.data.support import check_support
 from pyrovae.models.base import Pair
@@ -71,9 +70,7 @@ class PCA(Pair):
     noise_variance: Tensor
 
     def __init__(self, input_shape: Sequence[int], latent_dim: int = 50) -> None:
-        given = arguments(locals())
         super().__init__()
-        self.config = given
         dim = math.prod(self.set_shape(input_shape))
         self.latent_dim = positive_int("latent_dim", latent_dim)
         if self.latent_dim >= dim:

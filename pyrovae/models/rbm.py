@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
 from pyrovae.arguments import DataError, in_range, one_of, pick_device, positive_int, sizes
-from pyrovae.configured import arguments
 from pyrovae.data.feed import Feed
 from pyrovae.data.support import check_support
 from pyrovae.engine.randomness import isolated_rng
@@ -89,9 +88,7 @@ class RBM(Pair):
         ais_steps: int = 10_000,
         burn_in: int = 1000,
     ) -> None:
-        given = arguments(locals())
         super().__init__()
-        self.config = given
         number = isinstance(num_visible, int | np.integer)
         shape = (positive_int("num_visible", num_visible),) if number else sizes("num_visible", num_visible)
         self.num_visible = math.prod(self.set_shape(shape))

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from pyrovae.arguments import in_range, one_of, sizes
-from pyrovae.configured import arguments
 from pyrovae.models.conditional import ConditionalVAE
 from pyrovae.nn.conv import networks
 from pyrovae.parts.labels import UNKNOWN, Belief, PartialLabel, Weighted
@@ -89,12 +88,10 @@ class SemiSupervisedVAE(ConditionalVAE):
         channels: Sequence[int] | None = None,
         classifier: Mapping[str, Any] | None = None,
     ) -> None:
-        given = arguments(locals())
         super().__init__(
             input_shape, num_classes, latent_dim, hidden, likelihood, scale, levels=levels, posterior=posterior,
             flows=flows, flow_hidden=flow_hidden, network=network, activation=activation, channels=channels,
         )  # fmt: skip
-        self.config = given | {"classifier": None if classifier is None else arguments(classifier)}
         self.classification_weight = in_range("classification_weight", classification_weight, 0.0)
         probs = [1.0] * num_classes if class_probs is None else [in_range("class_probs", p, 1e-12) for p in class_probs]
         if len(probs) != num_classes:

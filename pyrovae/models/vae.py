@@ -11,7 +11,6 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyrovae.arguments import positive_int, sizes
-from pyrovae.configured import arguments
 from pyrovae.models.base import Pair
 from pyrovae.nn.conv import networks
 from pyrovae.parts.likelihoods import make_likelihood
@@ -86,9 +85,7 @@ class VAE(Pair):
         activation: str = "tanh",
         channels: Sequence[int] | None = None,
     ) -> None:
-        given = arguments(locals())
         super().__init__()
-        self.config = given
         shape, widths = self.set_shape(input_shape), sizes("hidden", hidden)
         make_encoder, make_decoder = networks(network, activation, channels)
         self.latent_dim = positive_int("latent_dim", latent_dim)

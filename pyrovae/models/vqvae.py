@@ -13,7 +13,6 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyrovae.arguments import DataError
-from pyrovae.configured import arguments
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.models.base import Pair
 from pyrovae.models.code_prior import CodePrior
@@ -96,9 +95,7 @@ class VQVAE(Pair):
         num_quantizers: int = 1,
         prior: Mapping[str, Any] | None = None,
     ) -> None:
-        given = arguments(locals())
         super().__init__()
-        self.config = given
         shape = self.set_shape(input_shape)
         self.grid = code_grid(shape, num_downsamplings)
         self.observation = make_likelihood(likelihood, shape, scale, levels)
