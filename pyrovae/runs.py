@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -94,11 +95,14 @@ class Run:
         write_json(self.path / CONFIG, config)
 
     def config(self) -> dict[str, Any]:
-        """The run's config; a DataError where there is none, or it is not JSON."""
+        """The run's config, its classes by their paths of today; a DataError where there is none, or it is not JSON."""
         try:
             config = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
             if not isinstance(config, dict):
                 raise ValueError(f"it holds a {type(config).__name__}")
+            for described in (config.get("model"), config.get("objective")):
+                if isinstance(described, dict) and "class" in described:
+                    described["class"] = public_path(str(described["class"]))
             return config
         except (OSError, ValueError) as error:
             raise DataError(
@@ -209,13 +213,26 @@ def versions() -> dict[str, str]:
     return {"pyrovae": __version__, "python": platform.python_version(), **packages}
 
 
+def class_path(cls: type) -> str:
+    """Where a class is found, ``module:Class``; one of ours in the package that exports it."""
+    return public_path(f"{cls.__module__}:{cls.__qualname__}")
+
+
+def public_path(path: str) -> str:
+    """The path of a class without the file of ours that it is written in, which may change.
+
+    >>> public_path("pyrovae.models.vae:VAE"), public_path("my_models.vae:MyVAE")
+    ('pyrovae.models:VAE', 'my_models.vae:MyVAE')
+    """
+    return re.sub(r"^(pyrovae\.(?:models|objectives))\.[\w.]+:", r"\1:", path)
+
+
 def describe(owner: Any) -> dict[str, Any] | None:
     """How to build a model object again: its class and its arguments, or None if it does not say (no ``.config``)."""
     arguments = getattr(owner, "config", None)
     if owner is None or not isinstance(arguments, dict):
         return None
-    cls = type(owner)
-    return {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments}
+    return {"class": class_path(type(owner)), "arguments": arguments}
 
 
 def find_class(path: str, *, outside: Path | None = None) -> type:

@@ -201,7 +201,7 @@ def test_a_run_holds_all_that_matters(tmp_path):
     run = runs.Run(tmp_path / "a" / "run")
     config = run.config()
     assert config["data"] == {"name": "grey"}
-    assert config["objective"] == describe_objective(pv.IWAE(3)) | {"class": "pyrovae.objectives.bounds:IWAE"}
+    assert config["objective"] == describe_objective(pv.IWAE(3)) | {"class": "pyrovae.objectives:IWAE"}
     assert (config["training"]["particles"], config["training"]["num_data"]) == ([1, 4], 55)
     assert {"torch", "pyro-ppl", "numpy", "pyrovae", "python"} <= config["versions"].keys()
     assert [{k: v for k, v in row.items() if k not in TIMES} for row in run.history()] == rows(result)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import pyro
 import torch
@@ -11,100 +12,140 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import models, runs
-from pyrovae.app.settings import CODES, Parts, Settings, keywords, trains_itself
+from pyrovae.app.settings import CODES, Parts, Settings, keywords, own_rule
 from pyrovae.arguments import one_of
+from pyrovae.data.images import Images
 from pyrovae.engine.programs import evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import counts, record_pair
 from pyrovae.engine.unwrap import is_boolean
+from pyrovae.models.base import Pair, as_pair
 from pyrovae.parts.labels import hide_labels
 
 
-def load_data(job: Settings, parts: Parts, root: str | None = None, **options: Any) -> datasets.Splits:
+@dataclass
+class Task:
+    """A job with its pair and its data."""
+
+    job: Settings
+    parts: Parts
+    pair: Pair
+    splits: datasets.Splits
+
+    @classmethod
+    def of(cls, job: Settings, *, run: Path | None = None) -> Task:
+        """Read the data and build the pair; no class is taken from ``run``."""
+        parts = Parts.of(job, run=run)
+        splits = load_data(job, parts)
+        pair = build(parts, splits.train, job.seed, source_of_codes(job))
+        if observes_bits(pair, as_seen_by(pair, splits.train)):
+            splits = load_data(job, parts, binarization="dynamic")
+        return cls(job, parts, pair, splits)
+
+    @property
+    def title(self) -> str:
+        """The model's name."""
+        return type(self.pair.module).__name__
+
+    @property
+    def method(self) -> str:
+        """What the pair is trained by."""
+        return str(self.parts.objective) if self.pair.train_on is None else "its own rule"
+
+    @property
+    def training(self) -> Images:
+        """The training data as the pair takes them."""
+        return as_seen_by(self.pair, self.splits.train)
+
+    @property
+    def validation(self) -> Images | None:
+        """The validation data as the pair takes them, if there are any."""
+        return None if self.splits.validation is None else as_seen_by(self.pair, self.splits.validation)
+
+    def config(self) -> dict[str, object]:
+        """Settings and data, as a run's config holds them."""
+        data = {
+            "name": self.job.data,
+            "shape": list(self.training.event_shape),
+            "binarization": self.training.binarization,
+        }
+        return {"settings": asdict(self.job), "data": data}
+
+
+def load_data(
+    job: Settings, parts: Parts, root: str | None = None, *, binarization: str | None = None
+) -> datasets.Splits:
     """The data set of an experiment, labelled where it has labels; grey, unless asked otherwise."""
+    root = root or job.data_dir
     if job.data.startswith(CODES):
-        return _codes(Path(job.data.removeprefix(CODES)), root or job.data_dir)
-    options = options | parts.data
-    kept = options.pop("labels_per_class", None)
-    splits = datasets.load(job.data, root or job.data_dir, labels=None, seed=job.seed, **options)
+        return encode_data(job.data.removeprefix(CODES), root)
+    options = ({} if binarization is None else {"binarization": binarization}) | parts.data
+    kept = cast(int | None, options.pop("labels_per_class", None))
+    splits = datasets.load(job.data, root, labels=None, seed=job.seed, **options)  # type: ignore[arg-type]
     if kept is None:
         return splits
-    labels: Any = as_labelled(splits.train).labels
-    return splits._replace(train=splits.train.relabelled(hide_labels(labels, kept, job.seed)))
+    labels = hide_labels(cast(Tensor, as_labelled(splits.train).labels), kept, job.seed)
+    return splits._replace(train=splits.train.relabelled(labels))
 
 
-def _codes(folder: Path, root: str | None) -> datasets.Splits:
+def encode_data(folder: str, root: str | None) -> datasets.Splits:
     """The data of a VQ-VAE's run as the codes that it gives them, ``[N, h, w]``."""
-    pair, splits = reopen_with_data(folder, root)
+    pair, splits = reopen_with_data(Path(folder), root)
     if not isinstance(pair, models.VQVAE):
         raise ValueError(f'"{CODES}{folder}" needs the run of a VQVAE, got {type(pair).__name__}: pass another run')
     device = next(pair.parameters()).device
 
-    def encoded(images: datasets.Images) -> datasets.Images:
+    def encoded(images: Images) -> Images:
         x = images.fixed().x
         codes = torch.cat([pair.encode(part.to(device)).cpu() for part in x.split(500)])
-        return datasets.Images(codes.to(x.dtype), images.labels, name=f"{CODES}{folder}")
+        return Images(codes.to(x.dtype), images.labels, name=f"{CODES}{folder}")
 
     with torch.no_grad():
         held_out = None if splits.validation is None else encoded(splits.validation)
         return datasets.Splits(encoded(splits.train), held_out, encoded(splits.test))
 
 
-def describe_data(name: str, images: datasets.Images) -> dict[str, Any]:
-    """A data set, as JSON can hold it."""
-    return {"name": name, "shape": list(images.event_shape), "binarization": images.binarization}
+def source_of_codes(job: Settings) -> models.VQVAE | None:
+    """The VQ-VAE whose codes the data are; None for any other data."""
+    if not job.data.startswith(CODES):
+        return None
+    return cast(models.VQVAE, reopen(Path(job.data.removeprefix(CODES)))[0])
 
 
-def observes_bits(pair: Any, images: datasets.Images) -> bool:
+def observes_bits(pair: Pair, images: Images) -> bool:
     """Whether the pair's observed site is boolean and the data are not."""
-    if (binary := getattr(pair, "binary", None)) is False or bool(((images.x == 0) | (images.x == 1)).all()):
+    if pair.observes_bits is False or bool(((images.x == 0) | (images.x == 1)).all()):
         return False
-    if binary:
+    if pair.observes_bits:
         return True
-    first = images.subset([0])
-    batch = (first.x.round(),) if first.labels is None else (first.x.round(), first.labels)
+    x, *labels = images.subset([0]).columns
     with torch.no_grad(), isolated_rng(), evaluating(pair.model, pair.guide), pyro.validation_enabled(False):
-        _, joint = record_pair(pair.model, pair.guide, batch, {})
+        _, joint = record_pair(pair.model, pair.guide, (x.round(), *labels), {})
     observed = [s for s in joint.values() if counts(s) and s["is_observed"] and s["value"].numel()]
     return any(is_boolean(site["fn"].support) for site in observed)
 
 
-def build(
-    parts: Parts,
-    shape: torch.Size,
-    grey: Tensor,
-    seed: int,
-    num_classes: int | None = None,
-    num_codes: int | None = None,
-) -> Any:
+def build(parts: Parts, images: Images, seed: int, vqvae: models.VQVAE | None = None) -> Pair:
     """The model, with its weights drawn from ``seed`` and its output bias started from the data where it can be."""
+    shape = tuple(images.event_shape)
+    classes = None if images.labels is None or "num_attributes" in parts.model else int(images.labels.max()) + 1
+    codes = None if vqvae is None else vqvae.quantizer.num_codes
+    known = {"input_shape": shape, "num_visible": shape, "num_classes": classes, "num_codes": codes}
     takes = keywords(parts.model_class)
-    known: dict[str, Any] = {
-        "input_shape": tuple(shape),
-        "num_visible": tuple(shape),
-        "num_classes": None if "num_attributes" in parts.model else num_classes,
-        "num_codes": num_codes,
-    }
     arguments = {name: value for name, value in known.items() if name in takes and value is not None} | parts.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pair: Any = parts.model_class(**arguments)
-    for program in ("model", "guide"):
-        if not callable(getattr(pair, program, None)):
-            raise ValueError(
-                f"{parts.model_class.__name__} has no .{program}(x): a model class needs .model and .guide"
-            )
-    if hasattr(pair, "initialise"):
-        pair.initialise(grey)
+        pair = as_pair(parts.model_class(**arguments))
+    pair.initialise(images.x)
     return pair
 
 
-def as_seen_by(pair: Any, images: datasets.Images) -> datasets.Images:
+def as_seen_by(pair: Pair, images: Images) -> Images:
     """The data as a pair takes them: with labels, if its programs are conditional on them."""
-    return as_labelled(images) if getattr(pair, "conditional", False) else images.unlabelled()
+    return as_labelled(images) if pair.conditional else images.unlabelled()
 
 
-def as_labelled(images: datasets.Images) -> datasets.Images:
+def as_labelled(images: Images) -> Images:
     """The data, if they have labels."""
     if images.labels is None:
         raise datasets.DataError(
@@ -113,26 +154,31 @@ def as_labelled(images: datasets.Images) -> datasets.Images:
     return images
 
 
-def _join(vqvae: Any, source: Path, folder: Path) -> Path:
-    """A VQ-VAE with its learned prior as a run of its own, made of the run it comes from."""
-    run = runs.Run(folder)
-    run.start(runs.Run(source).config() | {"model": runs.describe(vqvae)})
+def join_prior(task: Task, folder: Path) -> Path | None:
+    """A code prior's VQ-VAE, with that prior, as a run of its own, made of the run it comes from; None for others."""
+    vqvae, prior = source_of_codes(task.job), task.pair
+    if vqvae is None or not isinstance(prior, models.CodePrior):
+        return None
+    source, run = runs.Run(task.job.data.removeprefix(CODES)), runs.Run(folder)
+    vqvae.with_prior(prior)
+    run.start(source.config() | {"model": runs.describe(vqvae)})
     run.save("last", vqvae.state_dict())
     return folder
 
 
-def _example(folder: Path) -> Tensor:
+def example(folder: Path) -> Tensor:
+    """A datum of the shape that a run's model takes, all zeros."""
     return torch.zeros(1, *runs.Run(folder).config()["data"]["shape"])
 
 
-def reopen_with_data(folder: Path, root: str | None = None, checkpoint: str = "last") -> tuple[Any, datasets.Splits]:
+def reopen_with_data(folder: Path, root: str | None = None, checkpoint: str = "last") -> tuple[Pair, datasets.Splits]:
     """The trained pair of a run, and the data that it was trained and is to be measured on."""
     pair, job, parts = reopen(folder, checkpoint)
     binarization = runs.Run(folder).config()["data"].get("binarization", "none")
     return pair, load_data(job, parts, root, binarization=binarization)
 
 
-def reopen(folder: Path, checkpoint: str = "last") -> tuple[Any, Settings, Parts]:
+def reopen(folder: Path, checkpoint: str = "last") -> tuple[Pair, Settings, Parts]:
     """The trained pair of a run, with the settings it was made with."""
     one_of("checkpoint", checkpoint, ("last", "best"))
     config = runs.Run(folder).config()
@@ -140,18 +186,18 @@ def reopen(folder: Path, checkpoint: str = "last") -> tuple[Any, Settings, Parts
         raise ValueError(f'the run "{folder}" was not made by pyrovae train: load it in Python with pyrovae.load')
     job = Settings(**config["settings"])
     parts = Parts.of(job, run=folder)
-    pair = None
+    built = None
     if config.get("model") is None:  # a class without .config: its arguments are the settings
-        pair = build(parts, torch.Size(config["data"]["shape"]), _example(folder), job.seed)
-    return runs.load(folder, pair=pair, checkpoint=checkpoint), job, parts
+        built = build(parts, Images(example(folder)), job.seed).module
+    return as_pair(runs.load(folder, pair=built, checkpoint=checkpoint)), job, parts
 
 
-def _folder(job: Settings, run_dir: Path | None, resume: bool) -> Path:
+def run_folder(job: Settings, run_dir: Path | None, resume: bool) -> Path:
     """The run's folder: as given, else runs/MODEL-DATA-OBJECTIVE, numbered on if that is taken."""
     if run_dir is not None:
         return run_dir
     words = [job.model.rpartition(":")[2], Path(job.data.rpartition(":")[2]).stem]
-    words += [] if trains_itself(job.model) else [job.objective]
+    words += [job.objective] if own_rule(models.MODELS.get(job.model, Pair)) is None else []
     base = Path("runs") / "-".join(words).lower()
     taken = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))]
     free = next(i for i, path in enumerate(taken) if not runs.Run(path).exists)

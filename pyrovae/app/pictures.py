@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrovae import plots
-from pyrovae.app.job import _example, reopen
-from pyrovae.app.measure import _batch, _device, reconstruct
+from pyrovae.app.job import example, reopen
+from pyrovae.app.measure import reconstruct
 from pyrovae.arguments import positive_int
 from pyrovae.data.images import Images
-from pyrovae.engine.programs import evaluating
+from pyrovae.engine.programs import device_of, evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.evaluate.units import posterior_means
+from pyrovae.models.base import Pair
 from pyrovae.plots.charts import has_curves
 from pyrovae.sampling import sample as draw
 
@@ -23,7 +24,13 @@ PLANE_POINTS = 5000
 
 
 def pictures(
-    pair: Any, test: Images, classes: Tensor | None, history: list[dict[str, Any]], folder: Path, *, seed: int = 0
+    pair: Pair,
+    test: Images,
+    classes: Tensor | None,
+    history: Sequence[Mapping[str, object]],
+    folder: Path,
+    *,
+    seed: int = 0,
 ) -> list[Path]:
     """Curves, samples, reconstructions and the latent plane (and, for two units, the manifold) as PNG.
 
@@ -32,51 +39,51 @@ def pictures(
     """
     drawn = [plots.curves(history, folder / "curves.png")] if has_curves(history) else []
     test = test.fixed(seed)
-    if plots.is_image(test.event_shape):
-        if (generated := _generate(pair, test, seed)) is not None:
+    shown = plots.is_image(test.event_shape)
+    if shown:
+        if (generated := generate(pair, test, seed)) is not None:
             drawn.append(plots.image_grid(generated, folder / "samples.png", columns=columns_for(pair)))
         few = test.subset(slice(0, 16))
-        if (rebuilt := reconstruct(pair, _batch(few), seed=seed)) is not None:
+        if (rebuilt := reconstruct(pair, few.columns, seed=seed)) is not None:
             drawn.append(plots.reconstructions(few.x, rebuilt, folder / "reconstructions.png"))
-    some = test.subset(slice(0, PLANE_POINTS))
+    some = test.subset(slice(0, PLANE_POINTS)).to(device_of(pair.model) or test.x.device)
     with torch.no_grad(), isolated_rng(seed), evaluating(pair.model, pair.guide):
-        means = posterior_means(pair.guide, _batch(some.to(_device(pair, some.x))))
+        means = posterior_means(pair.guide, some.columns)
     vectors = [mean for mean in means.values() if mean.dim() == 2]
     if vectors:
         labels = None if classes is None else classes[:PLANE_POINTS]
         drawn.append(plots.latent_plane(vectors[0].cpu(), folder / "latent_plane.png", labels=labels))
         # The plane is laid out by the prior of a pair with this one latent, and decoded without labels.
-        planar = len(means) == 1 and vectors[0].shape[1] == 2 and getattr(pair, "likelihood_is", "estimate") is not None
-        decodes = hasattr(pair, "decode") and not getattr(pair, "conditional", False)
-        if planar and decodes and plots.is_image(test.event_shape):
+        planar = len(means) == 1 and vectors[0].shape[1] == 2 and pair.likelihood_is is not None
+        if shown and planar and pair.decodes and not pair.conditional:
             path = folder / "manifold.png"
             drawn.append(plots.manifold(pair.decode, path, latent_dim=2, event_shape=test.event_shape))
-    return [Path(path) for path in drawn]
+    return drawn
 
 
-def _generate(pair: Any, test: Images, seed: int) -> Tensor | None:
+def generate(pair: Pair, test: Images, seed: int) -> Tensor | None:
     """64 samples, or as many whole rows of all classes; None where the pair generates only when told more."""
     columns = columns_for(pair) or 8
     number = columns * max(1, 64 // columns)
     try:
         labels = labels_for(pair, number)
-        return draw(pair, number, *labels, returns="means", seed=seed, like=test.x[:1])
+        return draw(pair.module, number, *labels, returns="means", seed=seed, like=test.x[:1])
     except ValueError:
         return None
 
 
-def labels_for(pair: Any, number: int, label: str | None = None) -> tuple[Tensor, ...]:
+def labels_for(pair: Pair, number: int, label: str | None = None) -> tuple[Tensor, ...]:
     """What a conditional pair is to generate by: the label asked for, or all classes in turn; nothing for others."""
-    if not getattr(pair, "conditional", False):
+    if not pair.conditional:
         if label is not None:
-            raise ValueError(f"{type(pair).__name__} is not conditional, got label {label}: leave the label out")
+            raise ValueError(f"{type(pair.module).__name__} is not conditional, got label {label}: leave the label out")
         return ()
     classes = pair.config.get("num_classes")
     if classes is None:
         try:
             row = [float(v) for v in (label or "").split(",")]
         except ValueError as error:
-            count = pair.config["num_attributes"]
+            count = pair.config.get("num_attributes", "as many as the model takes")
             raise ValueError(f"label must be {count} numbers, got {label!r}: write such as 0.5,-1") from error
         return (torch.tensor(row).expand(number, -1),)
     if label is None:
@@ -86,9 +93,9 @@ def labels_for(pair: Any, number: int, label: str | None = None) -> tuple[Tensor
     return (torch.full((number,), int(label)),)
 
 
-def columns_for(pair: Any, label: str | None = None) -> int | None:
+def columns_for(pair: Pair, label: str | None = None) -> int | None:
     """A column for every class, where samples go through the classes in turn; None for a square grid."""
-    if not getattr(pair, "conditional", False) or label is not None:
+    if not pair.conditional or label is not None:
         return None
     return pair.config.get("num_classes")
 
@@ -105,13 +112,11 @@ def sample(
     temperature: float = 1.0,
 ) -> Path:
     """Draw new data from a run's model into a picture."""
-    from pyrovae.plots import image_grid
-
     number = positive_int("number", number)
     pair, _, _ = reopen(folder, checkpoint)
     labels = labels_for(pair, number, label)
     images = draw(
-        pair, number, *labels,
-        returns="draws" if draws else "means", temperature=temperature, seed=seed, like=_example(folder),
+        pair.module, number, *labels,
+        returns="draws" if draws else "means", temperature=temperature, seed=seed, like=example(folder),
     )  # fmt: skip
-    return Path(image_grid(images, output or folder / "samples.png", columns=columns_for(pair, label)))
+    return plots.image_grid(images, output or folder / "samples.png", columns=columns_for(pair, label))

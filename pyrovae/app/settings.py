@@ -7,14 +7,19 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from pyrovae import models, objectives, runs
 from pyrovae.arguments import lookup, one_of
 from pyrovae.configured import Configured
+from pyrovae.models.base import Pair
 from pyrovae.objectives.base import Objective
+
+FIT_KEYS = ("schedule", "kl_warmup", "clip_norm", "patience", "num_workers", "particles", "compile", "precision")
+OWN_FIT = ("data", "epochs", "batch_size", "lr", "seed", "device", "progress")  # what a rule of its own is told anyway
+DATA_KEYS = ("binarization", "validation", "labels_per_class")
+CODES = "codes:"  # data that are the codes of a VQ-VAE's run
 
 
 @dataclass
@@ -34,10 +39,15 @@ class Settings:
     device: str = "auto"
     seed: int = 0
     samples: int = 5000
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+
+    def further(self) -> dict[str, object]:
+        """What the constructors and ``fit`` are given beyond the settings that every job has."""
+        shorthand = {"latent_dim": self.latent_dim, "num_particles": self.particles, "num_groups": self.groups}
+        return self.settings | {name: value for name, value in shorthand.items() if value is not None}
 
 
-def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+def parse_settings(pairs: Iterable[str]) -> dict[str, object]:
     """``key=value`` pairs, each value read as JSON where it is JSON, else as a string.
 
     >>> parse_settings(["hidden=[64, 64]", "likelihood=gaussian"])
@@ -55,25 +65,12 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
-def keywords(function: Callable[..., Any]) -> list[str]:
-    """The arguments that ``--set`` can give to a class or function."""
+def keywords(function: Callable[..., object], *, but: Iterable[str] = ()) -> list[str]:
+    """The arguments that ``--set`` can give to a class or function, those in ``but`` left out."""
     if isinstance(function, type) and issubclass(function, Configured):
-        return list(function.defaults())
-    return [
-        name for name in inspect.signature(function).parameters if name not in ("self", "options", "args", "kwargs")
-    ]
-
-
-_OWN_FIT = ("epochs", "batch_size", "lr", "seed", "device", "progress")  # what a model that trains itself is told
-
-
-FIT_KEYS = ("schedule", "kl_warmup", "clip_norm", "patience", "num_workers", "particles", "compile", "precision")
-
-
-DATA_KEYS = ("binarization", "validation", "labels_per_class")
-
-
-CODES = "codes:"  # data that are the codes of a VQ-VAE's run
+        return [name for name in function.defaults() if name not in but]
+    hidden = {"self", "options", "args", "kwargs", *but}
+    return [name for name in inspect.signature(function).parameters if name not in hidden]
 
 
 @dataclass
@@ -82,36 +79,32 @@ class Parts:
 
     model_class: type[nn.Module]
     objective: Objective
-    model: dict[str, Any]
-    fit: dict[str, Any]
-    data: dict[str, Any]
+    model: dict[str, object]
+    fit: dict[str, object]
+    data: dict[str, object]
 
     @classmethod
     def of(cls, job: Settings, *, run: Path | None = None) -> Parts:
         """Look every name up, and give each setting to the part that knows it; no class is taken from ``run``."""
         own = ":" in job.model
-        model_class: Any = runs.find_class(job.model, outside=run) if own else lookup("model", job.model, models.MODELS)
+        model_class = runs.find_class(job.model, outside=run) if own else lookup("model", job.model, models.MODELS)
         objective_class = lookup("objective", job.objective.lower(), objectives.OBJECTIVES)
-        known = {
-            "model": [k for k in keywords(model_class) if k != "input_shape"],
-            "objective": list(objective_class.defaults()),
-            "fit": list(FIT_KEYS),
-            "data": list(DATA_KEYS),
+        rule = own_rule(model_class)
+        known: dict[str, Iterable[str]] = {
+            "model": keywords(model_class, but=["input_shape"]),
+            "objective": objective_class.defaults() if rule is None else (),
+            "fit": FIT_KEYS if rule is None else keywords(rule, but=OWN_FIT),
+            "data": DATA_KEYS,
         }
-        if trains_itself(job.model):
-            known |= {"objective": [], "fit": [k for k in keywords(model_class.fit) if k not in ("data", *_OWN_FIT)]}
-        sorted_: dict[str, dict[str, Any]] = {part: {} for part in known}
-        shorthand = {"latent_dim": job.latent_dim, "num_particles": job.particles, "num_groups": job.groups}
-        for key, value in (job.settings | {k: v for k, v in shorthand.items() if v is not None}).items():
-            part = next((p for p, keys in known.items() if key in keys), None)
-            if part is None:
-                everything = sorted({k for keys in known.values() for k in keys})
-                one_of(f"setting of {job.model}, {job.objective}, training and data", key, everything)
-            sorted_[part][key] = value  # type: ignore[index]
-        objective = objective_class(**sorted_.pop("objective"))
+        owner = {key: part for part, keys in reversed(known.items()) for key in keys}  # the first part that knows it
+        given = job.further()
+        for key in given:
+            one_of(f"setting of {job.model}, {job.objective}, training and data", key, sorted(owner))
+        sorted_ = {part: {k: v for k, v in given.items() if owner[k] == part} for part in known}
+        objective = objective_class(**sorted_.pop("objective"))  # type: ignore[arg-type]
         return cls(model_class, objective, **sorted_)
 
 
-def trains_itself(model: str) -> bool:
-    """Whether a model of the zoo has a ``.fit`` of its own, and no objective."""
-    return hasattr(models.MODELS.get(model), "fit")
+def own_rule(model_class: type[nn.Module]) -> Callable[..., object] | None:
+    """The training rule of a model that has one of its own, and no objective."""
+    return model_class.train_on if issubclass(model_class, Pair) else None

@@ -63,6 +63,11 @@ class Images(Dataset[Any]):
         """The mean image ``[*event]``: the expected value of each pixel, before any dynamic draw."""
         return self.x.mean(0)
 
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """The values as they are held, undrawn, and the labels if any."""
+        return (self.x,) if self.labels is None else (self.x, self.labels)
+
     def __len__(self) -> int:
         return len(self.x)
 

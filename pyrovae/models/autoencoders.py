@@ -197,6 +197,11 @@ class Autoencoder(Pair):
         self.density_scale_tril.copy_(torch.linalg.cholesky(torch.from_numpy(mixture.covariances_)))
         return self
 
+    def after_training(self, data: Any) -> bool:
+        """Fit the density of the codes, as :meth:`fit_density`."""
+        self.fit_density(data)
+        return True
+
     def density(self, temperature: float = 1.0) -> TorchDistribution:
         """The mixture that :meth:`fit_density` fitted, over the encoder's outputs.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ class Pair(Configured, nn.Module):
     r"""A family of the zoo: a Pyro model and guide in one module, and the verbs for using it once it is trained.
 
     A subclass gives ``model`` and ``guide``, ``encode`` and ``decode``; what it cannot do it refuses by name. The
-    labels of a conditional family follow ``x`` (or ``z``) everywhere.
+    labels of a conditional family follow ``x`` (or ``z``) everywhere. What the command line must know of a family the
+    family says itself, by the attributes and methods below; :func:`as_pair` answers for a class of one's own.
 
     :ivar config: the constructor's arguments; ``type(pair)(**pair.config)`` has the same architecture.
     :ivar input_shape: shape of one datum.
@@ -30,7 +31,11 @@ class Pair(Configured, nn.Module):
     #: that is estimated); None for what is not a generative model.
     likelihood_is: str | None = "estimate"
     #: Whether the data must be bits; None, as the observed site says.
-    binary: bool | None = None
+    observes_bits: bool | None = None
+    #: Whether unknown labels are summed over, so that log p(x) is measured without them.
+    sums_over_labels: bool = False
+    #: Trains the pair by a rule of its own, as ``train_on(data, **options)``; None where :func:`pyrovae.fit` does.
+    train_on: ClassVar[Callable[..., list[dict[str, float]]] | None] = None
 
     input_shape: tuple[int, ...]
     observation: Any  # the likelihood's family, and the network that gives its parameters
@@ -125,7 +130,7 @@ class Pair(Configured, nn.Module):
         """Say that a verb has no meaning for this family."""
         raise ValueError(f"{type(self).__name__} has no {verb}: {why}")
 
-    # --- the rest ------------------------------------------------------------------------------------------------
+    # --- before, while and after it is trained --------------------------------------------------------------------
 
     @torch.no_grad()
     def initialise(self: P, x: Tensor) -> P:
@@ -140,6 +145,34 @@ class Pair(Configured, nn.Module):
         bias.copy_(self.observation.initial_bias(mean).reshape(bias.shape))
         return self
 
+    def metrics(self, x: Tensor, *labels: Any) -> dict[str, Any]:
+        """What is worth knowing of a batch beside the bound, by name: nothing, in general."""
+        return {}
+
+    def after_training(self, data: Any) -> bool:
+        """Do what follows training on ``data``; whether it changed the weights."""
+        return False
+
+    def score_labels(self, x: Tensor, labels: Tensor) -> dict[str, float]:
+        """How well the labels of data ``[N, *input_shape]`` are told, by name: nothing where none are."""
+        return {}
+
+    def log_prob_error(self) -> float:
+        """Standard error of a log p(x) that is no estimate by importance sampling, in nats."""
+        return 0.0
+
+    # --- the rest ------------------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose programs and weights these are."""
+        return self
+
+    @property
+    def decodes(self) -> bool:
+        """Whether codes stand for data."""
+        return type(self).decode is not Pair.decode
+
     def check(self, x: Tensor) -> None:
         """A DataError for data of another shape."""
         if x.shape[1:] != self.input_shape:
@@ -150,6 +183,56 @@ class Pair(Configured, nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items() if value is not None)
+
+
+class OwnPair(Pair):
+    """A module of one's own with ``.model`` and ``.guide``, dressed as a pair: what it does not say is as in general.
+
+    :param owner: the module, with any of :attr:`HOOKS`.
+    :raises ValueError: for a module without the two programs.
+    """
+
+    #: What a module may say of itself, each as :class:`Pair` has it.
+    HOOKS = (
+        "model", "guide", "encode", "decode", "initialise", "metrics", "after_training", "score_labels",
+        "log_prob_error", "conditional", "likelihood_is", "observes_bits", "sums_over_labels", "config",
+    )  # fmt: skip
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.owner, self.config = owner, {}
+        self.said = {name: getattr(owner, name) for name in self.HOOKS if hasattr(owner, name)}
+        for program in ("model", "guide"):
+            if not callable(self.said.get(program)):
+                raise ValueError(f"{type(owner).__name__} has no .{program}(x): a model class needs .model and .guide")
+        vars(self).update(
+            self.said
+        )  # not as attributes, which would make a program that is a module a part of this one
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself."""
+        return self.owner
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has a ``.decode``."""
+        return "decode" in self.said
+
+    def initialise(self, x: Tensor) -> OwnPair:
+        """Nothing, unless the module says otherwise."""
+        return self
+
+
+def as_pair(module: nn.Module) -> Pair:
+    """A module with ``.model`` and ``.guide`` as a :class:`Pair`: the zoo's as they are, any other dressed as one.
+
+    >>> pair = torch.nn.Module()
+    >>> pair.model = pair.guide = lambda x: None
+    >>> as_pair(pair).conditional, as_pair(pair).likelihood_is
+    (False, 'estimate')
+    """
+    return module if isinstance(module, Pair) else OwnPair(module)
 
 
 def _great_circle(start: Tensor, end: Tensor, t: Tensor) -> Tensor:

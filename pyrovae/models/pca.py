@@ -63,7 +63,7 @@ class PCA(Pair):
     """
 
     likelihood_is = "exact"
-    binary = False
+    observes_bits = False
     mean: Tensor
     components: Tensor
     explained_variance: Tensor
@@ -134,6 +134,8 @@ class PCA(Pair):
                 "noise_variance": self.noise_variance.item(),
             }
         ]
+
+    train_on = fit
 
     def _gather(self, data: Any, seed: int) -> Tensor:
         """All data, ``[N, d]`` in float64 on the CPU."""

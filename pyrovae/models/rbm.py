@@ -74,7 +74,7 @@ class RBM(Pair):
     Boltzmann machines*, 2012.
     """
 
-    binary = True
+    observes_bits = True
     base_visible: Tensor
     base_hidden: Tensor
     chains: Tensor
@@ -215,6 +215,10 @@ class RBM(Pair):
             error = torch.zeros_like(log_z)
         return (log_z, error) if return_std_error else log_z
 
+    def log_prob_error(self) -> float:
+        """The standard error of log Z, which is that of every log p(v)."""
+        return self.log_partition(return_std_error=True)[1].item()
+
     # --- the pair ------------------------------------------------------------------------------------------------
 
     def model(self, x: Tensor) -> Tensor:
@@ -333,6 +337,8 @@ class RBM(Pair):
             with torch.no_grad():
                 self.base_hidden.copy_(_logit(self.encode(probes[0]).mean(0)))
         return history
+
+    train_on = fit
 
     def _epoch(self, feed: Feed, optimizer: torch.optim.Optimizer, lr: float, cd_steps: int, persistent: bool) -> None:
         for group in optimizer.param_groups:

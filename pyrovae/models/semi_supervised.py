@@ -68,6 +68,8 @@ class SemiSupervisedVAE(ConditionalVAE):
     Kingma, Rezende, Mohamed and Welling, *Semi-supervised learning with deep generative models*, 2014.
     """
 
+    sums_over_labels = True
+
     def __init__(
         self,
         input_shape: Sequence[int],
@@ -176,6 +178,10 @@ class SemiSupervisedVAE(ConditionalVAE):
         """The share of data ``[N, *input_shape]`` whose most probable class is their label."""
         found = torch.cat([self.classify(part).argmax(-1) for part in x.split(batch_size)])
         return (found == self.checked(y, x, x.shape[:1])).double().mean().item()
+
+    def score_labels(self, x: Tensor, labels: Tensor) -> dict[str, float]:
+        """The accuracy."""
+        return {"accuracy": self.accuracy(x, labels)}
 
     def completed(self, x: Tensor, y: Any = None) -> Tensor:
         """Labels, with the most probable class for those that are not known."""

@@ -140,11 +140,10 @@ def describe_pair(model: Program, guide: Program, objective: pyro.infer.ELBO) ->
 
 def describe_objective(objective: pyro.infer.ELBO) -> dict[str, Any]:
     """Class and arguments of an objective, as JSON can hold them."""
-    cls = type(objective)
     names = objective.defaults() if isinstance(objective, Objective) else ("num_particles",)
     arguments = {name: getattr(objective, name) for name in names if hasattr(objective, name)}
     arguments = {name: value for name, value in arguments.items() if not inspect.ismethod(value)}
-    return {"class": f"{cls.__module__}:{cls.__qualname__}", "arguments": arguments}
+    return {"class": runs.class_path(type(objective)), "arguments": arguments}
 
 
 def _owner(model: Program, guide: Program) -> Any:
