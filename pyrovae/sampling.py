@@ -15,7 +15,7 @@ from pyrovae.engine.generate import Redraw, generate, program_of
 from pyrovae.engine.programs import Program, evaluating, roots
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import Site
-from pyrovae.engine.unwrap import _innermost
+from pyrovae.engine.unwrap import innermost
 
 
 def sample(
@@ -118,7 +118,7 @@ def _mean(site: Site) -> Tensor:
     except (NotImplementedError, AttributeError):
         mean = None
     if mean is None or not torch.isfinite(mean).all():
-        kind = type(_innermost(site["fn"])).__name__
+        kind = type(innermost(site["fn"])).__name__
         raise ValueError(f'site "{site["name"]}" is a {kind}, which has no finite mean: ask for returns="draws"')
     return mean
 

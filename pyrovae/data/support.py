@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae.arguments import DataError
-from pyrovae.engine.unwrap import _elementwise, is_boolean
+from pyrovae.engine.unwrap import is_boolean, widest
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -42,7 +42,7 @@ def check_support(
     ...
     pyrovae.arguments.DataError: data[0, 1] = 0.53 is outside the support of site "x" (boolean: 0 or 1); the values...
     """
-    support = None if support is None else _elementwise(support)
+    support = None if support is None else widest(support)
     x = torch.atleast_1d(x.detach())
     bad = first_outside(x, partial(_inside, support=support))
     if bad is None:

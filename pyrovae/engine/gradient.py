@@ -1,63 +1,22 @@
-r"""Coefficients per particle to a gradient: the surrogates."""
+r"""Coefficients per particle to a gradient: a scalar whose derivative is the ascent direction that they ask for.
+
+The total derivative of :math:`\log w` is path minus kl_weight times score; so ``path * log_w``, and ``(path + score) *
+log q`` at fixed samples, give every row whose model coefficient is its path. Where the two differ the model has run on
+copies of the samples. Nothing here knows whose parameter is whose.
+"""
 
 from __future__ import annotations
 
 from functools import partial
 from operator import mul
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyrovae.engine.particles import Particles
-
-
-def surrogate(
-    particles: Particles,
-    log_p: Tensor | None,
-    log_guide: Tensor | None,
-    log_w: Tensor,
-    weights: Any,
-    *,
-    kl_weight: Any,
-    ratio: Tensor | None,
-    fixed: bool,
-    reinforce: bool,
-    path: bool = True,
-) -> Tensor:
-    r"""A scalar whose gradient is the ascent direction that ``weights`` asks for; its value means nothing.
-
-    ``log_p`` is the weighted log-joint of the model's run, ``log_w`` the whole log-weight. The total derivative of
-    :math:`\log w` is path minus kl_weight times score; so, with one run of the model on live samples, ``path * log_w``
-    and ``(path + score) * log q`` at fixed samples make every row with model = path. Where they differ the model ran on
-    copies. Through detached ones go two backward passes, to the samples with ``path``, to the parameters with
-    ``model``. Through live ones one is enough: it carries ``model``, and ``ratio``, path / model, is applied to what
-    arrives at the samples, for plates make every particle of every datum a matter of its own.
-    """
-    alive = torch.isfinite(log_w.detach())
-
-    def dot(coefficient: Tensor, value: Tensor) -> Tensor:
-        return (coefficient * torch.where(alive, value, 0.0)).sum()
-
-    if log_p is None:
-        total = dot(weights.path, log_w)
-    else:
-        total = dot(weights.model, log_p)
-        leaves = list(particles.copies.values()) if path else []
-        if ratio is not None:
-            for name, copied in particles.copies.items():
-                copied.register_hook(partial(mul, particles.at_site(name, ratio)))
-        elif leaves and log_p.requires_grad:
-            along = torch.autograd.grad(dot(weights.path, log_p), leaves, retain_graph=True, allow_unused=True)
-            live = [particles.guide[name]["value"] for name in particles.copies]
-            total = total + sum((g * z).sum() for g, z in zip(along, live, strict=True) if g is not None)
-        if log_guide is not None and path:
-            total = total - dot(weights.path * kl_weight, log_guide)
-    if fixed and (log_q := particles.log_guide_fixed()) is not None:
-        total = total + dot(kl_weight * (weights.path + weights.score), log_q)
-    if reinforce and (log_q := particles.log_score()) is not None:
-        total = total + dot(weights.reinforce, log_q)
-    return total
+from pyrovae.engine.particles import Particles, combine, is_number
+from pyrovae.engine.run import Copies
+from pyrovae.engine.sites import Weight
 
 
 class ParticleWeights(NamedTuple):
@@ -78,29 +37,113 @@ class ParticleWeights(NamedTuple):
     reinforce: Tensor
 
 
-def finite_weights(weights: ParticleWeights, bound: Tensor, tiny: float = 0.0, scale: Any = 1.0) -> ParticleWeights:
+class Needs(NamedTuple):
+    """What an objective needs of a run of a pair, besides its log-weights.
+
+    :ivar copies: the copies of the samples on which the model runs, where model and path may differ.
+    :ivar path: whether the guide follows its samples at all.
+    :ivar fixed: whether path + score may differ from 0, so that log q at fixed samples enters.
+    :ivar reinforce: whether sites without rsample follow their score.
+    """
+
+    copies: Copies = None
+    path: bool = True
+    fixed: bool = False
+    reinforce: bool = True
+
+
+class Parts(NamedTuple):
+    """The parts of a run's log-weights, ``[K, *plates]`` each, and the weights that joined them."""
+
+    likelihood: Tensor | None
+    prior: Tensor | None
+    guide: Tensor | None
+    kl_weight: Weight
+    likelihood_weight: Weight
+
+    @property
+    def log_w(self) -> Tensor:
+        """The weighted log-weights."""
+        return combine(*self)
+
+    @property
+    def log_p(self) -> Tensor:
+        """The weighted log-joint of the model's run."""
+        return combine(*self._replace(guide=None))
+
+
+def surrogate(particles: Particles, parts: Parts, log_w: Tensor, weights: ParticleWeights, needs: Needs) -> Tensor:
+    """A scalar whose gradient is the ascent direction that ``weights`` asks for; its value means nothing."""
+    alive = torch.isfinite(log_w.detach())
+    if needs.copies is None:
+        total = dot(weights.path, log_w, alive)
+    elif needs.copies == "live":
+        total = along_live_copies(particles, parts.log_p, weights, alive)
+    else:
+        total = along_detached_copies(particles, parts.log_p, weights, alive, path=needs.path)
+    if needs.copies and needs.path and parts.guide is not None:
+        total = total - dot(weights.path * parts.kl_weight, parts.guide, alive)
+    if needs.fixed and (log_q := particles.log_guide_fixed()) is not None:
+        total = total + dot(parts.kl_weight * (weights.path + weights.score), log_q, alive)
+    if needs.reinforce and (log_q := particles.log_score()) is not None:
+        total = total + dot(weights.reinforce, log_q, alive)
+    return total
+
+
+def dot(coefficient: Tensor, value: Tensor, alive: Tensor) -> Tensor:
+    """The sum of coefficient times value; dead particles have no gradient (0 * NaN would be one)."""
+    return (coefficient * torch.where(alive, value, 0.0)).sum()
+
+
+def along_live_copies(particles: Particles, log_p: Tensor, weights: ParticleWeights, alive: Tensor) -> Tensor:
+    """One backward pass through the model: ``model`` to the parameters, scaled by path / model to the samples.
+
+    That is right because plates make every particle of every datum a matter of its own.
+    """
+    ratio = ratio_of(weights.path, weights.model)
+    for name, copied in particles.copies.items():
+        at_site = particles.layout.spread(ratio, particles.guide[name]["fn"].event_dim)
+        copied.register_hook(partial(mul, at_site))
+    return dot(weights.model, log_p, alive)
+
+
+def along_detached_copies(
+    particles: Particles, log_p: Tensor, weights: ParticleWeights, alive: Tensor, *, path: bool
+) -> Tensor:
+    """Two backward passes through the model: to the samples with ``path``, to the parameters with ``model``."""
+    total = dot(weights.model, log_p, alive)
+    leaves = list(particles.copies.values()) if path else []
+    if not leaves or not log_p.requires_grad:
+        return total
+    along = torch.autograd.grad(dot(weights.path, log_p, alive), leaves, retain_graph=True, allow_unused=True)
+    live = [particles.guide[name]["value"] for name in particles.copies]
+    return total + sum((g * z).sum() for g, z in zip(along, live, strict=True) if g is not None)
+
+
+def ratio_of(path: Tensor, model: Tensor) -> Tensor:
+    """path / model, 0 where both are."""
+    dropped = model == 0
+    return torch.where(dropped, 0.0, path / torch.where(dropped, 1.0, model))
+
+
+def finite_weights(weights: ParticleWeights, bound: Tensor, tiny: float = 0.0, scale: Weight = 1.0) -> ParticleWeights:
     """No gradient from a datum whose bound is not finite, nor from a learning signal that is not.
 
     Nor from a weight below ``tiny``, eps^2 in training: it is invisible in the sum, and its gradients are denormal,
-    many times slower on CPUs.
+    many times slower on CPUs. Coefficients that are one tensor stay one.
     """
     usable = torch.isfinite(bound)
-    done: dict[int, Tensor] = {}  # several coefficients are often one tensor
-    for c in weights[:3]:
-        if id(c) not in done:
-            kept = torch.where(usable & (c.abs() >= tiny), c, 0.0) if tiny else torch.where(usable, c, 0.0)
-            done[id(c)] = _times(kept, scale)
-    if id(weights.reinforce) not in done:
-        finite = usable & torch.isfinite(weights.reinforce)
-        done[id(weights.reinforce)] = _times(torch.where(finite, weights.reinforce, 0.0), scale)
-    return ParticleWeights(*(done[id(c)] for c in weights))  # type: ignore[call-arg]
 
+    def kept(coefficient: Tensor, where: Tensor) -> Tensor:
+        finite = torch.where(where, coefficient, 0.0)
+        return finite if is_number(scale, 1) else finite * scale
 
-def _ratio(weights: ParticleWeights) -> Tensor:
-    """path / model, 0 where both are."""
-    dropped = weights.model == 0
-    return torch.where(dropped, 0.0, weights.path / torch.where(dropped, 1.0, weights.model))
+    def visible(coefficient: Tensor) -> Tensor:
+        return kept(coefficient, usable & (coefficient.abs() >= tiny) if tiny else usable)
 
-
-def _times(value: Tensor, scale: Any) -> Tensor:
-    return value if isinstance(scale, int | float) and scale == 1 else value * scale
+    model = visible(weights.model)
+    path = model if weights.path is weights.model else visible(weights.path)
+    score = path if weights.score is weights.path else visible(weights.score)
+    if weights.reinforce is weights.path:
+        return ParticleWeights(model, path, score, path)
+    return ParticleWeights(model, path, score, kept(weights.reinforce, usable & torch.isfinite(weights.reinforce)))

@@ -8,7 +8,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.sites import masked
-from pyrovae.engine.unwrap import _units, _unmasked
+from pyrovae.engine.unwrap import elementwise, unmasked
 
 
 @register_kl(MultivariateNormal, Independent)
@@ -29,9 +29,9 @@ def unit_kl(q: torch.distributions.Distribution, p: torch.distributions.Distribu
     A unit is one element of the event where both distributions are independent over it, else the whole site. Where no
     closed form is registered, the one-sample estimate :math:`\log q(z) - \log p(z)` stands in for it.
     """
-    q, p = _unmasked(q), _unmasked(p)
+    q, p = unmasked(q), unmasked(p)
     event_dim = len(q.event_shape)
-    inner_q, inner_p = _units(q, event_dim), _units(p, event_dim)
+    inner_q, inner_p = elementwise(q), elementwise(p)
     if inner_q is not None and inner_p is not None:
         q, p = inner_q, inner_p
     try:
@@ -48,4 +48,5 @@ def site_kl(particles: Particles, name: str) -> Tensor:
     mask, tempering = q["mask"], particles.tempering.get(("guide", name), 1.0)
     kl = masked(unit_kl(q["fn"], p["fn"], q["value"]), mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask)
     kl = kl * (tempering.unsqueeze(-1) if isinstance(tempering, Tensor) and tempering.dim() else tempering)
-    return torch.vmap(lambda unit: particles.as_particles(particles.reduce(unit)), in_dims=-1, out_dims=-1)(kl)
+    layout = particles.layout
+    return torch.vmap(lambda unit: layout.expand(layout.reduce(unit)), in_dims=-1, out_dims=-1)(kl)

@@ -1,22 +1,28 @@
-"""One run of a pair with K particles: plates, scales, and the parts of its log-weights."""
+"""One run of a pair with K particles: where they lie, and the parts of its log-weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
 
+import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
 from pyrovae.engine.programs import depends_on
 from pyrovae.engine.sites import (
+    Plates,
+    Site,
     Sites,
-    counts,
+    Weight,
+    counted,
     frames,
     latent,
     log_prob,
+    observed,
     oversampling,
     refuse_live_point_mass,
     reparameterised,
@@ -24,100 +30,58 @@ from pyrovae.engine.sites import (
 )
 from pyrovae.engine.unwrap import point_mass
 
-Copies = Literal["detached", "live"] | None
+Role = Literal["guide", "model"]
 
 
-@dataclass
-class Particles:
-    """One run of guide and model with ``num_particles`` particles."""
+@dataclass(frozen=True)
+class Layout:
+    """Where particles and data lie in the tensors of a run: ``[K, *plates]``, of the plates that every site shares.
 
-    guide: Sites
-    model: Sites
+    :ivar particle_dim: dim of the particles' plate; None for one particle, or with the particles folded into the batch.
+    :ivar plates: the plates around every sample site of guide and model.
+    """
+
     num_particles: int
     particle_dim: int | None
     folded: bool
-    scaled: bool
-    copies: dict[str, Tensor]
-    rerun_guide: Callable[[], Sites]
+    plates: Plates
 
-    def __post_init__(self) -> None:
-        self.counted = [s for run in (self.guide, self.model) for s in run.values() if counts(s)]
-        stacks = [frames(site) for site in self.counted]
-        self.plates = {key: f for key, f in (stacks[0] if stacks else {}).items() if all(key in s for s in stacks)}
-        self.common_dims = sorted(dim for _, dim, _ in self.plates)
-        self.scale: Any = 1.0
-        self.tempering: dict[tuple[str, str], Any] = {}
-        if self.scaled:
-            self.scale, self.tempering = self._scales()
+    @classmethod
+    def around(
+        cls, sites: Iterable[Site], num_particles: int = 1, particle_dim: int | None = None, folded: bool = False
+    ) -> Layout:
+        """The layout of a run with these sites."""
+        stacks = [frames(site) for site in sites]
+        shared = {key: f for key, f in (stacks[0] if stacks else {}).items() if all(key in s for s in stacks)}
+        return cls(num_particles, particle_dim, folded, shared)
 
-    # --- plates and scales -------------------------------------------------------------------------------------
+    @cached_property
+    def dims(self) -> list[int]:
+        """The dims of the shared plates; none where the weights are joint."""
+        return sorted(dim for _, dim, _ in self.plates)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes of the shared plates, in the order of :attr:`dims`."""
+        return [size for _, _, size in sorted(self.plates, key=lambda key: key[1])]
 
     @property
     def oversampling(self) -> float:
-        """The product of full_size/size over the plates that all sites share."""
+        """The product of full_size/size over the shared plates."""
         return math.prod(map(oversampling, self.plates.values()))
-
-    @property
-    def uncommon_subsampled(self) -> list[str]:
-        """Names of subsampled plates that some site is outside of."""
-        shared = {name for name, _, _ in self.plates}
-        others = {f.name: f for site in self.counted for f in site["cond_indep_stack"] if f.name not in shared}
-        return [name for name, f in others.items() if oversampling(f) != 1.0]
-
-    def _scales(self) -> tuple[Any, dict[tuple[str, str], Any]]:
-        """The factor of the bound, and what is left to temper single sites with (usually nothing)."""
-        if not self.counted:
-            return 1.0, {}
-        first = self.counted[0]["scale"]
-        if all(same(site["scale"], first) for site in self.counted):
-            return self._per_datum(first), {}
-        left = {}
-        for role, sites in (("guide", self.guide), ("model", self.model)):
-            for name, site in sites.items():
-                if counts(site) and not same(site["scale"], self.oversampling):
-                    left[role, name] = site["scale"] / self.oversampling
-        return self.oversampling, left
-
-    def _per_datum(self, scale: Any) -> Any:
-        if isinstance(scale, Tensor) and scale.dim() > 0:
-            sizes = [size for _, _, size in sorted(self.plates, key=lambda key: key[1])]
-            dims = [d for d in range(-scale.dim(), 0) if d not in self.common_dims]
-            if any(scale.shape[d] != 1 for d in dims):
-                raise ValueError(f"a scale of shape {tuple(scale.shape)} varies within a datum: give one per datum")
-            return scale.squeeze(dims).expand(sizes) if dims else scale
-        return scale
-
-    @property
-    def guide_tempering(self) -> list[Any]:
-        """The tempering of each latent site of the guide (1 where there is none)."""
-        return [self.tempering.get(("guide", name), 1.0) for name in latent(self.guide)]
-
-    # --- log-probabilities ---------------------------------------------------------------------------------------
 
     def reduce(self, lp: Tensor) -> Tensor:
         """Sum a site's log-probability over the plates that not all sites share: ``[K, *plates]``, or broadcastable."""
         if self.folded:
             return sum_rightmost(lp.movedim(-1, 0), lp.dim() - 1).view(self.num_particles, -1)
-        dims = [d for d in range(-lp.dim(), 0) if d != self.particle_dim and d not in self.common_dims]
+        dims = [d for d in range(-lp.dim(), 0) if d != self.particle_dim and d not in self.dims]
         return lp.sum(dims) if dims else lp
 
-    def _total(self, role: str, terms: dict[str, Tensor], *, tempered: bool = True) -> Tensor | None:
-        total = None
-        for name, lp in terms.items():
-            if tempered and (role, name) in self.tempering:
-                lp = lp * self.tempering[role, name]
-            total = self.reduce(lp) if total is None else total + self.reduce(lp)
-        return None if total is None else self.as_particles(total)
-
-    def as_particles(self, total: Tensor) -> Tensor:
+    def expand(self, total: Tensor) -> Tensor:
         """A reduced log-probability with all its axes, ``[K, *plates]``."""
-        if self.num_particles == 1 and total.dim() == len(self.common_dims):
+        if self.num_particles == 1 and total.dim() == len(self.dims):
             return total.unsqueeze(0)
         return total.expand(self.num_particles, *total.shape[1:])
-
-    def at_site(self, name: str, weights: Tensor) -> Tensor:
-        """One weight per particle and datum, ``[K, *plates]``, shaped to multiply the value of a guide's site."""
-        return self.spread(weights, self.guide[name]["fn"].event_dim)
 
     def spread(self, weights: Tensor, event_dim: int) -> Tensor:
         """One weight per particle and datum, shaped to multiply a value of ``event_dim`` event dimensions."""
@@ -125,45 +89,161 @@ class Particles:
             return weights.reshape(-1, *[1] * event_dim)
         if self.num_particles == 1:
             weights = weights.squeeze(0)
-        dims = [d for d in (self.particle_dim, *self.common_dims) if d is not None]
+        dims = [d for d in (self.particle_dim, *self.dims) if d is not None]
         shape = [1] * -min(dims, default=0)
         for dim, size in zip(dims, weights.shape, strict=True):
             shape[dim] = size
         return weights.reshape(*shape, *[1] * event_dim)
 
+
+@dataclass
+class Particles:
+    """One run of guide and model.
+
+    :ivar scale: the factor of the bound: a number, or one for each datum.
+    :ivar tempering: by role and site, what is left of a site's scale and tempers it inside log w (usually nothing).
+    :ivar copies: the copies of the guide's samples that the model ran on, where it did.
+    :ivar rerun_guide: runs the guide again on its samples held fixed; what :meth:`log_guide_fixed` may need.
+    """
+
+    layout: Layout
+    guide: Sites
+    model: Sites
+    scale: Weight = 1.0
+    tempering: dict[tuple[Role, str], Weight] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    rerun_guide: Callable[[], Sites] = dict
+
+    @classmethod
+    def of(
+        cls,
+        guide: Sites,
+        model: Sites,
+        num_particles: int = 1,
+        particle_dim: int | None = None,
+        folded: bool = False,
+        *,
+        scaled: bool = False,
+    ) -> Particles:
+        """A run from its sites; with ``scaled=False`` every scale is ignored."""
+        layout = Layout.around([*counted(guide), *counted(model)], num_particles, particle_dim, folded)
+        return cls(layout, guide, model, *(scales(layout, guide, model) if scaled else ()))
+
+    @property
+    def uncommon_subsampled(self) -> list[str]:
+        """Names of subsampled plates that some site is outside of."""
+        shared = {name for name, _, _ in self.layout.plates}
+        sites = (*counted(self.guide), *counted(self.model))
+        others = {f.name: f for site in sites for f in site["cond_indep_stack"] if f.name not in shared}
+        return [name for name, f in others.items() if oversampling(f) != 1.0]
+
+    @property
+    def guide_tempering(self) -> list[Weight]:
+        """The tempering of each latent site of the guide (1 where there is none)."""
+        return [self.tempering.get(("guide", name), 1.0) for name in latent(self.guide)]
+
+    def total(self, role: Role, terms: dict[str, Tensor], *, tempered: bool = True) -> Tensor | None:
+        """The sum of sites' log-probabilities, ``[K, *plates]``; None of none."""
+        total = None
+        for name, lp in terms.items():
+            if tempered and (role, name) in self.tempering:
+                lp = lp * self.tempering[role, name]
+            total = self.layout.reduce(lp) if total is None else total + self.layout.reduce(lp)
+        return None if total is None else self.layout.expand(total)
+
     def log_guide(self) -> Tensor | None:
         """log q(z | x), ``[K, *plates]``; None for a guide without sites."""
-        sites = {n: s for n, s in self.guide.items() if counts(s)}
-        return self._total("guide", {n: log_prob(s, in_guide=True) for n, s in sites.items()})
+        return self.total("guide", {s["name"]: log_prob(s, in_guide=True) for s in counted(self.guide)})
 
     def log_prior(self) -> Tensor | None:
         """log p(z), ``[K, *plates]``."""
-        return self._total("model", {name: log_prob(site) for name, site in latent(self.model).items()})
+        return self.total("model", {name: log_prob(site) for name, site in latent(self.model).items()})
 
     def log_likelihood(self) -> Tensor | None:
         """log p(x | z), factors included, ``[K, *plates]``."""
-        sites = {n: s for n, s in self.model.items() if counts(s) and s["is_observed"]}
-        return self._total("model", {name: log_prob(site) for name, site in sites.items()})
+        return self.total("model", {name: log_prob(site) for name, site in observed(self.model).items()})
 
     def log_score(self) -> Tensor | None:
         """log q of the guide's non-reparameterised sites, their parents live, untempered; None if there is none."""
-        sites = {n: s for n, s in self.guide.items() if counts(s) and not reparameterised(s)}
-        return self._total("guide", {n: log_prob(s) for n, s in sites.items()}, tempered=False)
+        sites = [s for s in counted(self.guide) if not reparameterised(s)]
+        return self.total("guide", {s["name"]: log_prob(s) for s in sites}, tempered=False)
 
     def log_guide_fixed(self) -> Tensor | None:
         """log q(z | x) at fixed z: no gradient flows through any of the samples.
 
         Where no site depends on another, the recorded distributions serve; else the guide runs once more.
         """
-        sites = {n: s for n, s in self.guide.items() if counts(s)}
-        cuttable = not any(point_mass(s["fn"]) for s in sites.values())
+        sites = counted(self.guide)
+        cuttable = not any(point_mass(s["fn"]) for s in sites)
         if cuttable:
-            terms = {n: log_prob(s, s["value"].detach()) for n, s in sites.items()}
-            nodes = {s["value"].grad_fn for s in sites.values()} - {None}
+            terms = {s["name"]: log_prob(s, s["value"].detach()) for s in sites}
+            nodes = {s["value"].grad_fn for s in sites} - {None}
             cuttable = len(sites) == 1 or not any(depends_on(lp, nodes) for lp in terms.values())
         if not cuttable:
-            sites = {n: s for n, s in self.rerun_guide().items() if counts(s)}
-            for name, site in sites.items():
-                refuse_live_point_mass(name, site)
-            terms = {n: log_prob(s, in_guide=True) for n, s in sites.items()}
-        return self._total("guide", terms)
+            sites = counted(self.rerun_guide())
+            for site in sites:
+                refuse_live_point_mass(site)
+            terms = {s["name"]: log_prob(s, in_guide=True) for s in sites}
+        return self.total("guide", terms)
+
+
+def scales(layout: Layout, guide: Sites, model: Sites) -> tuple[Weight, dict[tuple[Role, str], Weight]]:
+    """The factor of the bound, and what is left to temper single sites with (usually nothing)."""
+    sites = [*counted(guide), *counted(model)]
+    if not sites:
+        return 1.0, {}
+    first: Weight = sites[0]["scale"]
+    if all(same(site["scale"], first) for site in sites):
+        return per_datum(first, layout), {}
+    common = layout.oversampling
+    runs: tuple[tuple[Role, Sites], ...] = (("guide", guide), ("model", model))
+    left = {
+        (role, site["name"]): site["scale"] / common
+        for role, run in runs
+        for site in counted(run)
+        if not same(site["scale"], common)
+    }
+    return common, left
+
+
+def per_datum(scale: Weight, layout: Layout) -> Weight:
+    """A scale as a number, or as a tensor of the shared plates' sizes."""
+    if not isinstance(scale, Tensor) or scale.dim() == 0:
+        return scale
+    dims = [d for d in range(-scale.dim(), 0) if d not in layout.dims]
+    if any(scale.shape[d] != 1 for d in dims):
+        raise ValueError(f"a scale of shape {tuple(scale.shape)} varies within a datum: give one per datum")
+    return scale.squeeze(dims).expand(layout.sizes) if dims else scale
+
+
+def combine(
+    log_likelihood: Tensor | None,
+    log_prior: Tensor | None,
+    log_guide: Tensor | None,
+    kl_weight: Weight = 1.0,
+    likelihood_weight: Weight = 1.0,
+) -> Tensor:
+    """likelihood_weight * log p(x | z) + kl_weight * (log p(z) - log q(z | x)), each part optional."""
+    kl = None
+    if not is_number(kl_weight, 0):
+        kl = log_prior if log_guide is None else -log_guide if log_prior is None else log_prior - log_guide
+    weighted = [
+        part if is_number(weight, 1) else part * weight
+        for part, weight in ((log_likelihood, likelihood_weight), (kl, kl_weight))
+        if part is not None and not is_number(weight, 0)
+    ]
+    if not weighted:
+        some = next(part for part in (log_likelihood, log_prior, log_guide) if part is not None)
+        return torch.zeros_like(some)
+    return weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1]
+
+
+def is_number(weight: Weight, number: float) -> bool:
+    """Whether a weight is that number, for good; a tensor may be annealed."""
+    return isinstance(weight, int | float) and weight == number
+
+
+def measure(particles: Particles, kl_weight: Weight = 1.0, likelihood_weight: Weight = 1.0) -> Tensor:
+    """The log-weights of a run, ``[K, *plates]``."""
+    parts = particles.log_likelihood(), particles.log_prior(), particles.log_guide()
+    return combine(*parts, kl_weight, likelihood_weight)

@@ -1,11 +1,12 @@
-"""One look at a pair: what it draws, what it reaches, and whether guide and model go together."""
+"""One look at a pair: what it draws and reaches, how its plates lie, and whether guide and model go together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import pyro
 import pyro.poutine as poutine
@@ -13,33 +14,144 @@ import torch
 from pyro.util import check_site_shape
 from torch import Tensor, nn
 
-from pyrovae.engine.particles import Particles
+from pyrovae.engine.particles import Layout, Particles, Role
 from pyrovae.engine.programs import Batch, Program, graph_leaves, protected_buffers, reached_modules
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.engine.sites import Sites, counts, latent, log_prob, oversampling, quoted, record_pair
-
-_ANY: Any = math.inf
+from pyrovae.engine.sites import Sites, counted, counts, latent, log_prob, observed, oversampling, quoted, record_pair
 
 
-def probe(model: Program, guide: Program, args: tuple, kwargs: dict) -> Particles:
-    """Run the pair once with one particle, checked by Pyro and by us, leaving no trace in generators and buffers."""
-    with torch.no_grad(), isolated_rng(), protected_buffers():
-        particles = Particles(*record_pair(model, guide, args, kwargs), 1, None, False, True, {}, dict)
-        _check_match(particles)
-        _check_shapes(particles)
-    return particles
+@dataclass(frozen=True)
+class Look:
+    """What one run of a pair, with one particle, shows of it.
+
+    :ivar particles: the run itself.
+    :ivar modules: the modules that the programs are, belong to or call, none of them below another.
+    :ivar store: the tensors of Pyro's parameter store that the programs use, unconstrained, by name.
+    """
+
+    particles: Particles
+    modules: list[nn.Module]
+    store: dict[str, Tensor]
+
+    @property
+    def guide(self) -> Sites:
+        """The guide's sites."""
+        return self.particles.guide
+
+    @property
+    def model(self) -> Sites:
+        """The model's sites, on the guide's samples."""
+        return self.particles.model
+
+    @property
+    def layout(self) -> Layout:
+        """The plates that all sites share."""
+        return self.particles.layout
+
+    @cached_property
+    def nesting(self) -> int:
+        """The number of dimensions that the programs' own plates take."""
+        sites = (*self.guide.values(), *self.model.values())
+        return max((-f.dim for site in sites for f in site["cond_indep_stack"] if f.dim is not None), default=0)
+
+    @property
+    def joint(self) -> bool:
+        """Whether no plate is around every site, so that the weights are joint over the data."""
+        return not self.layout.dims
+
+    @property
+    def full_size(self) -> int | None:
+        """The full size of the rightmost plate around the observed sites if it is subsampled, else None."""
+        stacks = [site["cond_indep_stack"] for site in observed(self.model).values()]
+        plates = {f.name: f for stack in stacks for f in stack if f.dim in (-1, None)}
+        return next((f.full_size for f in plates.values() if f.full_size and f.full_size > f.size), None)
+
+    # --- what is reached ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def loose(self) -> dict[str, Tensor]:
+        """Tensors that belong to no module: of Pyro's parameter store, and leaves that the programs close over."""
+        known = {id(tensor) for tensor in module_state(self.modules).values()}
+        stored = {f"param.{name}": tensor for name, tensor in self.store.items()}
+        found = {}
+        for name, tensor in (stored | {f"leaf.{i}": leaf for i, leaf in enumerate(self.leaves)}).items():
+            if id(tensor) not in known:
+                known.add(id(tensor))
+                found[name] = tensor
+        return found
+
+    @cached_property
+    def leaves(self) -> list[Tensor]:
+        """The tensors that require grad and that the log-probabilities of the run depend on."""
+        with pyro.validation_enabled(False), isolated_rng(), torch.enable_grad():
+            drawn = [log_prob(site, in_guide=True).sum() for site in counted(self.guide)]
+            terms = [*drawn, *(log_prob(site).sum() for site in counted(self.model))]
+            return graph_leaves(torch.stack(terms).sum()) if terms else []
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold, as it is now: a module may have put other tensors in its buffers' place."""
+        return module_state(self.modules) | self.loose
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """What can be trained, each tensor once: parameters of modules, of the store, leaves that are in neither."""
+        tensors = self.tensors
+        first_names = {id(tensor): name for name, tensor in reversed(tensors.items()) if tensor.requires_grad}
+        return {name: tensors[name] for name in reversed(first_names.values())}
+
+    def to(self, device: torch.device) -> None:
+        """Move all that is reached, in place."""
+        for module in self.modules:
+            module.to(device)
+        for tensor in self.loose.values():
+            tensor.data = tensor.data.to(device)
 
 
-def nesting(particles: Particles) -> int:
-    """The number of dimensions that the programs' own plates take."""
-    sites = (s for run in (particles.guide, particles.model) for s in run.values())
-    return max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.dim is not None), default=0)
+def look(
+    model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object] | None = None, *, validate: bool = True
+) -> Look:
+    """Run a pair once with one particle, leaving no trace in generators and buffers.
+
+    :param validate: whether Pyro's own checks are made, where they are switched on at all.
+    """
+    validating = nullcontext() if validate else pyro.validation_enabled(False)
+    with (
+        torch.enable_grad(), isolated_rng(), validating, protected_buffers(), reached_modules(model, guide) as reached,
+        poutine.trace(param_only=True) as parameters,
+    ):  # fmt: skip
+        sites = record_pair(model, guide, args, kwargs or {})
+    below = {child for module in reached for child in module.modules() if child is not module}
+    store = {name: site["value"].unconstrained() for name, site in parameters.trace.nodes.items()}  # type: ignore[union-attr]
+    return Look(Particles.of(*sites, scaled=True), [m for m in reached if m not in below], store)
 
 
-def _check_match(particles: Particles) -> None:
+def module_state(modules: list[nn.Module]) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of modules, by name; of several modules by number and name."""
+    prefixes = [""] if len(modules) == 1 else [f"{i}." for i in range(len(modules))]
+    return {
+        prefix + name: tensor
+        for prefix, module in zip(prefixes, modules, strict=True)
+        for name, tensor in module.state_dict(keep_vars=True).items()
+    }
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def checked_look(model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]) -> Look:
+    """A look at a pair, after checks that guide and model go together."""
+    seen = look(model, guide, args, kwargs)
+    check_match(seen)
+    check_shapes("guide", seen.guide)
+    check_shapes("model", seen.model)
+    return seen
+
+
+def check_match(seen: Look) -> None:
     """Every latent site of the model must be drawn by the guide, and the other way round."""
-    drawn, wanted = latent(particles.guide), latent(particles.model)
-    if not any(counts(s) for s in particles.model.values()):
+    drawn, wanted = latent(seen.guide), latent(seen.model)
+    if not counted(seen.model):
         raise ValueError("the model has no sample site: it must observe something; add pyro.sample(..., obs=x)")
     for name in wanted:
         if name not in drawn:
@@ -55,28 +167,29 @@ def _check_match(particles: Particles) -> None:
             )
 
 
-def _check_shapes(particles: Particles) -> None:
-    for role, sites in (("guide", particles.guide), ("model", particles.model)):
-        for name, site in sites.items():
-            if not counts(site):
-                continue
-            try:
-                scored: Any = {**site, "log_prob": log_prob(site, in_guide=role == "guide")}
-                check_site_shape(scored, max_plate_nesting=_ANY)
-            except ValueError as error:
-                raise ValueError(f'{role} site "{name}": ' + " ".join(str(error).split())) from error
+def check_shapes(role: Role, sites: Sites) -> None:
+    """Pyro's check of every site's shape against its plates, and of its value against its support."""
+    for name, site in sites.items():
+        if not counts(site):
+            continue
+        try:
+            with torch.no_grad():
+                scored = {**site, "log_prob": log_prob(site, in_guide=role == "guide")}
+            check_site_shape(scored, max_plate_nesting=math.inf)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f'{role} site "{name}": ' + " ".join(str(error).split())) from error
 
 
-def check_fold(particles: Particles, fold: bool) -> None:
+def check_fold(seen: Look, fold: bool) -> None:
     """Refuse to fold the particles of a pair that has joint weights, or a plate with a subsample of its own."""
     if not fold:
         return
-    if particles.common_dims != [-1]:
+    if seen.layout.dims != [-1]:
         raise ValueError(
             "fold_particles=True needs one data plate at dim -1 around every site, "
-            f"found plates {quoted(name for name, _, _ in particles.plates)} shared by all: pass fold_particles=False"
+            f"found plates {quoted(name for name, _, _ in seen.layout.plates)} shared by all: pass fold_particles=False"
         )
-    stack = [f for site in particles.counted for f in site["cond_indep_stack"]]
+    stack = [f for site in (*counted(seen.guide), *counted(seen.model)) for f in site["cond_indep_stack"]]
     subsampled = sorted({f.name for f in stack if oversampling(f) != 1.0})
     if subsampled:
         raise ValueError(
@@ -85,82 +198,29 @@ def check_fold(particles: Particles, fold: bool) -> None:
         )
 
 
-@dataclass
-class Reach:
-    """What a pair of programs reaches: its modules, its parameters, and tensors that belong to no module, by name."""
+# --- until those who ask have learnt to look --------------------------------------------------------------------------
 
-    modules: list[nn.Module]
-    parameters: dict[str, Tensor]
-    loose: dict[str, Tensor]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold, as it is now: a module may have put other tensors in its buffers' place."""
-        return _module_state(self.modules) | self.loose
-
-    def to(self, device: torch.device) -> None:
-        """Move everything, in place."""
-        for module in self.modules:
-            module.to(device)
-        for tensor in self.loose.values():
-            tensor.data = tensor.data.to(device)
+Reach = Look
+probe = checked_look
 
 
-def reach(model: Program, guide: Program, log_prob: Callable[[], Tensor]) -> Reach:
-    """Find the parameters of a pair, wherever they live, while ``log_prob`` runs it once.
-
-    In this order, each tensor once: those of the modules that the programs are, belong to or call; those of Pyro's
-    parameter store; leaves that the programs close over.
-    """
-    with protected_buffers(), reached_modules(model, guide) as found, poutine.trace(param_only=True) as store:
-        leaves = graph_leaves(log_prob())
-    below = {child for module in found for child in module.modules() if child is not module}
-    modules = [module for module in found if module not in below]
-    tensors = _module_state(modules)
-    known = {id(tensor) for tensor in tensors.values()}
-    loose = {}
-    stored = {f"param.{name}": site["value"].unconstrained() for name, site in store.trace.nodes.items()}  # type: ignore[union-attr]
-    for name, tensor in (stored | {f"leaf.{i}": leaf for i, leaf in enumerate(leaves)}).items():
-        if id(tensor) not in known:
-            known.add(id(tensor))
-            loose[name] = tensor
-    tensors |= loose
-    unique = {id(tensor): name for name, tensor in reversed(tensors.items()) if tensor.requires_grad}
-    parameters = {name: tensors[name] for name in reversed(unique.values())}
-    return Reach(modules, parameters, loose)
-
-
-def _module_state(modules: list[nn.Module]) -> dict[str, Tensor]:
-    prefixes = [""] if len(modules) == 1 else [f"{i}." for i in range(len(modules))]
-    return {
-        prefix + name: tensor
-        for prefix, module in zip(prefixes, modules, strict=True)
-        for name, tensor in module.state_dict(keep_vars=True).items()
-    }
+def nesting(seen: Look | Particles) -> int:
+    """The number of dimensions that the programs' own plates take."""
+    particles = seen.particles if isinstance(seen, Look) else seen
+    return Look(particles, [], {}).nesting
 
 
 def find_parameters(
     model: Program, guide: Program, batch: Batch, check: Callable[[Sites], None] = lambda joint: None
-) -> Reach:
+) -> Look:
     """What a pair reaches when it runs on ``batch``; ``check`` sees the model's sites."""
-
-    def log_joint() -> Tensor:
-        drawn, joint = record_pair(model, guide, batch, {})
-        check(joint)
-        terms = [log_prob(s, in_guide=run is drawn) for run in (drawn, joint) for s in run.values() if counts(s)]
-        return torch.stack([term.sum() for term in terms]).sum() if terms else torch.zeros(())
-
-    with isolated_rng(), pyro.validation_enabled(False), torch.enable_grad():
-        pair = reach(model, guide, log_joint)
-    if not pair.parameters:
+    seen = look(model, guide, batch, validate=False)
+    check(seen.model)
+    if not seen.parameters:
         raise ValueError("the pair has no parameters to train: use modules, pyro.param or tensors that require grad")
-    return pair
+    return seen
 
 
 def full_size(model: Program, guide: Program, batch: Batch) -> int | None:
     """The full size of the rightmost plate around the observed sites if it is subsampled, else None."""
-    with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
-        _, joint = record_pair(model, guide, batch, {})
-    observed = [s for s in joint.values() if counts(s) and s["is_observed"]]
-    plates = {f.name: f for s in observed for f in s["cond_indep_stack"] if f.dim in (-1, None)}
-    return next((f.full_size for f in plates.values() if f.full_size and f.full_size > f.size), None)
+    return look(model, guide, batch, validate=False).full_size

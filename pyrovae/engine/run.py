@@ -1,39 +1,40 @@
-r"""Model/guide -> particles -> log-weights -> gradient.
+r"""Guide and model with K particles, to log-weights.
 
 Any pair of Pyro programs is run with :math:`K` particles in one vectorised outer plate. What comes back are the
 parts of the log-weights
 
 .. math:: \log w_{kb} = \log p(x_b, z_{kb}) - \log q(z_{kb} \mid x_b),
 
-``[K, B]``, one row per particle and one column per datum. :func:`surrogate` turns four coefficients per particle
-into a gradient for model and guide, without knowing whose parameter is whose.
+``[K, B]``, one row per particle and one column per datum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import pyro
-import torch
 from pyro.distributions import Delta
 from torch import Tensor
 
 from pyrovae.arguments import positive_int
-from pyrovae.engine.particles import Copies, Particles
-from pyrovae.engine.probe import check_fold, nesting, probe
-from pyrovae.engine.programs import Program, protected_buffers
+from pyrovae.engine.particles import Particles, measure
+from pyrovae.engine.probe import check_fold, checked_look
+from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import replayed_rng, rng_state
-from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites
+from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, drawn
 from pyrovae.engine.unwrap import point_mass
 
+Copies = Literal["detached", "live"] | None
 
-def fold_arguments(args: tuple, kwargs: dict, num_particles: int) -> tuple[tuple, dict]:
+
+def fold_arguments(args: Batch, kwargs: Mapping[str, object], num_particles: int) -> tuple[Batch, dict[str, object]]:
     """Repeat every argument that has the data along its first axis, particles major."""
     size = next((a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 0), None)
 
-    def repeat(a: Any) -> Any:
+    def repeat(a: object) -> object:
         if isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == size:
             return a.repeat(num_particles, *[1] * (a.dim() - 1))
         return a
@@ -42,7 +43,7 @@ def fold_arguments(args: tuple, kwargs: dict, num_particles: int) -> tuple[tuple
 
 
 @contextmanager
-def _shape_hint(num_particles: int) -> Iterator[None]:
+def shape_hint(num_particles: int) -> Iterator[None]:
     """With one particle the pair ran; where it fails with several, its networks are the likely reason."""
     try:
         yield
@@ -57,8 +58,8 @@ def _shape_hint(num_particles: int) -> Iterator[None]:
 def run(
     model: Program,
     guide: Program,
-    args: tuple,
-    kwargs: dict,
+    args: Batch,
+    kwargs: Mapping[str, object],
     *,
     num_particles: int = 1,
     nesting: int = 0,
@@ -84,47 +85,34 @@ def run(
             if particle_dim is None:
                 program(*args, **kwargs)
             else:
-                with _shape_hint(num_particles), ParticlePlate(PARTICLE_PLATE, num_particles, dim=particle_dim):
+                with shape_hint(num_particles), ParticlePlate(PARTICLE_PLATE, num_particles, dim=particle_dim):
                     program(*args, **kwargs)
         return record.sites
 
     with pyro.validation_enabled(False):
-        states: Any = rng_state() if rerun else None
-        guide_sites = execute(guide, Record())
-        values = {n: s["value"] for n, s in guide_sites.items() if not s["is_observed"]}
-        copied = {n: v for n, v in values.items() if copies and getattr(v, "requires_grad", False)}
-        copied = {n: v.view_as(v) if copies == "live" else v.detach().requires_grad_() for n, v in copied.items()}
-        model_sites = execute(model, Record(values | copied))
+        states = rng_state() if rerun else None
+        proposed = execute(guide, Record())
+        values = drawn(proposed)
+        copied = copies_of(values, copies)
+        joint = execute(model, Record(values | copied))
 
     def rerun_guide() -> Sites:
-        moving = (n for n in values if not isinstance(point_mass(guide_sites[n]["fn"]), Delta))
+        assert states is not None
+        moving = (n for n in values if not isinstance(point_mass(proposed[n]["fn"]), Delta))
         fixed = {n: values[n].detach() if isinstance(values[n], Tensor) else values[n] for n in moving}
         with pyro.validation_enabled(False), replayed_rng(*states), protected_buffers():
             return execute(guide, Record(fixed, redraw=True))
 
-    return Particles(guide_sites, model_sites, num_particles, particle_dim, fold, scaled, copied, rerun_guide)
+    particles = Particles.of(proposed, joint, num_particles, particle_dim, fold, scaled=scaled)
+    return replace(particles, copies=copied, rerun_guide=rerun_guide)
 
 
-def combine(
-    log_likelihood: Tensor | None,
-    log_prior: Tensor | None,
-    log_guide: Tensor | None,
-    kl_weight: Any,
-    likelihood_weight: Any,
-) -> Tensor:
-    """likelihood_weight * log p(x | z) + kl_weight * (log p(z) - log q(z | x)), each part optional."""
-    kl = None
-    if not (isinstance(kl_weight, int | float) and kl_weight == 0):
-        kl = log_prior if log_guide is None else -log_guide if log_prior is None else log_prior - log_guide
-    weighted = [
-        part if isinstance(weight, int | float) and weight == 1 else part * weight
-        for part, weight in ((log_likelihood, likelihood_weight), (kl, kl_weight))
-        if part is not None and not (isinstance(weight, int | float) and weight == 0)
-    ]
-    if not weighted:
-        some = next(part for part in (log_likelihood, log_prior, log_guide) if part is not None)
-        return torch.zeros_like(some)
-    return weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1]
+def copies_of(values: Mapping[str, Tensor], kind: Copies) -> dict[str, Tensor]:
+    """Copies of the samples that gradients flow through: cut off, or live under another name."""
+    if kind is None:
+        return {}
+    moved = {name: value for name, value in values.items() if getattr(value, "requires_grad", False)}
+    return {n: v.view_as(v) if kind == "live" else v.detach().requires_grad_() for n, v in moved.items()}
 
 
 def log_weights(
@@ -152,8 +140,8 @@ def log_weights(
     >>> log_w.shape, bool(log_w.std() < 1e-6)  # the guide is the posterior: every weight is log p(x)
     (torch.Size([4, 3]), True)
     """
-    checked = probe(model, guide, args, kwargs)
-    check_fold(checked, fold_particles)
+    seen = checked_look(model, guide, args, kwargs)
+    check_fold(seen, fold_particles)
     return measure(
         run(
             model,
@@ -161,14 +149,8 @@ def log_weights(
             args,
             kwargs,
             num_particles=positive_int("num_particles", num_particles),
-            nesting=nesting(checked),
+            nesting=seen.nesting,
             fold=fold_particles,
             scaled=False,
         )
     )
-
-
-def measure(particles: Particles, kl_weight: Any = 1.0, likelihood_weight: Any = 1.0) -> Tensor:
-    """The log-weights of a run, ``[K, *plates]``."""
-    parts = particles.log_likelihood(), particles.log_prior(), particles.log_guide()
-    return combine(*parts, kl_weight, likelihood_weight)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Delta, TorchDistribution, Unit
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
-from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyrovae.engine.programs import Program
+from pyrovae.engine.programs import Batch, Program
 from pyrovae.engine.unwrap import point_mass
 
-Site = dict[str, Any]
-
-
+Site = dict[str, Any]  # a message of Pyro's
 Sites = dict[str, Site]
-
+Weight = float | Tensor
+Plates = dict[tuple[str, int, int], CondIndepStackFrame]  # by name, dim and size
 
 PARTICLE_PLATE = "_particles"
 
@@ -29,7 +30,7 @@ PARTICLE_PLATE = "_particles"
 class ParticlePlate(IndepMessenger):
     """The outer plate of particles: broadcasts like ``pyro.plate``, without its subsample site."""
 
-    def _process_message(self, msg: Any) -> None:
+    def _process_message(self, msg: Message) -> None:
         super()._process_message(msg)
         shape: tuple[int, ...] = getattr(msg["fn"], "batch_shape", ())
         axis = self.dim or 0
@@ -44,16 +45,16 @@ class Record(Messenger):
     program (dropout) consumes the generator exactly as it did when ``replay`` was drawn.
     """
 
-    def __init__(self, replay: dict[str, Any] | None = None, *, redraw: bool = False) -> None:
+    def __init__(self, replay: Mapping[str, Tensor] | None = None, *, redraw: bool = False) -> None:
         super().__init__()
         self.replay, self.redraw = replay or {}, redraw
         self.sites: Sites = {}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:  # type: ignore[override]
         if not self.redraw and not msg["is_observed"] and msg["name"] in self.replay:
             msg["value"], msg["done"] = self.replay[msg["name"]], True
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Site) -> None:  # type: ignore[override]
         name = msg["name"]
         if name in self.sites:
             raise ValueError(f'a program has two sample sites named "{name}": names must be unique; rename one of them')
@@ -62,22 +63,34 @@ class Record(Messenger):
         self.sites[name] = msg.copy()
 
 
-def _is_subsample(site: Site) -> bool:
-    return type(site["fn"]).__name__ == "_Subsample"
+def record(
+    program: Program, args: Batch, kwargs: Mapping[str, object], values: Mapping[str, Tensor] | None = None
+) -> Sites:
+    """Run a program once, on these values of latent sites where they are given; its sites."""
+    with Record(values) as run:
+        program(*args, **kwargs)
+    return run.sites
 
 
-def record_pair(model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> tuple[Sites, Sites]:
+def drawn(sites: Sites) -> dict[str, Tensor]:
+    """What a run drew, by site, subsamples included: for another run to replay."""
+    return {name: site["value"] for name, site in sites.items() if not site["is_observed"]}
+
+
+def record_pair(model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]) -> tuple[Sites, Sites]:
     """Run the guide, then the model on its samples, once and as they are; the sites of both."""
-    with Record() as drawn:
-        guide(*args, **kwargs)
-    with Record({n: s["value"] for n, s in drawn.sites.items() if not s["is_observed"]}) as joint:
-        model(*args, **kwargs)
-    return drawn.sites, joint.sites
+    proposed = record(guide, args, kwargs)
+    return proposed, record(model, args, kwargs, drawn(proposed))
 
 
 def counts(site: Site) -> bool:
     """Whether a site is a random variable or an observation (subsamples and deterministic sites are not)."""
-    return not (_is_subsample(site) or site["infer"].get("_deterministic"))
+    return not (type(site["fn"]).__name__ == "_Subsample" or site["infer"].get("_deterministic"))
+
+
+def counted(sites: Sites) -> list[Site]:
+    """The random variables and observations among ``sites``, in order."""
+    return [site for site in sites.values() if counts(site)]
 
 
 def latent(sites: Sites) -> Sites:
@@ -85,23 +98,26 @@ def latent(sites: Sites) -> Sites:
     return {name: site for name, site in sites.items() if counts(site) and not site["is_observed"]}
 
 
-def _guide_density(fn: Any, value: Tensor, site: Site) -> Tensor:
-    """As ``log_prob``, with a Delta's density taken as it stands: its value is its own, no equality is tested."""
-    if isinstance(fn, Delta):
-        return fn.log_density
-    if isinstance(fn, Independent) and point_mass(fn) is not None:
-        return sum_rightmost(_guide_density(fn.base_dist, value, site), fn.reinterpreted_batch_ndims)
-    return fn.log_prob(value, *site["args"], **site["kwargs"])
+def observed(sites: Sites) -> Sites:
+    """The observed sites among ``sites``, factors included."""
+    return {name: site for name, site in sites.items() if counts(site) and site["is_observed"]}
 
 
 def log_prob(site: Site, value: Tensor | None = None, *, in_guide: bool = False) -> Tensor:
     """The unscaled log-probability of one site, masks counted as zero."""
     value = site["value"] if value is None else value
-    if in_guide:
-        lp = _guide_density(site["fn"], value, site)
-    else:
-        lp = site["fn"].log_prob(value, *site["args"], **site["kwargs"])
-    return masked(lp, site["mask"])
+    if in_guide and isinstance(point_mass(site["fn"]), Delta):
+        return masked(delta_density(site["fn"], value), site["mask"])
+    return masked(site["fn"].log_prob(value, *site["args"], **site["kwargs"]), site["mask"])
+
+
+def delta_density(fn: TorchDistribution, value: Tensor) -> Tensor:
+    """The density of a guide's Delta as it stands: its value is its own, no equality is tested."""
+    if isinstance(fn, Delta):
+        return fn.log_density
+    if isinstance(fn, Independent):
+        return sum_rightmost(delta_density(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+    return fn.log_prob(value)
 
 
 def masked(lp: Tensor, mask: Tensor | bool | None) -> Tensor:
@@ -111,25 +127,24 @@ def masked(lp: Tensor, mask: Tensor | bool | None) -> Tensor:
     return torch.zeros_like(lp) if mask is False else torch.where(mask, lp, 0.0)
 
 
-def frames(site: Site) -> dict[tuple[str, int, int], Any]:
+def frames(site: Site) -> Plates:
     """The vectorised plates around a site, by name, dim and size; ours for particles aside."""
     return {
         (f.name, f.dim, f.size): f for f in site["cond_indep_stack"] if f.dim is not None and f.name != PARTICLE_PLATE
     }
 
 
-def oversampling(frame: Any) -> float:
+def oversampling(frame: CondIndepStackFrame) -> float:
     """full_size / size of a plate, 1 where it is not subsampled."""
     return 1.0 if frame.full_size is None or frame.full_size < 0 else frame.full_size / frame.size
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: Weight, b: Weight) -> bool:
     """Whether two scales (numbers or tensors) are equal."""
     if a is b:
         return True
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        a, b = torch.broadcast_tensors(torch.as_tensor(a), torch.as_tensor(b))
-        return bool(torch.equal(a.cpu(), b.cpu()))
+        return bool(torch.equal(*(t.cpu() for t in torch.broadcast_tensors(torch.as_tensor(a), torch.as_tensor(b)))))
     return math.isclose(a, b, rel_tol=1e-9)
 
 
@@ -138,9 +153,9 @@ def reparameterised(site: Site) -> bool:
     return site["fn"].has_rsample or (site["is_observed"] and not isinstance(point_mass(site["fn"]), Unit))
 
 
-def refuse_live_point_mass(name: str, site: Site) -> None:
+def refuse_live_point_mass(site: Site) -> None:
     """Refuse a guide's Delta or factor that carries parameters although its parents are fixed."""
-    inner = point_mass(site["fn"])
+    name, inner = site["name"], point_mass(site["fn"])
     parts = (inner.v, inner.log_density) if isinstance(inner, Delta) else (inner.log_factor,) if inner else ()
     if any(part.requires_grad for part in parts):
         kind = "factor" if isinstance(inner, Unit) else "Delta"
@@ -150,6 +165,6 @@ def refuse_live_point_mass(name: str, site: Site) -> None:
         )
 
 
-def quoted(names: Any) -> str:
+def quoted(names: Iterable[str]) -> str:
     """Site names for a message."""
     return ", ".join(f'"{n}"' for n in names) or "none"

@@ -1,79 +1,91 @@
-"""What is inside a distribution or a constraint: under Independent, masks and other wrappers."""
+"""What is inside a distribution or a constraint: under Independent, masks, and the bounds that depend on data."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from pyro.distributions import Delta, Unit
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Independent, biject_to, constraints
+from torch.distributions import Distribution, Independent, Transform, biject_to, constraints
+
+# --- distributions ---------------------------------------------------------------------------------------------------
 
 
-def point_mass(fn: Any) -> Any:
-    """The Delta or factor inside a distribution, under any ``Independent`` or mask, or None."""
-    while isinstance(fn, Independent | MaskedDistribution):
-        fn = fn.base_dist
-    return fn if isinstance(fn, Delta | Unit) else None
-
-
-def _unmasked(fn: torch.distributions.Distribution) -> torch.distributions.Distribution:
-    while isinstance(fn, MaskedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
-def elementwise(fn: torch.distributions.Distribution) -> torch.distributions.Distribution | None:
-    """The distribution of single units, ``[*batch, units]``, if the event is made of independent elements."""
-    return _units(_unmasked(fn), len(fn.event_shape))
-
-
-def _units(fn: torch.distributions.Distribution, event_dim: int) -> torch.distributions.Distribution | None:
-    """The elementwise distribution inside, if the whole event is made of independent elements."""
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return fn if event_dim and not fn.event_shape else None
-
-
-def _innermost(fn: Any) -> Any:
+def layers(fn: Distribution) -> Iterator[Distribution]:
+    """A distribution, the one that it wraps (as Independent, a mask or a transform does), and so on inwards."""
+    yield fn
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return fn
+        yield fn
 
 
-def _elementwise(support: constraints.Constraint) -> constraints.Constraint | None:
-    """``support`` without independent (or mixture) wrappers and with numbers for bounds; None if it is dependent."""
+def innermost(fn: Distribution) -> Distribution:
+    """The distribution inside all wrappers, transforms included."""
+    *_, inner = layers(fn)
+    return inner
+
+
+def unwrapped(fn: Distribution) -> Distribution:
+    """The distribution under any ``Independent`` or mask."""
+    return next(layer for layer in layers(fn) if not isinstance(layer, Independent | MaskedDistribution))
+
+
+def point_mass(fn: Distribution) -> Delta | Unit | None:
+    """The Delta or factor inside a distribution, or None."""
+    inner = unwrapped(fn)
+    return inner if isinstance(inner, Delta | Unit) else None
+
+
+def is_masked(fn: Distribution) -> bool:
+    """Whether a mask is among a distribution's wrappers."""
+    return any(isinstance(layer, MaskedDistribution) for layer in layers(fn))
+
+
+def unmasked(fn: Distribution) -> Distribution:
+    """A distribution without its outer masks."""
+    return next(layer for layer in layers(fn) if not isinstance(layer, MaskedDistribution))
+
+
+def elementwise(fn: Distribution) -> Distribution | None:
+    """The distribution of single units, ``[*batch, units]``, if the event is made of independent elements."""
+    fn = unmasked(fn)
+    inner = next(layer for layer in layers(fn) if not isinstance(layer, Independent))
+    return inner if fn.event_shape and not inner.event_shape else None
+
+
+# --- constraints -----------------------------------------------------------------------------------------------------
+
+
+def plain(support: constraints.Constraint) -> constraints.Constraint:
+    """A constraint without independent (or mixture) wrappers."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    if constraints.is_dependent(support):
-        return None
-    support = copy.copy(support)
-    for name, widest in (("lower_bound", torch.min), ("upper_bound", torch.max)):
-        if isinstance(bound := getattr(support, name, None), Tensor):
-            setattr(support, name, widest(bound).item())
     return support
 
 
 def is_boolean(support: constraints.Constraint) -> bool:
     """Whether a site of this support observes bits."""
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return isinstance(support, type(constraints.boolean))
+    return isinstance(plain(support), type(constraints.boolean))
 
 
-def _unconstrained(support: Any) -> Any:
+def widest(support: constraints.Constraint) -> constraints.Constraint | None:
+    """The constraint of single values, with numbers for bounds that vary; None if it is dependent."""
+    support = plain(support)
+    if constraints.is_dependent(support):
+        return None
+    support = copy.copy(support)
+    for name, extreme in (("lower_bound", torch.min), ("upper_bound", torch.max)):
+        if isinstance(bound := getattr(support, name, None), Tensor):
+            setattr(support, name, extreme(bound).item())
+    return support
+
+
+def unconstrained(support: constraints.Constraint) -> Transform | None:
     """The map from all reals onto a support; None where that is the identity."""
-    plain = support
-    while isinstance(plain, constraints.independent):
-        plain = plain.base_constraint
-    return None if plain in (constraints.real, constraints.real_vector) else biject_to(support)
-
-
-def _masked(fn: Any) -> bool:
-    while hasattr(fn, "base_dist"):
-        if type(fn).__name__ == "MaskedDistribution":
-            return True
-        fn = fn.base_dist
-    return False
+    inside = support
+    while isinstance(inside, constraints.independent):
+        inside = inside.base_constraint
+    return None if inside in (constraints.real, constraints.real_vector) else biject_to(support)

@@ -22,7 +22,7 @@ from pyrovae.engine.probe import nesting
 from pyrovae.engine.programs import Program, device_of, evaluating, protected_buffers, reached_modules
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, latent, quoted
-from pyrovae.engine.unwrap import _masked, _unconstrained, point_mass
+from pyrovae.engine.unwrap import is_masked, point_mass, unconstrained
 from pyrovae.evaluate.estimate import AISEstimate, Bracket
 from pyrovae.evaluate.likelihood import SAVED
 from pyrovae.progress import ProgressBar
@@ -222,11 +222,13 @@ class _Annealer:
         with protected_buffers(), isolated_rng(), reached_modules(model, *([guide] if guide else [])) as modules:
             with Record() as record:
                 model(*batch, **kwargs)
-            self.probed = Particles({}, record.sites, 1, None, False, False, {}, dict)
+            self.probed = Particles.of({}, record.sites)
             self._check(record.sites, batch)
         state = distinct(t for m in modules for t in (*m.parameters(), *m.buffers()))
         self.nesting = nesting(self.probed)
-        self.maps = {name: _unconstrained(site["fn"].support) for name, site in latent(record.sites).items()}
+        self.maps: dict[str, Any] = {
+            name: unconstrained(site["fn"].support) for name, site in latent(record.sites).items()
+        }
         self.event_dims = {
             name: site["fn"].event_dim if self.maps[name] is None else self.maps[name].domain.event_dim
             for name, site in latent(record.sites).items()
@@ -244,7 +246,7 @@ class _Annealer:
         for name, site in hidden.items():
             if site["fn"].support.is_discrete:
                 raise ValueError(f'latent site "{name}" is discrete, and HMC moves continuous ones only: enumerate it')
-            if point_mass(site["fn"]) is not None or site["mask"] is not None or _masked(site["fn"]):
+            if point_mass(site["fn"]) is not None or site["mask"] is not None or is_masked(site["fn"]):
                 raise ValueError(f'latent site "{name}" has no prior density: the model has no log p(x)')
         if self.guide is not None:
             with Record() as record:
@@ -265,7 +267,7 @@ class _Annealer:
         return record.sites
 
     def _particles(self, guide: Sites, model: Sites) -> Particles:
-        return Particles(guide, model, self.settings.num_chains, -1 - self.nesting, False, False, {}, dict)
+        return Particles.of(guide, model, self.settings.num_chains, -1 - self.nesting)
 
     def _densities(self, batch: tuple[Any, ...], u: State) -> tuple[Tensor, Tensor, Tensor | float]:
         """log q_0, log p(x, z) and log |dz / du| at unconstrained latents, each ``[C, *plates]``."""
@@ -279,7 +281,7 @@ class _Annealer:
         particles = self._particles(guide, self._run(self.model, batch, values))
         prior, likelihood = particles.log_prior(), particles.log_likelihood()
         joint = prior if likelihood is None else prior + likelihood  # type: ignore[operator]
-        volume = sum(particles.as_particles(particles.reduce(v)) for v in volumes.values())
+        volume = sum(particles.layout.expand(particles.layout.reduce(v)) for v in volumes.values())
         start = prior if self.guide is None else particles.log_guide()
         assert start is not None
         assert joint is not None
@@ -331,11 +333,11 @@ class _Annealer:
 
     def _kinetic(self, momentum: State) -> Tensor:
         parts = [self.layout.reduce(sum_rightmost(0.5 * p.square(), self.event_dims[n])) for n, p in momentum.items()]
-        return self.layout.as_particles(sum(parts))  # type: ignore[arg-type]
+        return self.layout.expand(sum(parts))  # type: ignore[arg-type]
 
     def _prepare(self, batch: tuple[Any, ...]) -> tuple[State, Tensor]:
         """Fresh chains and the step sizes of all temperatures, ``[T, *plates]``, by a pilot run."""
-        self.layout = self._particles({}, self._run(self.model, batch, {}))
+        self.layout = self._particles({}, self._run(self.model, batch, {})).layout
         u = self._start(batch)
         _, joint, _ = self._densities(batch, u)
         self.dtype = str(joint.dtype).removeprefix("torch.")

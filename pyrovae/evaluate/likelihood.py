@@ -147,17 +147,18 @@ class _Sampler:
         self.seen = 0
         self.modules, self.nesting = list(modules), nesting(checked)
         self.exact = not latent(checked.guide) and not latent(checked.model)
-        self.joint = not checked.common_dims
-        if self.joint and checked.uncommon_subsampled:
+        self.joint = checked.joint
+        subsampled = checked.particles.uncommon_subsampled
+        if self.joint and subsampled:
             raise ValueError(
-                f'log p(x) needs the whole data set, but plate "{checked.uncommon_subsampled[0]}" is subsampled and '
+                f'log p(x) needs the whole data set, but plate "{subsampled[0]}" is subsampled and '
                 "its latents are shared: evaluate with the full plate"
             )
         with protected_buffers(), isolated_rng(), _PeakBytes() as used:
             self._refuse_without_density(self._run(batch, 2))
-        self.dtype = measure(checked).dtype
+        self.dtype = measure(checked.particles).dtype
         self.chunk_size = chunk_size or _fitting_chunk(used.peak / 2, memory, batch)
-        self.subsampled = checked.oversampling != 1.0 or bool(checked.uncommon_subsampled)
+        self.subsampled = checked.layout.oversampling != 1.0 or bool(checked.particles.uncommon_subsampled)
         self.tensors = distinct(t for module in self.modules for t in (*module.parameters(), *module.buffers()))
 
     def prepare(self, compile: bool | str, number: int, resampler: Resampler) -> None:

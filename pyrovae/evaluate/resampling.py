@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.engine.particles import Particles
-from pyrovae.engine.probe import nesting
+from pyrovae.engine.probe import Look
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import frames, latent
 
@@ -20,9 +20,9 @@ class Resampler:
     Rubin (1988), *Using the SIR algorithm to simulate posterior distributions*.
     """
 
-    def __init__(self, num_draws: int, seed: int | None, pair: Particles) -> None:
+    def __init__(self, num_draws: int, seed: int | None, pair: Look) -> None:
         self.num_draws, self.seed = num_draws, seed
-        self.nesting, self.data_dims = nesting(pair), pair.common_dims
+        self.nesting, self.data_dims = pair.nesting, pair.layout.dims
         sites = latent(pair.model) if num_draws else {}
         self.event_dims = {name: site["fn"].event_dim for name, site in sites.items()}
         self.plates = {name: {dim for _, dim, _ in frames(site)} for name, site in sites.items()}
@@ -36,13 +36,13 @@ class Resampler:
         found = []
         for name, event_dim in self.event_dims.items():
             value, ndim = run.model[name]["value"], self.nesting + event_dim
-            if run.folded:
-                value = value.unflatten(-1 - event_dim, (run.num_particles, -1)).movedim(-2 - event_dim, 0)
+            if run.layout.folded:
+                value = value.unflatten(-1 - event_dim, (run.layout.num_particles, -1)).movedim(-2 - event_dim, 0)
             elif value.dim() <= ndim:
                 value = value.unsqueeze(0)
             padding = [1] * (1 + ndim - value.dim())
             value = value.reshape(len(value), *padding, *value.shape[1:])
-            found.append(value.expand(run.num_particles, *value.shape[1:]))
+            found.append(value.expand(run.layout.num_particles, *value.shape[1:]))
         return found
 
     def add(self, log_w: Tensor, values: list[Tensor]) -> None:

@@ -15,14 +15,14 @@ from pyro.infer.enum import get_importance_trace
 from torch import Tensor, nn
 
 from pyrovae.arguments import one_of, positive_int, weight
-from pyrovae.engine.gradient import ParticleWeights, _ratio, finite_weights, surrogate
-from pyrovae.engine.particles import Copies, Particles
-from pyrovae.engine.probe import check_fold, nesting, probe
+from pyrovae.engine.gradient import Needs, ParticleWeights, Parts, finite_weights, surrogate
+from pyrovae.engine.particles import Particles
+from pyrovae.engine.probe import Look, check_fold, checked_look
 from pyrovae.engine.programs import Program, roots
-from pyrovae.engine.run import combine, run
-from pyrovae.engine.sites import counts, latent, quoted
+from pyrovae.engine.run import run
+from pyrovae.engine.sites import Weight, counted, latent, quoted
 from pyrovae.engine.unwrap import point_mass
-from pyrovae.objectives.derivatives import curvature, slope
+from pyrovae.objectives.derivatives import curvature, learning_signal, slope
 
 Gradient = Literal["total", "stl", "dreg"]
 
@@ -68,14 +68,10 @@ class Objective(pyro.infer.ELBO):
     num_groups: int = 1
     #: Whether dreg's |path| <= C * model for some C, so that one backward pass serves for both.
     proportional: bool = False
-    #: Whether the guide follows its score alone, the path coefficients being 0.
-    score_only: bool = False
     #: Whether kl_weight may differ from 1.
     weighs_kl: bool = True
-    #: Whether non-reparameterised sites follow ``reinforce``; else it is 0.
-    scores: bool = True
-    kl_weight: Any
-    likelihood_weight: Any
+    kl_weight: Weight
+    likelihood_weight: Weight
 
     def __init__(
         self,
@@ -94,7 +90,7 @@ class Objective(pyro.infer.ELBO):
         self.likelihood_weight = weight("likelihood_weight", likelihood_weight)
         self.gradient = one_of("gradient", gradient, GRADIENTS)
         self.fold_particles = bool(fold_particles)
-        self._layout: tuple[Any, ...] | None = None
+        self._known: tuple[tuple[object, ...], int] | None = None
 
     # --- what a subclass gives ---------------------------------------------------------------------------------
 
@@ -120,94 +116,71 @@ class Objective(pyro.infer.ELBO):
 
     def weights(self, log_w: Tensor) -> ParticleWeights:
         """The coefficients that model and guide follow at ``log_w`` (``[K, ...]``), each shaped like it."""
-        bound, weights = self._weights(log_w, self.kl_weight)
+        bound, weights = self.derived_weights(log_w.detach(), self.kl_weight, Needs(fixed=True))
         return finite_weights(weights, bound)
 
-    def _weights(
-        self, log_w: Tensor, kl_weight: Any, *, score: bool = True, reinforce: bool = True
-    ) -> tuple[Tensor, ParticleWeights]:
-        """The bound, and the coefficients as they follow from it, finite or not; those not asked for are ``path``."""
-        log_w = log_w.detach()
-        bound, model = slope(self.bound, log_w)
-        path = slope(self.path_bound, log_w)[1] if self._two_bounds else model
-        if self.gradient == "dreg":
-            path = path - kl_weight * curvature(self.path_bound, log_w)
-        along = path if not score else -path if self.gradient == "total" else torch.zeros_like(path)
-        return bound, ParticleWeights(model, path, along, self._learning_signal(log_w) if reinforce else path)
-
-    def _learning_signal(self, log_w: Tensor) -> Tensor:
-        """L - L_(k): the bound less the bound with log w_k replaced by the mean of the others of its group."""
-        bound, num = self.path_bound(log_w), self.num_particles
-        if num == 1:
-            return bound.expand_as(log_w).clone()
-        total = log_w.shape[0]
-        index = torch.arange(total, device=log_w.device)
-        same = index == index.unsqueeze(1)
-        others = (index // num == (index // num).unsqueeze(1)) & ~same
-        shape = (total, total, *[1] * (log_w.dim() - 1))
-        copies = log_w.unsqueeze(1)  # particle, copy: in copy k, particle k is the one replaced
-        mean = torch.where(others.view(shape), copies, 0.0).sum(0, keepdim=True) / (num - 1)
-        return bound - self.path_bound(torch.where(same.view(shape), mean, copies))
+    @property
+    def needs(self) -> Needs:
+        """What a run must offer beyond log-weights; of weights of one's own nothing is known, and all is offered."""
+        if self.has_own_weights:
+            return Needs(copies="detached", fixed=True)
+        fixed = self.gradient != "total"
+        if type(self).path_bound is not Objective.path_bound:
+            return Needs(copies="detached", fixed=fixed)
+        if self.gradient != "dreg" or self.linear:
+            return Needs(fixed=fixed)
+        return Needs(copies="live" if self.proportional else "detached", fixed=fixed)
 
     @property
-    def _two_bounds(self) -> bool:
-        return type(self).path_bound is not Objective.path_bound
-
-    @property
-    def _own_weights(self) -> bool:
+    def has_own_weights(self) -> bool:
+        """Whether :meth:`weights` is given, and not derived from the bound."""
         return type(self).weights is not Objective.weights
 
-    @property
-    def _copies(self) -> Copies:
-        """The copies of the samples that the model must run on, where model and path may differ."""
-        if self._own_weights or self._two_bounds:
-            return "detached"
-        if self.gradient != "dreg" or self.linear:
-            return None
-        return "live" if self.proportional else "detached"
+    def derived_weights(self, log_w: Tensor, kl_weight: Weight, needs: Needs) -> tuple[Tensor, ParticleWeights]:
+        """The bound, and the coefficients as they follow from it, finite or not; those not needed are ``path``."""
+        bound, model = slope(self.bound, log_w)
+        path = model if type(self).path_bound is Objective.path_bound else slope(self.path_bound, log_w)[1]
+        if self.gradient == "dreg":
+            path = path - kl_weight * curvature(self.path_bound, log_w)
+        score = path if not needs.fixed else -path if self.gradient == "total" else torch.zeros_like(path)
+        reinforce = learning_signal(self.path_bound, log_w, self.num_particles) if needs.reinforce else path
+        return bound, ParticleWeights(model, path, score, reinforce)
 
-    @property
-    def _fixed(self) -> bool:
-        """Whether path + score may differ from zero, so that log q at fixed samples is needed."""
-        return self._own_weights or self.gradient != "total"
-
-    def _followed(self, log_w: Tensor, particles: Particles, reinforce: bool) -> tuple[Tensor, ParticleWeights]:
+    def followed_weights(self, log_w: Tensor, particles: Particles, needs: Needs) -> tuple[Tensor, ParticleWeights]:
         """The bound, and what the gradient follows: the coefficients, tiny ones dropped, times the common scale."""
         kl_weight = self.kl_weight * particles.guide_tempering[0] if particles.tempering else self.kl_weight
-        if self._own_weights:
+        if self.has_own_weights:
             bound, weights = self.bound(log_w), self.weights(log_w)
         else:
-            bound, weights = self._weights(log_w, kl_weight, score=self._fixed, reinforce=reinforce)
+            bound, weights = self.derived_weights(log_w, kl_weight, needs)
         return bound, finite_weights(weights, bound, tiny=torch.finfo(log_w.dtype).eps ** 2, scale=particles.scale)
 
     # --- pyro.infer.ELBO ---------------------------------------------------------------------------------------
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound summed over data, 0-d, in nats; its ``backward()`` gives this objective's estimator."""
-        with_gradient = torch.is_grad_enabled()
+        needs = self.needs if torch.is_grad_enabled() else Needs()
         particles = run(
             model, guide, args, kwargs,
-            num_particles=self.total_particles, nesting=self._check(model, guide, args, kwargs),
-            fold=self.fold_particles, copies=self._copies if with_gradient else None,
-            rerun=with_gradient and self._fixed,
+            num_particles=self.total_particles, nesting=self.nesting_of(model, guide, args, kwargs),
+            fold=self.fold_particles, copies=needs.copies, rerun=needs.fixed,
         )  # fmt: skip
-        return self._loss(particles)
+        return self.particle_loss(particles)
 
-    def _loss(self, particles: Particles) -> Tensor:
-        likelihood, prior, guide = particles.log_likelihood(), particles.log_prior(), particles.log_guide()
-        log_w = combine(likelihood, prior, guide, self.kl_weight, self.likelihood_weight)
+    def particle_loss(self, particles: Particles) -> Tensor:
+        """The loss of one run of the pair."""
+        parts = Parts(
+            particles.log_likelihood(), particles.log_prior(), particles.log_guide(),
+            self.kl_weight, self.likelihood_weight,
+        )  # fmt: skip
+        log_w = parts.log_w
         if not log_w.requires_grad:
             return -(self.bound(log_w) * particles.scale).sum()
-        log_p = None
-        if self._copies:
-            log_p = combine(likelihood, prior, None, self.kl_weight, self.likelihood_weight)
-        reinforce = self.scores and any(not s["fn"].has_rsample for s in particles.guide.values() if counts(s))
-        bound, weights = self._followed(log_w.detach(), particles, reinforce)
-        ascent = surrogate(
-            particles, log_p, guide, log_w, weights,
-            kl_weight=self.kl_weight, fixed=self._fixed, reinforce=reinforce, path=not self.score_only,
-            ratio=_ratio(weights) if self._copies == "live" else None,
-        )  # fmt: skip
+        needs = self.needs
+        scored = needs.reinforce and any(not site["fn"].has_rsample for site in counted(particles.guide))
+        needs = needs._replace(reinforce=scored)
+        bound, weights = self.followed_weights(log_w.detach(), particles, needs)
+        ascent = surrogate(particles, parts, log_w, weights, needs)
         return -(bound * particles.scale).sum() - (ascent - ascent.detach())
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
@@ -231,51 +204,61 @@ class Objective(pyro.infer.ELBO):
 
     # --- checks, once per pair ---------------------------------------------------------------------------------
 
-    def _check(self, model: Program, guide: Program, args: Any, kwargs: Any) -> int:
-        """Check a pair at its first call; return the number of dimensions of its own plates."""
-        modes = tuple(module.training for module in roots(model, guide))  # programs may differ between them
-        key = (model, guide, modes, torch.is_grad_enabled(), self.gradient, self.fold_particles)
-        if self._layout is None or self._layout[0] != key:
-            particles = probe(model, guide, args, kwargs)
-            self._check_pair(particles)
-            self._layout = key, nesting(particles)
-        return self._layout[1]
+    def nesting_of(self, model: Program, guide: Program, args: Any, kwargs: Any) -> int:
+        """The number of dimensions of a pair's own plates; the pair is checked at its first call."""
+        if self._known is None or self._known[0] != self.circumstances(model, guide):
+            self.meet(model, guide, checked_look(model, guide, args, kwargs))
+        assert self._known is not None
+        return self._known[1]
 
-    def _check_pair(self, particles: Particles) -> None:
+    def meet(self, model: Program, guide: Program, seen: Look) -> None:
+        """Check a pair by a look at it, so that it need not be looked at again."""
+        self.check(seen)
+        self._known = self.circumstances(model, guide), seen.nesting
+
+    def circumstances(self, model: Program, guide: Program) -> tuple[object, ...]:
+        """What a check holds for: programs may differ between train and eval mode."""
+        modes = tuple(module.training for module in roots(model, guide))
+        return model, guide, modes, torch.is_grad_enabled(), self.gradient, self.fold_particles
+
+    def check(self, seen: Look) -> None:
+        """Refuse a pair that this objective cannot train or measure."""
         name = type(self).__name__
-        check_fold(particles, self.fold_particles)
-        if (subsampled := particles.uncommon_subsampled) and not self.linear:
+        check_fold(seen, self.fold_particles)
+        if (subsampled := seen.particles.uncommon_subsampled) and not self.linear:
             raise ValueError(
                 f'{name} with {self.total_particles} particles cannot subsample plate "{subsampled[0]}", which not '
                 "every site is inside of: its weights are joint over the data; use pyrovae.ELBO, or the whole data set"
             )
         if self.gradient != "total":
-            self._check_reparameterised(particles)
+            self.check_reparameterised(seen)
         if torch.is_grad_enabled():
-            self._check_gradient(particles)
+            self.check_gradient(seen)
 
-    def _check_reparameterised(self, particles: Particles) -> None:
-        drawn = latent(particles.guide)
+    def check_reparameterised(self, seen: Look) -> None:
+        """Refuse latents without rsample, where the gradient flows through them."""
+        drawn, tempering = latent(seen.guide), seen.particles.guide_tempering
         for site, message in drawn.items():
             if not message["fn"].has_rsample:
                 raise ValueError(
                     f'gradient="{self.gradient}" needs reparameterised sites, but guide site "{site}" '
                     f'({type(message["fn"]).__name__}) has no rsample: use gradient="total"'
                 )
-        if self.gradient == "dreg" and len({float(t) for t in particles.guide_tempering}) > 1:
+        if self.gradient == "dreg" and len({float(t) for t in tempering}) > 1:
             raise ValueError(
                 f'gradient="dreg" needs one scale for all latent sites, but {quoted(drawn)} are scaled by '
-                f'{[float(t) for t in particles.guide_tempering]}: use gradient="total"'
+                f'{[float(t) for t in tempering]}: use gradient="total"'
             )
 
-    def _check_gradient(self, particles: Particles) -> None:
-        for site, message in ((n, s) for sites in (particles.guide, particles.model) for n, s in sites.items()):
+    def check_gradient(self, seen: Look) -> None:
+        """Refuse what has no gradient here: enumeration, and factors that do not say how they depend on parameters."""
+        for site, message in (*seen.guide.items(), *seen.model.items()):
             if message["infer"].get("enumerate"):
                 raise ValueError(
                     f'site "{site}" is marked for enumeration, which {type(self).__name__} cannot do: '
                     "use pyro.infer.TraceEnum_ELBO, or remove the mark"
                 )
-        for site, message in particles.guide.items():
+        for site, message in seen.guide.items():
             inner = point_mass(message["fn"])
             if isinstance(inner, Unit) and "has_rsample" not in inner.__dict__:
                 raise ValueError(f'guide factor "{site}" must say has_rsample=True or False: pass it to pyro.factor')

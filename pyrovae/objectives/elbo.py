@@ -10,6 +10,7 @@ from torch import Tensor
 from pyrovae.arguments import in_range
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.particles import Particles
+from pyrovae.engine.probe import Look
 from pyrovae.engine.sites import latent
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.objectives.base import Objective, Options
@@ -56,19 +57,22 @@ class ELBO(Objective):
     def linear(self) -> bool:
         return True
 
-    def _loss(self, particles: Particles) -> Tensor:
-        return self._free_bits_loss(particles) if self.free_bits else super()._loss(particles)
+    def particle_loss(self, particles: Particles) -> Tensor:
+        """The loss of one run of the pair."""
+        return self.free_bits_loss(particles) if self.free_bits else super().particle_loss(particles)
 
-    def _check_pair(self, particles: Particles) -> None:
-        super()._check_pair(particles)
-        for name, site in particles.guide.items() if self.free_bits else ():
+    def check(self, seen: Look) -> None:
+        """As of any objective; free bits need a KL for each unit."""
+        super().check(seen)
+        for name, site in seen.guide.items() if self.free_bits else ():
             if (inner := point_mass(site["fn"])) is not None:
                 raise ValueError(
                     f'free_bits needs a KL for each unit, but guide site "{name}" is a {type(inner).__name__}, '
                     "which has none: sample it from a density, or pass free_bits=0"
                 )
 
-    def _free_bits_loss(self, particles: Particles) -> Tensor:
+    def free_bits_loss(self, particles: Particles) -> Tensor:
+        """As in the equation, times the common factor."""
         likelihood = particles.log_likelihood()
         kls = [site_kl(particles, name) for name in latent(particles.model)]
         cost: Any = 0.0 if likelihood is None else -self.likelihood_weight * likelihood
@@ -79,16 +83,17 @@ class ELBO(Objective):
             paid = torch.clamp(mean, min=self.free_bits).sum()
             loss = loss + self.kl_weight * paid * (torch.ones_like(data) * particles.scale).sum()
             cost = cost + self.kl_weight * (kl * (mean > self.free_bits)).sum(-1)
-        return loss + self._discrete_part(particles, cost)
+        return loss + carried_score(particles, cost)
 
-    def _discrete_part(self, particles: Particles, cost: Tensor) -> Tensor | float:
-        """The score-function term of non-reparameterised sites: a zero that carries their gradient."""
-        log_q = particles.log_score()
-        if log_q is None or not torch.is_grad_enabled():
-            return 0.0
-        signal = cost.detach()
-        num = signal.shape[0]
-        if num > 1:
-            signal = (signal - signal.mean(0)) * num / (num - 1)
-        carried = (signal * particles.scale * log_q / num).sum()
-        return carried - carried.detach()
+
+def carried_score(particles: Particles, cost: Tensor) -> Tensor | float:
+    """The score-function term of non-reparameterised sites: a zero that carries their gradient."""
+    log_q = particles.log_score()
+    if log_q is None or not torch.is_grad_enabled():
+        return 0.0
+    signal = cost.detach()
+    num = signal.shape[0]
+    if num > 1:
+        signal = (signal - signal.mean(0)) * num / (num - 1)
+    carried = (signal * particles.scale * log_q / num).sum()
+    return carried - carried.detach()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import positive_int, rising_betas
-from pyrovae.engine.gradient import ParticleWeights, finite_weights
+from pyrovae.engine.gradient import Needs, ParticleWeights, finite_weights
 from pyrovae.objectives.base import Objective, Options
 
 _SMALLEST = 0.025  # the first point above 0, in the middle of the range that the paper found best
@@ -44,9 +44,8 @@ class TVO(Objective):
     Masrani, Le and Wood (2019), *The thermodynamic variational objective*.
     """
 
-    score_only = True
     weighs_kl = False
-    scores = False
+    needs = Needs(copies="detached", path=False, fixed=True, reinforce=False)  # the guide follows its score alone
 
     def __init__(
         self,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pyrovae.engine.generate import Redraw, generate
-from pyrovae.engine.gradient import ParticleWeights, finite_weights
+from pyrovae.engine.gradient import Needs, ParticleWeights, finite_weights
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.programs import Program
 from pyrovae.engine.run import fold_arguments
-from pyrovae.engine.sites import Record, latent
+from pyrovae.engine.sites import latent, record
 from pyrovae.engine.weights import log_mean_exp
 from pyrovae.objectives.base import Objective, Options
 
@@ -39,16 +39,19 @@ class RWS(Objective):
     """
 
     weighs_kl = False
-    scores = False
 
     def __init__(self, num_particles: int = 5, **options: Unpack[Options]) -> None:
         super().__init__(num_particles, **options)
         if self.gradient == "stl":
             raise ValueError('RWS has no gradient="stl", its guide follows no bound: pass gradient="total" or "dreg"')
-        self.score_only = self.gradient == "total"
 
     def bound(self, log_w: Tensor) -> Tensor:
         return log_mean_exp(log_w)
+
+    @property
+    def needs(self) -> Needs:
+        """The guide follows its score alone, or its samples alone; no site is scored besides."""
+        return Needs(copies="detached", path=self.gradient == "dreg", fixed=True, reinforce=False)
 
     def weights(self, log_w: Tensor) -> ParticleWeights:
         """As in the equations; ``reinforce`` is 0."""
@@ -95,16 +98,16 @@ class SleepPhi(Objective):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus log q(z | x) of one dream per datum, summed over data, mean over particles."""
-        self._check(model, guide, args, kwargs)
+        self.nesting_of(model, guide, args, kwargs)  # for its checks
         if self.num_particles > 1:
             args, kwargs = fold_arguments(args, kwargs, self.num_particles)
         with torch.no_grad():
             redraw = Redraw(args[0])
             dreamt = generate(model, args, kwargs, redraw)
         values = {name: site["value"] for name, site in latent(dreamt).items() if name != redraw.site}
-        with Record(values) as record:
-            guide(dreamt[redraw.site]["value"], *args[1:], **kwargs)
-        particles = Particles(record.sites, {}, 1, None, False, True, {}, dict)
+        particles = Particles.of(
+            record(guide, (dreamt[redraw.site]["value"], *args[1:]), kwargs, values), {}, scaled=True
+        )
         log_q = particles.log_guide()
         if log_q is None:
             raise ValueError("SleepPhi trains a guide, but this one draws nothing: take another objective")

@@ -10,10 +10,11 @@ import torch
 from pyrovae import data as datasets
 from pyrovae.data.feed import Feed
 from pyrovae.engine.kl import site_kl
+from pyrovae.engine.particles import combine
 from pyrovae.engine.probe import full_size, probe
 from pyrovae.engine.programs import Program, eval_mode, roots
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.engine.run import combine, run
+from pyrovae.engine.run import run
 from pyrovae.engine.sites import latent
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.evaluate.units import mean_variances
@@ -34,7 +35,7 @@ class Monitor:
         self.size = feed.size or len(self.batch[0])
         self.joint = False
         try:
-            self.joint = not probe(model, guide, self.batch, {}).common_dims
+            self.joint = probe(model, guide, self.batch, {}).joint
             self.usable = True
         except Exception as error:  # for instance a latent that only Pyro's enumeration knows; training may go on
             self.usable = False

@@ -30,15 +30,16 @@ SUITE = [
 
 VALUE = "-(bound * particles.scale).sum() - (ascent"
 DREG = "path - kl_weight * curvature(self.path_bound, log_w)"
-SCORE = "dot(kl_weight * (weights.path + weights.score), log_q)"
-REINFORCE = "dot(weights.reinforce, log_q)"
+SCORE = "dot(parts.kl_weight * (weights.path + weights.score), log_q, alive)"
+REINFORCE = "dot(weights.reinforce, log_q, alive)"
 RENYI = "log_mean_exp((1 - self.alpha) * log_w) / (1 - self.alpha)"
 MIWAE = "log_mean_exp(groups.transpose(0, 1)).mean(0)"
-SIGNAL = "bound - self.path_bound(torch.where(same.view(shape), mean, copies))"
+SIGNAL = "value - bound(torch.where(same.view(shape), mean, copies))"
 MEAN_EXP = "return torch.logsumexp(log_w, 0) - math.log(log_w.shape[0])"
-MODEL = "total = dot(weights.model, log_p)"
+MODEL = "total = dot(weights.model, log_p, alive)"
 KL = "log_prior - log_guide"
-PROBE = "torch.no_grad(), isolated_rng(), protected_buffers():\n        particles = Particles("
+PROBE = "torch.enable_grad(), isolated_rng(), validating, protected_buffers(), reached"
+FIXED = 'fixed = self.gradient != "total"'
 LIVE = "leaf = log_w if log_w.requires_grad else log_w.detach().requires_grad_()"
 
 RWS = '(wn - wn.square(), zero) if self.gradient == "dreg" else (zero, wn)'
@@ -75,7 +76,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "sleep: ascends": [(DREAM, DREAM.replace("-(", "("))],
     "sleep: a sum over dreams": [(DREAM, "-(log_q * particles.scale).sum()")],
-    "sleep: on the data": [('guide(dreamt[redraw.site]["value"], *args[1:]', "guide(*args")],
+    "sleep: on the data": [('record(guide, (dreamt[redraw.site]["value"], *args[1:])', "record(guide, args")],
     "TVO: right sum": [("(following - beta, beta, v,", "(following - beta, following, v,")],
     "TVO: weights of the next temperature": [
         ("v = (beta * log_w).softmax(0) if beta", "v = (following * log_w).softmax(0) if beta")
@@ -111,13 +112,12 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     # what is followed
     "followed: N/B inside the logsumexp": [
-        ("self._followed(log_w.detach(),", "self._followed(log_w.detach() * particles.scale,")
+        ("self.followed_weights(log_w.detach(),", "self.followed_weights(log_w.detach() * particles.scale,")
     ],
     "followed: mean over data": [("torch.where(alive, value, 0.0)).sum()", "torch.where(alive, value, 0.0)).mean()")],
     "followed: no N/B": [("eps ** 2, scale=particles.scale", "eps ** 2, scale=1.0")],
     "weights not detached": [
-        ("self._followed(log_w.detach(),", "self._followed(log_w,"),
-        ("        log_w = log_w.detach()\n        bound, model", "        bound, model"),
+        ("self.followed_weights(log_w.detach(),", "self.followed_weights(log_w,"),
         ("leaf = log_w.detach().requires_grad_()", LIVE),
         ("torch.autograd.grad(value.sum(), leaf)[0]", "torch.autograd.grad(value.sum(), leaf, create_graph=True)[0]"),
     ],
@@ -127,37 +127,41 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "dreg: curvature of the model's bound": [(DREG, DREG.replace("path_bound", "bound"))],
     "dreg: squares log w": [(DREG, "path * log_w**2")],
     "stl sold as total": [
-        ('self._own_weights or self.gradient != "total"', "True"),
+        (FIXED, "fixed = True"),
         ('-path if self.gradient == "total" else ', ""),
     ],
-    "total sold as stl": [('self._own_weights or self.gradient != "total"', "self._own_weights")],
-    "score: wrong sign": [(SCORE, SCORE.replace("kl_weight *", "-kl_weight *"))],
-    "score: without kl_weight": [(SCORE, SCORE.replace("kl_weight * ", ""))],
+    "total sold as stl": [(FIXED, "fixed = False")],
+    "score: wrong sign": [(SCORE, SCORE.replace("parts.kl_weight *", "-parts.kl_weight *"))],
+    "score: without kl_weight": [(SCORE, SCORE.replace("parts.kl_weight * ", ""))],
     "score: samples not held fixed": [
         ("if not cuttable:", "if False:"),
         ('log_prob(s, s["value"].detach())', "log_prob(s)"),
     ],
     "score: only the leading layer held fixed": [("if not cuttable:", "if False:")],
     "model follows the path's weights": [(MODEL, MODEL.replace("model", "path"))],
-    "the ratio of path to model is left out": [("partial(mul, particles.at_site(name, ratio))", "partial(mul, 1.0)")],
+    "the ratio of path to model is left out": [("partial(mul, at_site)", "partial(mul, 1.0)")],
     "the ratio is its inverse": [
         (
-            "weights.path / torch.where(dropped, 1.0, weights.model)",
-            "weights.model / torch.where(dropped, 1.0, weights.path)",
+            "path / torch.where(dropped, 1.0, model)",
+            "model / torch.where(dropped, 1.0, path)",
         )
     ],
-    "path follows the model's weights": [("dot(weights.path, log_p), leaves", "dot(weights.model, log_p), leaves")],
-    "log q forgets kl_weight": [("dot(weights.path * kl_weight, log_guide)", "dot(weights.path, log_guide)")],
+    "path follows the model's weights": [
+        ("dot(weights.path, log_p, alive), leaves", "dot(weights.model, log_p, alive), leaves")
+    ],
+    "log q forgets kl_weight": [
+        ("dot(weights.path * parts.kl_weight, parts.guide, alive)", "dot(weights.path, parts.guide, alive)")
+    ],
     "reinforce: dropped": [(REINFORCE, "0 * " + REINFORCE)],
     "reinforce: wrong sign": [(REINFORCE, "-" + REINFORCE)],
-    "reinforce: times kl_weight": [(REINFORCE, "kl_weight * " + REINFORCE)],
+    "reinforce: times kl_weight": [(REINFORCE, "parts.kl_weight * " + REINFORCE)],
     "reinforce: tempered": [("tempered=False", "tempered=True")],
-    "reinforce: baseline counted twice": [(SIGNAL, SIGNAL.replace("- self", "- 2 * self"))],
-    "reinforce: no baseline": [(SIGNAL, "bound.expand_as(log_w).clone()")],
+    "reinforce: baseline counted twice": [(SIGNAL, SIGNAL.replace("- bound", "- 2 * bound"))],
+    "reinforce: no baseline": [(SIGNAL, "value.expand_as(log_w).clone()")],
     "reinforce: baseline has the particle itself": [(" & ~same", "")],
     "reinforce: baseline over all groups": [
-        ("(index // num == (index // num).unsqueeze(1)) & ~same", "~same"),
-        (".sum(0, keepdim=True) / (num - 1)", ".sum(0, keepdim=True) / (total - 1)"),
+        ("(index // group == (index // group).unsqueeze(1)) & ~same", "~same"),
+        (".sum(0, keepdim=True) / (group - 1)", ".sum(0, keepdim=True) / (total - 1)"),
     ],
     # the log-weight
     "kl_weight on the likelihood": [
@@ -172,21 +176,17 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "model factors in the prior": [
         (
             "log_prob(site) for name, site in latent(self.model).items()",
-            'log_prob(site) for name, site in self.model.items() if counts(site) and name != "x"',
+            'log_prob(site) for name, site in self.model.items() if name != "x" and "_Subsample" not in str(site["fn"])',
         ),
-        ('if counts(s) and s["is_observed"]}', 'if name_of(s) == "x"}'),
-        (
-            "def nesting(particles: Particles)",
-            'def name_of(site: Any) -> str:\n    return site["name"]\n\n\ndef nesting(particles: Particles)',
-        ),
+        ("for name, site in observed(self.model).items()", 'for name, site in self.model.items() if name == "x"'),
     ],
     "guide factors ignored": [
         (
-            "log_prob(s, in_guide=True) for n, s in sites.items()})",
-            'log_prob(s, in_guide=True) for n, s in sites.items() if not s["is_observed"]})',
+            "log_prob(s, in_guide=True) for s in counted(self.guide)",
+            'log_prob(s, in_guide=True) for s in counted(self.guide) if not s["is_observed"]',
         )
     ],
-    "common scale ignored": [("return self._per_datum(first), {}", "return 1.0, {}")],
+    "common scale ignored": [("return per_datum(first, layout), {}", "return 1.0, {}")],
     "tempering outside of the bound": [("lp = lp * self.tempering[role, name]", "pass")],
     # dead particles, state
     "a hopeless datum has a gradient": [
