@@ -176,7 +176,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "model factors in the prior": [
         (
             "log_prob(site) for name, site in latent(self.model).items()",
-            'log_prob(site) for name, site in self.model.items() if name != "x" and "_Subsample" not in str(site["fn"])',
+            'log_prob(site) for name, site in self.model.items() if name not in ("x", "data")',
         ),
         ("for name, site in observed(self.model).items()", 'for name, site in self.model.items() if name == "x"'),
     ],
