@@ -13,10 +13,9 @@ import torch
 from pyro.infer import config_enumerate
 from torch import nn
 
-from pyrovae.engine.probe import reach
+from pyrovae.engine.probe import look
 from pyrovae.engine.programs import eval_mode, evaluating, graph_leaves, protected_buffers, reached_modules, roots
 from pyrovae.engine.randomness import isolated_rng, replayed_rng, rng_state
-from pyrovae.engine.sites import log_prob, record_pair
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +44,6 @@ class Pair(nn.Module):
 
 PAIR = Pair()
 X = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
-
-
-def reach_of(model, guide, x=X):
-    def log_joint():
-        return sum(log_prob(s).sum() for run in record_pair(model, guide, (x,), {}) for s in run.values())
-
-    return reach(model, guide, log_joint)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +143,7 @@ def test_graph_leaves_are_found_once_each():
 def test_a_pair_reaches_its_own_tensors_not_copies():
     pair = Pair()
     before = {k: v.clone() for k, v in pair.state_dict().items()}
-    found = reach_of(pair.model, pair.guide)
+    found = look(pair.model, pair.guide, (X,))
     own = pair.state_dict(keep_vars=True)
     assert found.tensors.keys() == own.keys()
     assert all(found.tensors[name] is own[name] for name in own)
@@ -165,7 +157,7 @@ def test_frozen_and_tied_parameters():
     pair = Pair()
     pair.bias.requires_grad_(False)
     pair.tied = pair.net[0].weight
-    found = reach_of(pair.model, pair.guide)
+    found = look(pair.model, pair.guide, (X,))
     assert "bias" in found.tensors
     assert "bias" not in found.parameters
     assert len({id(p) for p in found.parameters.values()}) == len(found.parameters) == 4
@@ -180,7 +172,7 @@ def test_parameters_of_the_store_are_unconstrained_and_leaves_are_named():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(loose, scale).to_event(1), obs=x)
 
-    found = reach_of(model, lambda x: None)
+    found = look(model, lambda x: None, (X,))
     assert found.parameters.keys() == {"param.scale", "leaf.0"}
     assert found.parameters["leaf.0"] is loose
     assert found.parameters["param.scale"].item() == pytest.approx(torch.tensor(2.0).log().item())
@@ -189,6 +181,6 @@ def test_parameters_of_the_store_are_unconstrained_and_leaves_are_named():
 def test_moving_a_pair_moves_buffers_that_no_checkpoint_holds():
     pair = Pair()
     pair.net.register_buffer("mask", torch.ones(2), persistent=False)
-    found = reach_of(pair.model, pair.guide)
+    found = look(pair.model, pair.guide, (X,))
     found.to(torch.device("meta"))
     assert {t.device.type for t in (*pair.parameters(), *pair.buffers())} == {"meta"}
