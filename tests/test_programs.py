@@ -143,7 +143,7 @@ def test_graph_leaves_are_found_once_each():
 def test_a_pair_reaches_its_own_tensors_not_copies():
     pair = Pair()
     before = {k: v.clone() for k, v in pair.state_dict().items()}
-    found = look(pair.model, pair.guide, (X,))
+    found = look(pair.model, pair.guide, (X,)).state
     own = pair.state_dict(keep_vars=True)
     assert found.tensors.keys() == own.keys()
     assert all(found.tensors[name] is own[name] for name in own)
@@ -157,7 +157,7 @@ def test_frozen_and_tied_parameters():
     pair = Pair()
     pair.bias.requires_grad_(False)
     pair.tied = pair.net[0].weight
-    found = look(pair.model, pair.guide, (X,))
+    found = look(pair.model, pair.guide, (X,)).state
     assert "bias" in found.tensors
     assert "bias" not in found.parameters
     assert len({id(p) for p in found.parameters.values()}) == len(found.parameters) == 4
@@ -172,7 +172,7 @@ def test_parameters_of_the_store_are_unconstrained_and_leaves_are_named():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(loose, scale).to_event(1), obs=x)
 
-    found = look(model, lambda x: None, (X,))
+    found = look(model, lambda x: None, (X,)).state
     assert found.parameters.keys() == {"param.scale", "leaf.0"}
     assert found.parameters["leaf.0"] is loose
     assert found.parameters["param.scale"].item() == pytest.approx(torch.tensor(2.0).log().item())
@@ -181,6 +181,6 @@ def test_parameters_of_the_store_are_unconstrained_and_leaves_are_named():
 def test_moving_a_pair_moves_buffers_that_no_checkpoint_holds():
     pair = Pair()
     pair.net.register_buffer("mask", torch.ones(2), persistent=False)
-    found = look(pair.model, pair.guide, (X,))
+    found = look(pair.model, pair.guide, (X,)).state
     found.to(torch.device("meta"))
     assert {t.device.type for t in (*pair.parameters(), *pair.buffers())} == {"meta"}

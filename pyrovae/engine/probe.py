@@ -66,21 +66,18 @@ class Look:
         plates = {f.name: f for stack in stacks for f in stack if f.dim in (-1, None)}
         return next((f.full_size for f in plates.values() if f.full_size and f.full_size > f.size), None)
 
-    # --- what is reached ---------------------------------------------------------------------------------------------
-
     @cached_property
-    def loose(self) -> dict[str, Tensor]:
-        """Tensors that belong to no module: of Pyro's parameter store, and leaves that the programs close over."""
+    def state(self) -> PairState:
+        """The tensors that the pair reaches; unlike the look it holds no graph, and may be kept."""
         known = {id(tensor) for tensor in module_state(self.modules).values()}
         stored = {f"param.{name}": tensor for name, tensor in self.store.items()}
-        found = {}
-        for name, tensor in (stored | {f"leaf.{i}": leaf for i, leaf in enumerate(self.leaves)}).items():
+        loose = {}
+        for name, tensor in (stored | {f"leaf.{i}": leaf for i, leaf in enumerate(self.leaves())}).items():
             if id(tensor) not in known:
                 known.add(id(tensor))
-                found[name] = tensor
-        return found
+                loose[name] = tensor
+        return PairState(self.modules, loose)
 
-    @cached_property
     def leaves(self) -> list[Tensor]:
         """The tensors that require grad and that the log-probabilities of the run depend on."""
         with pyro.validation_enabled(False), isolated_rng(), torch.enable_grad():
@@ -88,20 +85,31 @@ class Look:
             terms = [*drawn, *(log_prob(site).sum() for site in counted(self.model))]
             return graph_leaves(torch.stack(terms).sum()) if terms else []
 
+
+@dataclass(frozen=True)
+class PairState:
+    """The tensors of a pair: those of its modules, and by name those that belong to no module.
+
+    The latter are of Pyro's parameter store ("param.NAME"), or leaves that the programs close over ("leaf.NUMBER").
+    """
+
+    modules: list[nn.Module]
+    loose: dict[str, Tensor]
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint must hold, as it is now: a module may have put other tensors in its buffers' place."""
         return module_state(self.modules) | self.loose
 
-    @cached_property
+    @property
     def parameters(self) -> dict[str, Tensor]:
-        """What can be trained, each tensor once: parameters of modules, of the store, leaves that are in neither."""
+        """What can be trained, each tensor once, in the order modules, store, leaves."""
         tensors = self.tensors
         first_names = {id(tensor): name for name, tensor in reversed(tensors.items()) if tensor.requires_grad}
         return {name: tensors[name] for name in reversed(first_names.values())}
 
     def to(self, device: torch.device) -> None:
-        """Move all that is reached, in place."""
+        """Move everything, in place."""
         for module in self.modules:
             module.to(device)
         for tensor in self.loose.values():
@@ -200,7 +208,7 @@ def check_fold(seen: Look, fold: bool) -> None:
 
 # --- until those who ask have learnt to look --------------------------------------------------------------------------
 
-Reach = Look
+Reach = PairState
 probe = checked_look
 
 
@@ -212,13 +220,13 @@ def nesting(seen: Look | Particles) -> int:
 
 def find_parameters(
     model: Program, guide: Program, batch: Batch, check: Callable[[Sites], None] = lambda joint: None
-) -> Look:
+) -> PairState:
     """What a pair reaches when it runs on ``batch``; ``check`` sees the model's sites."""
     seen = look(model, guide, batch, validate=False)
     check(seen.model)
-    if not seen.parameters:
+    if not seen.state.parameters:
         raise ValueError("the pair has no parameters to train: use modules, pyro.param or tensors that require grad")
-    return seen
+    return seen.state
 
 
 def full_size(model: Program, guide: Program, batch: Batch) -> int | None:
