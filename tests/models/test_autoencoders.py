@@ -1,13 +1,11 @@
 """Autoencoders: their losses by hand, PCA's subspace, penalties, noise, and what they must refuse."""
 
 import copy
-import json
 import math
 
 import pyro
 import pytest
 import torch
-from pyro import poutine
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyrovae as pv
@@ -163,29 +161,6 @@ def test_no_noise_leaves_the_data(noise):
 # --- as Pyro programs ------------------------------------------------------------------------------------------------
 
 
-@each_variant
-@pytest.mark.parametrize("num_particles", [None, 3])
-def test_traces_of_the_programs(family, variant, num_particles, digits):
-    pair, x = small(family, **variant), some(digits, 4)
-
-    def run(program):
-        if num_particles is None:
-            return program
-        return pyro.plate("k", num_particles, dim=-2)(program)
-
-    q = poutine.trace(run(pair.guide)).get_trace(x)
-    p = poutine.trace(poutine.replay(run(pair.model), trace=q)).get_trace(x)
-    batch = (4,) if num_particles is None else (num_particles, 4)
-    assert q.nodes["z"]["value"].shape == (*batch, 5)
-    assert p.nodes["x"]["fn"].batch_shape == batch
-    assert p.nodes["x"]["fn"].event_shape == (1, 8, 8)
-    p.compute_log_prob()
-    assert p.nodes["z"]["log_prob"].shape == batch
-    assert p.nodes["x"]["log_prob"].isfinite().all()
-    assert [f.name for f in p.nodes["x"]["cond_indep_stack"] if f.dim == -1] == ["data"]
-    assert not pyro.get_param_store().keys()
-
-
 @each_family
 def test_pyros_own_elbo_is_ours(family, digits):
     pair, x = small(family).double().eval(), some(digits).double()
@@ -307,16 +282,6 @@ def test_generation_needs_a_density(family):
         pv.sample(small(family), 2)
 
 
-@each_variant
-def test_generation_by_a_density_fitted_afterwards(family, variant, digits):
-    pair = small(family, **variant)
-    assert pair.fit_density(digits) is pair
-    images = pv.sample(pair, 7, seed=0)
-    assert images.shape == (7, 1, 8, 8)
-    assert torch.equal(images, pv.sample(pair, 7, seed=0))
-    assert pair.likelihood(torch.zeros(5)).support.check(pv.sample(pair, 7, returns="draws")).all()
-
-
 def test_the_density_is_that_of_the_codes(digits):
     """Its mean and covariance are those of the codes exactly, as EM's are; draws come from it."""
     pair = small(likelihood="gaussian").fit_density(digits)
@@ -364,42 +329,7 @@ def test_the_density_does_not_touch_training(digits):
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
 
 
-@each_variant
-def test_config_and_state_rebuild_the_model_with_its_density(family, variant, digits):
-    pair = small(family, **variant).fit_density(digits)
-    config = json.loads(json.dumps(pair.config))
-    twin = family(**config)
-    assert config == pair.config == twin.config
-    twin.load_state_dict(pair.state_dict())
-    assert torch.equal(twin.encode(digits.x[:5]), pair.encode(digits.x[:5]))
-    assert torch.equal(pv.sample(twin, 4, seed=0), pv.sample(pair, 4, seed=0))
-
-
-@each_family
-def test_a_run_is_loaded_again(family, digits, tmp_path):
-    pair, x = small(family), some(digits, 100)
-    pv.fit(pair.model, pair.guide, x, objective=pv.ELBO(), run_dir=tmp_path, **SETTINGS)
-    loaded = pv.load(tmp_path)
-    assert type(loaded) is family
-    torch.testing.assert_close(loaded.reconstruct(x), pair.reconstruct(x), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="fit_density"):
-        pv.sample(loaded, 2)
-
-
 # --- verbs -----------------------------------------------------------------------------------------------------------
-
-
-@each_variant
-def test_verbs(family, variant, digits):
-    pair, x = small(family, **variant), some(digits, 3)
-    z = pair.encode(x)
-    assert z.shape == (3, 5)
-    assert pair.encode(x.expand(2, 3, 1, 8, 8)).shape == (2, 3, 5)
-    torch.testing.assert_close(pair.reconstruct(x), pair.decode(z))
-    between = pair.interpolate(x[:2], x[1:], steps=4)
-    assert between.shape == (2, 4, 1, 8, 8)
-    torch.testing.assert_close(between[:, 0], pair.decode(z[:2]))
-    assert pair.traverse(x[:1], units=[0, 3], steps=5).shape == (2, 5, 1, 8, 8)
 
 
 @each_family
@@ -412,29 +342,17 @@ def test_verbs_read_clean_data_even_in_training_mode(family, digits):
 
 
 @each_family
-def test_active_units_are_measured(family, digits):
-    assert pv.active_units(small(family).guide, digits)["z"].variances.shape == (5,)
-
-
-def test_initialise_starts_the_bias_at_the_data(digits):
-    pair = small(likelihood="gaussian").initialise(digits.x)
-    torch.testing.assert_close(pair.decoder.output_bias.view(1, 8, 8), digits.x.mean(0))
-
-
-@pytest.mark.parametrize(("family", "part"), [
-    (SparseAutoencoder, "penalty='l1', weight=1.0"),
-    (DenoisingAutoencoder, "noise='masking', level=0.3"),
-])  # fmt: skip
-def test_repr_shows_what_it_is_made_of(family, part):
-    assert part in repr(small(family))
-    assert "density_components=3" in repr(small(family))
+def test_active_units_are_those_whose_codes_vary(family, digits):
+    pair = small(family)
+    found = pv.active_units(pair.guide, digits)["z"].variances
+    torch.testing.assert_close(found, pair.encode(digits.x).detach().double().var(0), rtol=1e-4, atol=1e-6)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @each_family
-@pytest.mark.parametrize("program", ["model", "guide", "initialise", "activity", "fit_density"])
+@pytest.mark.parametrize("program", ["activity", "fit_density"])
 def test_data_of_another_shape_are_refused(family, program):
     with pytest.raises(DataError, match=r"input_shape=\(1, 8, 8\), got \(4, 64\)"):
         getattr(small(family), program)(torch.zeros(4, 64))

@@ -1,6 +1,5 @@
 """The prior over codes: a normalised distribution, causal, without a blind spot, sampled as it is scored."""
 
-import json
 import math
 from itertools import product
 
@@ -11,7 +10,6 @@ from pyro import poutine
 import pyrovae as pv
 from pyrovae.arguments import DataError
 from pyrovae.models import CodePrior
-from pyrovae.parts import AutoregressiveCodes, GatedConvolutions
 from tests.state import double_precision
 
 
@@ -138,16 +136,6 @@ def test_it_starts_at_the_frequencies_of_the_codes():
     torch.testing.assert_close(prior.network.output.bias.softmax(0), torch.tensor([4 / 7, 1 / 7, 2 / 7]))
     with pytest.raises(DataError, match=r"integers among 0 \.\.\. 2"):
         prior.initialise(codes + 1)
-
-
-def test_the_config_builds_the_same_architecture():
-    prior = lively((3, 2), 5)
-    copy = CodePrior(**json.loads(json.dumps(prior.config)))
-    copy.load_state_dict(prior.state_dict())
-    codes = torch.randint(5, (4, 3, 2))
-    assert torch.equal(copy.distribution().log_prob(codes), prior.distribution().log_prob(codes))
-    assert isinstance(prior.network, GatedConvolutions)
-    assert isinstance(prior.distribution(), AutoregressiveCodes)
 
 
 def test_what_is_refused():

@@ -1,6 +1,5 @@
 """The deep VAE: its start, its scales, one path for both programs, codes by layer, training, errors and round trips."""
 
-import json
 import math
 
 import pyro
@@ -14,16 +13,9 @@ from pyrovae.data import DataError
 from pyrovae.models import DeepVAE
 from pyrovae.models.deep import LIMIT, StochasticLayer
 from pyrovae.nn import PatchDecoder, PyramidEncoder, ResidualBlock, fold
+from tests.zoo import ZOO
 
-VARIANTS = [
-    {},
-    {"likelihood": "bernoulli"},
-    {"likelihood": "gaussian", "scale": 0.1},
-    {"scale": "per_pixel"},
-    {"patch": 1, "channels": (4, 5, 6), "latent_channels": (1, 2, 3), "blocks": (1, 1, 2)},
-    {"patch": 4, "channels": (4,), "latent_channels": (2,), "blocks": (1,)},
-]
-each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+each_variant = pytest.mark.parametrize("variant", [v for v in ZOO if v.family == "deep"], ids=lambda v: v.name)
 X = torch.randint(256, (4, 2, 8, 12), generator=torch.Generator().manual_seed(2)).double() / 255
 
 
@@ -46,64 +38,6 @@ def stirred(**variant):
     return vae
 
 
-def of(variant):
-    return X.round() if variant.get("likelihood") == "bernoulli" else X
-
-
-def traces(vae, x, num_particles=None):
-    def spread(program):
-        def run(x):
-            with pyro.plate("k", num_particles, dim=-2):
-                return program(x)
-
-        return run if num_particles else program
-
-    q = poutine.trace(spread(vae.guide)).get_trace(x)
-    p = poutine.trace(poutine.replay(spread(vae.model), trace=q)).get_trace(x)
-    q.compute_log_prob()
-    p.compute_log_prob()
-    latents = [f"z{layer}" for layer in range(1, vae.num_layers + 1)]
-    log_w = p.nodes["x"]["log_prob"] + sum(p.nodes[z]["log_prob"] - q.nodes[z]["log_prob"] for z in latents)
-    return q, p, log_w
-
-
-@each_variant
-@pytest.mark.parametrize("num_particles", [None, 3])
-def test_traces_of_the_programs(variant, num_particles):
-    vae, x = stirred(**variant), of(variant)
-    q, p, log_w = traces(vae, x, num_particles)
-    batch = (4,) if num_particles is None else (num_particles, 4)
-    latents = [f"z{i}" for i in range(vae.num_layers, 0, -1)]
-    assert [name for name in q.stochastic_nodes if name[0] == "z"] == latents
-    assert [name for name in p.stochastic_nodes if name[0] == "z"] == latents
-    for layer in range(1, vae.num_layers + 1):
-        assert q.nodes[f"z{layer}"]["value"].shape == (*batch, *vae.layer_shape(layer))
-        assert q.nodes[f"z{layer}"]["fn"].event_dim == 3
-    assert p.nodes["x"]["value"] is x
-    assert p.nodes["x"]["fn"].batch_shape == batch
-    assert log_w.shape == batch
-    assert log_w.isfinite().all()
-    assert log_w.dtype == torch.float64
-    assert not pyro.get_param_store().keys()
-
-
-@each_variant
-def test_particles_are_independent_runs(variant):
-    """Particle k of a run with K has the log-weight that its latents have by themselves."""
-    vae, x = stirred(**variant), of(variant)
-    q, _, log_w = traces(vae, x, 3)
-    for k in range(3):
-        values = {f"z{i}": q.nodes[f"z{i}"]["value"][k] for i in range(1, vae.num_layers + 1)}
-        log_q, log_p = (
-            poutine.trace(poutine.condition(program, values)).get_trace(x) for program in (vae.guide, vae.model)
-        )
-        log_q.compute_log_prob()
-        log_p.compute_log_prob()
-        alone = log_p.nodes["x"]["log_prob"]
-        alone = alone + sum(log_p.nodes[z]["log_prob"] - log_q.nodes[z]["log_prob"] for z in values)
-        torch.testing.assert_close(log_w[k], alone)
-
-
 def test_layers_and_their_scales():
     vae = DeepVAE((3, 32, 48), channels=(4, 5, 6), latent_channels=(1, 2, 3), blocks=(1, 3, 2))
     assert vae.num_layers == 6
@@ -118,21 +52,22 @@ def test_layers_and_their_scales():
 @each_variant
 def test_it_starts_as_its_prior_and_at_its_bias(variant):
     """KL 0 in every layer, standard normal latents, and a likelihood that is the mean image's."""
-    vae, x = small(**variant).double(), of(variant)
+    vae, (x,) = variant.make().double(), variant.batch()
     vae.initialise(x)
-    q, p, log_w = traces(vae, x)
+    q = poutine.trace(vae.guide).get_trace(x)
+    p = poutine.trace(poutine.replay(vae.model, trace=q)).get_trace(x)
     for layer in range(1, vae.num_layers + 1):
         for normal in (q.nodes[f"z{layer}"]["fn"].base_dist, p.nodes[f"z{layer}"]["fn"].base_dist):
             assert (normal.loc == 0).all()
             assert (normal.scale == 1).all()
-    bias = vae.observation.initial_bias(x.mean(0))
-    torch.testing.assert_close(log_w, vae.observation.distribution(bias).log_prob(x))
+    expected = vae.observation.distribution(vae.observation.initial_bias(x.mean(0))).log_prob(x)
+    torch.testing.assert_close(pv.log_weights(vae.model, vae.guide, x)[0], expected)
 
 
 @each_variant
 def test_every_parameter_gets_a_gradient_within_three_steps(variant):
     """What starts silent wakes: first the output, then what leads to it."""
-    vae, x = small(**variant).double(), of(variant)
+    vae, (x,) = variant.make().double(), variant.batch()
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2)
     for _ in range(4):
         optimizer.zero_grad()
@@ -196,20 +131,14 @@ def test_a_layer_sees_all_those_above_it():
 
 
 @each_variant
-def test_codes_of_every_layer(variant):
-    vae, x = stirred(**variant), of(variant)
+def test_a_code_down_to_a_layer_begins_the_whole_one(variant):
+    vae, (x,) = variant.used(), variant.batch(4)
+    vae, x = vae.double(), x.double()
     units = [math.prod(vae.layer_shape(layer)) for layer in range(1, vae.num_layers + 1)]
-    everything = vae.encode(x)
     for layer in range(1, vae.num_layers + 1):
         code = vae.encode(x, layer=layer)
         assert code.shape == (4, sum(units[layer - 1 :]))
-        assert torch.equal(code, everything[:, : code.shape[1]])
-        assert vae.decode(code, layer=layer).shape == x.shape
-    assert vae.interpolate(x[:2], x[2:], steps=3, layer=vae.num_layers).shape == (2, 3, *x.shape[1:])
-    assert vae.traverse(x[:1], units=[0, 1], steps=3).shape == (2, 3, *x.shape[1:])
-    drawn = pv.sample(vae, 5, returns="draws", seed=0)
-    assert drawn.shape == (5, 2, 8, 12)
-    assert drawn.isfinite().all()
+        assert torch.equal(code, vae.encode(x)[:, : code.shape[1]])
 
 
 def test_a_code_is_the_way_that_the_programs_go():
@@ -270,28 +199,9 @@ def test_it_trains(objective, options, digits):
     assert {name: u.variances.shape for name, u in units.items()} == {z: vae.layer_shape(int(z[1])) for z in sites}
 
 
-def test_a_run_is_saved_and_loaded(tmp_path):
-    vae = stirred().float()
-    pv.fit(vae.model, vae.guide, X.float(), objective=pv.ELBO(), epochs=1, run_dir=tmp_path / "run")
-    again = pv.load(tmp_path / "run")
-    assert again.config == vae.config
-    assert torch.equal(again.encode(X.float()), vae.encode(X.float()))
-
-
-@each_variant
-def test_config_rebuilds_the_model(variant):
-    vae = small(**variant)
-    twin = DeepVAE(**json.loads(json.dumps(vae.config)))
-    assert twin.config == vae.config
-    twin.load_state_dict(vae.state_dict())
-    x = of(variant).float()
-    assert torch.equal(twin.reconstruct(x), vae.reconstruct(x))
-
-
-@pytest.mark.parametrize("program", ["model", "guide", "initialise", "encode"])
-def test_data_of_another_shape_is_refused(program):
+def test_a_code_of_data_of_another_shape_is_refused():
     with pytest.raises(DataError, match=r"input_shape=\(2, 8, 12\), got \(4, 2, 8, 8\)"):
-        getattr(small(), program)(torch.zeros(4, 2, 8, 8))
+        small().encode(torch.zeros(4, 2, 8, 8))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """PCA: scikit-learn's components and density, the dense formulas, the exact posterior, projections, errors."""
 
-import json
 import math
 
 import pytest
@@ -10,7 +9,6 @@ from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
-from pyrovae import runs
 from pyrovae.data import DataError
 from pyrovae.models import PCA
 
@@ -179,17 +177,9 @@ def test_a_dynamic_set_is_drawn_once_by_the_seed():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_round_trip_through_a_run(tmp_path):
-    pca, x = fitted().float(), correlated(5).float()
-    assert json.loads(json.dumps(pca.config)) == {"input_shape": [1, 2, 4], "latent_dim": 3}
-    assert repr(pca) == "PCA(input_shape=[1, 2, 4], latent_dim=3)"
-    run = runs.Run(tmp_path / "pca")
-    run.start({"model": runs.describe(pca)})
-    run.save("last", pca.state_dict())
-    loaded = pv.load(run.path)
-    assert isinstance(loaded, PCA)
-    assert torch.equal(loaded.log_prob(x), pca.log_prob(x))
-    assert pca.initialise(x) is pca
+def test_it_starts_from_nothing():
+    pca = PCA(SHAPE, 3)
+    assert pca.initialise(correlated(5)) is pca
 
 
 def test_nothing_works_before_the_fit():
@@ -231,8 +221,3 @@ def test_data_that_have_no_fit(data, match):
 def test_constructor_errors(arguments, match):
     with pytest.raises(ValueError, match=match):
         PCA(**{"input_shape": SHAPE, "latent_dim": 3} | arguments)
-
-
-def test_data_of_another_shape():
-    with pytest.raises(DataError, match="got"):
-        fitted().log_prob(torch.zeros(3, DIM).double())

@@ -1,7 +1,6 @@
 """Richer priors: densities, draws, exact marginals of linear models, pseudo-inputs, round trips, options."""
 
 import copy
-import json
 import pickle
 
 import pyro.distributions as dist
@@ -151,16 +150,6 @@ def test_generation_follows_the_prior(prior):
 
 
 @pytest.mark.parametrize("prior", RICH)
-@pytest.mark.parametrize("objective", [pv.ELBO(2), pv.IWAE(3, gradient="dreg")], ids=repr)
-def test_every_parameter_learns(prior, objective):
-    vae = VAE((6,), 3, (4,), prior=prior, **SMALL[prior])
-    scrambled(vae, 0.3)
-    x = torch.rand(20, 6).round()
-    objective.differentiable_loss(vae.model, vae.guide, x).backward()
-    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in vae.parameters())
-
-
-@pytest.mark.parametrize("prior", RICH)
 def test_training_and_diagnostics(prior):
     torch.set_default_dtype(torch.float32)
     vae = VAE((6,), 3, (4,), prior=prior, **SMALL[prior])
@@ -194,10 +183,13 @@ def test_a_vampprior_is_the_mean_of_the_posteriors_of_its_pseudo_inputs(posterio
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_a_vampprior_can_be_annealed(posterior):
-    """Whatever its components, its support is one that Hamiltonian moves know, and draws lie in it."""
-    prior = vae_with("vamp", posterior=posterior).prior(torch.zeros(())).expand((7,))
-    assert torch.distributions.biject_to(prior.support)(torch.zeros(7, 2)).shape == (7, 2)
-    assert prior.sample((3,)).shape == (3, 7, 2)
+    """By Hamiltonian moves, whatever its components, to log p(x) within 4.9 standard errors (false alarm 1e-6)."""
+    flows = {"flows": 1} if posterior in ("flow", "iaf") else {}
+    vae, x = scrambled(vae_with("vamp", posterior=posterior, **flows), 0.15), torch.randn(3, 4)
+    settings = {"num_chains": 32, "num_temperatures": 12, "leapfrog_steps": 2, "seed": 0, "compile": False}
+    found = pv.ais_log_likelihood(vae, x, **settings)
+    assert ((found.log_prob - integrated(vae, x)).abs() < 4.9 * found.std_error).all()
+    assert found.std_error.max() < 0.15
 
 
 def test_pseudo_inputs_start_from_data_and_stay_within_its_range():
@@ -225,21 +217,17 @@ def test_fewer_data_than_pseudo_inputs_leave_the_rest_at_random():
 
 
 @each_prior
-def test_round_trips(prior):
-    vae = vae_with(prior)
-    z = torch.randn(5, 2)
+def test_a_copys_prior_hangs_on_the_copys_encoder(prior):
+    vae, z = vae_with(prior), torch.randn(5, 2)
     vae.model(torch.randn(3, 4))
-    twin = VAE(**json.loads(json.dumps(vae.config)))
-    twin.load_state_dict(vae.state_dict())
+    expected = vae.prior(z).log_prob(z)
     copies = copy.deepcopy(vae), pickle.loads(pickle.dumps(vae))
-    for other in (twin, *copies):
-        assert torch.equal(other.prior(z).log_prob(z), vae.prior(z).log_prob(z))
-        assert len(list(other.parameters())) == len(list(vae.parameters()))
     with torch.no_grad():
         for p in vae.parameters():
             p.zero_()
-    for other in copies:  # a copy's prior hangs on the copy's encoder, not on the original's
-        assert torch.equal(other.prior(z).log_prob(z), twin.prior(z).log_prob(z))
+    for other in copies:
+        assert torch.equal(other.prior(z).log_prob(z), expected)
+        assert len(list(other.parameters())) == len(list(vae.parameters()))
 
 
 def test_a_posterior_that_is_a_module_stays_its_owners():

@@ -4,7 +4,6 @@ Statistical tests have fixed seeds; their tolerances are 4 to 5 standard errors 
 """
 
 import itertools
-import json
 import math
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch.nn.functional import softplus
 
 import pyrovae as pv
-from pyrovae import runs
 from pyrovae.data import DataError
 from pyrovae.models import RBM, partition
 from pyrovae.models.contrastive import Equilibrium
@@ -438,19 +436,6 @@ def test_verbs(rbm):
         rbm.interpolate(a, b, path="spherical")
     with pytest.raises(ValueError, match="RBM has no traverse: its hidden units are 0 or 1"):
         rbm.traverse(a[:1])
-
-
-def test_round_trip_through_a_run(tmp_path):
-    rbm = random_rbm((1, 5, 5), 22, scale=0.1, ais_steps=10).float()
-    rbm.base_visible += 0.3
-    x = torch.rand(4, 1, 5, 5).round()
-    assert json.loads(json.dumps(rbm.config))["num_visible"] == [1, 5, 5]
-    run = runs.Run(tmp_path / "rbm")
-    run.start({"model": runs.describe(rbm)})
-    run.save("last", rbm.state_dict())
-    loaded = pv.load(run.path)
-    assert isinstance(loaded, RBM)
-    assert torch.equal(loaded.log_prob(x), rbm.log_prob(x))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

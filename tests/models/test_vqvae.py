@@ -4,7 +4,6 @@ import copy
 import json
 import math
 
-import pyro
 import pytest
 import torch
 from pyro import poutine
@@ -343,8 +342,7 @@ def test_verbs(options):
     codes = pair.encode(torch.rand(2, 3, 1, 4, 8))
     assert codes.shape == ((2, 3, 2, 2, 4) if "num_quantizers" in options else (2, 3, 2, 4))
     assert codes.dtype == torch.int64
-    assert pair.decode(codes).shape == pair.reconstruct(torch.rand(2, 3, 1, 4, 8)).shape == (2, 3, 1, 4, 8)
-    assert pv.sample(pair, 7, seed=0).shape == (7, 1, 4, 8)
+    torch.testing.assert_close(pair.decode(codes)[1], pair.decode(codes[1]))
     rows = pv.sample(pair, 50, seed=0, site="z", returns="draws")
     assert rows.shape == (50, 2, 4, 3)
     if "num_quantizers" not in options:
@@ -359,25 +357,6 @@ def test_verbs(options):
     ]:
         with pytest.raises(DataError, match=message):
             pair.decode(wrong)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"likelihood": "gaussian", "scale": "per_pixel"},
-        {"likelihood": "discretized_logistic", "levels": 2},
-        {"likelihood": "discretized_logistic", "scale": "per_pixel", "levels": 17},
-        {"likelihood": "continuous_bernoulli"},
-        {"residual_layers": 0},
-        {"num_downsamplings": 2},
-    ],
-    ids=str,
-)
-def test_other_likelihoods_and_sizes(options):
-    pair, x = small(**options), images()
-    pv.ELBO(2).differentiable_loss(pair.model, pair.guide, x).backward()
-    assert all(p.grad.isfinite().all() for p in pair.parameters())
-    assert pair.reconstruct(x).shape == x.shape
 
 
 def test_networks_are_the_papers():
@@ -473,14 +452,3 @@ def test_priors_that_do_not_fit_are_refused():
         small().with_prior(CodePrior((2, 4), 6, channels=4))
     with pytest.raises(ValueError, match="needs one codebook, got num_quantizers=2"):
         small(num_quantizers=2).with_prior(CodePrior((2, 4), 5, channels=4))
-
-
-def test_the_start_depends_on_data_and_weights_alone():
-    pair, x = small(), images(30)
-    twin = copy.deepcopy(pair)
-    torch.manual_seed(1)
-    first = pair.initialise(x)
-    pyro.set_rng_seed(2)
-    assert_same(twin.initialise(x), state(first))
-    mean = pair.decoder.output_bias.sigmoid()
-    torch.testing.assert_close(mean, x.mean(0).clamp(0.001, 0.999))
