@@ -77,7 +77,7 @@ def sample(
     parts: list[Tensor] = []
     with torch.no_grad(), evaluating(program), nullcontext() if seed is None else isolated_rng(seed):
         while sum(map(len, parts)) < n:
-            found = generate(program, (x, *args), kwargs, redraw)[redraw.site]
+            _, found = generate(program, (x, *args), kwargs, redraw)
             parts.append(_with_rows(found["value"] if returns == "draws" else _mean(found), found["name"]))
     return torch.cat(parts)[:n]
 

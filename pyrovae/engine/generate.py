@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrovae.engine.programs import Program
-from pyrovae.engine.sites import Record, Sites, counts, quoted
+from pyrovae.engine.programs import Batch, Program
+from pyrovae.engine.sites import Record, Site, Sites, counts, observed, quoted
 from pyrovae.engine.unwrap import point_mass
 
 
@@ -26,17 +26,22 @@ class Redraw(Messenger):
     Latents are drawn at the temperature given.
     """
 
-    def __init__(self, x: Tensor, site: Any = None, temperature: float = 1.0) -> None:
+    def __init__(self, x: Tensor, site: str | None = None, temperature: float = 1.0) -> None:
         super().__init__()
         self.x, self.site, self.temperature = x, site, temperature
         self.names: list[str] = []
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         self.names = []
         return super().__enter__()
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] and (msg["name"] == self.site or _share_memory(msg["value"], self.x)):
+    def is_view(self, value: object) -> bool:
+        """Whether an observation is x, or shares its memory."""
+        own = self.x.untyped_storage().data_ptr()
+        return isinstance(value, Tensor) and value.untyped_storage().data_ptr() == own != 0
+
+    def _pyro_sample(self, msg: Site) -> None:  # type: ignore[override]
+        if msg["is_observed"] and (msg["name"] == self.site or self.is_view(msg["value"])):
             msg["is_observed"], msg["value"] = False, None
             self.names.append(msg["name"])
         elif self.temperature != 1 and msg["value"] is None and counts(msg):
@@ -56,7 +61,7 @@ def tempered(fn: Any, temperature: float, name: str) -> Any:
     if isinstance(fn, torch.distributions.MixtureSameFamily):
         component = tempered(fn.component_distribution, temperature, name)
         return dist.MixtureSameFamily(fn.mixture_distribution, component)
-    for family, make in _TEMPERED.items():
+    for family, make in TEMPERED.items():
         if isinstance(fn, family):
             return make(fn, temperature)
     raise ValueError(
@@ -65,7 +70,7 @@ def tempered(fn: Any, temperature: float, name: str) -> Any:
     )
 
 
-_TEMPERED: dict[type, Callable[[Any, float], Any]] = {
+TEMPERED: dict[type, Callable[[Any, float], Any]] = {
     torch.distributions.Normal: lambda fn, t: dist.Normal(fn.loc, fn.scale * t),
     torch.distributions.MultivariateNormal: lambda fn, t: dist.MultivariateNormal(fn.loc, scale_tril=fn.scale_tril * t),
     torch.distributions.Bernoulli: lambda fn, t: dist.Bernoulli(logits=fn.logits / t),
@@ -75,26 +80,23 @@ _TEMPERED: dict[type, Callable[[Any, float], Any]] = {
 }
 
 
-def _share_memory(a: Any, b: Tensor) -> bool:
-    return isinstance(a, Tensor) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
-
-
-def generate(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], redraw: Redraw) -> Sites:
-    """One run of the model, its data drawn; ``redraw.site`` says at which site, unless it asks for one."""
+def generate(program: Program, args: Batch, kwargs: Mapping[str, object], redraw: Redraw) -> tuple[Sites, Site]:
+    """One run of the model, its data drawn: its sites, and the one that drew them (or that ``redraw`` names)."""
     with Record() as record, redraw:
         program(*args, **kwargs)
     if redraw.site is None:
-        redraw.site = _observing(record.sites, redraw.names)
+        redraw.site = observing_site(record.sites, redraw.names)
         if redraw.site not in redraw.names:  # it observes a copy of x, as of x[index]: now known by its name
             return generate(program, args, kwargs, redraw)
     if redraw.site not in record.sites:
         known = quoted(name for name, found in record.sites.items() if counts(found))
         raise ValueError(f'the model has no site "{redraw.site}", but {known}: choose one of those')
-    return record.sites
+    return record.sites, record.sites[redraw.site]
 
 
-def _observing(sites: Sites, redrawn: list[str]) -> str:
-    names = redrawn or [n for n, s in sites.items() if s["is_observed"] and counts(s) and not point_mass(s["fn"])]
+def observing_site(sites: Sites, redrawn: list[str]) -> str:
+    """The one site at which a run drew its data, or else observed any."""
+    names = redrawn or [name for name, site in observed(sites).items() if not point_mass(site["fn"])]
     if not names:
         raise ValueError(
             f"the model observes nothing (its sites: {quoted(sites)}): pass a model that has a site with obs=x, "

@@ -6,16 +6,18 @@ closes over networks. These helpers find what such a callable reaches without as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 Program = Callable[..., Any]
+Batch = tuple[Any, ...]  # what a program takes
 
 
 def roots(*programs: Program) -> list[nn.Module]:
@@ -24,7 +26,7 @@ def roots(*programs: Program) -> list[nn.Module]:
     Partial functions are looked into: Pyro's handlers (``poutine.scale(model, ...)``) hold a program as an argument.
     """
     found: dict[nn.Module, None] = {}
-    pending: list[Any] = list(programs)
+    pending: list[object] = list(programs)
     while pending:
         program = pending.pop(0)
         if isinstance(program, partial):
@@ -41,7 +43,8 @@ def device_of(*programs: Program) -> torch.device | None:
 
 
 @contextmanager
-def _on_forward(hook: Callable[[nn.Module], None]) -> Iterator[None]:
+def on_forward(hook: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call ``hook`` with every module that is about to run."""
     handle = register_module_forward_pre_hook(lambda module, _: hook(module))
     try:
         yield
@@ -59,7 +62,7 @@ def protected_buffers() -> Iterator[None]:
             originals[module] = dict(module._buffers)
             module._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})
 
-    with _on_forward(lend_copies):
+    with on_forward(lend_copies):
         try:
             yield
         finally:
@@ -71,7 +74,7 @@ def protected_buffers() -> Iterator[None]:
 def reached_modules(*programs: Program) -> Iterator[dict[nn.Module, None]]:
     """Collect, while the programs run inside, every module that they are, belong to or call."""
     found: dict[nn.Module, None] = dict.fromkeys(roots(*programs))
-    with _on_forward(lambda module: found.setdefault(module)):
+    with on_forward(lambda module: found.setdefault(module)):
         yield found
 
 
@@ -99,7 +102,7 @@ def evaluating(*programs: Program) -> Iterator[None]:
 
     for root in roots(*programs):
         enter(root)
-    with _on_forward(enter):
+    with on_forward(enter):
         try:
             yield
         finally:
@@ -107,35 +110,24 @@ def evaluating(*programs: Program) -> Iterator[None]:
                 module.training = mode
 
 
-def graph_leaves(root: Tensor) -> list[Tensor]:
-    """The leaf tensors that require grad and that ``root`` depends on, in the graph's order."""
-    found: dict[int, Tensor] = {}
-    seen, stack = set(), [root.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            found.setdefault(id(variable), variable)
-        stack.extend(parent for parent, _ in reversed(node.next_functions))
-    return list(found.values())
-
-
-def depends_on(root: Tensor, nodes: set[Any]) -> bool:
-    """Whether the graph of ``root`` passes through one of the autograd ``nodes``."""
-    seen: set[Any] = set()
+def graph_nodes(root: Tensor) -> Iterator[Node]:
+    """The autograd nodes that ``root`` depends on, depth first, in the graph's order."""
+    seen: set[Node] = set()
     stack = [root.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if node in nodes:
-            return True
-        seen.add(node)
-        stack.extend(parent for parent, _ in node.next_functions)
-    return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(parent for parent, _ in reversed(node.next_functions))
 
 
-Batch = tuple[Any, ...]
+def graph_leaves(root: Tensor) -> list[Tensor]:
+    """The leaf tensors that require grad and that ``root`` depends on, in the graph's order."""
+    variables = (getattr(node, "variable", None) for node in graph_nodes(root))
+    return list({id(v): v for v in variables if isinstance(v, Tensor)}.values())
+
+
+def depends_on(root: Tensor, nodes: Collection[Node]) -> bool:
+    """Whether the graph of ``root`` passes through one of the autograd ``nodes``."""
+    return any(node in nodes for node in graph_nodes(root))

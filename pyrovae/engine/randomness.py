@@ -38,11 +38,11 @@ def seed_everything(seed: int) -> None:
 def replayed_rng(state: Tensor, cuda_states: list[Tensor]) -> Iterator[None]:
     """Draw again what was drawn from ``state`` on, then go on as if nothing had been drawn."""
     now, cuda_now = rng_state()
-    _set_rng_state(state, cuda_states)
+    set_rng_state(state, cuda_states)
     try:
         yield
     finally:
-        _set_rng_state(now, cuda_now)
+        set_rng_state(now, cuda_now)
 
 
 def rng_state() -> tuple[Tensor, list[Tensor]]:
@@ -50,7 +50,8 @@ def rng_state() -> tuple[Tensor, list[Tensor]]:
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
-def _set_rng_state(state: Tensor, cuda_states: list[Tensor]) -> None:
+def set_rng_state(state: Tensor, cuda_states: list[Tensor]) -> None:
+    """Put torch's generators to what :func:`rng_state` saw."""
     torch.set_rng_state(state)
     if cuda_states:
         torch.cuda.set_rng_state_all(cuda_states)

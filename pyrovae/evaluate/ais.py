@@ -159,9 +159,9 @@ def bdmc(
     program = program_of(model)
     with _quiet(seed, program):
         redraw = Redraw(blank(program, positive_int("n", n), like))
-        simulated = generate(program, (redraw.x, *args), kwargs, redraw)
-        batch = (simulated[redraw.site]["value"], *args)  # type: ignore[index]
-        truth = {name: site["value"] for name, site in latent(simulated).items() if name != redraw.site}
+        simulated, data = generate(program, (redraw.x, *args), kwargs, redraw)
+        batch = (data["value"], *args)
+        truth = {name: site["value"] for name, site in latent(simulated).items() if site is not data}
         annealer = _Annealer(program, None, batch, kwargs, settings, number=2 * n)
         lower = annealer.forward(batch)
         upper = annealer.backward(batch, truth)

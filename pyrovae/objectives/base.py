@@ -2,10 +2,9 @@ r"""The contract of an objective: a bound on log-weights, and the coefficients t
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import abstractmethod
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import pyro.infer
 import torch
@@ -15,6 +14,7 @@ from pyro.infer.enum import get_importance_trace
 from torch import Tensor, nn
 
 from pyrovae.arguments import one_of, positive_int, weight
+from pyrovae.configured import Configured
 from pyrovae.engine.gradient import Needs, ParticleWeights, Parts, finite_weights, surrogate
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look, check_fold, checked_look
@@ -27,9 +27,6 @@ from pyrovae.objectives.derivatives import curvature, learning_signal, slope
 Gradient = Literal["total", "stl", "dreg"]
 
 
-GRADIENTS = ("total", "stl", "dreg")
-
-
 class Options(TypedDict, total=False):
     """The keywords that every objective takes."""
 
@@ -39,7 +36,7 @@ class Options(TypedDict, total=False):
     fold_particles: bool
 
 
-class Objective(pyro.infer.ELBO):
+class Objective(Configured, pyro.infer.ELBO):
     r"""A training objective: a bound on :math:`\log p(x)` as a function of log-weights.
 
     Write one by giving :meth:`bound`. Its derivatives say what model and guide follow, its value is what is reported.
@@ -88,7 +85,7 @@ class Objective(pyro.infer.ELBO):
         if not self.weighs_kl and (isinstance(self.kl_weight, Tensor) or self.kl_weight != 1):
             raise ValueError(f"{type(self).__name__} has no kl_weight but 1, got {kl_weight!r}: leave it out")
         self.likelihood_weight = weight("likelihood_weight", likelihood_weight)
-        self.gradient = one_of("gradient", gradient, GRADIENTS)
+        self.gradient = one_of("gradient", gradient, get_args(Gradient))
         self.fold_particles = bool(fold_particles)
         self._known: tuple[tuple[object, ...], int] | None = None
 
@@ -197,7 +194,7 @@ class Objective(pyro.infer.ELBO):
 
     def __call__(self, model: Program, guide: Program) -> ELBOModule:  # type: ignore[override]
         """A module that holds the pair (and the modules whose methods they are) and computes the loss."""
-        return _PairLoss(model, guide, self)
+        return PairLoss(model, guide, self)
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         return get_importance_trace("flat", math.inf, model, guide, args, kwargs)
@@ -266,32 +263,19 @@ class Objective(pyro.infer.ELBO):
     # --- what it is made of ------------------------------------------------------------------------------------
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, by name."""
+    def config(self) -> dict[str, Any]:  # type: ignore[override]
+        """The constructor's arguments, by name, as they are now: particles and weights may be annealed."""
         return {name: getattr(self, name) for name in self.defaults()}
 
-    @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """The constructor's arguments and their defaults."""
-        own = inspect.signature(cls.__init__).parameters.values()
-        named = {p.name: p.default for p in own if p.name != "self" and p.kind is not p.VAR_KEYWORD}
-        if any(p.kind is p.VAR_KEYWORD for p in own):
-            shared = inspect.signature(Objective.__init__).parameters
-            named |= {name: shared[name].default for name in Options.__annotations__}
-        return named
-
-    @classmethod
-    def _own_arguments(cls) -> list[str]:
-        own = inspect.signature(cls.__init__).parameters.values()
-        return [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
-
     def __repr__(self) -> str:
-        defaults = self.defaults()
-        shown = {k: v for k, v in self.config.items() if k in self._own_arguments() or v != defaults[k]}
+        always, defaults = self.positional(), self.defaults()
+        shown = {k: v for k, v in self.config.items() if k in always or v != defaults[k]}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
 
-class _PairLoss(ELBOModule):
-    def __init__(self, model: Any, guide: Any, objective: Objective) -> None:
-        super().__init__(model, guide, objective)
+class PairLoss(ELBOModule):
+    """The loss of a pair as a module; it holds the modules whose methods the programs are."""
+
+    def __init__(self, model: Program, guide: Program, objective: Objective) -> None:
+        super().__init__(model, guide, objective)  # type: ignore[arg-type]
         self.owners = nn.ModuleList(m for m in roots(model, guide) if m is not model and m is not guide)

@@ -102,12 +102,9 @@ class SleepPhi(Objective):
         if self.num_particles > 1:
             args, kwargs = fold_arguments(args, kwargs, self.num_particles)
         with torch.no_grad():
-            redraw = Redraw(args[0])
-            dreamt = generate(model, args, kwargs, redraw)
-        values = {name: site["value"] for name, site in latent(dreamt).items() if name != redraw.site}
-        particles = Particles.of(
-            record(guide, (dreamt[redraw.site]["value"], *args[1:]), kwargs, values), {}, scaled=True
-        )
+            dreamt, data = generate(model, args, kwargs, Redraw(args[0]))
+        values = {name: site["value"] for name, site in latent(dreamt).items() if site is not data}
+        particles = Particles.of(record(guide, (data["value"], *args[1:]), kwargs, values), {}, scaled=True)
         log_q = particles.log_guide()
         if log_q is None:
             raise ValueError("SleepPhi trains a guide, but this one draws nothing: take another objective")

@@ -76,7 +76,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "sleep: ascends": [(DREAM, DREAM.replace("-(", "("))],
     "sleep: a sum over dreams": [(DREAM, "-(log_q * particles.scale).sum()")],
-    "sleep: on the data": [('record(guide, (dreamt[redraw.site]["value"], *args[1:])', "record(guide, args")],
+    "sleep: on the data": [('record(guide, (data["value"], *args[1:])', "record(guide, args")],
     "TVO: right sum": [("(following - beta, beta, v,", "(following - beta, following, v,")],
     "TVO: weights of the next temperature": [
         ("v = (beta * log_w).softmax(0) if beta", "v = (following * log_w).softmax(0) if beta")
