@@ -34,14 +34,10 @@ def counting(patch: Any, compiler: Callable[..., Any]) -> list[Any]:
     return made
 
 
-def interpreting(patch: Any, *users: Any) -> list[Any]:
-    """Capture graphs once and run them operation by operation; what would be compiled.
-
-    :param users: modules that capture functions on their own.
-    """
+def interpreting(patch: Any) -> list[Any]:
+    """Capture graphs once and run them operation by operation; what would be compiled."""
     from pyrovae.compile import checked
     from pyrovae.compile import graph as graphs
 
-    for user in (checked, *users):
-        patch.setattr(user, "capture", graphs._capture)
+    patch.setattr(checked, "capture", graphs._capture)
     return counting(patch, lambda module: module)

@@ -20,8 +20,8 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyrovae as pv
+from pyrovae.compile import checked, inductor
 from pyrovae.compile import graph as graphs
-from pyrovae.compile import inductor
 from pyrovae.compile.checked import tensors, untouched
 from pyrovae.compile.inductor import has_compiler
 from pyrovae.compile.noise import CannotCompile, rewritten
@@ -35,9 +35,11 @@ from pyrovae.models.hierarchical import GUIDES
 from pyrovae.parts import LIKELIHOODS, POSTERIORS, PRIORS
 from pyrovae.train import compiled as compiling
 from pyrovae.train import loop as training
-from pyrovae.train.compiled import CompiledStepper, RecordedStepper, worthwhile
+from pyrovae.train import recorded as recording
+from pyrovae.train.compiled import Compiled, worthwhile
 from pyrovae.train.plan import Plan
-from pyrovae.train.step import Stepper
+from pyrovae.train.recorded import Recorded
+from pyrovae.train.step import Eager, Step
 from tests.laws.objectives import OBJECTIVES
 from tests.state import counting, double_precision, interpreting
 
@@ -54,7 +56,7 @@ def clean_state():
 @pytest.fixture
 def interpreted(monkeypatch):
     """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
-    return interpreting(monkeypatch, compiling)
+    return interpreting(monkeypatch)
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -278,35 +280,38 @@ def meetings():
     return [*chosen, *((o, p) for o, p in more if (repr(o), p) not in {(repr(c), q) for c, q in chosen})]
 
 
-def stepper_of(make, objective, *, kind=CompiledStepper, **options):
+def eager_of(make):
+    """The eager gradients of a pair on the data that suit it."""
     model, guide = make()
     shape = next((shape for pair, shape in IMAGES.items() if make is PAIRS[pair]), X.shape[1:])
     labels = [y for pair, y in LABELS.items() if make is PAIRS[pair]]
     batch = (X[:, : math.prod(shape)].view(-1, *shape), *labels)
-    pair = find_parameters(model, guide, batch)
-    optimizer = torch.optim.SGD(list(pair.parameters.values()), lr=0.1)
-    return kind(model, guide, pair, optimizer, batch, **options)
+    return Eager(model, guide, find_parameters(model, guide, batch), batch)
 
 
-def state_of(stepper):
-    return [t.detach().clone() for t in stepper.pair.tensors.values()]
+def training_mode(eager):
+    return eval_mode(eager.look.modules, training=True)
 
 
-def restore(stepper, state):
+def state_of(eager):
+    return [t.detach().clone() for t in eager.look.tensors.values()]
+
+
+def restore(eager, state):
     with torch.no_grad():
-        for tensor, value in zip(stepper.pair.tensors.values(), state, strict=True):
+        for tensor, value in zip(eager.look.tensors.values(), state, strict=True):
             tensor.copy_(value)
 
 
-def outcome(stepper, gradients, seed=1):
+def outcome(eager, gradients, objective, seed=1):
     """Loss, gradients, and what became of the pair's tensors, from one state of generator and pair."""
-    before = state_of(stepper)
-    with isolated_rng(seed), eval_mode(stepper.pair.modules, training=True), pyro.validation_enabled(False):
-        loss = gradients()
+    before = state_of(eager)
+    with isolated_rng(seed), training_mode(eager), pyro.validation_enabled(False):
+        loss = gradients(objective, eager.example)
         after = torch.get_rng_state()
-    found = [None if p.grad is None else p.grad.clone() for p in stepper.reached]
-    changed = state_of(stepper)
-    restore(stepper, before)
+    found = [None if p.grad is None else p.grad.clone() for p in eager.parameters]
+    changed = state_of(eager)
+    restore(eager, before)
     return [torch.as_tensor(loss), *found], changed, after
 
 
@@ -325,29 +330,30 @@ def assert_equal(eager, other, *, none_is_zero=False, **tolerance):
     assert any(g is not None and g.abs().sum() > 0 for g in got[1:])
 
 
-def eager_outcome(stepper, objective):
+def eager_outcome(eager, objective):
     with rewritten():
-        return outcome(stepper, lambda: Stepper.gradients(stepper, objective, stepper.example))
+        return outcome(eager, eager, objective)
 
 
 @pytest.mark.parametrize(("objective", "pair"), meetings(), ids=repr)
 def test_the_captured_step_is_the_eager_one_on_the_same_noise(objective, pair, monkeypatch):
     """Loss, every gradient, every buffer and the generator; captured once only, which is half the time."""
-    monkeypatch.setattr(compiling, "capture", graphs._capture)
-    stepper = stepper_of(PAIRS[pair], objective)
-    eager = eager_outcome(stepper, objective)
-    with eval_mode(stepper.pair.modules, training=True):
-        graph, inputs, parameters, *_ = stepper.capture(objective)
+    monkeypatch.setattr(checked, "capture", graphs._capture)
+    eager = eager_of(PAIRS[pair])
+    expected = eager_outcome(eager, objective)
+    with training_mode(eager):
+        function, parameters = Compiled(eager).differentiated(objective)
+        graph = function.capture(eager.example).graph
 
-    def gradients():
-        loss, *found = graph(*inputs, *tensors(stepper.example))
-        for parameter in stepper.reached:
+    def gradients(objective, batch):
+        loss, *found = graph(*function.state, *tensors(batch))
+        for parameter in eager.parameters:
             parameter.grad = None
         for parameter, gradient in zip(parameters, found, strict=True):
             parameter.grad = gradient
         return loss
 
-    assert_equal(eager, outcome(stepper, gradients))
+    assert_equal(expected, outcome(eager, gradients, objective))
 
 
 COMPILED = [
@@ -359,45 +365,47 @@ COMPILED = [
 
 @pytest.mark.parametrize(("pair", "objective"), COMPILED, ids=repr)
 def test_the_compiled_step_is_the_eager_one_on_the_same_noise(pair, objective):
-    stepper = stepper_of(PAIRS[pair], objective)
-    eager = eager_outcome(stepper, objective)
-    with eval_mode(stepper.pair.modules, training=True), warnings.catch_warnings():
+    eager = eager_of(PAIRS[pair])
+    compiled = Compiled(eager)
+    expected = eager_outcome(eager, objective)
+    with training_mode(eager), warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert stepper.function(objective) is not None
-    assert_equal(eager, outcome(stepper, lambda: stepper.gradients(objective, stepper.example)))
-    assert stepper.path == "compiled"
-    assert stepper.compile_seconds > 0
+        assert compiled.static(objective) is not None
+    assert_equal(expected, outcome(eager, compiled, objective))
+    assert compiled.kind == "compiled"
+    assert compiled.compile_seconds > 0
 
 
 @pytest.mark.parametrize(
     "objective", [pv.IWAE(3, gradient="dreg"), pv.ELBO(free_bits=0.3, likelihood_weight=2.0)], ids=repr
 )
 def test_a_weight_of_the_kl_that_is_annealed_needs_no_other_graph(objective, interpreted):
-    stepper = stepper_of(PAIRS["two layers"], objective, anneals=True)
+    eager = eager_of(PAIRS["two layers"])
+    compiled = Compiled(eager, anneals=True)
     for kl_weight in (0.0, 0.3, 1.0):
         objective.kl_weight = kl_weight
-        eager = eager_outcome(stepper, objective)
-        compiled = outcome(stepper, lambda: stepper.gradients(objective, stepper.example))
-        assert_equal(eager, compiled, none_is_zero=kl_weight == 0)
+        expected = eager_outcome(eager, objective)
+        assert_equal(expected, outcome(eager, compiled, objective), none_is_zero=kl_weight == 0)
     assert len(interpreted) == 1
 
 
 def test_a_weight_of_ones_own_is_read_as_it_is_at_every_step(interpreted):
     kl_weight = torch.tensor(0.2)
     objective = pv.IWAE(3, kl_weight=kl_weight)
-    stepper = stepper_of(PAIRS["vae"], objective)
+    eager = eager_of(PAIRS["vae"])
+    compiled = Compiled(eager)
     for value in (0.2, 0.9):
         kl_weight.fill_(value)
-        eager = eager_outcome(stepper, objective)
-        assert_equal(eager, outcome(stepper, lambda: stepper.gradients(objective, stepper.example)))
+        expected = eager_outcome(eager, objective)
+        assert_equal(expected, outcome(eager, compiled, objective))
     assert len(interpreted) == 1
 
 
 def test_the_replayed_dropout_of_a_guide_that_runs_again_is_drawn_once():
     objective = pv.IWAE(3, gradient="dreg")
-    stepper = stepper_of(PAIRS["two layers"], objective)
-    with eval_mode(stepper.pair.modules, training=True):
-        graph = stepper.capture(objective)[0]
+    eager = eager_of(PAIRS["two layers"])
+    with training_mode(eager):
+        graph = Compiled(eager).differentiated(objective).function.capture(eager.example).graph
     draws = [tuple(noise.shape) for noise in graph.noise()]
     assert sorted(draws) == sorted([(3, 7, 2), (3, 7, 2), (3, 7, 5), (3, 7, 5)])  # z, u, a dropout each
 
@@ -405,14 +413,14 @@ def test_the_replayed_dropout_of_a_guide_that_runs_again_is_drawn_once():
 @pytest.mark.parametrize("pair", ["modules", "discrete"])
 def test_the_check_before_the_first_step_leaves_no_trace(pair, interpreted):
     objective = pv.ELBO(2)
-    stepper = stepper_of(PAIRS[pair], objective)
-    before, state = state_of(stepper), torch.get_rng_state()
-    with eval_mode(stepper.pair.modules, training=True):
-        assert stepper.function(objective) is not None
+    eager = eager_of(PAIRS[pair])
+    before, state = state_of(eager), torch.get_rng_state()
+    with training_mode(eager):
+        assert Compiled(eager).static(objective) is not None
     assert len(interpreted) == 1
-    assert all(map(torch.equal, state_of(stepper), before))
+    assert all(map(torch.equal, state_of(eager), before))
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None for p in stepper.reached)
+    assert all(p.grad is None for p in eager.parameters)
 
 
 # --- whole trainings -------------------------------------------------------------------------------------------------
@@ -686,27 +694,27 @@ def test_what_is_wrong_with_a_pair_is_said_as_ever():
 
 
 def test_batches_of_another_size_run_eagerly_and_silently(interpreted):
-    stepper = stepper_of(PAIRS["vae"], pv.ELBO())
+    compiled = Compiled(eager_of(PAIRS["vae"]))
     calls = []
-    stepper.compiled[1] = lambda batch: calls.append(batch) or torch.zeros(())
+    compiled.functions[1] = lambda batch: calls.append(batch) or torch.zeros(())
     for size in (7, 3, 7):
-        stepper.gradients(pv.ELBO(), (X[:size],))
+        compiled(pv.ELBO(), (X[:size],))
     assert [len(batch[0]) for batch in calls] == [7, 7]
 
 
 # --- recorded steps, as far as they can be without a CUDA device -----------------------------------------------------
 
 
-class Emulated(compiling.Recording):
+class Emulated(recording.Recording):
     """A recording on the CPU: what it computes it writes into the tensors that it made while it was recorded."""
 
-    def __init__(self, step, pairs, optimizers):
+    def __init__(self, step, looks, optimizers):
         self.step, self.graph = step, SimpleNamespace(replay=self.again)
-        parameters = [p for pair in pairs for p in pair.parameters.values()]
+        parameters = [p for look in looks for p in look.parameters.values()]
         with ExitStack() as stack:
             stack.enter_context(isolated_rng())
-            for pair in pairs:
-                stack.enter_context(untouched(pair))
+            for look in looks:
+                stack.enter_context(untouched(look))
             self.loss = step()
         self.gradients = [(p, p.grad) for p in parameters]
 
@@ -729,14 +737,18 @@ STEPS = {  # the sizes of batches, the numbers of particles
 @pytest.mark.parametrize("what", STEPS)
 def test_a_recorded_step_moves_by_its_own_gradient(what, interpreted, monkeypatch):
     """Also with an optimizer that is not part of the recording, and so finds the gradients in ``.grad``."""
-    monkeypatch.setattr(compiling, "Recording", Emulated)
+    monkeypatch.setattr(recording, "Recording", Emulated)
     results = []
-    for kind in (Stepper, RecordedStepper):
+    for how in ("eager", "recorded"):
         torch.manual_seed(5)
-        stepper = stepper_of(PAIRS["vae"], pv.ELBO(2), kind=kind)
+        eager = eager_of(PAIRS["vae"])
+        gradients = eager if how == "eager" else Compiled(eager)
+        step = Step(gradients, [torch.optim.SGD(eager.parameters, lr=0.1)])
+        run = step if how == "eager" else Recorded(step)
         with isolated_rng(2):
-            losses = [stepper(pv.ELBO(k), (X[:size],)) for size, k in zip(*STEPS[what], strict=True)]
-        results.append([*map(torch.as_tensor, losses), *stepper.reached])
+            losses = [run(pv.ELBO(k), (X[:size],)) for size, k in zip(*STEPS[what], strict=True)]
+        results.append([*map(torch.as_tensor, losses), *eager.parameters])
+    assert sorted(run.recorded) == sorted(set(STEPS[what][1]))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
@@ -747,7 +759,7 @@ def job(epochs=10, size=1000, batch_size=100, hidden=(50,), objective=None, part
     pair = pv.models.VAE((8,), 2, hidden=hidden)
     feed = Feed(torch.ones(size, 8), batch_size, torch.device("cpu"))
     plan = Plan.make(objective or pv.ELBO(), epochs, "constant", particles, 0)
-    return plan, find_parameters(pair.model, pair.guide, feed.first()), feed
+    return plan, list(pair.parameters()), feed
 
 
 GROWING = {
@@ -780,8 +792,7 @@ def test_the_main_job_on_digits_stays_eager():
     digits = pv.data.load("digits", binarization="dynamic").train
     pair = pv.models.VAE(digits.event_shape, 10, hidden=(64,)).float()
     feed = Feed(digits, 100, torch.device("cpu"))
-    reach = find_parameters(pair.model, pair.guide, tuple(t.float() for t in feed.first()))
-    assert not worthwhile(Plan.make(pv.ELBO(), 100, "constant", None, 0), reach, feed)
+    assert not worthwhile(Plan.make(pv.ELBO(), 100, "constant", None, 0), pair.parameters(), feed)
 
 
 def test_a_short_job_is_eager_by_default_and_a_long_one_compiled(interpreted, monkeypatch):
@@ -864,7 +875,7 @@ ERRORS = {
 @pytest.mark.parametrize("where", ERRORS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_out_of_memory_says_what_was_asked_for_and_what_to_lower(where, precision, tmp_path, monkeypatch):
-    original, calls = Stepper.gradients, []
+    original, calls = Eager.__call__, []
 
     def failing(self, objective, batch):
         calls.append(batch)
@@ -872,7 +883,7 @@ def test_out_of_memory_says_what_was_asked_for_and_what_to_lower(where, precisio
             raise ERRORS[where]
         return original(self, objective, batch)
 
-    monkeypatch.setattr(Stepper, "gradients", failing)
+    monkeypatch.setattr(Eager, "__call__", failing)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         train(run_dir=tmp_path, objective=pv.MIWAE(3, 2), precision=precision, compile=False, **PLAIN)
     message = str(caught.value)
@@ -880,7 +891,7 @@ def test_out_of_memory_says_what_was_asked_for_and_what_to_lower(where, precisio
     assert ('precision="bfloat16"' in message) == (precision == "float32")
     assert f'the last checkpoint is in "{tmp_path / "last"}"' in message
     assert str(ERRORS[where]) in message
-    monkeypatch.setattr(Stepper, "gradients", original)
+    monkeypatch.setattr(Eager, "__call__", original)
     _, result = train(
         run_dir=tmp_path, resume=True, objective=pv.MIWAE(3, 2), precision=precision, compile=False, **PLAIN
     )
@@ -891,6 +902,6 @@ def test_other_errors_are_left_alone(monkeypatch):
     def failing(self, objective, batch):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(Stepper, "gradients", failing)
+    monkeypatch.setattr(Eager, "__call__", failing)
     with pytest.raises(RuntimeError, match=r"^something else$"):
         train(compile=False)

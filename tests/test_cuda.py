@@ -17,9 +17,10 @@ from pyrovae.engine.probe import find_parameters
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.schedules import cosine
 from pyrovae.train import loop as training
-from pyrovae.train.compiled import RecordedStepper
-from pyrovae.train.loop import prepare
-from pyrovae.train.step import Stepper
+from pyrovae.train.compiled import Compiled
+from pyrovae.train.recorded import Recorded
+from pyrovae.train.step import Eager, Step
+from pyrovae.train.trainee import prepare
 
 pytestmark = [
     pytest.mark.cuda,
@@ -129,13 +130,12 @@ def last_bound(result):
     return sum(row["bound"] for row in result.history[-5:]) / 5
 
 
-def recorded(vae, data, make=lambda p: torch.optim.Adam(p, lr=1e-2), **options):
+def recorded(vae, data, make=lambda p: torch.optim.Adam(p, lr=1e-2), *, anneals=False, clip_norm=None):
     """A step on the device that takes the indices of its batches, and those of an epoch."""
     feed = Feed(data, BATCH, torch.device("cuda"))
-    pair = prepare(vae.model, vae.guide, feed)
-    optimizer = make(list(pair.parameters.values()))
-    stepper = RecordedStepper(vae.model, vae.guide, pair, optimizer, feed.first(), images=feed.images, **options)
-    return stepper, list(feed.indices())
+    eager = Eager(vae.model, vae.guide, prepare(vae.model, vae.guide, feed), feed.first())
+    step = Step(Compiled(eager, anneals=anneals), [make(eager.parameters)], clip_norm)
+    return Recorded(step, feed.images), list(feed.indices())
 
 
 def weights(vae):
@@ -146,14 +146,13 @@ def weights(vae):
 def test_the_compiled_gradients_are_the_eager_ones_on_the_same_noise(objective, vae, digits):
     vae = vae.cuda()
     x = digits.fixed().x[:BATCH].double().cuda()
-    pair = find_parameters(vae.model, vae.guide, (x,))
-    stepper = RecordedStepper(vae.model, vae.guide, pair, torch.optim.Adam(vae.parameters()), (x,))
-    function = stepper.function(objective)
-    assert function is not None
+    eager = Eager(vae.model, vae.guide, find_parameters(vae.model, vae.guide, (x,)), (x,))
+    compiled = Compiled(eager)
+    assert compiled.static(objective) is not None
     results = []
-    for gradients in (lambda: Stepper.gradients(stepper, objective, (x,)), lambda: function((x,))):
+    for gradients in (eager, compiled):
         with isolated_rng(3), rewritten():
-            results.append([gradients(), *(p.grad for p in vae.parameters())])
+            results.append([gradients(objective, (x,)), *(p.grad for p in vae.parameters())])
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-9)
 
 
@@ -248,17 +247,17 @@ def test_every_replay_draws_a_new_binarisation():
 def test_a_replay_never_waits_for_the_device(optimizer, digits):
     """Not even where learning rate and kl_weight change, nor where the gradient is clipped."""
     objective = pv.IWAE(3, kl_weight=0.5)
-    stepper, batches = recorded(make_vae(), digits, optimizer, anneals=True, clip_norm=10.0)
+    step, batches = recorded(make_vae(), digits, optimizer, anneals=True, clip_norm=10.0)
     for batch in batches[:2]:
-        stepper(objective, batch)
+        step(objective, batch)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         losses = []
         for i, batch in enumerate(batches[2:-1]):
-            stepper.set_lr(1.0 / (i + 1))
+            step.set_lr(1.0 / (i + 1))
             objective.kl_weight = 0.1 * i
-            losses.append(stepper(objective, batch))
+            losses.append(step(objective, batch))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(loss) for loss in losses)
@@ -267,15 +266,15 @@ def test_a_replay_never_waits_for_the_device(optimizer, digits):
 
 def test_the_learning_rate_of_a_recorded_step_may_change(digits):
     vae = make_vae()
-    stepper, (batch, *_) = recorded(vae, digits)
+    step, (batch, *_) = recorded(vae, digits)
     moved = []
     for factor in (1.0, 1.0, 0.0, 0.01, 1.0):
         before = weights(vae)
-        stepper.set_lr(factor)
-        stepper(pv.ELBO(), batch)
+        step.set_lr(factor)
+        step(pv.ELBO(), batch)
         moved.append(max(float((p - b).abs().max()) for p, b in zip(weights(vae), before, strict=True)))
-        assert stepper.metrics()["learning_rate"] == pytest.approx(1e-2 * factor)
-    assert len(stepper.recorded) == 1
+        assert step.metrics()["learning_rate"] == pytest.approx(1e-2 * factor)
+    assert len(step.recorded) == 1
     assert moved[0] == pytest.approx(1e-2, rel=1e-3)  # Adam's first step: the recording left no trace in its state
     assert moved[2] == 0
     assert 0 < moved[3] < 1e-3 < moved[4]
@@ -283,12 +282,12 @@ def test_the_learning_rate_of_a_recorded_step_may_change(digits):
 
 def test_the_weight_of_the_kl_of_a_recorded_step_may_change(digits):
     vae = make_vae()
-    stepper, (batch, *_) = recorded(vae, digits, lambda p: torch.optim.SGD(p, lr=0.0), anneals=True)
+    step, (batch, *_) = recorded(vae, digits, lambda p: torch.optim.SGD(p, lr=0.0), anneals=True)
     objective, losses = pv.ELBO(20), []
     for kl_weight in (0.0, 1.0, 100.0):
         objective.kl_weight = kl_weight
-        losses.append(float(stepper(objective, batch)))
-    assert len(stepper.recorded) == 1
+        losses.append(float(step(objective, batch)))
+    assert len(step.recorded) == 1
     kl = losses[1] - losses[0]
     assert kl > 0.1
     assert losses[2] - losses[0] == pytest.approx(100 * kl, rel=0.5)  # a batch is binarised anew: kl is not the same
@@ -296,14 +295,14 @@ def test_the_weight_of_the_kl_of_a_recorded_step_may_change(digits):
 
 def test_the_last_batch_of_another_size_is_a_step_as_well(digits):
     vae = make_vae()
-    stepper, batches = recorded(vae, digits)
+    step, batches = recorded(vae, digits)
     assert [len(batch[0]) for batch in batches] == [50] * 10 + [20]
     for batch in (batches[0], batches[-1], batches[1]):
         before = weights(vae)
-        loss = stepper(pv.ELBO(), batch)
+        loss = step(pv.ELBO(), batch)
         assert 10 < float(loss) < 100
         assert all((p != b).any() for p, b in zip(weights(vae), before, strict=True))
-    assert len(stepper.recorded) == 1
+    assert len(step.recorded) == 1
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -185,7 +185,7 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path, monkeypatch, bounds, p
         weights.append(self.modules[0].log_scale.detach().clone())
         return next(remaining)
 
-    monkeypatch.setattr(training.Validation, "__call__", validated)
+    monkeypatch.setattr(monitor.Validation, "__call__", validated)
     pair, result = train(patience=patience, run_dir=tmp_path)
     assert (result.best_epoch, len(result.history), result.finished) == (best, stops, True)
     run = runs.Run(tmp_path)

@@ -17,8 +17,8 @@ from pyrovae.compile.noise import rewritten
 from pyrovae.compile.precision import bfloat16_networks, full_float32, networks_in
 from pyrovae.engine.probe import find_parameters
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.train.compiled import CompiledStepper
-from pyrovae.train.step import Stepper
+from pyrovae.train.compiled import Compiled
+from pyrovae.train.step import Eager
 
 EPS = torch.finfo(torch.bfloat16).eps
 
@@ -178,22 +178,20 @@ def test_training_in_bfloat16_reaches_the_bound_of_float32(how, interpreted):
     assert bounds["bfloat16"] == pytest.approx(bounds["float32"], abs=0.2)
 
 
-def steppers(pair, x, *kinds, precision="bfloat16"):
-    reach = find_parameters(pair.model, pair.guide, (x,))
-    optimizer = torch.optim.SGD(pair.parameters(), lr=0.1)
-    return [kind(pair.model, pair.guide, reach, optimizer, (x,), precision=precision) for kind in kinds]
+def eager_gradients(pair, x, precision):
+    return Eager(pair.model, pair.guide, find_parameters(pair.model, pair.guide, (x,)), (x,), precision=precision)
 
 
 def test_the_compiled_step_in_bfloat16_is_the_eager_one():
     """Through Inductor, which may round fewer intermediate results: within a few eps, and nearer than to float32's."""
     pair, x, objective = vae(), grey().fixed().x, pv.IWAE(3, gradient="dreg")
-    eager, compiled = steppers(pair, x, Stepper, CompiledStepper)
-    (exact,) = steppers(pair, x, Stepper, precision="float32")
-    assert compiled.function(objective) is not None
+    exact, eager = (eager_gradients(pair, x, precision) for precision in ("float32", "bfloat16"))
+    compiled = Compiled(eager)
+    assert compiled.static(objective) is not None
     results = []
-    for stepper in (exact, eager, compiled):
+    for gradients in (exact, eager, compiled):
         with isolated_rng(3), rewritten():
-            loss = stepper.gradients(objective, (x,))
+            loss = gradients(objective, (x,))
         results.append((float(loss), torch.cat([p.grad.flatten() for p in pair.parameters()])))
     (_, full), (loss, gradient), (other, found) = results
     assert other == pytest.approx(loss, abs=0.02)

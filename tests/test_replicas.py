@@ -12,15 +12,13 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.compile import graph as graphs
 from pyrovae.compile.noise import stacked_noise
-from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import find_parameters
 from pyrovae.engine.programs import eval_mode
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.runs import Run
-from pyrovae.train import compiled as compiling
-from pyrovae.train.compiled import CompiledStepper
-from pyrovae.train.replicas import Replicas
-from pyrovae.train.step import Stepper
+from pyrovae.train.batched import Batched
+from pyrovae.train.compiled import Compiled
+from pyrovae.train.step import Eager
 from tests.state import double_precision, interpreting
 
 # Data in two clusters: there is something to learn, a nat per datum and more.
@@ -37,7 +35,7 @@ def clean_state():
 @pytest.fixture
 def interpreted(monkeypatch):
     """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
-    return interpreting(monkeypatch, compiling)
+    return interpreting(monkeypatch)
 
 
 def vaes(number=2, **variant):
@@ -83,6 +81,12 @@ def owned(pairs):
     return whole and len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
 
 
+def eager(pair):
+    """Its eager gradients, made for batches of 50."""
+    batch = (DATA[:50],)
+    return Eager(pair.model, pair.guide, find_parameters(pair.model, pair.guide, batch), batch)
+
+
 STEPS = {
     "vae": (vaes, pv.IWAE(3, gradient="dreg"), [0.5, 2.0]),
     "modules": (lambda: [Noisy() for _ in range(2)], pv.ELBO(2, kl_weight=0.7), [1.0, 0.0]),
@@ -93,23 +97,16 @@ STEPS = {
 def test_on_the_same_noise_each_has_the_gradients_it_has_alone(what, interpreted):
     """Alone: a graph of the pair by itself, run on that replica's share of the noise; buffers and all."""
     make, objective, factors = STEPS[what]
-    pairs, feed, x = make(), Feed(DATA, 50, torch.device("cpu")), DATA[50:100]
+    pairs, x = make(), DATA[50:100]
     twins = make()
     for pair, twin in zip(pairs, twins, strict=True):
         twin.load_state_dict(pair.state_dict())
 
-    def stepper(pair):
-        reach = find_parameters(pair.model, pair.guide, feed.first())
-        return CompiledStepper(
-            pair.model, pair.guide, reach, torch.optim.SGD(pair.parameters(), lr=0.1), feed.first(), anneals=True
-        )
-
     alone = []
     for r, (pair, factor) in enumerate(zip(twins, factors, strict=True)):
         own = type(objective)(**objective.config | {"kl_weight": objective.kl_weight * factor})
-        single = stepper(pair)
         with eval_mode([pair], training=True), isolated_rng(r):
-            loss = Stepper.gradients(single, own, (x,))  # nothing here draws what `rewritten` would change
+            loss = eager(pair)(own, (x,))  # nothing here draws what `rewritten` would change
         alone.append([loss, *(p.grad for p in pair.parameters())])
 
     def drawn(source, seed):
@@ -120,8 +117,8 @@ def test_on_the_same_noise_each_has_the_gradients_it_has_alone(what, interpreted
         return draw
 
     with eval_mode(pairs, training=True):
-        replicas = Replicas([stepper(pair) for pair in pairs], factors, feed)
-        source = replicas.steppers[0].capture(objective)[0].noise
+        replicas = Batched([Compiled(eager(pair), anneals=True) for pair in pairs], factors)
+        source = replicas.each[0].differentiated(objective).function.capture((x,)).graph.noise
         original = graphs.Graph.batched
 
         def batched(self, number, stacked):
@@ -131,8 +128,8 @@ def test_on_the_same_noise_each_has_the_gradients_it_has_alone(what, interpreted
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(graphs.Graph, "batched", batched)
-            replicas.function(objective)
-        losses = replicas.gradients(objective, (x,))
+            replicas.static(objective)
+        losses = replicas(objective, (x,))
     for r, (pair, expected) in enumerate(zip(pairs, alone, strict=True)):
         got = [losses[r], *(p.grad for p in pair.parameters())]
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
@@ -141,16 +138,9 @@ def test_on_the_same_noise_each_has_the_gradients_it_has_alone(what, interpreted
 
 
 def test_the_last_batch_is_a_step_of_each_with_its_own_weight(interpreted):
-    pairs, feed = vaes(2), Feed(DATA, 50, torch.device("cpu"))
-    steppers = [
-        CompiledStepper(
-            p.model, p.guide, find_parameters(p.model, p.guide, feed.first()),
-            torch.optim.SGD(p.parameters(), lr=0.1), feed.first(), anneals=True,
-        )
-        for p in pairs
-    ]  # fmt: skip
-    replicas = Replicas(steppers, [0.0, 100.0], feed)
-    losses = replicas.gradients(pv.ELBO(20), (DATA[:5],))
+    pairs = vaes(2)
+    replicas = Batched([Compiled(eager(pair), anneals=True) for pair in pairs], [0.0, 100.0])
+    losses = replicas(pv.ELBO(20), (DATA[:5],))
     assert losses.shape == (2,)
     assert losses[1] > losses[0] + 5
     assert all(p.grad is not None for p in pairs[1].parameters())

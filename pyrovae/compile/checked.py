@@ -67,7 +67,7 @@ class Checked:
     def __call__(self, *inputs: object) -> list[Tensor]:
         """What the function gives for these inputs."""
         if self.takes(inputs) and self.compiled is not None:
-            return self.compiled(*self.state, *tensors(inputs))
+            return self.compiled(*tensors(inputs))
         return self.function(*inputs)
 
     def takes(self, inputs: Batch) -> bool:
@@ -80,19 +80,20 @@ class Checked:
                 warnings.warn(f"cannot compile: {error}; running eagerly", stacklevel=4)
         return self.compiled is not None and signature(inputs) == self.signature
 
-    def compile(self, inputs: Batch) -> None:
-        """Make the graph for inputs such as these.
+    def compile(self, inputs: Batch) -> Callable[..., list[Tensor]]:
+        """Make the graph for inputs such as these; what runs it takes their tensors.
 
         :raises CannotCompile: with the reason.
         """
         if self.reason is not None:
             raise CannotCompile(self.reason)
         graph, expected, changed = self.capture(inputs)
-        compiled = graph.compiled()
+        compiled = partial(graph.compiled(), *self.state)
         with isolated_rng(self.seed), self.untouched():
-            compare(expected, compiled(*self.state, *tensors(inputs)), self.precision)
+            compare(expected, compiled(*tensors(inputs)), self.precision)
             compare(changed, self.changes, self.precision)
         self.compiled, self.signature = compiled, signature(inputs)
+        return compiled
 
     def capture(self, inputs: Batch) -> Captured:
         """The graph for inputs such as these.

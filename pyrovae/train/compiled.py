@@ -14,33 +14,30 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import pyro
+import pyro.infer
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyrovae.compile.checked import compare, distinct, signature, tensors, untouched
-from pyrovae.compile.graph import Graph, capture
+from pyrovae.compile.checked import Checked, distinct, signature, tensors, untouched
 from pyrovae.compile.inductor import COMPILATION, has_compiler, laid_out_as
-from pyrovae.compile.noise import CannotCompile, rewritten
-from pyrovae.compile.recording import Recording, capturable
+from pyrovae.compile.noise import CannotCompile
 from pyrovae.data.feed import Feed
-from pyrovae.data.images import Images
-from pyrovae.engine.probe import Reach, find_parameters
+from pyrovae.engine.probe import find_parameters
 from pyrovae.engine.programs import Batch, Program
-from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective
 from pyrovae.train.plan import Plan
-from pyrovae.train.step import Stepper
+from pyrovae.train.recorded import Recorded
+from pyrovae.train.step import Eager, Gradients, Step
 
 CHECK_SEED = 20
 
-
-_OURS = {
+#: Pyro's objectives that have equals here.
+OURS = {
     "Trace_ELBO": "ELBO",
     "TraceMeanField_ELBO": "ELBO",
     "TraceGraph_ELBO": "ELBO",
@@ -48,165 +45,103 @@ _OURS = {
 }
 
 
-class Captured(NamedTuple):
-    """The graph of a pair's loss and gradients, and what it is to be checked with."""
+class Differentiated(NamedTuple):
+    """Loss and gradients of a pair as one function of a batch, and the parameters whose gradients follow the loss."""
 
-    graph: Graph
-    inputs: list[Tensor]  # of the pair, in the graph's order; the batch follows
-    parameters: list[Tensor]  # whose gradients follow the loss
-    expected: list[Tensor]  # loss and gradients of the eager program at CHECK_SEED
-    buffers: list[Tensor]  # and the buffers as it leaves them
+    function: Checked
+    parameters: list[Tensor]  # known once the function ran
 
 
-class CompiledStepper(Stepper):
-    """A :class:`pyrovae.train.step.Stepper` whose gradients come from compiled graphs, one a number of particles.
+class Compiled:
+    """The gradients of one pair by compiled graphs, one a number of particles; eagerly for batches of another size.
 
     :param anneals: whether kl_weight changes while training; it then is an input of the graph.
     """
 
-    path = "compiled"
-
-    def __init__(self, *args: Any, anneals: bool = False, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.anneals = anneals
-        self.kl_weight = torch.ones((), dtype=self.reached[0].dtype, device=self.reached[0].device)
+    def __init__(self, eager: Eager, *, anneals: bool = False) -> None:
+        self.eager, self.anneals, self.example, self.looks = eager, anneals, eager.example, eager.looks
+        self.kind, self.compile_seconds = "compiled", 0.0
         self.signature = signature(self.example)
-        self.compiled: dict[int, Callable[[Batch], Tensor] | None] = {}
-        self.reason: str | None = None
+        first = eager.parameters[0]
+        self.kl_weight = torch.ones((), dtype=first.dtype, device=first.device)
+        self.functions: dict[int, Callable[[Batch], Tensor] | None] = {}
 
-    def gradients(self, objective: Any, batch: Batch) -> Tensor | float:
-        """The loss per datum, its gradients in the parameters' ``.grad``."""
-        function = self.function(objective) if signature(batch) == self.signature else None
-        if function is None:
-            return super().gradients(objective, batch)
-        if self.anneals:
-            self.kl_weight.fill_(objective.kl_weight)
-        return function(batch)
+    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
+        function = self.static(objective) if signature(batch) == self.signature else None
+        return self.eager(objective, batch) if function is None else function(batch)
 
-    def function(self, objective: Any) -> Callable[[Batch], Tensor] | None:
+    def static(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Tensor] | None:
         """What computes the gradients of an objective; None if that cannot be compiled."""
         number = objective.num_particles
-        if number not in self.compiled:
+        if number not in self.functions:
             began = time.perf_counter()
             try:
-                self.compiled[number] = self._compile(objective)
+                self.compile(objective)
             except CannotCompile as error:
-                if self.reason is None:
+                if self.kind == "compiled":
                     warnings.warn(f"cannot compile: {error}; running eagerly", stacklevel=2)
-                self.compiled[number], self.path, self.reason = None, "eager", str(error)
+                self.functions[number], self.kind = None, "eager"
             self.compile_seconds += time.perf_counter() - began
-        return self.compiled[number]
+        self.anneal(objective)
+        return self.functions[number]
 
-    def capture(self, objective: Any) -> Captured:
-        """The graph of loss and gradients.
+    def compile(self, objective: pyro.infer.ELBO) -> None:
+        """Make the graph of an objective.
 
-        The step is first run eagerly, so that whatever is wrong with pair and data is said in plain words.
+        :raises CannotCompile: with the reason.
         """
-        check_objective(objective)
-        objective = copy.copy(objective)
+        function, parameters = self.differentiated(objective)
+        run = function.compile(self.example)
+
+        def gradients(batch: Batch) -> Tensor:
+            loss, *found = run(*tensors(batch))
+            put(self.eager.parameters, dict(zip(parameters, found, strict=True)))
+            return loss
+
+        self.functions[objective.num_particles] = gradients
+
+    def differentiated(self, objective: pyro.infer.ELBO) -> Differentiated:
+        """Loss and gradients of an objective as a function that can be compiled."""
+        objective = copy.copy(traceable(objective))
+        self.anneal(objective)
         if self.anneals:
-            self.kl_weight.fill_(objective.kl_weight)
             objective.kl_weight = self.kl_weight
-        reached: list[bool] = []
+        parameters: list[Tensor] = []
 
-        def loss_and_gradients() -> list[Tensor]:
-            loss = self.loss(objective, self.example)
-            gradients = torch.autograd.grad(loss, self.reached, allow_unused=True)
-            reached[:] = [g is not None for g in gradients]
-            return [loss.detach(), *(g for g in gradients if g is not None)]
+        def loss_and_gradients(*batch: object) -> list[Tensor]:
+            loss = self.eager.loss(objective, batch)
+            gradients = torch.autograd.grad(loss, self.eager.parameters, allow_unused=True)
+            found = [(p, g) for p, g in zip(self.eager.parameters, gradients, strict=True) if g is not None]
+            parameters[:] = [parameter for parameter, _ in found]
+            return [loss.detach(), *(gradient for _, gradient in found)]
 
-        with isolated_rng(CHECK_SEED), untouched(self.pair), rewritten():
-            expected, buffers = loss_and_gradients(), [t.clone() for t in self.buffers]
-        with untouched(self.pair), pyro.validation_enabled(False):
-            graph = capture(loss_and_gradients, [*self.inputs, *tensors(self.example)])
-        parameters = [p for p, used in zip(self.reached, reached, strict=True) if used]
-        return Captured(graph, self.inputs, parameters, expected, buffers)
+        checked = Checked(
+            loss_and_gradients, self.inputs, changes=self.buffers, untouched=partial(untouched, self.eager.look),
+            precision=self.eager.precision, seed=CHECK_SEED,
+        )  # fmt: skip
+        return Differentiated(checked, parameters)
+
+    def anneal(self, objective: pyro.infer.ELBO, factor: float = 1.0) -> None:
+        """Let the graphs find the objective's kl_weight where it changes."""
+        if self.anneals:
+            self.kl_weight.fill_(objective.kl_weight * factor)  # type: ignore[attr-defined]
 
     @property
     def buffers(self) -> list[Tensor]:
         """The tensors of the pair that a step may change in place."""
-        return [t for t in distinct(self.pair.tensors.values()) if not t.requires_grad]
+        return [t for t in distinct(self.eager.look.tensors.values()) if not t.requires_grad]
 
     @property
     def inputs(self) -> list[Tensor]:
         """All that the graph takes besides the batch."""
-        return distinct([*self.reached, *self.buffers, *([self.kl_weight] if self.anneals else [])])
-
-    def _compile(self, objective: Any) -> Callable[[Batch], Tensor]:
-        graph, inputs, parameters, expected, buffers = self.capture(objective)
-        compiled = graph.compiled()
-        with isolated_rng(CHECK_SEED), untouched(self.pair):
-            compare(expected, compiled(*inputs, *tensors(self.example)), self.precision)
-            compare(buffers, self.buffers, self.precision)
-        others = distinct([*self.reached, *self.parameters])
-
-        def gradients(batch: Batch) -> Tensor:
-            loss, *found = compiled(*inputs, *tensors(batch))
-            for parameter in others:
-                parameter.grad = None
-            for parameter, gradient in zip(parameters, found, strict=True):
-                parameter.grad = laid_out_as(parameter, gradient)
-            return loss
-
-        return gradients
+        return distinct([*self.eager.parameters, *self.buffers, *([self.kl_weight] if self.anneals else [])])
 
 
-class RecordedStepper(CompiledStepper):
-    """A compiled step on CUDA, recorded whole as a CUDA graph: one launch a step, and nothing read back.
-
-    :param images: the data, if they live on the device; a step then takes the index of its batch and gathers (and
-        binarises) it within the graph.
-    """
-
-    path = "cuda graph"
-
-    def __init__(self, *args: Any, images: Images | None = None, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.images, self.takes_index = images, images is not None
-        self.recorded: dict[int, Recording] = {}
-        if images is None:
-            self.slots: Batch = tuple(a.clone() if isinstance(a, Tensor) else a for a in self.example)
-        else:
-            self.slots = (torch.arange(len(self.example[0]), device=images.x.device),)
-
-    def __call__(self, objective: Any, batch: Batch) -> Tensor | float:
-        """One step on a batch, or on the index of one where the data live on the device."""
-        if signature(batch) != signature(self.slots) or self.function(objective) is None:
-            return super().__call__(objective, gathered(self.images, batch))
-        for slot, given in zip(tensors(self.slots), tensors(batch), strict=True):
-            slot.copy_(given, non_blocking=True)
-        if self.anneals:
-            self.kl_weight.fill_(objective.kl_weight)
-        number = objective.num_particles
-        if number not in self.recorded:
-            self.recorded[number] = self._record(objective)
-        loss = self.recorded[number].replay()
-        if not capturable(self.optimizer):
-            self.update()
-        return loss
-
-    def _record(self, objective: Any) -> Recording:
-        gradients = self.function(objective)  # not self.gradients: what that fills, a recording would fill for ever
-        assert gradients is not None
-
-        def step() -> Tensor:
-            loss = gradients(gathered(self.images, self.slots))
-            if capturable(self.optimizer):
-                self.update()
-            return loss
-
-        began = time.perf_counter()
-        recording = Recording(step, [self.pair], [self.optimizer])
-        self.compile_seconds += time.perf_counter() - began
-        return recording
-
-
-def gathered(images: Images | None, batch: Batch) -> Batch:
-    """A batch of data from its index, where the data live on the device; else the batch as it is."""
-    if images is None:
-        return batch
-    found = images.batch(batch[0])
-    return found if isinstance(found, tuple) else (found,)
+def put(parameters: Iterable[Tensor], gradients: Mapping[Tensor, Tensor]) -> None:
+    """Put gradients where optimizers find them; none where there is none."""
+    for parameter in parameters:
+        found = gradients.get(parameter)
+        parameter.grad = None if found is None else laid_out_as(parameter, found)
 
 
 def training_step(
@@ -240,25 +175,22 @@ def training_step(
     >>> losses[-1] < losses[0]
     True
     """
-    check_objective(objective)
-    pair = find_parameters(model, guide, batch)
-    kind = RecordedStepper if next(iter(pair.parameters.values())).is_cuda else CompiledStepper
-    stepper = kind(model, guide, pair, optimizer, batch, clip_norm=clip_norm, precision=precision)
-    stepper.compiled[objective.num_particles] = stepper._compile(objective)
-    return lambda *batch: stepper(objective, batch)  # type: ignore[return-value]
+    look = find_parameters(model, guide, batch)
+    gradients = Compiled(Eager(model, guide, look, batch, precision=precision))
+    gradients.compile(objective)
+    step = Step(gradients, [optimizer], clip_norm)
+    run = Recorded(step) if gradients.eager.parameters[0].is_cuda else step
+    return lambda *batch: run(objective, batch)  # type: ignore[return-value]
 
 
-def choose_stepper(compile: bool | str, plan: Plan, pair: Reach, feed: Feed) -> Callable[..., Stepper]:
-    """The kind of step for a job; for "auto" from counts alone, so that the same call always takes the same path."""
-    if not compile or (compile == "auto" and not worthwhile(plan, pair, feed)):
-        return Stepper
-    anneals = bool(plan.kl_warmup)
-    if feed.device.type == "cuda":
-        return partial(RecordedStepper, images=feed.images, anneals=anneals)
-    return partial(CompiledStepper, anneals=anneals)
+def choose_gradients(compile: bool | str, plan: Plan, eager: Eager, feed: Feed) -> Gradients:
+    """Eager or compiled gradients; for "auto" from counts alone, so that the same call always takes the same path."""
+    if not compile or (compile == "auto" and not worthwhile(plan, eager.look.parameters.values(), feed)):
+        return eager
+    return Compiled(eager, anneals=bool(plan.kl_warmup))
 
 
-def worthwhile(plan: Plan, pair: Reach, feed: Feed) -> bool:
+def worthwhile(plan: Plan, parameters: Iterable[Tensor], feed: Feed) -> bool:
     """Whether compiling promises to shorten the job: steps times what each saves, against the compilations.
 
     What a step saves grows with the multiplications in it, about one per parameter and particle, from what the Python
@@ -267,14 +199,15 @@ def worthwhile(plan: Plan, pair: Reach, feed: Feed) -> bool:
     stages = len(set(plan.particles or (1,)))
     steps = (feed.steps or 0) * plan.epochs / stages
     largest = max(plan.particles or (getattr(plan.objective, "total_particles", 1),))
-    weights = sum(p.numel() for p in pair.parameters.values())
+    weights = sum(p.numel() for p in parameters)
     saved = 4e-3 if feed.device.type == "cuda" else 1.4e-3 + 1e-11 * weights * feed.batch_size * largest
     return steps * saved > COMPILATION and has_compiler(feed.device)
 
 
-def check_objective(objective: Any) -> None:
+def traceable(objective: pyro.infer.ELBO) -> Objective:
     """Refuse objectives that cannot be traced, and name their equals here."""
     if not isinstance(objective, Objective):
         name = type(objective).__name__
-        ours = f": pyrovae.{_OURS[name]} can be" if name in _OURS else ""
+        ours = f": pyrovae.{OURS[name]} can be" if name in OURS else ""
         raise CannotCompile(f"Pyro's {name} reads values on the host and cannot be traced{ours}")
+    return objective

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from pyrovae.engine.probe import Reach
 from pyrovae.engine.programs import Program, roots
 from pyrovae.engine.randomness import restore_rng, rng_snapshot
 from pyrovae.objectives.base import Objective
+from pyrovae.train.recorded import Recorded
+from pyrovae.train.step import Step
 
 _MAY_CHANGE = ("threads", "device", "compile")  # between a run and its resumption
 
@@ -45,7 +48,7 @@ class Fit:
             self.best_epoch = max(self.history, key=_validated)["epoch"]
             self.finished = patience is not None and metrics["epoch"] - self.best_epoch >= patience
 
-    def finish(self, stepper: Any, device: torch.device) -> None:
+    def finish(self, step: Step | Recorded, precision: str, device: torch.device) -> None:
         """Sum up the timings."""
         seconds = sum(row["seconds"] for row in self.history)
         steps = sum(row["steps"] for row in self.history)
@@ -55,9 +58,9 @@ class Fit:
             "images_per_second": images / max(seconds, 1e-9),
             "seconds": seconds,
             "steps": steps,
-            "path": stepper.path,
-            "compile_seconds": stepper.compile_seconds,
-            "precision": stepper.precision,
+            "path": step.kind,
+            "compile_seconds": step.compile_seconds,
+            "precision": precision,
             "threads": torch.get_num_threads(),
             "device": str(device),
         }
@@ -66,9 +69,9 @@ class Fit:
 class Log:
     """The run directory of one call of :func:`fit`, if it has one."""
 
-    def __init__(self, run_dir: Any, pair: Reach, optimizer: Optimizer, resume: bool) -> None:
+    def __init__(self, run_dir: str | os.PathLike[str] | None, look: Reach, optimizer: Optimizer, resume: bool) -> None:
         self.run = None if run_dir is None else runs.Run(run_dir)
-        self.pair, self.optimizer, self.resume = pair, optimizer, resume
+        self.look, self.optimizer, self.resume = look, optimizer, resume
 
     def open(self, config: dict[str, Any]) -> Fit:
         """Start the run, or take up its last checkpoint."""
@@ -83,7 +86,7 @@ class Log:
             return Fit()
         _check_same(run, config)
         history = run.rewind(state["epoch"])
-        runs.restore(self.pair.tensors, run.weights(), where=str(run.path))
+        runs.restore(self.look.tensors, run.weights(), where=str(run.path))
         self.optimizer.load_state_dict(state["optimizer"])
         uncapturable(self.optimizer)
         restore_rng(state["rng"])
@@ -101,7 +104,7 @@ class Log:
         self.run.log(result.history[-1])
         epoch = len(result.history)
         if result.best_epoch == epoch:
-            self.run.save("best", self.pair.tensors)
+            self.run.save("best", self.look.tensors)
         self._save_last(result)
 
     def close(self, result: Fit) -> None:
@@ -115,7 +118,7 @@ class Log:
             "epoch": len(result.history), "best_epoch": result.best_epoch, "finished": result.finished,
             "optimizer": self.optimizer.state_dict(), "rng": rng_snapshot(),
         }  # fmt: skip
-        self.run.save("last", self.pair.tensors, state)  # type: ignore[union-attr]
+        self.run.save("last", self.look.tensors, state)  # type: ignore[union-attr]
 
 
 def _check_same(run: runs.Run, config: dict[str, Any]) -> None:

@@ -1,44 +1,38 @@
-"""The one visible training loop."""
+"""The one visible training loop, of one pair or of several."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import pyro.infer
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyrovae.arguments import DataError, in_range, one_of, pick_device, positive_int
-from pyrovae.compile.checked import check_compile
-from pyrovae.compile.precision import PRECISIONS
+from pyrovae.arguments import DataError
 from pyrovae.data.feed import Feed
-from pyrovae.engine.probe import Reach, find_parameters
-from pyrovae.engine.programs import Program, device_of, eval_mode, protected_buffers
+from pyrovae.engine.programs import Program, eval_mode
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.engine.sites import Sites, counts, log_prob, record_pair
 from pyrovae.memory import memory_advice
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Schedule
-from pyrovae.train.compiled import choose_stepper
-from pyrovae.train.log import Fit, Log, describe_pair
-from pyrovae.train.monitor import Monitor, Validation
+from pyrovae.train.compiled import choose_gradients
+from pyrovae.train.log import Fit
 from pyrovae.train.plan import Plan
-from pyrovae.train.step import Stepper
+from pyrovae.train.recorded import Recorded, on_device
+from pyrovae.train.setup import Setup, check_options, optimizer_maker
+from pyrovae.train.step import Step
+from pyrovae.train.trainee import Trainee, warn_of_batches
 
 
 def fit(
     model: Program,
     guide: Program,
-    data: Any,
+    data: object,
     *,
     objective: pyro.infer.ELBO,
     epochs: int,
@@ -49,7 +43,7 @@ def fit(
     particles: Sequence[int] | None = None,
     kl_warmup: float = 0,
     clip_norm: float | None = None,
-    validation: Any = None,
+    validation: object = None,
     patience: int | None = None,
     compile: bool | str = "auto",
     precision: str = "float32",
@@ -58,7 +52,7 @@ def fit(
     seed: int = 0,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    config: dict[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
     progress: bool | None = None,
 ) -> Fit:
     r"""Train a pair of Pyro programs on an objective, minimising its loss in nats per datum.
@@ -101,143 +95,58 @@ def fit(
     >>> result.history[1]["bound"] > result.history[0]["bound"]
     True
     """
-    epochs, batch_size = positive_int("epochs", epochs), positive_int("batch_size", batch_size)
-    plan = Plan.make(objective, epochs, schedule, particles, kl_warmup)
-    place = pick_device(device)
-    rate, made = make_optimizer(optimizer, lr)
-    clip = None if clip_norm is None else in_range("clip_norm", clip_norm, 1e-12)
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise ValueError(f"seed must be an integer, got {seed!r}: pass one, and another one for another run")
-    if patience is not None and validation is None:
-        raise ValueError("patience needs data to validate on: pass validation, or leave patience out")
-    patience = None if patience is None else positive_int("patience", patience)
-    check_compile(compile)
-    one_of("precision", precision, PRECISIONS)
-    if resume and run_dir is None:
-        raise ValueError("resume=True needs the folder of the run to go on with: pass run_dir")
+    setup = Setup(
+        Plan.make(objective, epochs, schedule, particles, kl_warmup), batch_size=batch_size, clip_norm=clip_norm,
+        precision=precision, device=device, seed=seed, progress=progress,
+    )  # fmt: skip
+    maker = optimizer_maker(optimizer, lr)
+    check_options(validation, patience, compile, run_dir, resume)
 
-    with isolated_rng(seed):
-        feed = Feed(data, batch_size, place, num_workers)
-        pair = prepare(model, guide, feed)
-        _warn_of_batches(model, guide, feed)
-        stepper = choose_stepper(compile, plan, pair, feed)(
-            model, guide, pair, made(list(pair.parameters.values())), feed.first(),
-            clip_norm=clip, precision=precision,
-        )  # fmt: skip
-        monitor = Monitor(model, guide, pair.modules, feed)
-        validate = None
-        if validation is not None:
-            held_out = Feed(validation, batch_size, place, num_workers)
-            check_data(model, guide, held_out)
-            validate = Validation(model, guide, pair.modules, held_out, plan.final)
-        log = Log(run_dir, pair, stepper.optimizer, resume)
-        training = describe_training(plan, feed, stepper, schedule, rate, batch_size, seed) | {
-            "patience": patience, "compile": compile,
-            "num_validation": None if validate is None else validate.feed.size,
+    with isolated_rng(setup.seed):
+        feed = Feed(data, setup.batch_size, setup.device, num_workers)
+        trainee = Trainee(model, guide, objective, feed, maker)
+        warn_of_batches(model, guide, feed)
+        gradients = choose_gradients(compile, setup.plan, trainee.eager(feed.first(), setup.precision), feed)
+        step = on_device(Step(gradients, [trainee.optimizer], setup.clip_norm), feed)
+        held_out = None if validation is None else Feed(validation, setup.batch_size, setup.device, num_workers)
+        if held_out is not None:
+            trainee.validate_on(held_out, setup.plan.final, patience)
+        training = trainee.describe(setup, feed) | {
+            "patience": patience, "compile": compile, "num_validation": None if held_out is None else held_out.size,
         }  # fmt: skip
-        result = log.open(describe_pair(model, guide, objective) | {"training": training} | (config or {}))
-        with eval_mode(pair.modules, training=True), ProgressBar("epoch", epochs, progress) as bar:
-            for epoch in range(len(result.history), 0 if result.finished else epochs):
-                with memory_advice(lambda: _lower(plan, batch_size, precision, log.checkpoint)):
-                    loss, metrics = run_epoch(epoch, feed, stepper, plan)
-                if math.isnan(loss) or not stepper.finite():
-                    raise FloatingPointError(_blame(model, guide, feed.first(), epoch + 1, log.checkpoint))
-                metrics |= {"bound": -float(loss)} | stepper.metrics() | monitor()
-                if validate is not None:
-                    metrics["validation_bound"] = validate()
-                result.add(metrics, patience)
-                log.write(result)
-                bar.update(epoch + 1, f"{metrics['bound']:.2f} nats, {metrics['images_per_second']:,.0f} images/s")
-                if result.finished:
-                    break
-        result.finish(stepper, place)
-        log.close(result)
-    return result
+        trainee.open(run_dir, training, config or {}, resume=resume)
+        return train([trainee], step, setup, feed)[0]
 
 
-def make_optimizer(make: Any, lr: float | None) -> tuple[float | None, Callable[[Iterable[Tensor]], Optimizer]]:
-    """The learning rate, where it is ours to know, and what makes the optimizer."""
-    if make is None:
-        rate = 1e-3 if lr is None else in_range("lr", lr, 0.0)
-        return rate, lambda parameters: torch.optim.Adam(parameters, lr=rate, fused=True)
-    if lr is not None:
-        raise ValueError(f"lr={lr} belongs to the default optimizer: set it in optimizer=, or leave optimizer out")
-    if isinstance(make, Optimizer) or not callable(make):
-        raise TypeError(
-            f"optimizer must be a function of the parameters, got {type(make).__name__}: "
-            "pass, for instance, lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
-        )
-
-    def checked(parameters: Iterable[Tensor]) -> Optimizer:
-        made = make(parameters)
-        if not isinstance(made, Optimizer):
-            raise TypeError(f"optimizer must return a torch.optim optimizer, got {type(made).__name__}: return one")
-        return made
-
-    return None, checked
-
-
-def describe_training(
-    plan: Plan, feed: Feed, stepper: Stepper, schedule: Any, rate: Any, batch_size: int, seed: int
-) -> dict[str, Any]:
-    """How a pair is trained, as JSON can hold it."""
-    return {
-        "epochs": plan.epochs, "batch_size": batch_size, "lr": rate, "optimizer": type(stepper.optimizer).__name__,
-        "schedule": schedule if isinstance(schedule, str) else "custom",
-        "particles": plan.particles, "kl_warmup": plan.kl_warmup, "clip_norm": stepper.clip_norm,
-        "precision": stepper.precision, "device": str(feed.device), "seed": int(seed),
-        "threads": torch.get_num_threads(), "num_data": feed.size,
-    }  # fmt: skip
+def train(trainees: Sequence[Trainee], step: Step | Recorded, setup: Setup, feed: Feed) -> list[Fit]:
+    """All epochs of all pairs, from where their runs are."""
+    plan, first = setup.plan, trainees[0]
+    with train_mode(trainees), ProgressBar("epoch", plan.epochs, setup.progress) as bar:
+        for epoch in range(len(first.result.history), 0 if first.result.finished else plan.epochs):
+            with memory_advice(lambda: setup.advice(first.log.checkpoint)):
+                losses, metrics = run_epoch(epoch, feed, step, plan)
+            for r, trainee in enumerate(trainees):
+                if math.isnan(losses[r]) or not step.finite(r):
+                    raise FloatingPointError(
+                        trainee.blame(feed.first(), epoch + 1) if len(trainees) == 1 else
+                        f"replica {r} became NaN in epoch {epoch + 1}: lower its learning rate, or pass clip_norm"
+                    )  # fmt: skip
+                trainee.add(metrics | step.metrics(r), losses[r].item())
+            mean = "" if len(trainees) == 1 else " on average"
+            bar.update(epoch + 1, f"{-losses.mean():.2f} nats{mean}, {metrics['images_per_second']:,.0f} images/s")
+            if all(trainee.result.finished for trainee in trainees):
+                break
+    return [trainee.close(step, setup) for trainee in trainees]
 
 
-def prepare(model: Program, guide: Program, feed: Feed) -> Reach:
-    """Find a pair's parameters, check the data against its observed sites, and move it to the device of the data."""
-    home = device_of(model, guide)
-    batch = tuple(a.to(home) if home and isinstance(a, Tensor) else a for a in feed.first())
-
-    pair = find_parameters(model, guide, batch, lambda joint: _check_observed(joint, batch, feed))
-    pair.to(feed.device)
-    return pair
+def train_mode(trainees: Sequence[Trainee]) -> AbstractContextManager[None]:
+    """Networks in train mode; each one's own mode comes back afterwards."""
+    return eval_mode((module for trainee in trainees for module in trainee.look.modules), training=True)
 
 
-def _warn_of_batches(model: Program, guide: Program, feed: Feed) -> None:
-    """Say so if latents are shared by all data, and yet each batch would count as all of them."""
-    if feed.steps == 1:
-        return
-    with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
-        drawn, joint = record_pair(model, guide, feed.first(), {})
-    sites = [s for s in (*drawn.values(), *joint.values()) if counts(s)]
-    plates = [{f.name: f for f in s["cond_indep_stack"]} for s in sites]
-    everywhere = set.intersection(*(set(p) for p in plates))
-    subsampled = any(f.full_size and f.full_size > f.size for p in plates for f in p.values())
-    if not everywhere and any(plates) and not subsampled:
-        warnings.warn(
-            "latents outside the data plate are shared by all data, but each batch will count as all of them: pass "
-            'batch_size=len(data), or give the plate its full size, pyro.plate("data", N, subsample_size=...)',
-            stacklevel=3,
-        )
-
-
-def check_data(model: Program, guide: Program, feed: Feed) -> None:
-    """Check the data of a pair that is prepared already."""
-    batch = feed.first()
-    with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
-        _, joint = record_pair(model, guide, batch, {})
-    _check_observed(joint, batch, feed)
-
-
-def _check_observed(sites: Sites, batch: tuple[Any, ...], feed: Feed) -> None:
-    for name, site in sites.items():
-        if not (counts(site) and site["is_observed"] and site["value"].numel()):
-            continue
-        for position, argument in enumerate(batch):
-            if isinstance(argument, Tensor) and argument.data_ptr() == site["value"].data_ptr():
-                feed.check(position, site["fn"].support, name, site["fn"].event_shape)
-
-
-def run_epoch(epoch: int, feed: Feed, step: Any, plan: Plan) -> tuple[Tensor, dict[str, Any]]:
-    """One pass over the data: the mean loss, read back once at its end, and what the epoch was."""
-    total: Any = 0.0
+def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan) -> tuple[Tensor, dict[str, float]]:
+    """One pass over the data: each pair's mean loss, read back once at its end, and what the epoch was."""
+    total: Tensor | float = 0.0
     began, steps, data = time.perf_counter() - step.compile_seconds, 0, 0
     for batch in feed.indices() if step.takes_index else feed:
         now = epoch + (steps / feed.steps if feed.steps else 0.0)
@@ -248,9 +157,9 @@ def run_epoch(epoch: int, feed: Feed, step: Any, plan: Plan) -> tuple[Tensor, di
         steps, data = steps + 1, data + len(batch[0])
     if not data:
         raise DataError("there are no data to train on: the data set is empty")
-    loss = torch.as_tensor(total / data).cpu()
+    losses = torch.as_tensor(total / data).cpu().reshape(-1)
     seconds = time.perf_counter() - step.compile_seconds - began
-    return loss, {
+    return losses, {
         "epoch": epoch + 1,
         "kl_weight": float(getattr(plan.at(now), "kl_weight", 1.0)),
         "num_particles": plan.at(now).num_particles,
@@ -258,28 +167,3 @@ def run_epoch(epoch: int, feed: Feed, step: Any, plan: Plan) -> tuple[Tensor, di
         "steps": steps,
         "images_per_second": data / seconds,
     }
-
-
-def _lower(plan: Plan, batch_size: int, precision: str, checkpoint: Path | None) -> str:
-    """What to lower where memory runs out."""
-    asked = f"batch_size={batch_size} with {getattr(plan.current, 'total_particles', 1)} particles"
-    bfloat = "" if precision == "bfloat16" else ', or pass precision="bfloat16"'
-    kept = f'; the last checkpoint is in "{checkpoint}"' if checkpoint is not None else ""
-    return f"asked for {asked}; lower either{bfloat}{kept}"
-
-
-def _blame(model: Program, guide: Program, batch: tuple[Any, ...], epoch: int, checkpoint: Path | None) -> str:
-    """Say where the first value that is not finite came from."""
-    with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
-        drawn, joint = record_pair(model, guide, batch, {})
-    where = next(
-        (
-            f'{role} site "{name}" has the first value or log-probability that is not finite'
-            for role, sites in (("guide", drawn), ("model", joint))
-            for name, s in sites.items()
-            if counts(s) and not (torch.isfinite(log_prob(s)).all() and torch.isfinite(s["value"]).all())
-        ),
-        "every site is finite on the first batch",
-    )
-    kept = f'; the last good checkpoint is in "{checkpoint}"' if checkpoint is not None else ""
-    return f"the loss or a parameter became NaN in epoch {epoch}: {where}{kept}; lower lr, or pass clip_norm"

@@ -39,7 +39,7 @@ class Monitor:
             self.usable = True
         except Exception as error:  # for instance a latent that only Pyro's enumeration knows; training may go on
             self.usable = False
-            warnings.warn(f"KL and active units will not be logged: {' '.join(str(error).split())}", stacklevel=3)
+            warnings.warn(f"KL and active units will not be logged: {' '.join(str(error).split())}", stacklevel=4)
 
     def __call__(self) -> dict[str, Any]:
         """``reconstruction`` = E log p(x | z), ``kl``: nats per datum; ``kl_per_unit``, ``active_units``: by site."""

@@ -9,7 +9,7 @@ from typing import Any
 import pyro.infer
 import torch
 
-from pyrovae.arguments import in_range, sizes
+from pyrovae.arguments import in_range, positive_int, sizes
 from pyrovae.objectives.base import Objective
 from pyrovae.schedules import Schedule, make_schedule
 
@@ -24,6 +24,7 @@ class Plan:
     schedule: Schedule
     particles: tuple[int, ...] | None
     kl_warmup: float
+    schedule_name: str = "custom"
 
     @classmethod
     def make(cls, objective: Any, epochs: int, schedule: Any, particles: Any, kl_warmup: float) -> Plan:
@@ -42,8 +43,16 @@ class Plan:
             raise ValueError("particles is empty: give a number for each stage, or leave it out")
         for number in stages or ():  # some objectives need two at least
             cls._check_number(objective, number)
-        warmup = in_range("kl_warmup", kl_warmup, 0.0)
-        return cls(objective, copy.copy(objective), epochs, make_schedule(schedule), stages, warmup)
+        epochs, warmup = positive_int("epochs", epochs), in_range("kl_warmup", kl_warmup, 0.0)
+        name = schedule if isinstance(schedule, str) else "custom"
+        return cls(objective, copy.copy(objective), epochs, make_schedule(schedule), stages, warmup, name)
+
+    def describe(self) -> dict[str, object]:
+        """As JSON can hold it."""
+        return {
+            "epochs": self.epochs, "schedule": self.schedule_name, "particles": self.particles,
+            "kl_warmup": self.kl_warmup,
+        }  # fmt: skip
 
     @staticmethod
     def _check_number(objective: Any, number: int) -> None:

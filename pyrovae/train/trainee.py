@@ -1,0 +1,154 @@
+"""One pair while it is trained: what it reaches, its optimizer, what is measured and written of it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+
+import pyro
+import pyro.infer
+import torch
+from torch import Tensor
+
+from pyrovae.data.feed import Feed
+from pyrovae.engine.probe import Reach, find_parameters
+from pyrovae.engine.programs import Batch, Program, device_of, protected_buffers
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.sites import Sites, counts, log_prob, record_pair
+from pyrovae.train.log import Fit, Log, describe_pair
+from pyrovae.train.monitor import Monitor, Validation
+from pyrovae.train.recorded import Recorded
+from pyrovae.train.setup import MakeOptimizer, Setup
+from pyrovae.train.step import Eager, Step
+
+
+class Trainee:
+    """A pair that is made ready: its data are checked against its observed sites, and it is where they are.
+
+    :param maker: the learning rate, where it is known, and what makes the optimizer.
+    :param kl_factor: of the objective's kl_weight, where the pair has one of its own.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        objective: pyro.infer.ELBO,
+        feed: Feed,
+        maker: tuple[float | None, MakeOptimizer],
+        kl_factor: float = 1.0,
+    ) -> None:
+        self.model, self.guide, self.objective, self.kl_factor = model, guide, objective, kl_factor
+        self.look = prepare(model, guide, feed)
+        self.rate, make = maker
+        self.optimizer = make(list(self.look.parameters.values()))
+        self.monitor = Monitor(model, guide, self.look.modules, feed)
+        self.validation: Validation | None = None
+        self.patience: int | None = None
+        self.log, self.result = Log(None, self.look, self.optimizer, False), Fit()
+
+    def eager(self, example: Batch, precision: str) -> Eager:
+        """Its gradients."""
+        return Eager(self.model, self.guide, self.look, example, precision=precision)
+
+    def validate_on(self, held_out: Feed, objective: pyro.infer.ELBO, patience: int | None) -> None:
+        """Measure a bound on held-out data after every epoch, and stop where it no longer improves."""
+        check_data(self.model, self.guide, held_out)
+        self.validation = Validation(self.model, self.guide, self.look.modules, held_out, objective)
+        self.patience = patience
+
+    def describe(self, setup: Setup, feed: Feed) -> dict[str, object]:
+        """How it is trained, as JSON can hold it."""
+        return setup.describe(feed) | {"lr": self.rate, "optimizer": type(self.optimizer).__name__}
+
+    def open(
+        self,
+        run_dir: str | os.PathLike[str] | None,
+        training: Mapping[str, object],
+        more: Mapping[str, object],
+        *,
+        resume: bool = False,
+    ) -> None:
+        """Start its run, or take up its last checkpoint."""
+        self.log = Log(run_dir, self.look, self.optimizer, resume)
+        described = describe_pair(self.model, self.guide, self.objective)
+        self.result = self.log.open({**described, "training": training, **more})
+
+    def add(self, metrics: Mapping[str, float], loss: float) -> None:
+        """Take in an epoch."""
+        own = {"bound": -loss, "kl_weight": metrics["kl_weight"] * self.kl_factor}
+        row = {**metrics, **own, **self.monitor()}
+        if self.validation is not None:
+            row["validation_bound"] = self.validation()
+        self.result.add(row, self.patience)
+        self.log.write(self.result)
+
+    def close(self, step: Step | Recorded, setup: Setup) -> Fit:
+        """What came of it."""
+        self.result.finish(step, setup.precision, setup.device)
+        self.log.close(self.result)
+        return self.result
+
+    def blame(self, batch: Batch, epoch: int) -> str:
+        """Say where the first value that is not finite came from."""
+        drawn, joint = sites_of(self.model, self.guide, batch)
+        where = next(
+            (
+                f'{role} site "{name}" has the first value or log-probability that is not finite'
+                for role, sites in (("guide", drawn), ("model", joint))
+                for name, s in sites.items()
+                if counts(s) and not (torch.isfinite(log_prob(s)).all() and torch.isfinite(s["value"]).all())
+            ),
+            "every site is finite on the first batch",
+        )
+        checkpoint = self.log.checkpoint
+        kept = f'; the last good checkpoint is in "{checkpoint}"' if checkpoint is not None else ""
+        return f"the loss or a parameter became NaN in epoch {epoch}: {where}{kept}; lower lr, or pass clip_norm"
+
+
+def prepare(model: Program, guide: Program, feed: Feed) -> Reach:
+    """Find a pair's parameters, check the data against its observed sites, and move it to the device of the data."""
+    home = device_of(model, guide)
+    batch = tuple(a.to(home) if home and isinstance(a, Tensor) else a for a in feed.first())
+    look = find_parameters(model, guide, batch, lambda joint: check_observed(joint, batch, feed))
+    look.to(feed.device)
+    return look
+
+
+def sites_of(model: Program, guide: Program, batch: Batch) -> tuple[Sites, Sites]:
+    """The sites of guide and model, as they are."""
+    with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
+        return record_pair(model, guide, batch, {})
+
+
+def check_data(model: Program, guide: Program, feed: Feed) -> None:
+    """Check the data of a pair that is prepared already."""
+    batch = feed.first()
+    check_observed(sites_of(model, guide, batch)[1], batch, feed)
+
+
+def check_observed(sites: Sites, batch: Batch, feed: Feed) -> None:
+    """Check that the data lie where the sites that observe them have their support."""
+    for name, site in sites.items():
+        if not (counts(site) and site["is_observed"] and site["value"].numel()):
+            continue
+        for position, argument in enumerate(batch):
+            if isinstance(argument, Tensor) and argument.data_ptr() == site["value"].data_ptr():
+                feed.check(position, site["fn"].support, name, site["fn"].event_shape)
+
+
+def warn_of_batches(model: Program, guide: Program, feed: Feed) -> None:
+    """Say so if latents are shared by all data, and yet each batch would count as all of them."""
+    if feed.steps == 1:
+        return
+    sites = [s for run in sites_of(model, guide, feed.first()) for s in run.values() if counts(s)]
+    plates = [{f.name: f for f in s["cond_indep_stack"]} for s in sites]
+    everywhere = set.intersection(*(set(p) for p in plates))
+    subsampled = any(f.full_size and f.full_size > f.size for p in plates for f in p.values())
+    if not everywhere and any(plates) and not subsampled:
+        warnings.warn(
+            "latents outside the data plate are shared by all data, but each batch will count as all of them: pass "
+            'batch_size=len(data), or give the plate its full size, pyro.plate("data", N, subsample_size=...)',
+            stacklevel=3,
+        )
