@@ -6,9 +6,9 @@ VAEs with one and two latent units on the embedded digits, where quadrature over
 Gaussian pair, whose log p(x) is known in closed form. In the end: how often the stated 95% intervals cover the truth.
 """
 
-import argparse
 import math
 
+import head
 import pyro
 import pyro.distributions as dist
 import torch
@@ -68,13 +68,7 @@ def show(name, found, exact):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--images", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=50_000)
-    parser.add_argument("--temperatures", type=int, default=500)
-    parser.add_argument("--repetitions", type=int, default=1000)
-    options = parser.parse_args()
+    options = head.options(__doc__, epochs=30, images=20, samples=50_000, temperatures=500, repetitions=1000)
 
     digits = pv.data.load("digits", binarization="dynamic")
     x = digits.test.x[: options.images]

@@ -6,9 +6,9 @@ Saves a grid for one test digit, its z kept, the slant rising from left to right
 bottom. Prints how well the attributes asked for are met, measured on what was drawn.
 """
 
-import argparse
 from pathlib import Path
 
+import head
 import torch
 from morphology import slant, stroke_width
 
@@ -26,16 +26,15 @@ def correlation(a, b):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--number", type=int, default=10_000, help="training images to use")
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--output", type=Path, default=Path("attributes"))
-    options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
+    options = head.options(
+        __doc__,
+        data="digits",
+        number=(10_000, "training images to use"),
+        epochs=100,
+        output=Path("attributes"),
+    )
 
-    splits = pv.data.load(options.data, options.data_dir, binarization="threshold")
+    splits = head.load(options, binarization="threshold")
     drawings = splits.train.x[: options.number]
     attributes = measured(drawings)
     mean, spread = attributes.mean(0), attributes.std(0)

@@ -7,9 +7,9 @@ last may be far from 0: where two directions vary almost alike, training takes l
 reconstructions, and samples from densities that are fitted on the codes afterwards: autoencoders have no log p(x).
 """
 
-import argparse
 from pathlib import Path
 
+import head
 import torch
 
 import pyrovae as pv
@@ -49,14 +49,14 @@ def squared_error(pair, seen, wanted):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--subset", type=int, help="train on this many images only")
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--output", type=Path, default=Path("runs/autoencoders"))
-    options = parser.parse_args()
-    data = pv.data.load(options.data, options.data_dir)
+    options = head.options(
+        __doc__,
+        data="digits",
+        subset=(int, "train on this many images only"),
+        epochs=100,
+        output=Path("runs/autoencoders"),
+    )
+    data = head.load(options)
     train_set, test = data.train.subset(slice(options.subset)), data.test.x
     torch.manual_seed(0)
     pairs = families(train_set.event_shape)

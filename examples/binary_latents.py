@@ -6,8 +6,7 @@ A sigmoid belief net with one layer of bits, as two plain Pyro programs, on the 
 VIMCO, reweighted wake-sleep and the thermodynamic objective train the same pair; prints the test NLL of each.
 """
 
-import argparse
-
+import head
 import pyro
 import pyro.distributions as dist
 import torch
@@ -35,11 +34,7 @@ def make_pair(bits=30):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--particles", type=int, default=10)
-    parser.add_argument("--samples", type=int, default=2000)
-    options = parser.parse_args()
+    options = head.options(__doc__, epochs=100, particles=10, samples=2000)
     digits, k = pv.data.load("digits", binarization="dynamic"), options.particles
 
     def report(name, model, guide, objective):

@@ -6,9 +6,9 @@ Saves two grids: samples (a row for each label), and analogies (first a test dig
 Prints the bound on log p(x | y), and how many samples a classifier trained on real digits reads as their label.
 """
 
-import argparse
 from pathlib import Path
 
+import head
 import torch
 from sklearn.neural_network import MLPClassifier
 
@@ -24,16 +24,9 @@ def recognised(train, test, x, y):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--latent-dim", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=Path("conditional"))
-    options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
+    options = head.options(__doc__, data="digits", epochs=100, latent_dim=10, output=Path("conditional"))
 
-    train, _, test = pv.data.load(options.data, options.data_dir, binarization="dynamic", labels=True)
+    train, _, test = head.load(options, binarization="dynamic", labels=True)
     torch.manual_seed(0)
     cvae = pv.models.ConditionalVAE(train.event_shape, 10, options.latent_dim, hidden=(400, 400)).initialise(train.x)
     pv.fit(cvae.model, cvae.guide, train, objective=pv.ELBO(), epochs=options.epochs)

@@ -7,11 +7,11 @@ Both have the same likelihood, a discretized logistic on the data's grey levels,
 or of minutes. On the embedded digits by default; 32x32 colour images want a GPU, or patience.
 """
 
-import argparse
 import math
 import time
 from pathlib import Path
 
+import head
 import torch
 
 import pyrovae as pv
@@ -52,20 +52,21 @@ def within(minutes, make, images, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--train", type=int, help="images to train on")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--epochs", type=int, default=30)
-    group.add_argument("--minutes", type=float, help="instead of epochs: as many as each can do in that time")
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--warmup", type=float, default=5, help="epochs over which the KL's weight rises to 1")
-    parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--images", type=int, default=500, help="test images to measure on")
-    parser.add_argument("--output", type=Path, help="folder for samples and reconstructions")
+    parser = head.parser(
+        __doc__,
+        data="digits",
+        train=int,
+        batch_size=100,
+        warmup=5.0,
+        samples=100,
+        images=(500, "test images to measure on"),
+        output=Path,
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, default=30)
+    length.add_argument("--minutes", type=float, help="instead of epochs: as many as each can do in that time")
     options = parser.parse_args()
-    data = pv.data.load(options.data, options.data_dir)
+    data = head.load(options)
     images, test = spread(data.train, options.train), spread(data.test, options.images)
     shape = tuple(images.event_shape)
     for name, make in pairs(shape, levels=17 if options.data == "digits" else 256):

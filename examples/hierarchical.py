@@ -7,8 +7,7 @@ active units by both definitions: (a) variance over data of the unit's mean at o
 paper's code has it; (b) of that mean averaged over the layer before, as the paper writes it.
 """
 
-import argparse
-
+import head
 import torch
 
 import pyrovae as pv
@@ -33,16 +32,16 @@ def describe(pair, test, history, samples):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--units", type=int, help="latents of the highest layer: 50 in the paper, 10 for the digits")
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--particles", type=int, default=1)
-    parser.add_argument("--warmup", type=float, default=20, help="epochs over which the KL's weight rises to 1")
-    parser.add_argument("--samples", type=int, default=1000)
-    options = parser.parse_args()
-    data = pv.data.load(options.data, options.data_dir, binarization="dynamic")
+    options = head.options(
+        __doc__,
+        data="digits",
+        units=(int, "latents of the highest layer: 50 in the paper, 10 for the digits"),
+        epochs=100,
+        particles=1,
+        warmup=20.0,
+        samples=1000,
+    )
+    data = head.load(options, binarization="dynamic")
     units = options.units or (10 if options.data == "digits" else 50)
     for name, make in pairs(data.train.event_shape, units):
         torch.manual_seed(0)

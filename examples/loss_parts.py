@@ -6,9 +6,9 @@ Prints reconstruction, KL and log p(x) on test data, in nats. The reconstruction
 prior, where sampling never looks; the KL alone puts all of them into the prior, where they say nothing of the data.
 """
 
-import argparse
 from pathlib import Path
 
+import head
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -63,14 +63,8 @@ def draw(planes, labels, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--output", type=Path, default=Path("runs/loss_parts"))
-    options = parser.parse_args()
-    data = pv.data.load(options.data, options.data_dir, binarization="dynamic", labels=True)
+    options = head.options(__doc__, data="digits", epochs=100, samples=1000, output=Path("runs/loss_parts"))
+    data = head.load(options, binarization="dynamic", labels=True)
     train, test = data.train.unlabelled(), data.test.subset(torch.arange(min(len(data.test), 2000)))
     planes = []
     for name, objective, warmup in parts(options.epochs):

@@ -5,8 +5,7 @@
 On the embedded digits; prints the test log-likelihood of each, with its standard error.
 """
 
-import argparse
-
+import head
 import pyro
 import pyro.distributions as dist
 import torch
@@ -36,10 +35,7 @@ def make_pair(num_latents=10):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--samples", type=int, default=1000)
-    options = parser.parse_args()
+    options = head.options(__doc__, epochs=100, samples=1000)
     digits = pv.data.load("digits", binarization="dynamic")
     for objective in (pv.ELBO(), pv.IWAE(5), pv.Renyi(0.5, 5), pv.MIWAE(4, 4), pv.CIWAE(0.5, 16)):
         model, guide = make_pair()

@@ -5,9 +5,9 @@
 Prints test NLL with its standard error, the two parts of the bound, and seconds an epoch; saves samples of each.
 """
 
-import argparse
 from pathlib import Path
 
+import head
 import torch
 
 import pyrovae as pv
@@ -25,19 +25,18 @@ CHOICES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--only", nargs="*", default=list(CHOICES), choices=list(CHOICES))
-    parser.add_argument("--latent-dim", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--number", type=int, default=2000, help="test images to measure on")
-    parser.add_argument("--output", type=Path, default=Path("priors"))
-    options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
+    options = head.options(
+        __doc__,
+        data="digits",
+        only={"nargs": "*", "default": list(CHOICES), "choices": list(CHOICES)},
+        latent_dim=10,
+        epochs=100,
+        samples=500,
+        number=(2000, "test images to measure on"),
+        output=Path("priors"),
+    )
 
-    splits = pv.data.load(options.data, options.data_dir, binarization="dynamic")
+    splits = head.load(options, binarization="dynamic")
     test = splits.test.fixed(0).x[: options.number]
     for name in options.only:
         torch.manual_seed(0)

@@ -1,10 +1,9 @@
 """Pyro's objectives in our loop, our objective in Pyro's loop, and an autoguide under an importance-weighted bound.
 
-python examples/pyro_both_ways.py [--epochs 50]
+    python examples/pyro_both_ways.py [--epochs 50]
 """
 
-import argparse
-
+import head
 import pyro
 import pyro.distributions as dist
 import torch
@@ -67,9 +66,7 @@ def autoguide_with_iwae():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=50)
-    options = parser.parse_args()
+    options = head.options(__doc__, epochs=50)
     digits = pv.data.load("digits", binarization="dynamic")
     pyro_objectives_in_fit(digits, options.epochs)
     our_objective_in_svi(digits, options.epochs)

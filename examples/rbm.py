@@ -8,9 +8,9 @@ makes too high; writes draws, one picture for each. About a minute on the embedd
 and persistent chains only, in six minutes on one core.
 """
 
-import argparse
 from pathlib import Path
 
+import head
 import torch
 
 import pyrovae as pv
@@ -28,19 +28,12 @@ def describe(rbm, test):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--hidden", type=int)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--ais-steps", type=int, default=10_000)
-    parser.add_argument("--output", type=Path, default=Path("runs/rbm"))
-    options = parser.parse_args()
+    options = head.options(
+        __doc__, data="digits", epochs=int, hidden=int, lr=float, ais_steps=10_000, output=Path("runs/rbm")
+    )
     small = options.data == "digits"
     size = (SMALL if small else FULL) | {k: v for k, v in vars(options).items() if k in SMALL and v is not None}
-    data = pv.data.load(options.data, options.data_dir, binarization="dynamic")
-    options.output.mkdir(parents=True, exist_ok=True)
+    data = head.load(options, binarization="dynamic")
     for name in WAYS if small else ["persistent"]:
         torch.manual_seed(0)
         rbm = pv.models.RBM(data.train.event_shape, size["hidden"], ais_steps=options.ais_steps)

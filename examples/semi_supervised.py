@@ -7,8 +7,7 @@ alone, then from all. Prints the test accuracy of q(y | x) after both, and log p
 ``--pixels`` the semi-supervised VAE learns the digits themselves, which takes far longer to be as accurate.
 """
 
-import argparse
-
+import head
 import torch
 
 import pyrovae as pv
@@ -27,17 +26,17 @@ def encoded(train, test, dim, epochs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--per-class", type=int, default=20, help="labels to keep")
-    parser.add_argument("--pixels", action="store_true", help="learn from pixels, not from codes")
-    parser.add_argument("--code-epochs", type=int, default=60, help="epochs of the VAE")
-    parser.add_argument("--first", type=int, default=30, help="epochs on the labelled data")
-    parser.add_argument("--epochs", type=int, default=60, help="epochs on all data")
-    options = parser.parse_args()
+    options = head.options(
+        __doc__,
+        data="digits",
+        per_class=(20, "labels to keep"),
+        pixels=(False, "learn from pixels, not from codes"),
+        code_epochs=(60, "epochs of the VAE"),
+        first=(30, "epochs on the labelled data"),
+        epochs=(60, "epochs on all data"),
+    )
 
-    train, _, test = pv.data.load(options.data, options.data_dir, labels=True)
+    train, _, test = head.load(options, labels=True)
     y = hide_labels(train.labels, options.per_class)
     known = (y >= 0).nonzero().squeeze(1)
     torch.manual_seed(0)

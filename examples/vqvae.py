@@ -7,10 +7,10 @@ By default on the embedded digits; ``--data mnist`` takes 5,000 images of MNIST,
 no prior can learn (``--binarization dynamic`` makes the bounds comparable with those of other models).
 """
 
-import argparse
 import math
 from pathlib import Path
 
+import head
 import torch
 
 import pyrovae as pv
@@ -36,17 +36,17 @@ def codes_of(vqvae, images):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", choices=("digits", "mnist"))
-    parser.add_argument("--data-dir")
-    parser.add_argument("--binarization", default="threshold", choices=("threshold", "static", "dynamic"))
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--train", type=int, help="images to train on")
-    parser.add_argument("--epochs", type=int, nargs=2, help="of the VQ-VAE and of the prior")
-    parser.add_argument("--output", type=Path, default=Path("pictures"))
-    options = parser.parse_args()
+    options = head.options(
+        __doc__,
+        data={"default": "digits", "choices": ("digits", "mnist")},
+        binarization={"default": "threshold", "choices": ("threshold", "static", "dynamic")},
+        full=False,
+        train=int,
+        epochs={"type": int, "nargs": 2, "help": "of the VQ-VAE and of the prior"},
+        output=Path("pictures"),
+    )
 
-    splits = pv.data.load(options.data, options.data_dir, binarization=options.binarization)
+    splits = head.load(options, binarization=options.binarization)
     number = options.train or (5000 if options.data == "mnist" and not options.full else len(splits.train))
     train, test = splits.train.subset(slice(number)), splits.test
     (vqvae_sizes, vqvae_epochs), (prior_sizes, prior_epochs) = SIZES["full" if options.full else options.data]
@@ -75,7 +75,6 @@ def main():
         bits = bound / (test.event_shape.numel() * math.log(2))
         print(f"{name} prior: test NLL <= {bound:.1f} nats, {bits:.3f} bits/dim")
 
-    options.output.mkdir(parents=True, exist_ok=True)
     some = test.fixed().x[:20].to(codes.device)
     pv.plots.reconstructions(some.cpu(), vqvae.reconstruct(some).detach().cpu(), options.output / "reconstructions.png")
     pv.plots.image_grid(pv.sample(vqvae, 64, seed=0).cpu(), options.output / "samples.png")

@@ -10,10 +10,10 @@ The second picture is g(z) = z / 10 + z / |z|, which turns draws from a plain tw
 the prior lacks, a decoder makes.
 """
 
-import argparse
 import math
 from pathlib import Path
 
+import head
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -71,10 +71,7 @@ def gaussian_and_ring(number, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=100_000)
-    parser.add_argument("--output", type=Path, default=Path("runs/why_many_samples"))
-    options = parser.parse_args()
+    options = head.options(__doc__, repeats=100_000, output=Path("runs/why_many_samples"))
     options.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     numbers = [1, 2, 3, 5, 10, 20, 50, 100, 1000]

@@ -7,9 +7,9 @@ with its pictures; what has run already is not run again. Bounds on log p(x) are
 generative model says so.
 """
 
-import argparse
 from pathlib import Path
 
+import head
 from rich.console import Console
 
 from pyrovae.app import measure, tables
@@ -43,14 +43,14 @@ SYSTEMS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--output", type=Path, default=Path("runs/zoo"))
-    parser.add_argument("--only", nargs="*", choices=SYSTEMS, help="some of the systems")
-    options = parser.parse_args()
+    options = head.options(
+        __doc__,
+        data="digits",
+        epochs=20,
+        samples=500,
+        output=Path("runs/zoo"),
+        only={"nargs": "*", "choices": SYSTEMS, "help": "some of the systems"},
+    )
 
     out = Console()
     folders = {name: options.output / name.replace(", ", " ").replace(" ", "-") for name in SYSTEMS}
