@@ -1,0 +1,66 @@
+"""What the guides name exists: paths in the package, files, links; and every public name stands in the reference."""
+
+import importlib
+import pkgutil
+import re
+
+import pytest
+
+import pyrovae as pv
+from tests.house import ROOT
+
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+FACES = (pv, pv.models, pv.parts, pv.nn, pv.data, pv.plots, pv.objectives, pv.evaluate)
+
+
+def resolve(dotted):
+    """The object of a dotted path, importing modules on the way."""
+    found = importlib.import_module("pyrovae")
+    for part in dotted.split(".")[1:]:
+        if not hasattr(found, part):
+            importlib.import_module(f"{found.__name__}.{part}")
+        found = getattr(found, part)
+    return found
+
+
+def documented():
+    """Every path that the reference describes, in full."""
+    module, paths = "pyrovae", []
+    for directive, name in re.findall(r"^\.\. ([\w:]+):: ([\w.]+)$", PAGES["api.md"], re.MULTILINE):
+        if directive == "currentmodule":
+            module = name
+        else:
+            paths.append(name if name.startswith("pyrovae.") else f"{module}.{name}")
+    return paths
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_names_of_the_package_in_a_page_exist(page):
+    text = re.sub(r"(?m)^\| `pyrovae\..*? \| ", "", PAGES[page])  # the old paths in the changelog's table
+    names = re.findall(r"(?<![\w./])(?:pv|pyrovae)(?:\.[a-zA-Z_]\w*)+", text)
+    for name in {re.sub("^pv", "pyrovae", name) for name in names}:
+        resolve(name)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_lead_somewhere(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for link in re.findall(r"\]\(((?!https?:)[^)#]+)\)", PAGES[page]):
+        assert (folder / link).exists(), link
+    for path in re.findall(r"(?<![\w/])(?:tests|examples|pyrovae|docs)/[\w/]+\.(?:py|md|png)", PAGES[page]):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_reference_names_what_exists():
+    paths = documented()
+    assert len(paths) == len(set(paths))
+    for path in paths:
+        assert resolve(path).__doc__, path
+
+
+def test_every_public_name_stands_in_the_reference():
+    described = [resolve(path) for path in documented()]
+    modules = {name for _, name, _ in pkgutil.iter_modules(pv.__path__)}
+    for face in FACES:
+        for name in set(face.__all__) - modules:
+            assert any(getattr(face, name) is known for known in described), f"{face.__name__}.{name}"
