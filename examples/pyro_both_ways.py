@@ -1,6 +1,6 @@
 """Pyro's objectives in our loop, our objective in Pyro's loop, and an autoguide under an importance-weighted bound.
 
-    python examples/pyro_both_ways.py [--epochs 50]
+python examples/pyro_both_ways.py [--epochs 50]
 """
 
 import head
