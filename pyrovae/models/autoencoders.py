@@ -4,54 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import NamedTuple, TypedDict, Unpack
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyrovae import data as datasets
-from pyrovae.arguments import DataError, in_range, lookup, one_of, positive_int, sizes
-from pyrovae.engine.programs import evaluating
-from pyrovae.models.base import Pair
+from pyrovae.arguments import in_range, lookup, one_of, positive_int, sizes
+from pyrovae.models.code_density import CodeDensity, FittedPrior
 from pyrovae.nn.conv import networks
+from pyrovae.nn.mlp import DenseDecoder
 from pyrovae.parts.likelihoods import make_likelihood
 
-A = TypeVar("A", bound="Autoencoder")
 
+class Options(TypedDict, total=False):
+    """The keywords that every autoencoder takes."""
 
-_MOST_CODES = 10_000  # that a density is fitted to: enough for its parameters, and a matter of seconds
-
-
-class Codes(TorchDistribution):
-    """The prior of an autoencoder's codes: its penalty for log p(z), and draws from the density fitted afterwards.
-
-    It is improper, as :class:`pyro.distributions.ImproperUniform` is: what scores codes and what draws them are
-    unrelated, and neither makes log p(x) exist.
-    """
-
-    arg_constraints: ClassVar[dict] = {}
-    support = constraints.real_vector
-
-    def __init__(self, owner: Autoencoder, batch_shape: Sequence[int] = (), temperature: float = 1.0) -> None:
-        self.owner, self.temperature = owner, temperature
-        super().__init__(torch.Size(batch_shape), torch.Size([owner.latent_dim]), validate_args=False)
-
-    def expand(self, batch_shape, _instance=None):
-        return Codes(self.owner, batch_shape, self.temperature)
-
-    def tempered(self, temperature: float) -> Codes:
-        """The same with draws from components whose deviations are ``temperature`` times as large."""
-        return Codes(self.owner, self.batch_shape, temperature)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.owner.log_prior(value)
-
-    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
-        density = self.owner.density(self.temperature)
-        return self.owner.code(density.sample(self._extended_shape(sample_shape)[:-1]))
+    levels: int | None
+    network: str
+    activation: str
+    channels: Sequence[int] | None
+    density_components: int
 
 
 class Activity(NamedTuple):
@@ -61,7 +36,7 @@ class Activity(NamedTuple):
     units: float
 
 
-class Autoencoder(Pair):
+class Autoencoder(CodeDensity):
     r"""Undercomplete autoencoder: an encoder, a code smaller than the data, a decoder.
 
     .. math:: z = \mathrm{enc}_\phi(x), \qquad \text{loss} = -\log p(x; f_\theta(z))
@@ -106,9 +81,6 @@ class Autoencoder(Pair):
     """
 
     likelihood_is = None
-    density_weights: Tensor
-    density_means: Tensor
-    density_scale_tril: Tensor
 
     def __init__(
         self,
@@ -131,18 +103,14 @@ class Autoencoder(Pair):
         self.observation = make_likelihood(likelihood, shape, scale, levels)
         self.encoder = make_encoder(shape, widths, self.latent_dim)
         self.decoder = make_decoder(self.latent_dim, widths[::-1], shape, heads=self.observation.outputs)
-        self.code: nn.Module = nn.Identity()
-        components = positive_int("density_components", density_components)
-        # Weights of 0 say that nothing has been fitted, so that a state_dict holds this as well.
-        self.register_buffer("density_weights", torch.zeros(components))
-        self.register_buffer("density_means", torch.zeros(components, self.latent_dim))
-        self.register_buffer("density_scale_tril", torch.zeros(components, self.latent_dim, self.latent_dim))
+        self.code = nn.Identity()
+        self.hold_density(positive_int("density_components", density_components))
 
     def model(self, x: Tensor) -> Tensor:
         """The decoder's p(x | z) over the plate ``"data"``, with ``x`` observed, and the prior of the codes."""
         self.check(x)
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", Codes(self))
+            z = pyro.sample("z", FittedPrior(self))
             return pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> Tensor:
@@ -150,10 +118,6 @@ class Autoencoder(Pair):
         self.check(x)
         with pyro.plate("data", len(x)):
             return pyro.sample("z", dist.Delta(self.encode(x), event_dim=1))
-
-    def log_prior(self, z: Tensor) -> Tensor:
-        """Minus the penalty of codes ``[..., latent_dim]``, ``[...]`` in nats: none here."""
-        return z.new_zeros(z.shape[:-1])
 
     def likelihood(self, z: Tensor) -> TorchDistribution:
         """p(x | z) of codes ``[..., latent_dim]``."""
@@ -167,56 +131,7 @@ class Autoencoder(Pair):
         """The likelihood's mean, ``[..., latent_dim]`` to ``[..., *input_shape]``."""
         return self.likelihood(z).mean
 
-    # --- what is known afterwards --------------------------------------------------------------------------------
-
-    def fit_density(self: A, data: Any, *, seed: int = 0) -> A:
-        r"""Fit a mixture of Gaussians to the codes of ``data``, for ``pv.sample``; returns the model itself.
-
-        .. math:: p(a) = \sum_c \pi_c N(a; \mu_c, \Sigma_c), \qquad z = \mathrm{code}(a)
-
-        with :math:`a` the encoder's output and *code* its last nonlinearity, if there is one. The mixture is kept in
-        buffers, so a ``state_dict`` holds it. More training moves the codes: fit again then.
-
-        :param data: a tensor ``[N, *input_shape]`` or a Dataset, of which the first entry of each datum is used; of
-            more than 10,000 data every second, or third, and so on.
-        :param seed: where the fit starts.
-        :raises DataError: for fewer data than components, or codes that are not finite.
-        """
-        from sklearn.mixture import GaussianMixture
-
-        outputs = self._gather(data, self.encoder).double().cpu()
-        outputs = outputs[:: max(1, math.ceil(len(outputs) / _MOST_CODES))]
-        components = len(self.density_weights)
-        if len(outputs) < components:
-            raise DataError(f"a density of {components} components needs as many data, got {len(outputs)}: pass more")
-        if not torch.isfinite(outputs).all():
-            raise DataError("the codes of the data are not all finite: check the data, or train again with a lower lr")
-        mixture = GaussianMixture(components, random_state=seed, max_iter=300).fit(outputs.numpy())
-        self.density_weights.copy_(torch.from_numpy(mixture.weights_))
-        self.density_means.copy_(torch.from_numpy(mixture.means_))
-        self.density_scale_tril.copy_(torch.linalg.cholesky(torch.from_numpy(mixture.covariances_)))
-        return self
-
-    def after_training(self, data: Any) -> bool:
-        """Fit the density of the codes, as :meth:`fit_density`."""
-        self.fit_density(data)
-        return True
-
-    def density(self, temperature: float = 1.0) -> TorchDistribution:
-        """The mixture that :meth:`fit_density` fitted, over the encoder's outputs.
-
-        :param temperature: factor of the components' standard deviations.
-        :raises ValueError: before that.
-        """
-        if not self.density_weights.any():
-            raise ValueError(
-                f"{type(self).__name__} has no prior to draw codes from: call its fit_density(x) with training data "
-                "first, and again after more training"
-            )
-        parts = dist.MultivariateNormal(self.density_means, scale_tril=self.density_scale_tril * temperature)
-        return dist.MixtureSameFamily(dist.Categorical(self.density_weights), parts)
-
-    def activity(self, data: Any) -> Activity:
+    def activity(self, data: object) -> Activity:
         r"""How sparse the codes of data are.
 
         .. math:: \text{mean}_u = \frac1N \sum_b |z_{bu}|, \qquad
@@ -233,7 +148,7 @@ class Autoencoder(Pair):
 
         Treves and Rolls, *What determines the capacity of autoassociative memories in the brain?*, 1991.
         """
-        size = self._gather(data, self.encode).abs()
+        size = self.outputs(self.encode, data).abs()
         squares = size.square().sum(-1)
         units = size.sum(-1).square() / torch.where(squares > 0, squares, 1.0)
         return Activity(size.mean(0), units.mean().item())
@@ -254,7 +169,7 @@ class Autoencoder(Pair):
         """
         from scipy.linalg import subspace_angles
 
-        if self.config["network"] != "mlp" or self.config["hidden"]:
+        if not (isinstance(self.decoder, DenseDecoder) and len(self.decoder) == 1):
             self.refuse("subspace_angles", 'its decoder is not linear: build it with network="mlp" and hidden=()')
         features = math.prod(self.input_shape)
         other = basis.double().flatten(1) if basis.dim() > 1 else basis
@@ -264,17 +179,6 @@ class Autoencoder(Pair):
             )
         own = self.decoder.output.weight[:features].double()
         return torch.from_numpy(subspace_angles(own.numpy(force=True), other.T.numpy(force=True)))
-
-    @torch.no_grad()
-    def _gather(self, data: Any, encoder: Callable[[Tensor], Tensor]) -> Tensor:
-        """What an encoder makes of all data, in eval mode."""
-        source, device = datasets.as_dataset(data), next(self.parameters()).device
-        with evaluating(self.guide):
-            found = []
-            for x, *_ in datasets.batches((source,), 500, device=device):
-                self.check(x)
-                found.append(encoder(x))
-        return torch.cat(found)
 
 
 class SparseAutoencoder(Autoencoder):
@@ -320,16 +224,9 @@ class SparseAutoencoder(Autoencoder):
         penalty: str = "l1",
         weight: float = 1.0,
         rho: float | None = None,
-        levels: int | None = None,
-        network: str = "mlp",
-        activation: str = "tanh",
-        channels: Sequence[int] | None = None,
-        density_components: int = 10,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            input_shape, latent_dim, hidden, likelihood, scale, levels=levels, network=network, activation=activation,
-            channels=channels, density_components=density_components,
-        )  # fmt: skip
+        super().__init__(input_shape, latent_dim, hidden, likelihood, scale, **options)
         self.penalty = one_of("penalty", penalty, ("l1", "kl"))
         self.weight = in_range("weight", weight, 0.0)
         if penalty == "l1" and rho is not None:
@@ -348,24 +245,27 @@ class SparseAutoencoder(Autoencoder):
         return (-self.weight * kl.sum(-1, keepdim=True)).expand(z.shape[:-1])
 
 
-def _gaussian(x: Tensor, level: float) -> Tensor:
+def add_noise(x: Tensor, level: float) -> Tensor:
+    """Normal noise of deviation ``level`` on top."""
     return x + level * torch.randn_like(x)
 
 
-def _masking(x: Tensor, level: float) -> Tensor:
+def mask_out(x: Tensor, level: float) -> Tensor:
+    """A share ``level`` of the pixels at 0."""
     return torch.where(torch.rand_like(x) < level, 0.0, x)
 
 
-def _salt_and_pepper(x: Tensor, level: float) -> Tensor:
+def salt_and_pepper(x: Tensor, level: float) -> Tensor:
+    """A share ``level`` of the pixels at 0 or 1, with equal chances."""
     chance = torch.rand_like(x)
     return torch.where(chance < level, (chance < level / 2).to(x.dtype), x)
 
 
 #: Ways to corrupt data, and the largest level of each.
 CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
-    "gaussian": (_gaussian, math.inf),
-    "masking": (_masking, 1.0),
-    "salt_and_pepper": (_salt_and_pepper, 1.0),
+    "gaussian": (add_noise, math.inf),
+    "masking": (mask_out, 1.0),
+    "salt_and_pepper": (salt_and_pepper, 1.0),
 }
 
 
@@ -402,22 +302,15 @@ class DenoisingAutoencoder(Autoencoder):
         *,
         noise: str = "masking",
         level: float = 0.3,
-        levels: int | None = None,
-        network: str = "mlp",
-        activation: str = "tanh",
-        channels: Sequence[int] | None = None,
-        density_components: int = 10,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            input_shape, latent_dim, hidden, likelihood, scale, levels=levels, network=network, activation=activation,
-            channels=channels, density_components=density_components,
-        )  # fmt: skip
-        self._corruption, largest = lookup("noise", noise, CORRUPTIONS)
+        super().__init__(input_shape, latent_dim, hidden, likelihood, scale, **options)
+        self.corruption, largest = lookup("noise", noise, CORRUPTIONS)
         self.level = in_range("level", level, 0.0, largest)
 
     def corrupt(self, x: Tensor) -> Tensor:
         """Data with the noise of training, drawn anew."""
-        return self._corruption(x, self.level)
+        return self.corruption(x, self.level)
 
     def guide(self, x: Tensor) -> Tensor:
         """The code of ``x``, corrupted first in training mode, as a Delta over the plate ``"data"``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import pyro
 import pyro.distributions as dist
@@ -18,6 +18,15 @@ from pyrovae.nn.mlp import MLP
 from pyrovae.parts.labels import Attributes, Classes
 from pyrovae.parts.likelihoods import make_likelihood
 from pyrovae.parts.posteriors import DiagonalNormal, centre, make_posterior
+
+
+class Options(TypedDict, total=False):
+    """The keywords of likelihood and posterior that every conditional family takes."""
+
+    levels: int | None
+    posterior: str
+    flows: int | None
+    flow_hidden: Sequence[int] | None
 
 
 class ConditionalVAE(Pair):

@@ -140,13 +140,15 @@ class DeepVAE(Pair):
         super().__init__()
         shape = self.set_shape(input_shape)
         per_scale = {"channels": channels, "latent_channels": latent_channels, "blocks": blocks}
-        widths, latents, counts = _per_scale(per_scale)
+        widths, self.latent_channels, counts = _per_scale(per_scale)
         self.encoder = PyramidEncoder(shape, widths, counts, patch)
         self.observation = make_likelihood(likelihood, shape, scale, levels)
         self.decoder = PatchDecoder(widths[0], shape, patch, self.observation.outputs)
         #: The scale of each layer, the layer next to the data first.
         self.scales = [i for i, count in enumerate(counts) for _ in range(count)]
-        self.layers: Any = nn.ModuleList(StochasticLayer(widths[i], latents[i], sum(counts)) for i in self.scales)
+        self.layers: Any = nn.ModuleList(
+            StochasticLayer(widths[i], self.latent_channels[i], sum(counts)) for i in self.scales
+        )
         self.rise: Any = nn.ModuleList(glorot(nn.Conv2d(b, a, 1)) for a, b in pairwise(widths))
         self.start = nn.Parameter(torch.zeros(widths[-1], *self.encoder.grids[-1]))
 
@@ -158,7 +160,7 @@ class DeepVAE(Pair):
     def layer_shape(self, layer: int) -> tuple[int, int, int]:
         """Shape of the grid of latents of one layer."""
         scale = self.scales[self._layer(layer) - 1]
-        return (self.config["latent_channels"][scale], *self.encoder.grids[scale])
+        return (self.latent_channels[scale], *self.encoder.grids[scale])
 
     # --- the two programs ----------------------------------------------------------------------------------------
 

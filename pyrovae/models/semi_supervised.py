@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import pyro
 import pyro.distributions as dist
@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from pyrovae.arguments import in_range, one_of, sizes
-from pyrovae.models.conditional import ConditionalVAE
+from pyrovae.models.conditional import ConditionalVAE, Options
 from pyrovae.nn.conv import networks
 from pyrovae.parts.labels import UNKNOWN, Belief, PartialLabel, Weighted
 
-_CERTAIN = 1e4  # a difference of logits whose exponential is 0 in every precision
+CERTAIN = 1e4  # a difference of logits whose exponential is 0 in every precision
 
 
 class SemiSupervisedVAE(ConditionalVAE):
@@ -81,31 +81,26 @@ class SemiSupervisedVAE(ConditionalVAE):
         *,
         classification_weight: float = 1.0,
         class_probs: Sequence[float] | None = None,
-        levels: int | None = None,
-        posterior: str = "diagonal",
-        flows: int | None = None,
-        flow_hidden: Sequence[int] | None = None,
         network: str = "mlp",
         activation: str = "tanh",
         channels: Sequence[int] | None = None,
         classifier: Mapping[str, Any] | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            input_shape, num_classes, latent_dim, hidden, likelihood, scale, levels=levels, posterior=posterior,
-            flows=flows, flow_hidden=flow_hidden, network=network, activation=activation, channels=channels,
-        )  # fmt: skip
+        rest: dict[str, Any] = {"network": network, "activation": activation, "channels": channels}
+        super().__init__(input_shape, num_classes, latent_dim, hidden, likelihood, scale, **rest, **options)
         self.classification_weight = in_range("classification_weight", classification_weight, 0.0)
         probs = [1.0] * num_classes if class_probs is None else [in_range("class_probs", p, 1e-12) for p in class_probs]
         if len(probs) != num_classes:
             raise ValueError(f"class_probs must have {num_classes} entries, one per class, got {len(probs)}: give all")
         self.class_logits: Tensor
         self.register_buffer("class_logits", log_softmax(torch.tensor(probs).log(), -1), persistent=False)
-        own = {"hidden": hidden, "network": network, "activation": activation} | dict(classifier or {})
-        if own["network"] == network:
-            own = {"channels": channels} | own
+        own = rest | {"hidden": hidden} | dict(classifier or {})
+        if own["network"] != network:  # channels are for networks of their kind
+            own["channels"] = (classifier or {}).get("channels")
         for name in own:
-            one_of("setting of the classifier", name, ("hidden", "network", "activation", "channels"))
-        make_classifier, _ = networks(own["network"], own["activation"], own.get("channels"))
+            one_of("setting of the classifier", name, ("hidden", *rest))
+        make_classifier, _ = networks(own["network"], own["activation"], own["channels"])
         self.classifier = make_classifier(self.input_shape, sizes("hidden", own["hidden"]), num_classes)
 
     # --- programs ------------------------------------------------------------------------------------------------
@@ -133,7 +128,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         """q(y | x) q(z | x, y) over the plate ``"data"``; a known label is certain."""
         self.check(x)
         known, code = self.known(x, y)
-        logits = torch.where(known.unsqueeze(-1), (code - 1) * _CERTAIN, self.log_belief(x))
+        logits = torch.where(known.unsqueeze(-1), (code - 1) * CERTAIN, self.log_belief(x))
         with pyro.plate("data", len(x)):
             if not self.training:
                 drawn = pyro.sample("y", Belief(logits=logits))

@@ -296,7 +296,7 @@ def test_the_density_is_that_of_the_codes(digits):
 
 
 def test_the_density_of_many_data_takes_some_of_them(digits, monkeypatch):
-    monkeypatch.setattr("pyrovae.models.autoencoders._MOST_CODES", 100)
+    monkeypatch.setattr("pyrovae.models.code_density.MOST_CODES", 100)
     x = digits.x[:350]
     few = copy.deepcopy(pair := small()).fit_density(x[::4])
     torch.testing.assert_close(pair.fit_density(x).density().mean, few.density().mean, rtol=0, atol=0)
