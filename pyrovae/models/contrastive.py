@@ -1,75 +1,202 @@
-"""Contrastive divergence: chains of a restricted Boltzmann machine that stand for its distribution."""
+"""Contrastive divergence: chains that stand for the distribution of a machine of bits, and training by them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import time
 
 import torch
-from pyro.distributions import TorchDistribution, constraints
-from torch import Tensor
+from pyro.distributions import constraints
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
+from pyrovae.arguments import in_range, pick_device, positive_int
 from pyrovae.data.feed import Feed
-from pyrovae.models.partition import bits
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.models.base import Pair
+from pyrovae.models.energy import Energy, bits
+from pyrovae.progress import ProgressBar
+from pyrovae.schedules import Schedule, make_schedule
 
-if TYPE_CHECKING:
-    from pyrovae.models.rbm import RBM
+PROBE = 1000  # data on which an epoch's metrics are measured
 
 
-class Equilibrium(TorchDistribution):
-    r"""The marginal p(v) of an :class:`RBM`.
+class ContrastiveDivergence(Pair):
+    """A layer of visible and a layer of hidden bits, trained by contrastive divergence.
 
-    ``sample`` runs one chain per draw, from noise through ``rbm.burn_in`` Gibbs steps; an approximation, like all of a
-    chain's draws. ``mean`` is P(v | h) at the last step of the chains drawn last (of new ones, where none were): what
-    to look at, less noisy than a draw, and not the mean over chains.
-
-    >>> from pyrovae.models import RBM
-    >>> Equilibrium(RBM((1, 4, 4), 8), torch.Size([5])).sample().shape
-    torch.Size([5, 1, 4, 4])
+    :ivar weight: ``[num_visible, num_hidden]``.
+    :ivar visible_bias: ``[num_visible]``.
+    :ivar hidden_bias: ``[num_hidden]``.
+    :ivar base_visible: logits of the data's mean, ``[num_visible]``; 0 before :meth:`fit`.
+    :ivar base_hidden: logits of the mean of P(h = 1 | v) over data, ``[num_hidden]``, likewise.
+    :ivar chains: states of the persistent chains, ``[C, num_visible]``.
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, rbm: RBM, batch_shape: torch.Size, validate_args: bool | None = None) -> None:
-        self.rbm = rbm
-        self._last: Tensor | None = None
-        super().__init__(batch_shape, torch.Size(rbm.input_shape), validate_args=validate_args)
+    num_visible: int
+    weight: nn.Parameter
+    visible_bias: nn.Parameter
+    hidden_bias: nn.Parameter
+    base_visible: Tensor
+    base_hidden: Tensor
+    chains: Tensor
 
     @property
-    def support(self) -> Any:
-        """Zeros and ones."""
-        return constraints.independent(constraints.boolean, len(self.event_shape))
+    def energy(self) -> Energy:
+        """E(v, h) of flat v."""
+        return Energy(self.weight, self.visible_bias, self.hidden_bias)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Equilibrium:
-        return Equilibrium(self.rbm, torch.Size(batch_shape), validate_args=self._validate_args)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """log p(v), in nats."""
-        if self._validate_args:
-            self.rbm._check_bits(value)
-        log_p = self.rbm._log_prob(value)
-        return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
+    def flat(self, v: Tensor) -> Tensor:
+        """``[..., *input_shape]`` as ``[..., num_visible]``, in the dtype of the weights."""
+        return v.flatten(-len(self.input_shape)).to(self.weight.dtype)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """One chain per draw."""
-        shape = self._extended_shape(sample_shape)
-        noise = torch.rand(shape, dtype=self.rbm.weight.dtype, device=self.rbm.weight.device).round()
-        v = self.rbm.gibbs(noise, self.rbm.burn_in)
-        self._last = self.rbm.decode(bits(self.rbm.encode(v)))
-        return bits(self._last)
+    def gibbs(self, v: Tensor, steps: int = 1) -> Tensor:
+        """Draw h given v and v given h, ``steps`` times over: ``[..., *input_shape]`` to the same."""
+        return self.energy.gibbs(self.flat(v), positive_int("steps", steps)).unflatten(-1, self.input_shape)
 
-    @property
-    def mean(self) -> Tensor:
-        """P(v | h) of the chains drawn last."""
-        if self._last is None:
-            self.sample()
-        assert self._last is not None
-        return self._last
+    def contrastive_divergence(self, v: Tensor, start: Tensor | None = None, steps: int = 1) -> tuple[Tensor, Tensor]:
+        r"""A scalar whose gradient is that of CD-k, and the chains' new states ``[C, *input_shape]``.
+
+        .. math:: \frac{1}{B} \sum_b F(v_b) - \frac{1}{C} \sum_i F(\tilde v_i)
+
+        with :math:`\tilde v` the chains after k Gibbs steps, taken as constants. At the model's own distribution they
+        make the gradient that of the mean -log p(v); after few steps it is biased, and no function's gradient. The
+        value is not a bound on anything.
+
+        :param v: data ``[B, *input_shape]``.
+        :param start: where the chains start; None starts them at the data (CD-k), the states returned last make it
+            persistent.
+        :param steps: k.
+        """
+        states, energy = self.gibbs(v if start is None else start, steps), self.energy
+        return energy.free(self.flat(v)).mean() - energy.free(self.flat(states)).mean(), states
+
+    def fit(
+        self,
+        data: object,
+        *,
+        epochs: int = 50,
+        batch_size: int = 100,
+        lr: float = 0.01,
+        schedule: str | Schedule = "cosine",
+        cd_steps: int = 1,
+        persistent: bool = False,
+        chains: int | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        validation: object = None,
+        device: str | torch.device = "auto",
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> list[dict[str, float]]:
+        r"""Train by contrastive divergence: gradient descent with momentum along :meth:`contrastive_divergence`.
+
+        What is followed is no bound, and nothing in the history is one: *pseudo_log_likelihood* (of one pixel given
+        all others, times their number; estimated on one pixel of each datum), *reconstruction_error* (squared, summed
+        over pixels), and with ``validation`` *free_energy_gap*, the mean F of the validation data less that of as many
+        training data, which grows as the machine overfits. Measure :meth:`log_prob`.
+
+        :param data: as :func:`pyrovae.fit` takes them, zeros and ones (or binarised dynamically); labels are left out.
+        :param epochs: passes over the data.
+        :param batch_size: data per step.
+        :param lr: learning rate; with momentum m, steps are up to 1 / (1 - m) times as long.
+        :param schedule: "constant", "cosine", "linear", "iwae", or a function of progress in [0, 1) that gives the
+            factor of lr.
+        :param cd_steps: k, Gibbs steps per gradient.
+        :param persistent: let the chains go on from step to step (persistent contrastive divergence), and on from
+            where the last fit left them.
+        :param chains: number of persistent chains, by default ``batch_size``.
+        :param momentum: of the gradient, in [0, 1).
+        :param weight_decay: pull of the weights to 0, per unit of lr.
+        :param validation: data for the free-energy gap.
+        :param device: "auto" (CUDA where there is one), "cpu", "cuda", ...; the machine stays there.
+        :param seed: of the chains, the order of the data and their binarisation; the global generator is left as found.
+        :param progress: show a progress bar; None shows it on terminals only.
+        :return: one row per epoch.
+        :raises DataError: for data other than zeros and ones.
+        :raises ValueError: for arguments out of range.
+        :raises FloatingPointError: where a parameter is no longer finite.
+
+        Hinton, *Training products of experts by minimizing contrastive divergence*, 2002; Tieleman, *Training
+        restricted Boltzmann machines using approximations to the likelihood gradient*, 2008.
+        """
+        epochs, cd_steps = positive_int("epochs", epochs), positive_int("cd_steps", cd_steps)
+        batch_size = positive_int("batch_size", batch_size)
+        if chains is not None and not persistent:
+            raise ValueError(f"chains={chains} are those of persistent=True: pass that, or leave chains out")
+        number = batch_size if chains is None else positive_int("chains", chains)
+        rate, factor = in_range("lr", lr, 0.0), make_schedule(schedule)
+        decay = in_range("weight_decay", weight_decay, 0.0)
+        momentum = in_range("momentum", momentum, 0.0, 0.999)
+        optimizer = torch.optim.SGD([self.weight], momentum=momentum, weight_decay=decay)
+        optimizer.add_param_group({"params": [self.visible_bias, self.hidden_bias], "weight_decay": 0.0})
+        place, history = pick_device(device), []
+        with isolated_rng(seed), ProgressBar("RBM", epochs, progress) as bar:
+            feed = self.feed(data, batch_size, place)
+            probes = [feed.first(PROBE)[0]]
+            if validation is not None:
+                probes.append(self.feed(validation, batch_size, place).first(PROBE)[0])
+            self.to(place)
+            self.base_visible.copy_(clipped_logit(mean_of(feed)))
+            if persistent and len(self.chains) != number:
+                self.chains = bits(self.base_visible.sigmoid().expand(number, -1))
+            for epoch in range(epochs):
+                began, now = time.perf_counter(), rate * factor(epoch / epochs)
+                for group in optimizer.param_groups:
+                    group["lr"] = now
+                self.run_epoch(feed, optimizer, cd_steps, persistent)
+                row = {"epoch": epoch + 1, "seconds": time.perf_counter() - began, "learning_rate": now}
+                history.append(row | progress_on(self, *probes))
+                bar.update(epoch + 1, f"pseudo log p {history[-1]['pseudo_log_likelihood']:.1f}")
+            with torch.no_grad():
+                self.base_hidden.copy_(clipped_logit(self.encode(probes[0]).mean(0)))
+        return history
+
+    train_on = fit
+
+    def feed(self, data: object, batch_size: int, device: torch.device) -> Feed:
+        """Data in batches, after checks."""
+        feed = Feed(data, batch_size, device)
+        self.check(feed.first()[0])
+        feed.check(0, constraints.boolean, "x", torch.Size(self.input_shape))
+        return feed
+
+    def run_epoch(self, feed: Feed, optimizer: torch.optim.Optimizer, steps: int, persistent: bool) -> None:
+        """One pass over the data."""
+        for v, *_ in feed:
+            start = self.chains.unflatten(-1, self.input_shape) if persistent else None
+            loss, states = self.contrastive_divergence(v, start, steps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if persistent:
+                self.chains = states.flatten(1)
+        if not all(torch.isfinite(p).all() for p in self.parameters()):
+            raise FloatingPointError("a parameter of the RBM became NaN or infinite: lower lr")
 
 
-def _mean(feed: Feed) -> Tensor:
+@torch.no_grad()
+def progress_on(machine: ContrastiveDivergence, v: Tensor, held_out: Tensor | None = None) -> dict[str, float]:
+    """What :meth:`ContrastiveDivergence.fit` notes of some data, and of validation data, after an epoch."""
+    flat, free = machine.flat(v), machine.energy.free
+    pixel = torch.randint(machine.num_visible, (len(flat), 1), device=flat.device)
+    odds = free(flat.scatter(1, pixel, 1 - flat.gather(1, pixel))) - free(flat)
+    found = {
+        "pseudo_log_likelihood": machine.num_visible * logsigmoid(odds).mean().item(),
+        "reconstruction_error": (machine.reconstruct(v) - v).square().flatten(1).sum(-1).mean().item(),
+    }
+    if held_out is not None:
+        found["free_energy_gap"] = (free(machine.flat(held_out)).mean() - free(flat[: len(held_out)]).mean()).item()
+    return found
+
+
+def mean_of(feed: Feed) -> Tensor:
     """The data's mean, ``[num_visible]``, in float64."""
     total, number = 0.0, 0
     for v, *_ in feed:
         total, number = total + v.flatten(1).sum(0, dtype=torch.float64), number + len(v)
     return torch.as_tensor(total / number)
+
+
+def clipped_logit(mean: Tensor) -> Tensor:
+    """The logit of a mean, clipped to [.001, .999]."""
+    return mean.clamp(0.001, 0.999).logit()

@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
-T = TypeVar("T")
-
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.models.energy import Energy, bits
 
 LARGEST = 20  # units of the smaller side that are enumerated
-
-
-_CHUNK = 2**22  # numbers held at a time
-
-
-def bits(probabilities: Tensor) -> Tensor:
-    """Independent Bernoulli draws, of the dtype of their probabilities."""
-    return torch.rand_like(probabilities).lt(probabilities).to(probabilities.dtype)
+CHUNK = 2**22  # numbers held at a time
 
 
 def enumerate_states(weight: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
@@ -46,7 +40,7 @@ def enumerate_states(weight: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
         states = (codes.unsqueeze(-1) >> units & 1).double()
         return torch.logsumexp(states @ hidden + softplus(states @ weight.T + visible).sum(-1), 0)
 
-    chunks = torch.arange(2 ** len(hidden), device=hidden.device).split(max(_CHUNK // len(visible), 1))
+    chunks = torch.arange(2 ** len(hidden), device=hidden.device).split(max(CHUNK // len(visible), 1))
     if len(chunks) == 1:
         return part(chunks[0])
     # What a chunk's gradient needs is computed again then: all chunks together would not fit in memory.
@@ -94,7 +88,7 @@ def anneal(
     log_w = torch.zeros(chains, dtype=torch.float64, device=weight.device)
     for low, high in pairwise(torch.linspace(0, 1, steps + 1, dtype=torch.float64).tolist()):
         slope = torch.addmm(hidden - base_hidden, v, weight)  # of what the hidden units receive, in beta
-        rise = _rise(base_hidden + low * slope, (high - low) * slope)
+        rise = softplus_rise(base_hidden + low * slope, (high - low) * slope)
         log_w += (high - low) * (v @ (visible - base_visible)).double() + rise.sum(-1, dtype=torch.float64)
         h = bits((base_hidden + high * slope).sigmoid_())
         v = bits(torch.addmm(torch.lerp(base_visible, visible, high), h, weight.T, alpha=high).sigmoid_())
@@ -104,37 +98,58 @@ def anneal(
     return Annealed(log_base + largest + w.mean().log(), w.std() / (w.mean() * math.sqrt(chains)))
 
 
-def _rise(low: Tensor, rise: Tensor) -> Tensor:
+def softplus_rise(low: Tensor, rise: Tensor) -> Tensor:
     """softplus(low + rise) - softplus(low), without cancellation where ``rise`` is small: its steps are many."""
     small = torch.log1p(low.sigmoid() * torch.expm1(rise.clamp(-1, 1)))
     return torch.where(rise.abs() < 1, small, softplus(low + rise) - softplus(low))
 
 
-class Memo:
-    """Results that hold while some tensors have the values they have; forgotten when one changes.
+class LogPartition:
+    """log Z of a machine, found once as long as its tensors have the values they have.
 
     Values are compared: version counters miss what a captured training step writes.
     """
 
     def __init__(self) -> None:
         self.state: list[Tensor] = []
-        self.known: dict[Any, Any] = {}
+        self.known: dict[object, Annealed] = {}
+
+    def exact(self, energy: Energy, base: tuple[Tensor, Tensor]) -> Annealed:
+        """By enumeration, without error; with a gradient where one is asked for."""
+
+        def find() -> Annealed:
+            log_z = enumerate_states(*energy)
+            return Annealed(log_z, torch.zeros_like(log_z))
+
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in energy)
+        return find() if learns else self.find((*energy, *base), "exact", find)
+
+    def estimate(self, energy: Energy, base: tuple[Tensor, Tensor], *, chains: int, steps: int, seed: int) -> Annealed:
+        """By annealing from independent units of the logits ``base``; the global generator is left as it was."""
+        state = (*energy, *base)
+        with isolated_rng(seed):
+            found = self.find(state, (chains, steps, seed), partial(anneal, *state, chains, steps))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in energy):
+            return found._replace(log_z=WithoutGradient.apply(found.log_z, *energy))
+        return found
 
     @torch.no_grad()
-    def __call__(self, state: Sequence[Tensor], key: Any, find: Callable[[], T]) -> T:
+    def find(self, state: Sequence[Tensor], key: object, find: Callable[[], Annealed]) -> Annealed:
         """What ``find`` gave, or now gives, for these tensors and this key."""
-        if len(state) != len(self.state) or not all(map(_identical, state, self.state)):
+        same = len(state) == len(self.state) and all(
+            a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+            for a, b in zip(state, self.state, strict=True)
+        )
+        if not same:
             self.state, self.known = [tensor.detach().clone() for tensor in state], {}
         if key not in self.known:
             self.known[key] = find()
         return self.known[key]
 
 
-def _identical(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+class WithoutGradient(torch.autograd.Function):
+    """A value that depends on parameters and refuses to be differentiated."""
 
-
-class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
         return value.clone()
@@ -145,10 +160,3 @@ class _WithoutGradient(torch.autograd.Function):
             "the RBM's log Z is annealed importance sampling's estimate, which has no gradient: train with rbm.fit "
             f"(contrastive divergence), or give one side at most {LARGEST} units"
         )
-
-
-def without_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """An estimate that depends on parameters: as a value it serves, and it refuses to be differentiated."""
-    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-        return _WithoutGradient.apply(value, *parameters)
-    return value

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import pyro
@@ -14,22 +12,15 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, softplus
 
-from pyrovae.arguments import DataError, in_range, one_of, pick_device, positive_int, sizes
-from pyrovae.data.feed import Feed
+from pyrovae.arguments import DataError, one_of, positive_int, sizes
 from pyrovae.data.support import check_support
-from pyrovae.engine.randomness import isolated_rng
-from pyrovae.models.base import Pair
-from pyrovae.models.contrastive import Equilibrium, _mean
-from pyrovae.models.partition import LARGEST, Memo, anneal, bits, enumerate_states, without_gradient
-from pyrovae.progress import ProgressBar
-from pyrovae.schedules import Schedule, make_schedule
-
-PROBE = 1000  # data on which an epoch's metrics are measured
+from pyrovae.models.contrastive import ContrastiveDivergence, clipped_logit
+from pyrovae.models.energy import bits
+from pyrovae.models.partition import LARGEST, LogPartition
 
 
-class RBM(Pair):
+class RBM(ContrastiveDivergence):
     r"""Restricted Boltzmann machine with binary visible and hidden units.
 
     .. math:: p(v, h) = \tfrac1Z e^{-E(v, h)}, \qquad E(v, h) = -b^\top v - c^\top h - v^\top W h
@@ -75,9 +66,6 @@ class RBM(Pair):
     """
 
     observes_bits = True
-    base_visible: Tensor
-    base_hidden: Tensor
-    chains: Tensor
 
     def __init__(
         self,
@@ -103,56 +91,30 @@ class RBM(Pair):
         self.register_buffer("base_visible", torch.zeros(self.num_visible))
         self.register_buffer("base_hidden", torch.zeros(self.num_hidden))
         self.register_buffer("chains", torch.zeros(0, self.num_visible), persistent=False)
-        self._memo = Memo()
+        self.known_partition = LogPartition()
 
     # --- the distribution ----------------------------------------------------------------------------------------
 
     def free_energy(self, v: Tensor) -> Tensor:
         """F(v), ``[..., *input_shape]`` to ``[...]``."""
-        self._check_bits(v)
-        return self._free_energy(v)
+        self.check_bits(v)
+        return self.energy.free(self.flat(v))
 
     def log_prob(self, v: Tensor) -> Tensor:
         """log p(v), ``[..., *input_shape]`` to ``[...]``; where log Z is estimated, with that one estimate."""
-        self._check_bits(v)
-        return self._log_prob(v)
+        return -self.free_energy(v) - self.log_partition()
 
     def hidden(self, v: Tensor) -> TorchDistribution:
         """P(h | v), event ``[num_hidden]``."""
-        return dist.Bernoulli(logits=self._field(self._flat(v))).to_event(1)
+        return dist.Bernoulli(logits=self.energy.hidden_logits(self.flat(v))).to_event(1)
 
     def visible(self, h: Tensor) -> TorchDistribution:
         """P(v | h), event ``input_shape``."""
-        logits = self._echo(h).unflatten(-1, self.input_shape)
+        logits = self.energy.visible_logits(h).unflatten(-1, self.input_shape)
         return dist.Bernoulli(logits=logits).to_event(len(self.input_shape))
 
-    @torch.no_grad()
-    def gibbs(self, v: Tensor, steps: int = 1) -> Tensor:
-        """Draw h given v and v given h, ``steps`` times over: ``[..., *input_shape]`` to the same."""
-        flat = self._flat(v)
-        for _ in range(positive_int("steps", steps)):
-            flat = bits(self._echo(bits(self._field(flat).sigmoid())).sigmoid())
-        return flat.unflatten(-1, self.input_shape)
-
-    def _free_energy(self, v: Tensor) -> Tensor:
-        v = self._flat(v)
-        return -(v @ self.visible_bias) - softplus(self._field(v)).sum(-1)
-
-    def _log_prob(self, v: Tensor) -> Tensor:
-        return -self._free_energy(v) - self.log_partition()
-
-    def _field(self, v: Tensor) -> Tensor:
-        """What the hidden units receive, from ``[..., num_visible]``."""
-        return v @ self.weight + self.hidden_bias
-
-    def _echo(self, h: Tensor) -> Tensor:
-        """What the visible units receive, from ``[..., num_hidden]``."""
-        return h @ self.weight.T + self.visible_bias
-
-    def _flat(self, v: Tensor) -> Tensor:
-        return v.flatten(-len(self.input_shape)).to(self.weight.dtype)
-
-    def _check_bits(self, v: Tensor) -> None:
+    def check_bits(self, v: Tensor) -> None:
+        """A DataError for data of another shape, or that are not zeros and ones."""
         if v.shape[-len(self.input_shape) :] != self.input_shape:
             raise DataError(f"data must be [..., *{self.input_shape}], got {tuple(v.shape)}: reshape them")
         check_support(v, constraints.boolean)
@@ -200,20 +162,14 @@ class RBM(Pair):
                 f"an exact log Z needs at most {LARGEST} units on one side, got {self.num_visible} and "
                 f'{self.num_hidden}: pass method="ais"'
             )
-        parameters = self.weight, self.visible_bias, self.hidden_bias
-        state = (*parameters, self.base_visible, self.base_hidden)
+        base = self.base_visible, self.base_hidden
         if method == "ais" or self.likelihood_is != "exact":
             chains = positive_int("chains", self.ais_chains if chains is None else chains, minimum=2)
             steps = positive_int("steps", self.ais_steps if steps is None else steps)
-            with isolated_rng(seed):
-                found = self._memo(state, (chains, steps, seed), partial(anneal, *state, chains, steps))
-            log_z, error = without_gradient(found.log_z, parameters), found.std_error
+            found = self.known_partition.estimate(self.energy, base, chains=chains, steps=steps, seed=seed)
         else:
-            exact = partial(enumerate_states, *parameters)
-            learning = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-            log_z = exact() if learning else self._memo(state, "exact", exact)
-            error = torch.zeros_like(log_z)
-        return (log_z, error) if return_std_error else log_z
+            found = self.known_partition.exact(self.energy, base)
+        return tuple(found) if return_std_error else found.log_z
 
     def log_prob_error(self) -> float:
         """The standard error of log Z, which is that of every log p(v)."""
@@ -225,161 +181,25 @@ class RBM(Pair):
         """p(x) over the plate ``"data"``, with ``x`` observed."""
         self.check(x)
         with pyro.plate("data", len(x)):
-            return pyro.sample("x", Equilibrium(self, torch.Size([len(x)])), obs=x)
+            return pyro.sample("x", Marginal(self, torch.Size([len(x)])), obs=x)
 
     def guide(self, x: Tensor) -> None:
         """Nothing: the model has no latent site."""
         self.check(x)
 
-    # --- training ------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def initialise(self, x: Tensor) -> RBM:
         r"""Start the visible biases at the logits of the data's mean, clipped to [.001, .999]; returns the RBM."""
         self.check(x)
-        self.base_visible.copy_(_logit(x.flatten(1).mean(0, dtype=torch.float64)))
+        self.base_visible.copy_(clipped_logit(x.flatten(1).mean(0, dtype=torch.float64)))
         self.visible_bias.copy_(self.base_visible)
         return self
-
-    def contrastive_divergence(self, v: Tensor, start: Tensor | None = None, steps: int = 1) -> tuple[Tensor, Tensor]:
-        r"""A scalar whose gradient is that of CD-k, and the chains' new states ``[C, *input_shape]``.
-
-        .. math:: \frac{1}{B} \sum_b F(v_b) - \frac{1}{C} \sum_i F(\tilde v_i)
-
-        with :math:`\tilde v` the chains after k Gibbs steps, taken as constants. At the model's own distribution they
-        make the gradient that of the mean -log p(v); after few steps it is biased, and no function's gradient. The
-        value is not a bound on anything.
-
-        :param v: data ``[B, *input_shape]``.
-        :param start: where the chains start; None starts them at the data (CD-k), the states returned last make it
-            persistent.
-        :param steps: k.
-        """
-        states = self.gibbs(v if start is None else start, steps)
-        return self._free_energy(v).mean() - self._free_energy(states).mean(), states
-
-    def fit(
-        self,
-        data: Any,
-        *,
-        epochs: int = 50,
-        batch_size: int = 100,
-        lr: float = 0.01,
-        schedule: str | Schedule = "cosine",
-        cd_steps: int = 1,
-        persistent: bool = False,
-        chains: int | None = None,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        validation: Any = None,
-        device: str | torch.device = "auto",
-        seed: int = 0,
-        progress: bool | None = None,
-    ) -> list[dict[str, float]]:
-        r"""Train by contrastive divergence: gradient descent with momentum along :meth:`contrastive_divergence`.
-
-        What is followed is no bound, and nothing in the history is one: *pseudo_log_likelihood* (of one pixel given
-        all others, times their number; estimated on one pixel of each datum), *reconstruction_error* (squared, summed
-        over pixels), and with ``validation`` *free_energy_gap*, the mean F of the validation data less that of as many
-        training data, which grows as the machine overfits. Measure :meth:`log_prob`.
-
-        :param data: as :func:`pyrovae.fit` takes them, zeros and ones (or binarised dynamically); labels are left out.
-        :param epochs: passes over the data.
-        :param batch_size: data per step.
-        :param lr: learning rate; with momentum m, steps are up to 1 / (1 - m) times as long.
-        :param schedule: "constant", "cosine", "linear", "iwae", or a function of progress in [0, 1) that gives the
-            factor of lr.
-        :param cd_steps: k, Gibbs steps per gradient.
-        :param persistent: let the chains go on from step to step (persistent contrastive divergence), and on from
-            where the last fit left them.
-        :param chains: number of persistent chains, by default ``batch_size``.
-        :param momentum: of the gradient, in [0, 1).
-        :param weight_decay: pull of the weights to 0, per unit of lr.
-        :param validation: data for the free-energy gap.
-        :param device: "auto" (CUDA where there is one), "cpu", "cuda", ...; the machine stays there.
-        :param seed: of the chains, the order of the data and their binarisation; the global generator is left as found.
-        :param progress: show a progress bar; None shows it on terminals only.
-        :return: one row per epoch.
-        :raises DataError: for data other than zeros and ones.
-        :raises ValueError: for arguments out of range.
-        :raises FloatingPointError: where a parameter is no longer finite.
-
-        Hinton, *Training products of experts by minimizing contrastive divergence*, 2002; Tieleman, *Training
-        restricted Boltzmann machines using approximations to the likelihood gradient*, 2008.
-        """
-        epochs, cd_steps = positive_int("epochs", epochs), positive_int("cd_steps", cd_steps)
-        batch_size = positive_int("batch_size", batch_size)
-        if chains is not None and not persistent:
-            raise ValueError(f"chains={chains} are those of persistent=True: pass that, or leave chains out")
-        number = batch_size if chains is None else positive_int("chains", chains)
-        rate, factor = in_range("lr", lr, 0.0), make_schedule(schedule)
-        groups: list[dict[str, Any]] = [
-            {"params": [self.weight], "weight_decay": in_range("weight_decay", weight_decay, 0.0)},
-            {"params": [self.visible_bias, self.hidden_bias]},
-        ]
-        optimizer = torch.optim.SGD(groups, momentum=in_range("momentum", momentum, 0.0, 0.999))
-        place, history = pick_device(device), []
-        with isolated_rng(seed), ProgressBar("RBM", epochs, progress) as bar:
-            feed = self._feed(data, batch_size, place)
-            probes = [feed.first(PROBE)[0]]
-            if validation is not None:
-                probes.append(self._feed(validation, batch_size, place).first(PROBE)[0])
-            self.to(place)
-            self.base_visible.copy_(_logit(_mean(feed)))
-            if persistent and len(self.chains) != number:
-                self.chains = bits(self.base_visible.sigmoid().expand(number, -1))
-            for epoch in range(epochs):
-                began, now = time.perf_counter(), rate * factor(epoch / epochs)
-                self._epoch(feed, optimizer, now, cd_steps, persistent)
-                row = {"epoch": epoch + 1, "seconds": time.perf_counter() - began, "learning_rate": now}
-                history.append(row | self._metrics(*probes))
-                bar.update(epoch + 1, f"pseudo log p {history[-1]['pseudo_log_likelihood']:.1f}")
-            with torch.no_grad():
-                self.base_hidden.copy_(_logit(self.encode(probes[0]).mean(0)))
-        return history
-
-    train_on = fit
-
-    def _epoch(self, feed: Feed, optimizer: torch.optim.Optimizer, lr: float, cd_steps: int, persistent: bool) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for v, *_ in feed:
-            start = self.chains.unflatten(-1, self.input_shape) if persistent else None
-            loss, states = self.contrastive_divergence(v, start, cd_steps)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if persistent:
-                self.chains = states.flatten(1)
-        if not all(torch.isfinite(p).all() for p in self.parameters()):
-            raise FloatingPointError("a parameter of the RBM became NaN or infinite: lower lr")
-
-    def _feed(self, data: Any, batch_size: int, place: torch.device) -> Feed:
-        feed = Feed(data, batch_size, place)
-        self.check(feed.first()[0])
-        feed.check(0, constraints.boolean, "x", torch.Size(self.input_shape))
-        return feed
-
-    @torch.no_grad()
-    def _metrics(self, v: Tensor, held_out: Tensor | None = None) -> dict[str, float]:
-        flat = self._flat(v)
-        pixel = torch.randint(self.num_visible, (len(flat), 1), device=flat.device)
-        other = flat.scatter(1, pixel, 1 - flat.gather(1, pixel)).view_as(v)
-        odds = self._free_energy(other) - self._free_energy(v)
-        found = {
-            "pseudo_log_likelihood": self.num_visible * logsigmoid(odds).mean().item(),
-            "reconstruction_error": (self.reconstruct(v) - v).square().flatten(1).sum(-1).mean().item(),
-        }
-        if held_out is not None:
-            gap = self._free_energy(held_out).mean() - self._free_energy(v[: len(held_out)]).mean()
-            found["free_energy_gap"] = gap.item()
-        return found
 
     # --- verbs ---------------------------------------------------------------------------------------------------
 
     def encode(self, x: Tensor) -> Tensor:
         """P(h = 1 | v), ``[..., *input_shape]`` to ``[..., num_hidden]``."""
-        return self._field(self._flat(x)).sigmoid()
+        return self.energy.hidden_logits(self.flat(x)).sigmoid()
 
     def decode(self, z: Tensor) -> Tensor:
         """P(v = 1 | h), ``[..., num_hidden]`` to ``[..., *input_shape]``; of probabilities, the mean field's."""
@@ -398,5 +218,51 @@ class RBM(Pair):
         self.refuse("traverse", "its hidden units are 0 or 1, with nothing between or beyond; decode both")
 
 
-def _logit(mean: Tensor) -> Tensor:
-    return mean.clamp(0.001, 0.999).logit()
+class Marginal(TorchDistribution):
+    r"""The marginal p(v) of an :class:`RBM`.
+
+    ``sample`` runs one chain per draw, from noise through ``rbm.burn_in`` Gibbs steps; an approximation, like all of a
+    chain's draws. ``mean`` is P(v | h) at the last step of the chains drawn last (of new ones, where none were): what
+    to look at, less noisy than a draw, and not the mean over chains.
+
+    >>> Marginal(RBM((1, 4, 4), 8), (5,)).sample().shape
+    torch.Size([5, 1, 4, 4])
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+
+    def __init__(self, rbm: RBM, batch_shape: Sequence[int] = (), validate_args: bool | None = None) -> None:
+        self.rbm = rbm
+        self.last: Tensor | None = None
+        super().__init__(torch.Size(batch_shape), torch.Size(rbm.input_shape), validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Zeros and ones."""
+        return constraints.independent(constraints.boolean, len(self.event_shape))
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Marginal:
+        return Marginal(self.rbm, batch_shape, validate_args=self._validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(v), in nats."""
+        if self._validate_args:
+            self.rbm.check_bits(value)
+        log_p = -self.rbm.energy.free(self.rbm.flat(value)) - self.rbm.log_partition()
+        return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """One chain per draw."""
+        rbm, shape = self.rbm, self._extended_shape(torch.Size(sample_shape))
+        v = rbm.gibbs(torch.rand(shape, dtype=rbm.weight.dtype, device=rbm.weight.device).round(), rbm.burn_in)
+        self.last = rbm.decode(bits(rbm.encode(v)))
+        return bits(self.last)
+
+    @property
+    def mean(self) -> Tensor:
+        """P(v | h) of the chains drawn last."""
+        if self.last is None:
+            self.sample()
+        assert self.last is not None
+        return self.last

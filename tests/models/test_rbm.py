@@ -13,8 +13,9 @@ from torch.nn.functional import softplus
 import pyrovae as pv
 from pyrovae.data import DataError
 from pyrovae.models import RBM, partition
-from pyrovae.models.contrastive import Equilibrium
+from pyrovae.models.contrastive import progress_on
 from pyrovae.models.partition import anneal, enumerate_states
+from pyrovae.models.rbm import Marginal
 
 SHAPE, HIDDEN = (2, 3), 4
 
@@ -119,7 +120,7 @@ def test_either_side_is_enumerated(num_visible, num_hidden, monkeypatch):
     mirrored = enumerate_states(rbm.weight.T, rbm.hidden_bias, rbm.visible_bias)
     torch.testing.assert_close(rbm.log_partition(), mirrored)
     whole = torch.autograd.grad(rbm.log_partition(), list(rbm.parameters()))
-    monkeypatch.setattr(partition, "_CHUNK", 4 * max(num_visible, num_hidden))
+    monkeypatch.setattr(partition, "CHUNK", 4 * max(num_visible, num_hidden))
     torch.testing.assert_close(rbm.log_partition(), mirrored)
     torch.testing.assert_close(torch.autograd.grad(rbm.log_partition(), list(rbm.parameters())), whole)
 
@@ -174,13 +175,13 @@ def test_annealed_increments_keep_their_digits_in_single_precision():
     low = torch.tensor([-80.0, -9.0, -1e-3, 0.0, 1e-3, 9.0, 80.0])
     for rise in (1e-4, -1e-4, 0.3, -0.999, 1.0, -50.0, 100.0):
         expected = softplus(low.double() + rise) - softplus(low.double())
-        found = partition._rise(low, torch.full_like(low, rise)).double()
+        found = partition.softplus_rise(low, torch.full_like(low, rise)).double()
         torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-7 if abs(rise) < 1 else 1e-5)
 
 
 def test_one_log_z_serves_until_a_parameter_changes(monkeypatch):
     rbm, calls = random_rbm(6, 4, ais_chains=10, ais_steps=3), []
-    monkeypatch.setattr("pyrovae.models.rbm.anneal", lambda *arguments: (calls.append(1), anneal(*arguments))[1])
+    monkeypatch.setattr("pyrovae.models.partition.anneal", lambda *arguments: (calls.append(1), anneal(*arguments))[1])
 
     def asked(**options):
         return rbm.log_partition(method="ais", **options).item()
@@ -260,14 +261,14 @@ def test_generation_draws_from_the_distribution():
 
 def test_the_mean_is_that_of_the_chains_drawn():
     rbm = random_rbm(scale=3.0, burn_in=5)
-    marginal = Equilibrium(rbm, torch.Size([1000]))
+    marginal = Marginal(rbm, torch.Size([1000]))
     x = marginal.sample()
     assert x.shape == marginal.mean.shape == (1000, *SHAPE)
     sure = (marginal.mean - 0.5).abs() > 0.49
     assert (x[sure] == marginal.mean[sure].round()).double().mean() > 0.95
     assert torch.equal(marginal.mean, marginal.mean)
-    assert Equilibrium(rbm, torch.Size([])).sample((2, 5)).shape == (2, 5, *SHAPE)
-    assert Equilibrium(rbm, torch.Size([])).mean.shape == SHAPE
+    assert Marginal(rbm, torch.Size([])).sample((2, 5)).shape == (2, 5, *SHAPE)
+    assert Marginal(rbm, torch.Size([])).mean.shape == SHAPE
     assert marginal.expand((3, 1000)).log_prob(x).shape == (3, 1000)
 
 
@@ -341,7 +342,7 @@ def test_history():
 
 def test_metrics_are_what_they_say(rbm):
     v = V[40:41].repeat(20_000, 1, 1)
-    found = rbm._metrics(v, V[:7])
+    found = progress_on(rbm, v, V[:7])
     code = [i for i in range(64) if (V[i] != V[40]).sum() == 1]
     log_p = rbm.log_prob(V)
     exact = torch.stack([log_p[40] - torch.logaddexp(log_p[40], log_p[i]) for i in code])
