@@ -119,8 +119,6 @@ class RBM(ContrastiveDivergence):
             raise DataError(f"data must be [..., *{self.input_shape}], got {tuple(v.shape)}: reshape them")
         check_support(v, constraints.boolean)
 
-    # --- the partition function ----------------------------------------------------------------------------------
-
     def log_partition(
         self,
         *,
