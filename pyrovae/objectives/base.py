@@ -2,27 +2,21 @@ r"""The contract of an objective: a bound on log-weights, and the coefficients t
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any, Literal, TypedDict, get_args
 
-import pyro.infer
 import torch
-from pyro.distributions import Unit
-from pyro.infer.elbo import ELBOModule
-from pyro.infer.enum import get_importance_trace
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrovae.arguments import one_of, positive_int, weight
 from pyrovae.configured import Configured
 from pyrovae.engine.gradient import Needs, ParticleWeights, Parts, finite_weights, surrogate
 from pyrovae.engine.particles import Particles
-from pyrovae.engine.probe import Look, check_fold, checked_look
-from pyrovae.engine.programs import Program, roots
-from pyrovae.engine.run import run
-from pyrovae.engine.sites import Weight, counted, latent, quoted
-from pyrovae.engine.unwrap import point_mass
+from pyrovae.engine.probe import Look, check_fold
+from pyrovae.engine.sites import Weight, counted
+from pyrovae.objectives import checks
 from pyrovae.objectives.derivatives import curvature, learning_signal, slope
+from pyrovae.objectives.interface import RunObjective
 
 Gradient = Literal["total", "stl", "dreg"]
 
@@ -36,7 +30,7 @@ class Options(TypedDict, total=False):
     fold_particles: bool
 
 
-class Objective(Configured, pyro.infer.ELBO):
+class Objective(Configured, RunObjective):
     r"""A training objective: a bound on :math:`\log p(x)` as a function of log-weights.
 
     Write one by giving :meth:`bound`. Its derivatives say what model and guide follow, its value is what is reported.
@@ -52,6 +46,7 @@ class Objective(Configured, pyro.infer.ELBO):
     :raises ValueError: for values out of range, at construction; for impossible sites, by name, at the first call.
 
     >>> import torch
+    >>> import math
     >>> class SoftMin(Objective):
     ...     '''A pessimist's bound.'''
     ...     def bound(self, log_w):
@@ -87,7 +82,6 @@ class Objective(Configured, pyro.infer.ELBO):
         self.likelihood_weight = weight("likelihood_weight", likelihood_weight)
         self.gradient = one_of("gradient", gradient, get_args(Gradient))
         self.fold_particles = bool(fold_particles)
-        self._known: tuple[tuple[object, ...], int] | None = None
 
     # --- what a subclass gives ---------------------------------------------------------------------------------
 
@@ -152,17 +146,7 @@ class Objective(Configured, pyro.infer.ELBO):
             bound, weights = self.derived_weights(log_w, kl_weight, needs)
         return bound, finite_weights(weights, bound, tiny=torch.finfo(log_w.dtype).eps ** 2, scale=particles.scale)
 
-    # --- pyro.infer.ELBO ---------------------------------------------------------------------------------------
-
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Minus the bound summed over data, 0-d, in nats; its ``backward()`` gives this objective's estimator."""
-        needs = self.needs if torch.is_grad_enabled() else Needs()
-        particles = run(
-            model, guide, args, kwargs,
-            num_particles=self.total_particles, nesting=self.nesting_of(model, guide, args, kwargs),
-            fold=self.fold_particles, copies=needs.copies, rerun=needs.fixed,
-        )  # fmt: skip
-        return self.particle_loss(particles)
+    # --- of one run ------------------------------------------------------------------------------------------------
 
     def particle_loss(self, particles: Particles) -> Tensor:
         """The loss of one run of the pair."""
@@ -180,85 +164,15 @@ class Objective(Configured, pyro.infer.ELBO):
         ascent = surrogate(particles, parts, log_w, weights, needs)
         return -(bound * particles.scale).sum() - (ascent - ascent.detach())
 
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Minus the bound summed over data, in nats."""
-        with torch.no_grad():
-            return self.differentiable_loss(model, guide, *args, **kwargs).item()
-
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """The loss, its gradients added to the parameters' ``.grad``."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward()
-        return loss.item()
-
-    def __call__(self, model: Program, guide: Program) -> ELBOModule:  # type: ignore[override]
-        """A module that holds the pair (and the modules whose methods they are) and computes the loss."""
-        return PairLoss(model, guide, self)
-
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
-        return get_importance_trace("flat", math.inf, model, guide, args, kwargs)
-
-    # --- checks, once per pair ---------------------------------------------------------------------------------
-
-    def nesting_of(self, model: Program, guide: Program, args: Any, kwargs: Any) -> int:
-        """The number of dimensions of a pair's own plates; the pair is checked at its first call."""
-        if self._known is None or self._known[0] != self.circumstances(model, guide):
-            self.meet(model, guide, checked_look(model, guide, args, kwargs))
-        assert self._known is not None
-        return self._known[1]
-
-    def meet(self, model: Program, guide: Program, seen: Look) -> None:
-        """Check a pair by a look at it, so that it need not be looked at again."""
-        self.check(seen)
-        self._known = self.circumstances(model, guide), seen.nesting
-
-    def circumstances(self, model: Program, guide: Program) -> tuple[object, ...]:
-        """What a check holds for: programs may differ between train and eval mode."""
-        modes = tuple(module.training for module in roots(model, guide))
-        return model, guide, modes, torch.is_grad_enabled(), self.gradient, self.fold_particles
-
     def check(self, seen: Look) -> None:
         """Refuse a pair that this objective cannot train or measure."""
-        name = type(self).__name__
         check_fold(seen, self.fold_particles)
-        if (subsampled := seen.particles.uncommon_subsampled) and not self.linear:
-            raise ValueError(
-                f'{name} with {self.total_particles} particles cannot subsample plate "{subsampled[0]}", which not '
-                "every site is inside of: its weights are joint over the data; use pyrovae.ELBO, or the whole data set"
-            )
+        if not self.linear:
+            checks.refuse_uncommon_subsample(seen, type(self).__name__, self.total_particles)
         if self.gradient != "total":
-            self.check_reparameterised(seen)
+            checks.refuse_scored_sites(seen, self.gradient)
         if torch.is_grad_enabled():
-            self.check_gradient(seen)
-
-    def check_reparameterised(self, seen: Look) -> None:
-        """Refuse latents without rsample, where the gradient flows through them."""
-        drawn, tempering = latent(seen.guide), seen.particles.guide_tempering
-        for site, message in drawn.items():
-            if not message["fn"].has_rsample:
-                raise ValueError(
-                    f'gradient="{self.gradient}" needs reparameterised sites, but guide site "{site}" '
-                    f'({type(message["fn"]).__name__}) has no rsample: use gradient="total"'
-                )
-        if self.gradient == "dreg" and len({float(t) for t in tempering}) > 1:
-            raise ValueError(
-                f'gradient="dreg" needs one scale for all latent sites, but {quoted(drawn)} are scaled by '
-                f'{[float(t) for t in tempering]}: use gradient="total"'
-            )
-
-    def check_gradient(self, seen: Look) -> None:
-        """Refuse what has no gradient here: enumeration, and factors that do not say how they depend on parameters."""
-        for site, message in (*seen.guide.items(), *seen.model.items()):
-            if message["infer"].get("enumerate"):
-                raise ValueError(
-                    f'site "{site}" is marked for enumeration, which {type(self).__name__} cannot do: '
-                    "use pyro.infer.TraceEnum_ELBO, or remove the mark"
-                )
-        for site, message in seen.guide.items():
-            inner = point_mass(message["fn"])
-            if isinstance(inner, Unit) and "has_rsample" not in inner.__dict__:
-                raise ValueError(f'guide factor "{site}" must say has_rsample=True or False: pass it to pyro.factor')
+            checks.refuse_without_gradient(seen, type(self).__name__)
 
     # --- what it is made of ------------------------------------------------------------------------------------
 
@@ -271,11 +185,3 @@ class Objective(Configured, pyro.infer.ELBO):
         always, defaults = self.positional(), self.defaults()
         shown = {k: v for k, v in self.config.items() if k in always or v != defaults[k]}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
-
-
-class PairLoss(ELBOModule):
-    """The loss of a pair as a module; it holds the modules whose methods the programs are."""
-
-    def __init__(self, model: Program, guide: Program, objective: Objective) -> None:
-        super().__init__(model, guide, objective)  # type: ignore[arg-type]
-        self.owners = nn.ModuleList(m for m in roots(model, guide) if m is not model and m is not guide)

@@ -1,0 +1,48 @@
+"""Pairs that an objective cannot train or measure, refused by name."""
+
+from __future__ import annotations
+
+from pyro.distributions import Unit
+
+from pyrovae.engine.probe import Look
+from pyrovae.engine.sites import latent, quoted
+from pyrovae.engine.unwrap import point_mass
+
+
+def refuse_uncommon_subsample(seen: Look, objective: str, particles: int) -> None:
+    """Refuse, where the bound is not linear, a subsampled plate that not every site is inside of."""
+    if subsampled := seen.particles.uncommon_subsampled:
+        raise ValueError(
+            f'{objective} with {particles} particles cannot subsample plate "{subsampled[0]}", which not '
+            "every site is inside of: its weights are joint over the data; use pyrovae.ELBO, or the whole data set"
+        )
+
+
+def refuse_scored_sites(seen: Look, gradient: str) -> None:
+    """Refuse latents without rsample, where the gradient flows through them; with dreg, latents of several scales."""
+    drawn, scales = latent(seen.guide), [float(t) for t in seen.particles.guide_tempering]
+    for name, site in drawn.items():
+        if not site["fn"].has_rsample:
+            raise ValueError(
+                f'gradient="{gradient}" needs reparameterised sites, but guide site "{name}" '
+                f'({type(site["fn"]).__name__}) has no rsample: use gradient="total"'
+            )
+    if gradient == "dreg" and len(set(scales)) > 1:
+        raise ValueError(
+            f'gradient="dreg" needs one scale for all latent sites, but {quoted(drawn)} are scaled by '
+            f'{scales}: use gradient="total"'
+        )
+
+
+def refuse_without_gradient(seen: Look, objective: str) -> None:
+    """Refuse sites marked for enumeration, and guide factors that do not say how they depend on parameters."""
+    for name, site in (*seen.guide.items(), *seen.model.items()):
+        if site["infer"].get("enumerate"):
+            raise ValueError(
+                f'site "{name}" is marked for enumeration, which {objective} cannot do: '
+                "use pyro.infer.TraceEnum_ELBO, or remove the mark"
+            )
+    for name, site in seen.guide.items():
+        inner = point_mass(site["fn"])
+        if isinstance(inner, Unit) and "has_rsample" not in inner.__dict__:
+            raise ValueError(f'guide factor "{name}" must say has_rsample=True or False: pass it to pyro.factor')

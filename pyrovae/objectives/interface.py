@@ -1,0 +1,102 @@
+"""Pyro's interface of an objective, for whatever is a function of one run with particles."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import pyro.infer
+import torch
+from pyro.infer.elbo import ELBOModule
+from pyro.infer.enum import get_importance_trace
+from torch import Tensor, nn
+
+from pyrovae.engine.gradient import Needs
+from pyrovae.engine.particles import Particles
+from pyrovae.engine.probe import Look, checked_look
+from pyrovae.engine.programs import Batch, Program, roots
+from pyrovae.engine.run import run
+
+
+class RunObjective(pyro.infer.ELBO):
+    """A :class:`pyro.infer.ELBO` whose loss is a function of one run of the pair with ``total_particles`` particles."""
+
+    gradient: str
+    fold_particles: bool
+    _known: tuple[tuple[object, ...], int] | None = None
+
+    @property
+    @abstractmethod
+    def total_particles(self) -> int:
+        """Particles of a run."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What a run must offer beyond log-weights."""
+
+    @abstractmethod
+    def particle_loss(self, particles: Particles) -> Tensor:
+        """The loss of one run of the pair."""
+
+    @abstractmethod
+    def check(self, seen: Look) -> None:
+        """Refuse a pair that this objective cannot train or measure."""
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Minus the bound summed over data, 0-d, in nats; its ``backward()`` gives this objective's estimator."""
+        needs = self.needs if torch.is_grad_enabled() else Needs()
+        particles = run(
+            model, guide, args, kwargs,
+            num_particles=self.total_particles, nesting=self.nesting_of(model, guide, args, kwargs),
+            fold=self.fold_particles, copies=needs.copies, rerun=needs.fixed,
+        )  # fmt: skip
+        return self.particle_loss(particles)
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Minus the bound summed over data, in nats."""
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The loss, its gradients added to the parameters' ``.grad``."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    def __call__(self, model: Program, guide: Program) -> ELBOModule:  # type: ignore[override]
+        """A module that holds the pair (and the modules whose methods they are) and computes the loss."""
+        return PairLoss(model, guide, self)
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        return get_importance_trace("flat", math.inf, model, guide, args, kwargs)
+
+    # --- checks, once per pair ---------------------------------------------------------------------------------
+
+    def nesting_of(self, model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]) -> int:
+        """The number of dimensions of a pair's own plates; the pair is checked at its first call."""
+        if self._known is None or self._known[0] != self.circumstances(model, guide):
+            self.meet(model, guide, checked_look(model, guide, args, kwargs))
+        assert self._known is not None
+        return self._known[1]
+
+    def meet(self, model: Program, guide: Program, seen: Look) -> None:
+        """Check a pair by a look at it, so that it need not be looked at again."""
+        self.check(seen)
+        self._known = self.circumstances(model, guide), seen.nesting
+
+    def circumstances(self, model: Program, guide: Program) -> tuple[object, ...]:
+        """What a check holds for: programs may differ between train and eval mode."""
+        modes = tuple(module.training for module in roots(model, guide))
+        return model, guide, modes, torch.is_grad_enabled(), self.gradient, self.fold_particles
+
+
+class PairLoss(ELBOModule):
+    """The loss of a pair as a module; it holds the modules whose methods the programs are."""
+
+    def __init__(self, model: Program, guide: Program, objective: RunObjective) -> None:
+        super().__init__(model, guide, objective)  # type: ignore[arg-type]
+        self.owners = nn.ModuleList(m for m in roots(model, guide) if m is not model and m is not guide)
