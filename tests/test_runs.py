@@ -253,6 +253,69 @@ def test_a_run_that_does_not_describe_its_model_asks_for_the_pair(tmp_path, desc
         assert value_of(pv.load(run.path, pair=other).state_dict()) == value_of(model.state_dict())
 
 
+#: A config.json as version 0.1.0 wrote it, which named classes by the files they were in.
+OLD_CONFIG = """{
+  "model": {
+    "class": "pyrovae.models.vae:VAE",
+    "arguments": {
+      "input_shape": [4], "latent_dim": 2, "hidden": [3], "likelihood": "bernoulli", "scale": "learned", "levels": null,
+      "prior": "normal", "posterior": "diagonal", "components": null, "flows": null, "flow_hidden": null,
+      "network": "mlp", "activation": "tanh", "channels": null
+    }
+  },
+  "objective": {
+    "class": "pyrovae.objectives.bounds:IWAE",
+    "arguments": {
+      "num_particles": 3, "kl_weight": 1.0, "likelihood_weight": 1.0, "gradient": "total", "fold_particles": false
+    }
+  },
+  "versions": {"pyrovae": "0.1.0", "python": "3.11.7", "torch": "2.14.1", "pyro-ppl": "1.9.2", "numpy": "2.4.6"},
+  "training": {
+    "epochs": 2, "batch_size": 100, "lr": 0.001, "optimizer": "Adam", "schedule": "constant", "particles": null,
+    "kl_warmup": 0.0, "clip_norm": null, "precision": "float32", "device": "cpu", "seed": 0, "threads": 2,
+    "num_data": 20, "patience": null, "compile": "auto", "num_validation": null
+  }
+}
+"""
+
+
+def test_a_run_of_an_older_version_is_opened_and_resumed(tmp_path, monkeypatch):
+    x = torch.arange(80.0).view(20, 4) % 2
+
+    def train(objective=None, **options):
+        torch.manual_seed(0)
+        pair = pv.models.VAE((4,), latent_dim=2, hidden=(3,))
+        result = pv.fit(pair.model, pair.guide, x, objective=objective or pv.IWAE(3), epochs=2, device="cpu", **options)
+        return pair, [row["bound"] for row in result.history]
+
+    def log_once(self, metrics):
+        if self.history():
+            raise Killed
+        log(self, metrics)
+
+    whole, bounds = train()
+    log = Run.log
+    with monkeypatch.context() as patch, suppress(Killed):
+        patch.setattr(Run, "log", log_once)
+        train(run_dir=tmp_path)
+    assert len(Run(tmp_path).history()) == 1
+    (tmp_path / runs.CONFIG).write_text(OLD_CONFIG)
+    assert value_of(pv.load(tmp_path).state_dict()) == value_of(Run(tmp_path).weights())
+    assert pv.load(tmp_path, pair=pv.models.VAE((4,), latent_dim=2, hidden=(3,)))
+    with pytest.raises(ValueError, match="begun with objective"):
+        train(pv.MIWAE(3, 1), run_dir=tmp_path, resume=True)
+    resumed, again = train(run_dir=tmp_path, resume=True)
+    assert again == bounds
+    assert value_of(resumed.state_dict()) == value_of(whole.state_dict())
+
+
+@pytest.mark.parametrize("cls", [*pv.models.MODELS.values(), *pv.objectives.OBJECTIVES.values()])
+def test_classes_are_named_by_the_package_that_exports_them(cls):
+    module, name = runs.class_path(cls).split(":")
+    assert module in ("pyrovae.models", "pyrovae.objectives")
+    assert getattr(sys.modules[module], name) is cls
+
+
 class Tuples(nn.Linear):
     def __init__(self, sizes=(1, 2)):
         super().__init__(*sizes)
