@@ -74,6 +74,11 @@ def lookup(name: str, value: Any, table: Mapping[str, T]) -> T:
     return table[one_of(name, value, table)]
 
 
+def one_line(text: object, longest: int = 200) -> str:
+    """A text in one line, cut where it is too long for a message."""
+    return " ".join(str(text).split())[:longest]
+
+
 def pick_device(device: Any) -> torch.device:
     """The device asked for, never another: "auto" is CUDA where there is one, and the CPU elsewhere."""
     if device == "auto":

@@ -13,12 +13,14 @@ from torch.distributions.constraints import Constraint
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from pyrovae.arguments import DataError
-from pyrovae.data.images import Images, _is_integer, as_tensor
+from pyrovae.data.images import Images, as_tensor, is_integer
 from pyrovae.data.support import check_support
 from pyrovae.engine.programs import Batch
 
+Source = Images | Dataset[Any] | DataLoader[Any]
 
-def as_dataset(data: Any, *, name: str = "data") -> Images | Dataset[Any] | DataLoader[Any]:
+
+def as_dataset(data: object, *, name: str = "data") -> Source:
     """Bring what a user passes as data into one of three forms: Images, another Dataset, or a DataLoader.
 
     A tensor ``[N, ...]``, a tuple ``(x, y)`` of tensors, and a TensorDataset of one or two become :class:`Images` with
@@ -43,12 +45,18 @@ def as_dataset(data: Any, *, name: str = "data") -> Images | Dataset[Any] | Data
             "data must be a tensor, an array, a tuple of those, Images, a Dataset or a DataLoader, "
             f"received {type(data).__name__}: convert it, for instance with torch.stack"
         )
-    return _from_columns(*(as_tensor(c, name) for c in columns), name=name)
+    x, *rest = (as_tensor(c, name) for c in columns)
+    if any(c.shape[:1] != x.shape[:1] for c in rest):
+        lengths = ", ".join(str(list(c.shape)) for c in (x, *rest))
+        raise DataError(f"the tensors of {name!r} must have one length, received shapes {lengths}: make them equal")
+    labels = rest[0] if len(rest) == 1 and rest[0].dim() == 1 and is_integer(rest[0]) else None
+    images = Images(x, labels, name=name)
+    return TensorDataset(images.x, *rest) if rest and labels is None else images
 
 
 def batches(
-    args: Sequence[Any], batch_size: int | None = None, *, seed: int = 0, device: torch.device | None = None
-) -> Iterator[tuple[Any, ...]]:
+    args: Sequence[object], batch_size: int | None = None, *, seed: int = 0, device: torch.device | None = None
+) -> Iterator[Batch]:
     """What an evaluation passes to the programs, batch by batch, in order.
 
     One Dataset or DataLoader is batched (by 100, unless ``batch_size`` says otherwise) and moved to ``device``; a
@@ -58,18 +66,19 @@ def batches(
     [2, 2, 1]
     """
     if len(args) == 1 and isinstance(args[0], Dataset | DataLoader):
-        yield from (_on_device(batch, device) for batch in _dataset_batches(args[0], batch_size or 100, seed))
+        loaded = batches_of(as_dataset(args[0]), batch_size or 100, seed)
+        yield from (batch if device is None else on_device(batch, device) for batch in map(as_tuple, loaded))
     elif batch_size is None:
         yield tuple(args)
     else:
         size = next((len(a) for a in args if isinstance(a, Tensor) and a.dim()), 0)
         for i in range(0, size, batch_size):
-            whole = (isinstance(a, Tensor) and a.dim() and len(a) == size for a in args)
-            yield tuple(a[i : i + batch_size] if cut else a for a, cut in zip(args, whole, strict=True))
+            cut = slice(i, i + batch_size)
+            yield tuple(a[cut] if isinstance(a, Tensor) and a.dim() and len(a) == size else a for a in args)
 
 
-def _dataset_batches(source: Dataset[Any] | DataLoader[Any], batch_size: int, seed: int) -> Iterator[Any]:
-    source = as_dataset(source)
+def batches_of(source: Source, batch_size: int, seed: int) -> Iterator[object]:
+    """A data set's batches in order, a dynamic set drawn once."""
     if isinstance(source, DataLoader):
         return iter(source)
     if isinstance(source, Images):
@@ -78,18 +87,14 @@ def _dataset_batches(source: Dataset[Any] | DataLoader[Any], batch_size: int, se
     return iter(DataLoader(source, batch_size=batch_size))
 
 
-def _on_device(batch: Any, device: torch.device | None) -> tuple[Any, ...]:
-    items = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    return tuple(a.to(device) if isinstance(a, Tensor) else a for a in items)
+def as_tuple(batch: object) -> Batch:
+    """What a data set gives, as arguments of the programs."""
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
-def _from_columns(x: Tensor, *rest: Tensor, name: str) -> Images | TensorDataset:
-    if any(c.shape[:1] != x.shape[:1] for c in rest):
-        lengths = ", ".join(str(list(c.shape)) for c in (x, *rest))
-        raise DataError(f"the tensors of {name!r} must have one length, received shapes {lengths}: make them equal")
-    labels = rest[0] if len(rest) == 1 and rest[0].dim() == 1 and _is_integer(rest[0]) else None
-    images = Images(x, labels, name=name)
-    return TensorDataset(images.x, *rest) if rest and labels is None else images
+def on_device(batch: Batch, device: torch.device, *, non_blocking: bool = False) -> Batch:
+    """A batch with its tensors on a device."""
+    return tuple(a.to(device, non_blocking=non_blocking) if isinstance(a, Tensor) else a for a in batch)
 
 
 class Feed:
@@ -99,30 +104,30 @@ class Feed:
     through a DataLoader. The order comes from torch's global generator.
     """
 
-    def __init__(self, data: Any, batch_size: int, device: torch.device, num_workers: int | None = None) -> None:
+    def __init__(self, data: object, batch_size: int, device: torch.device, num_workers: int | None = None) -> None:
         source = as_dataset(data)
         self.device, self.batch_size = device, batch_size
-        self.images = source.to(device) if isinstance(source, Images) and _fits(source, device) else None
+        self.images = source.to(device) if isinstance(source, Images) and fits(source, device) else None
         self.loader: DataLoader[Any] | None = None
         if self.images is None:
-            if _length(source) == 0:
+            if length(source) == 0:
                 raise DataError("there are no data to train on: pass at least one datum")
-            self.loader = source if isinstance(source, DataLoader) else _loader(source, batch_size, device, num_workers)
+            self.loader = source if isinstance(source, DataLoader) else stream(source, batch_size, device, num_workers)
         self._first: Batch | None = None
         size = self.size
-        self.steps = -(-size // batch_size) if self.images is not None and size else _length(self.loader)
+        self.steps = -(-size // batch_size) if self.images is not None and size else length(self.loader)
 
     @property
     def size(self) -> int | None:
         """The number of data, where it is known."""
-        return len(self.images) if self.images is not None else _length(self.loader.dataset)  # type: ignore[union-attr]
+        return len(self.images) if self.images is not None else length(self.loader.dataset)  # type: ignore[union-attr]
 
     def __iter__(self) -> Iterator[Batch]:
         if self.images is None:
-            yield from (self._moved(batch) for batch in self.loader)  # type: ignore[union-attr]
+            yield from map(self.moved, self.loader)  # type: ignore[arg-type]
             return
         for (index,) in self.indices():
-            yield _as_tuple(self.images.batch(index))
+            yield as_tuple(self.images.batch(index))
 
     def indices(self) -> Iterator[tuple[Tensor]]:
         """An epoch of data that live on the device, as the indices of its batches, in a new order."""
@@ -139,11 +144,11 @@ class Feed:
         """
         if self.images is None:
             if self._first is None:
-                self._first = self._from_loader()
+                self._first = self.first_loaded()
             return self._first
         index = torch.arange(min(count or self.batch_size, len(self.images)), device=self.device)
         some = self.images.subset(index).fixed()
-        return _as_tuple(some.batch(torch.arange(len(some), device=self.device)))
+        return as_tuple(some.batch(torch.arange(len(some), device=self.device)))
 
     def check(self, position: int, support: Constraint | None, site: str, shape: torch.Size) -> None:
         """Check that what the site observes, argument ``position``, lies in its support: all of it, if held here."""
@@ -152,11 +157,12 @@ class Feed:
         x: Any = self.first()[position] if redrawn or position >= len(held) else held[position]
         check_support(x.reshape(-1, *shape) if shape.numel() == x[0].numel() else x, support, site=site)
 
-    def _from_loader(self) -> Batch:
+    def first_loaded(self) -> Batch:
+        """The first batch of the loader, after checks."""
         batch = next(iter(self.loader), None)  # type: ignore[arg-type]
         if batch is None:
             raise DataError("there are no data to train on: the DataLoader is empty")
-        moved = self._moved(batch)
+        moved = self.moved(batch)
         if not (moved and isinstance(moved[0], Tensor) and moved[0].dim()):
             kind = type(batch).__name__
             raise TypeError(
@@ -164,26 +170,26 @@ class Feed:
             )
         return moved
 
-    def _moved(self, batch: Any) -> Batch:
-        return tuple(a.to(self.device, non_blocking=True) if isinstance(a, Tensor) else a for a in _as_tuple(batch))
+    def moved(self, batch: object) -> Batch:
+        """What the loader gives, as arguments on the device."""
+        return on_device(as_tuple(batch), self.device, non_blocking=True)
 
 
-def _as_tuple(batch: Any) -> Batch:
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-
-
-def _length(sized: Any) -> int | None:
+def length(sized: object) -> int | None:
+    """The number of data or batches, where it is known."""
     try:
-        return len(sized)
+        return len(sized)  # type: ignore[arg-type]
     except TypeError:  # an iterable data set
         return None
 
 
-def _fits(images: Images, device: torch.device) -> bool:
+def fits(images: Images, device: torch.device) -> bool:
+    """Whether data fill at most half of the free memory of a CUDA device."""
     return device.type != "cuda" or images.x.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
 
 
-def _loader(source: Dataset[Any], batch_size: int, device: torch.device, num_workers: int | None) -> DataLoader[Any]:
+def stream(source: Dataset[Any], batch_size: int, device: torch.device, num_workers: int | None) -> DataLoader[Any]:
+    """A loader that shuffles, where it can."""
     shuffle = not isinstance(source, torch.utils.data.IterableDataset)
     most = 4 if shuffle else 1  # several workers would each deliver the whole of a stream
     workers = min(most, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from pyrovae.data.support import BY_255, DROP, at, first_outside
 BINARIZATIONS = ("none", "dynamic", "static", "threshold")
 
 
-class Images(Dataset[Any]):
+class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
     r"""Images (or vectors, or any events) held as one tensor, with the binarisation they are used under.
 
     With ``binarization="dynamic"`` a pixel of value :math:`p` is drawn anew from Bernoulli(:math:`p`) at every use, the
@@ -48,9 +47,9 @@ class Images(Dataset[Any]):
             raise TypeError(f"x must be a real tensor [N, ...], received {type(x).__name__}: use torch.as_tensor(x)")
         one_of("binarization", binarization, BINARIZATIONS)
         x = x.detach() if x.is_floating_point() else x.detach().to(torch.get_default_dtype())
-        _check_values(x, name, unit=binarization != "none")
-        self.x = _binarized(x, binarization, seed)
-        self.labels = None if labels is None else _checked_labels(labels, x, name)
+        check_values(x, name, unit=binarization != "none")
+        self.x = binarized(x, binarization, seed)
+        self.labels = None if labels is None else checked_labels(labels, x, name)
         self.binarization, self.name = binarization, name
 
     @property
@@ -97,7 +96,7 @@ class Images(Dataset[Any]):
         """
         if self.binarization != "dynamic":
             return self
-        return self._replace(x=_binarized(self.x, "static", seed), binarization="static")
+        return self._replace(x=binarized(self.x, "static", seed), binarization="static")
 
     def subset(self, index: Tensor | Sequence[int] | slice) -> Images:
         """The data at ``index`` (integers, a mask ``[N]`` or a slice); raises DataError if that leaves none."""
@@ -115,7 +114,7 @@ class Images(Dataset[Any]):
 
     def relabelled(self, labels: Tensor) -> Images:
         """The same data with other labels ``[N]``, integers; -1 stands for one that is not known."""
-        return self._replace(labels=_checked_labels(labels, self.x, self.name))
+        return self._replace(labels=checked_labels(labels, self.x, self.name))
 
     def __repr__(self) -> str:
         dtype = str(self.x.dtype).removeprefix("torch.")
@@ -126,18 +125,19 @@ class Images(Dataset[Any]):
         )
 
     def _drawn(self, x: Tensor) -> Tensor:
-        return (
-            torch.rand_like(x).lt(x).to(x.dtype) if self.binarization == "dynamic" else x
-        )  # 3x torch.bernoulli's speed
+        if self.binarization != "dynamic":
+            return x
+        return torch.rand_like(x).lt(x).to(x.dtype)  # 3x torch.bernoulli's speed
 
-    def _replace(self, **attributes: Any) -> Images:
+    def _replace(self, **attributes: object) -> Images:
         """A copy that skips the constructor: the values are checked already, and a static draw is made once only."""
         other = copy.copy(self)
         other.__dict__.update(attributes)
         return other
 
 
-def _check_values(x: Tensor, name: str, unit: bool) -> None:
+def check_values(x: Tensor, name: str, unit: bool) -> None:
+    """Refuse data that are none, not finite, or outside [0, 1] where they must lie there."""
     if not x.dim() or not x.numel():
         raise DataError(
             f"data must be [N, ...] with N >= 1, {name!r} has shape {list(x.shape)}: pass at least one datum"
@@ -150,8 +150,9 @@ def _check_values(x: Tensor, name: str, unit: bool) -> None:
         )
 
 
-def _checked_labels(labels: Tensor, x: Tensor, name: str) -> Tensor:
-    if not _is_integer(labels := torch.as_tensor(labels)):
+def checked_labels(labels: Tensor, x: Tensor, name: str) -> Tensor:
+    """Labels as int64 on the device of the data, one for each datum."""
+    if not is_integer(labels := torch.as_tensor(labels)):
         raise DataError(f"labels must be integers, those of {name!r} are {labels.dtype}: convert with labels.long()")
     if labels.shape != x.shape[:1]:
         raise DataError(
@@ -161,11 +162,13 @@ def _checked_labels(labels: Tensor, x: Tensor, name: str) -> Tensor:
     return labels.to(x.device, torch.int64)
 
 
-def _is_integer(x: Tensor) -> bool:
+def is_integer(x: Tensor) -> bool:
+    """Whether a tensor holds integers."""
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
-def _binarized(x: Tensor, binarization: str, seed: int) -> Tensor:
+def binarized(x: Tensor, binarization: str, seed: int) -> Tensor:
+    """Values as their binarisation keeps them: bits, but for "none" and "dynamic"."""
     if binarization == "threshold":
         return (x > 0.5).to(x.dtype)
     if binarization != "static":
@@ -185,7 +188,7 @@ def as_tensor(array: Tensor | np.ndarray, name: str) -> Tensor:
     return torch.tensor(array if array.dtype in (np.uint8, np.bool_) else array.astype(np.int64))
 
 
-def _channels_first(x: Tensor) -> Tensor:
+def channels_first(x: Tensor) -> Tensor:
     """8-bit images ``[N, H, W]`` and ``[N, H, W, C]`` (C 1 or 3) as ``[N, C, H, W]``; anything else as it is."""
     if x.dtype != torch.uint8:
         return x

@@ -13,30 +13,22 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.arguments import DataError
-from pyrovae.data.images import _channels_first, as_tensor
+from pyrovae.arguments import DataError, one_line
+from pyrovae.data.images import as_tensor, channels_first
 
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp", ".gif"}
+OTHER_ROOT = "name another root (--data-dir, $PYROVAE_DATA)"
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp", ".gif"}
+GREY_MODES = {"1", "L", "LA", "La"}
+COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
-
-_GREY_MODES = {"1", "L", "LA", "La"}
-
-
-_COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
-
-
-Part = tuple[Tensor, "Tensor | None"]
-
-
+Part = tuple[Tensor, Tensor | None]
 Parts = dict[str, Part]
-
-
 Reader = Callable[[Path, bool], Parts]
 
 
@@ -47,32 +39,27 @@ def permutation(total: int, seed: int) -> Tensor:
 
 
 @contextmanager
-def _reading(path: Path, fix: str) -> Iterator[None]:
+def reading(path: Path, fix: str) -> Iterator[None]:
     """Turn whatever a parser raises on a damaged file into one DataError that names the file."""
     try:
         yield
     except (DataError, MemoryError):
         raise
     except Exception as error:
-        raise DataError(f"{path} cannot be read ({_brief(error)}): {fix}") from error
+        why = one_line(f"{type(error).__name__}: {error}")
+        raise DataError(f"{path} cannot be read ({why}): {fix}") from error
 
 
-def _brief(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def _found(name: str, root: Path, *places: str) -> Path:
+def find_file(name: str, root: Path, *places: str) -> Path:
     """The first of ``places`` under ``root`` that exists."""
     for place in places:
         if (root / place).exists():
             return root / place
-    raise DataError(f"{name} needs a file that is not there: put it at {root / places[0]}, or {_ROOT}")
+    raise DataError(f"{name} needs a file that is not there: put it at {root / places[0]}, or {OTHER_ROOT}")
 
 
-_ROOT = "name another root (--data-dir, $PYROVAE_DATA)"
-
-
-def _read_digits(root: Path, download: bool) -> Parts:
+def read_digits(root: Path, download: bool) -> Parts:
+    """Scikit-learn's digits, with the same 360 for the test on every machine."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -81,29 +68,33 @@ def _read_digits(root: Path, download: bool) -> Parts:
     return {"train": (x[order[360:]], y[order[360:]]), "test": (x[order[:360]], y[order[:360]])}
 
 
-def _read_omniglot28(root: Path, download: bool) -> Parts:
+def read_omniglot28(root: Path, download: bool) -> Parts:
+    """The IWAE paper's OMNIGLOT."""
     from scipy.io import loadmat
 
-    path = _found("omniglot28", root, "omniglot28/chardata.mat", "chardata.mat")
-    with _reading(path, "replace it by the IWAE paper's chardata.mat (arrays data and testdata, 784 x N)"):
+    path = find_file("omniglot28", root, "omniglot28/chardata.mat", "chardata.mat")
+    with reading(path, "replace it by the IWAE paper's chardata.mat (arrays data and testdata, 784 x N)"):
         mat = loadmat(path)
-        return {part: _characters(mat, key) for part, key in (("train", ""), ("test", "test"))}
+        return {part: characters(mat, key) for part, key in (("train", ""), ("test", "test"))}
 
 
-def _characters(mat: dict[str, np.ndarray], key: str) -> Part:
+def characters(mat: dict[str, np.ndarray], key: str) -> Part:
+    """Drawings and labels of one part of chardata.mat."""
     # MATLAB counts down the columns, so that a transpose sets the drawings upright.
     x = as_tensor(mat[f"{key}data"].T, f"{key}data").reshape(-1, 1, 28, 28).mT.contiguous()
     labels = mat.get(f"{key}targetchar")
     return x, None if labels is None else torch.from_numpy(labels.astype(np.int64)).flatten()
 
 
-def _read_binarized_mnist(root: Path, download: bool) -> Parts:
+def read_binarized_mnist(root: Path, download: bool) -> Parts:
+    """Larochelle's MNIST, which has a validation part of its own."""
     files = {"train": "train", "validation": "valid", "test": "test"}
-    return {part: (_bits(root, f"binarized_mnist_{file}.amat"), None) for part, file in files.items()}
+    return {part: (read_amat(root, f"binarized_mnist_{file}.amat"), None) for part, file in files.items()}
 
 
-def _bits(root: Path, file: str) -> Tensor:
-    path = _found("binarized_mnist", root, f"binarized_mnist/{file}", file)
+def read_amat(root: Path, file: str) -> Tensor:
+    """Lines of 784 bits in text, as images."""
+    path = find_file("binarized_mnist", root, f"binarized_mnist/{file}", file)
     text = np.frombuffer(path.read_bytes(), np.uint8)
     bits = text[(text == ord("0")) | (text == ord("1"))] - ord("0")
     lines = int((text == ord("\n")).sum()) + (len(text) > 0 and text[-1] != ord("\n"))
@@ -112,41 +103,47 @@ def _bits(root: Path, file: str) -> Tensor:
     return torch.from_numpy(bits).to(torch.get_default_dtype()).reshape(-1, 1, 28, 28)
 
 
-def _read_npz(path: Path, download: bool) -> Parts:
+def read_npz(path: Path, download: bool) -> Parts:
+    """The arrays of a NumPy archive."""
     if not zipfile.is_zipfile(path):
         state = "not a whole .npz archive" if path.exists() else "absent"
         raise DataError(f"npz:PATH needs a NumPy archive, {path} is {state}: write it with numpy.savez(path, x=x)")
     fix = "write it anew with numpy.savez(path, x=x), of numbers, not objects"
-    with _reading(path, fix), np.load(path, allow_pickle=False) as archive:
+    with reading(path, fix), np.load(path, allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in ("x", "y", "x_test", "y_test") if key in archive}
         keys = ", ".join(archive)
     if "x" not in arrays:
         raise DataError(f"npz:PATH needs an array 'x', {path} has: {keys or 'nothing'}: write numpy.savez(path, x=x)")
     tensors = {key: as_tensor(array, f"{path}: {key}") for key, array in arrays.items()}
-    parts: Parts = {"train": (_pixels_of(tensors["x"], path), tensors.get("y"))}
+    parts: Parts = {"train": (as_pixels(tensors["x"], path), tensors.get("y"))}
     if "x_test" in tensors:
-        parts["test"] = (_pixels_of(tensors["x_test"], path), tensors.get("y_test"))
+        parts["test"] = (as_pixels(tensors["x_test"], path), tensors.get("y_test"))
     return parts
 
 
-def _pixels_of(x: Tensor, path: Path) -> Tensor:
+def as_pixels(x: Tensor, path: Path) -> Tensor:
+    """Values of an archive, channels first where they are 8-bit images."""
     if x.dtype == torch.uint8 and x.numel() and x.max() == 1:
         raise DataError(f"8-bit values are divided by 255, but {path} holds 0 and 1 only: store those as bool or float")
-    return _channels_first(x)
+    return channels_first(x)
 
 
-def _read_folder(path: Path, download: bool) -> Parts:
+def read_folder(path: Path, download: bool) -> Parts:
+    """The images below a folder, their classes numbered alike in all parts."""
     if not path.is_dir():
         raise DataError(f"folder:PATH needs an existing folder, {path} is none: check the path")
-    listed = {part: _list_images(folder) for part, folder in _part_folders(path).items()}
+    listed = {part: list_images(folder) for part, folder in part_folders(path).items()}
     classes = sorted({c for files in listed.values() for _, c in files if c is not None})
     # Decoded together, so that all parts are held to one size.
-    x = _decoded([file for files in listed.values() for file, _ in files])
+    x = decode_images([file for files in listed.values() for file, _ in files])
     pixels = x.split([len(files) for files in listed.values()])
-    return {part: (x, _class_indices(files, classes)) for (part, files), x in zip(listed.items(), pixels, strict=True)}
+    number = {name: i for i, name in enumerate(classes)}
+    labels = ([number[c] for _, c in files if c is not None] for files in listed.values())
+    return {part: (x, torch.tensor(y) if y else None) for part, x, y in zip(listed, pixels, labels, strict=True)}
 
 
-def _part_folders(path: Path) -> dict[str, Path]:
+def part_folders(path: Path) -> dict[str, Path]:
+    """The folders of the parts: subfolders by their names, or all in one."""
     folders = {part: path / part for part in ("train", "val", "valid", "test") if (path / part).is_dir()}
     if "train" not in folders or len(folders) == 1:
         return {"train": path}
@@ -154,13 +151,13 @@ def _part_folders(path: Path) -> dict[str, Path]:
     return dict(zip(("train", "test", "validation"), (folders["train"], *held_out), strict=False))
 
 
-def _list_images(folder: Path) -> list[tuple[Path, str | None]]:
+def list_images(folder: Path) -> list[tuple[Path, str | None]]:
     """The images of ``folder``, each with its class: the name of its subfolder, None in a flat folder."""
-    found = sorted(Path(base, file) for base, _, names in os.walk(folder, followlinks=True) for file in names)
-    inner = [(f, f.relative_to(folder).parts) for f in found if f.suffix.lower() in _IMAGE_SUFFIXES]
-    files = [(f, p[0] if len(p) > 1 else None) for f, p in inner if not any(name.startswith(".") for name in p)]
+    found = sorted(path for path in walk(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
+    inner = [(path, path.relative_to(folder).parts) for path in found]
+    files = [(path, parts[0] if len(parts) > 1 else None) for path, parts in inner]
     if not files:
-        raise DataError(f"folder:PATH needs images, {folder} has none: put {', '.join(sorted(_IMAGE_SUFFIXES))} there")
+        raise DataError(f"folder:PATH needs images, {folder} has none: put {', '.join(sorted(IMAGE_SUFFIXES))} there")
     if len({label is None for _, label in files}) > 1:
         raise DataError(
             f"{folder} has images beside its class folders: move them into a class folder, or all out of them"
@@ -168,57 +165,66 @@ def _list_images(folder: Path) -> list[tuple[Path, str | None]]:
     return files
 
 
-def _class_indices(files: list[tuple[Path, str | None]], classes: list[str]) -> Tensor | None:
-    names = [name for _, name in files if name is not None]
-    index = {name: i for i, name in enumerate(classes)}
-    return torch.tensor([index[name] for name in names]) if names else None
+def walk(folder: Path) -> Iterator[Path]:
+    """The files below a folder, hidden ones left out, links followed, but for those back to a folder they lie in."""
+    for base, inner, names in os.walk(folder, followlinks=True):
+        above = {path.resolve() for path in (Path(base), *Path(base).parents)}
+        inner[:] = [name for name in inner if name[0] != "." and Path(base, name).resolve() not in above]
+        yield from (Path(base, name) for name in names if name[0] != ".")
 
 
-def _decoded(files: list[Path]) -> Tensor:
+def decode_images(files: list[Path]) -> Tensor:
     """All images as 8-bit ``[N, C, H, W]``."""
-    first = _pixels(files[0])
+    first = decode_image(files[0])
     x = torch.empty(len(files), *first.shape, dtype=torch.uint8)
     with ThreadPool() as pool:
-        for i, pixels in enumerate(pool.imap(_pixels, files, chunksize=16)):
+        for i, pixels in enumerate(pool.imap(decode_image, files, chunksize=16)):
             if pixels.shape != first.shape:
+                size, wanted = (f"{w}x{h} with {c} channel{'s' * (c > 1)}" for c, h, w in (pixels.shape, first.shape))
                 raise DataError(
-                    f"images must have one size and number of channels: {files[i]} is {_size(pixels)}, "
-                    f"{files[0]} is {_size(first)}: resize or convert them beforehand"
+                    f"images must have one size and number of channels: {files[i]} is {size}, {files[0]} is {wanted}: "
+                    "resize or convert them beforehand"
                 )
             x[i] = pixels
     return x
 
 
-def _pixels(path: Path) -> Tensor:
+def decode_image(path: Path) -> Tensor:
+    """An image as 8-bit ``[C, H, W]``, grey or RGB."""
     from PIL import Image
 
-    with _reading(path, "replace or remove the damaged image"), Image.open(path) as image:
-        if image.mode not in _GREY_MODES | _COLOUR_MODES:
+    with reading(path, "replace or remove the damaged image"), Image.open(path) as image:
+        if image.mode not in GREY_MODES | COLOUR_MODES:
             raise DataError(f"images must have 8 bits a channel, {path} has mode {image.mode!r}: convert it beforehand")
-        pixels = torch.from_numpy(np.array(image.convert("L" if image.mode in _GREY_MODES else "RGB")))
+        pixels = torch.from_numpy(np.array(image.convert("L" if image.mode in GREY_MODES else "RGB")))
     return pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
-def _size(pixels: Tensor) -> str:
-    channels, height, width = pixels.shape
-    return f"{width}x{height} with {channels} channel{'s' * (channels > 1)}"
+class VisionSet(Protocol):
+    """What is read of a data set of torchvision, which has labels under either name."""
+
+    data: Tensor | np.ndarray
+    targets: Tensor | list[int]
+    labels: np.ndarray
+    target_folder: str
 
 
-def _arrays(dataset: Any) -> Part:
+def arrays_of(dataset: VisionSet) -> Part:
+    """Values and labels of a data set that holds them as arrays."""
     labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
-    return _channels_first(torch.as_tensor(dataset.data)), torch.as_tensor(labels)
+    return channels_first(torch.as_tensor(dataset.data)), torch.as_tensor(labels)
 
 
-def _strokes(dataset: Any) -> Part:
+def omniglot_strokes(dataset: VisionSet) -> Part:
     """Omniglot's drawings, black on white, as strokes of 1 on 0."""
     # torchvision numbers the characters in the order of os.listdir, which differs between machines.
     files = sorted(Path(dataset.target_folder).glob("*/*/*.png"))
     number = {folder: i for i, folder in enumerate(dict.fromkeys(file.parent for file in files))}
-    return 255 - _decoded(files), torch.tensor([number[file.parent] for file in files])
+    return 255 - decode_images(files), torch.tensor([number[file.parent] for file in files])
 
 
-def _torchvision(
-    kind: str, folder: str, files: str, arrays: Callable[[Any], Part] = _arrays, **splits: tuple[Any, Any]
+def torchvision(
+    kind: str, folder: str, files: str, arrays: Callable[[VisionSet], Part] = arrays_of, **splits: tuple[object, object]
 ) -> Reader:
     """A reader of ``torchvision.datasets.<kind>``; ``splits``: its split argument, with the train and test values."""
     [(argument, values)] = (splits or {"train": (True, False)}).items()
@@ -226,10 +232,10 @@ def _torchvision(
     def read(root: Path, download: bool) -> Parts:
         from torchvision import datasets
 
-        put = f"put {files} into {root / folder}, or {_ROOT}"
-        with _reading(root / folder, f"its files are damaged; delete them and {put}"):
+        put = f"put {files} into {root / folder}, or {OTHER_ROOT}"
+        with reading(root / folder, f"its files are damaged; delete them and {put}"):
             opened = [
-                _opened(partial(getattr(datasets, kind), root, **{argument: v}), kind, root, put, download)
+                open_set(partial(getattr(datasets, kind), root, **{argument: v}), kind, root, put, download)
                 for v in values
             ]
             return dict(zip(("train", "test"), map(arrays, opened), strict=True))
@@ -237,7 +243,8 @@ def _torchvision(
     return read
 
 
-def _opened(make: Callable[..., Any], kind: str, root: Path, put: str, download: bool) -> Any:
+def open_set(make: Callable[..., VisionSet], kind: str, root: Path, put: str, download: bool) -> VisionSet:
+    """A data set of torchvision from its files, which are fetched where that is allowed."""
     try:
         return make(download=False)
     except RuntimeError as error:
@@ -248,5 +255,5 @@ def _opened(make: Callable[..., Any], kind: str, root: Path, put: str, download:
         try:
             return make(download=True)
         except Exception as error:
-            why = f"the download failed ({_brief(error)})"
+            why = f"the download failed ({one_line(f'{type(error).__name__}: {error}')})"
     raise DataError(f"{kind} is not under {root} and {why}: {put}")

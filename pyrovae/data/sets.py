@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -13,46 +13,43 @@ from pyrovae.data.images import BINARIZATIONS, Images
 from pyrovae.data.readers import (
     Part,
     Reader,
-    _read_binarized_mnist,
-    _read_digits,
-    _read_folder,
-    _read_npz,
-    _read_omniglot28,
-    _strokes,
-    _torchvision,
+    omniglot_strokes,
     permutation,
+    read_binarized_mnist,
+    read_digits,
+    read_folder,
+    read_npz,
+    read_omniglot28,
+    torchvision,
 )
 
-_IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
-
-
-_ZIPS = "images_background.zip and images_evaluation.zip, with their unpacked folders,"
-
-
-_BATCHES = "data_batch_1 to data_batch_5, test_batch and batches.meta"
-
-
-_MATS = "train_32x32.mat and test_32x32.mat"
+IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
+ZIPS = "images_background.zip and images_evaluation.zip, with their unpacked folders,"
+BATCHES = "data_batch_1 to data_batch_5, test_batch and batches.meta"
+MATS = "train_32x32.mat and test_32x32.mat"
 
 
 SOURCES: dict[str, tuple[str, Reader]] = {
-    "digits": ("scikit-learn's 1,797 digits, 8x8 grey; needs no files", _read_digits),
-    "mnist": ("70,000 digits, 28x28 grey", _torchvision("MNIST", "MNIST/raw", _IDX)),
-    "fashion_mnist": ("70,000 pieces of clothing, 28x28 grey", _torchvision("FashionMNIST", "FashionMNIST/raw", _IDX)),
-    "kmnist": ("70,000 cursive Japanese characters, 28x28 grey", _torchvision("KMNIST", "KMNIST/raw", _IDX)),
+    "digits": ("scikit-learn's 1,797 digits, 8x8 grey; needs no files", read_digits),
+    "mnist": ("70,000 digits, 28x28 grey", torchvision("MNIST", "MNIST/raw", IDX)),
+    "fashion_mnist": (
+        "70,000 pieces of clothing, 28x28 grey",
+        torchvision("FashionMNIST", "FashionMNIST/raw", IDX),
+    ),
+    "kmnist": ("70,000 cursive Japanese characters, 28x28 grey", torchvision("KMNIST", "KMNIST/raw", IDX)),
     "omniglot": (
         "32,460 drawings of 1,623 characters, 105x105 black and white, new alphabets in test",
-        _torchvision("Omniglot", "omniglot-py", _ZIPS, _strokes, background=(True, False)),
+        torchvision("Omniglot", "omniglot-py", ZIPS, omniglot_strokes, background=(True, False)),
     ),
-    "omniglot28": ("OMNIGLOT in the IWAE paper's 28x28 form, from chardata.mat", _read_omniglot28),
-    "binarized_mnist": ("Larochelle's fixed binarisation of MNIST, from its .amat files", _read_binarized_mnist),
+    "omniglot28": ("OMNIGLOT in the IWAE paper's 28x28 form, from chardata.mat", read_omniglot28),
+    "binarized_mnist": ("Larochelle's fixed binarisation of MNIST, from its .amat files", read_binarized_mnist),
     "cifar10": (
         "60,000 photographs of 10 classes, 32x32 colour",
-        _torchvision("CIFAR10", "cifar-10-batches-py", _BATCHES),
+        torchvision("CIFAR10", "cifar-10-batches-py", BATCHES),
     ),
-    "svhn": ("99,289 house numbers, 32x32 colour", _torchvision("SVHN", "", _MATS, split=("train", "test"))),
-    "folder:PATH": ("a folder of images of one size, one subfolder per class or none", _read_folder),
-    "npz:PATH": ("arrays x and, where present, y, x_test, y_test of a NumPy archive", _read_npz),
+    "svhn": ("99,289 house numbers, 32x32 colour", torchvision("SVHN", "", MATS, split=("train", "test"))),
+    "folder:PATH": ("a folder of images of one size, one subfolder per class or none", read_folder),
+    "npz:PATH": ("arrays x and, where present, y, x_test, y_test of a NumPy archive", read_npz),
 }
 
 
@@ -67,12 +64,8 @@ def resolve(name: str, root: str | os.PathLike[str] | None) -> tuple[Reader, Pat
     one_of("data set", key if key in SOURCES else name, SOURCES)
     if colon and not path:
         raise ValueError(f"{key} needs a path, received {name!r}: write it after the colon")
-    return SOURCES[key][1], Path(path).expanduser() if colon else _root_folder(root)
-
-
-def _root_folder(root: str | os.PathLike[str] | None) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pyrovae"
-    return Path(root or os.environ.get("PYROVAE_DATA") or cache).expanduser()
+    return SOURCES[key][1], Path(path if colon else root or os.environ.get("PYROVAE_DATA") or cache).expanduser()
 
 
 class Splits(NamedTuple):
@@ -124,15 +117,18 @@ def load(
     """
     read, location = resolve(name, root)
     one_of("binarization", binarization, BINARIZATIONS)
-    _check_validation(validation)
+    if isinstance(validation, bool) or validation < 0 or (isinstance(validation, float) and not validation < 1):
+        raise ValueError(
+            f"validation must be a count or a fraction in [0, 1), received {validation}: pass such as 1000"
+        )
     parts = read(location, download)
     if validation and "validation" in parts:
-        parts["train"] = _joined(parts["train"], parts.pop("validation"))
-    sets = {k: _images(p, labels, name=name, binarization=binarization, seed=seed) for k, p in parts.items()}
+        parts["train"] = joined(parts["train"], parts.pop("validation"))
+    sets = {k: as_images(p, labels, name=name, binarization=binarization, seed=seed) for k, p in parts.items()}
     if "test" not in sets:
-        sets["train"], sets["test"] = _cut(sets["train"], 0.1, seed=0)
+        sets["train"], sets["test"] = cut(sets["train"], 0.1, seed=0)
     if validation:
-        sets["train"], sets["validation"] = _cut(sets["train"], validation, seed)
+        sets["train"], sets["validation"] = cut(sets["train"], validation, seed)
     if len({images.event_shape for images in sets.values()}) > 1:
         shapes = ", ".join(f"{k} {list(images.event_shape)}" for k, images in sets.items())
         raise DataError(f"the parts of {name!r} must have one shape, received {shapes}: make them equal")
@@ -140,24 +136,18 @@ def load(
     return Splits(sets["train"], held_out, sets["test"].fixed(seed))
 
 
-def _check_validation(validation: int | float) -> None:
-    if isinstance(validation, bool) or validation < 0 or (isinstance(validation, float) and not validation < 1):
-        raise ValueError(
-            f"validation must be a count or a fraction in [0, 1), received {validation}: pass such as 1000"
-        )
-
-
-def _images(part: Part, labels: bool | None, *, name: str, **options: Any) -> Images:
+def as_images(part: Part, labels: bool | None, *, name: str, binarization: str, seed: int) -> Images:
+    """A part as it was read, its 8-bit values in [0, 1]."""
     x, y = part
     if labels and y is None:
         raise DataError(f"labels=True needs labels in every part of a set, {name!r} lacks them: load it without labels")
     scaled = x.to(torch.get_default_dtype()).contiguous()
     if x.dtype == torch.uint8:
         scaled.div_(255)
-    return Images(scaled, None if labels is False else y, name=name, **options)
+    return Images(scaled, None if labels is False else y, name=name, binarization=binarization, seed=seed)
 
 
-def _cut(images: Images, amount: int | float, seed: int) -> tuple[Images, Images]:
+def cut(images: Images, amount: int | float, seed: int) -> tuple[Images, Images]:
     """A random part of ``amount`` (count or fraction) and the rest before it."""
     total = len(images)
     count = max(1, round(amount * total)) if isinstance(amount, float) else amount
@@ -168,6 +158,7 @@ def _cut(images: Images, amount: int | float, seed: int) -> tuple[Images, Images
     return images.subset(order[count:]), images.subset(order[:count])
 
 
-def _joined(a: Part, b: Part) -> Part:
+def joined(a: Part, b: Part) -> Part:
+    """Two parts as one, labelled where both are."""
     y = None if a[1] is None or b[1] is None else torch.cat([a[1], b[1]])
     return torch.cat([a[0], b[0]]), y

@@ -44,16 +44,17 @@ def check_support(
     """
     support = None if support is None else widest(support)
     x = torch.atleast_1d(x.detach())
-    bad = first_outside(x, partial(_inside, support=support))
+    bad = first_outside(x, partial(inside, support=support))
     if bad is None:
         return
     value, used = x[bad], "" if likelihood is None else f", likelihood {likelihood!r}"
     if support is None or not torch.isfinite(value).all():
         raise DataError(f'{at("data", bad, value)} at site "{site}"{used}: data must be finite; {DROP}')
     low, high = torch.aminmax(x)
+    kind = "boolean: 0 or 1" if is_boolean(support) else repr(support)
     raise DataError(
-        f'{at("data", bad, value)} is outside the support of site "{site}" ({_describe(support)}{used}); '
-        f"the values run from {show(low)} to {show(high)}: {_fix(support, low.item(), high.item())}"
+        f'{at("data", bad, value)} is outside the support of site "{site}" ({kind}{used}); '
+        f"the values run from {show(low)} to {show(high)}: {advice(support, low.item(), high.item())}"
     )
 
 
@@ -68,7 +69,8 @@ def first_outside(x: Tensor, valid: Callable[[Tensor], Tensor]) -> tuple[int, ..
     return None
 
 
-def _inside(x: Tensor, support: constraints.Constraint | None) -> Tensor:
+def inside(x: Tensor, support: constraints.Constraint | None) -> Tensor:
+    """Which values (or events, for a support of those) are finite and in the support."""
     finite = torch.isfinite(x)
     if support is None:
         return finite
@@ -76,11 +78,8 @@ def _inside(x: Tensor, support: constraints.Constraint | None) -> Tensor:
     return inside & (finite if inside.dim() == x.dim() else finite.flatten(inside.dim()).all(-1))
 
 
-def _describe(support: constraints.Constraint) -> str:
-    return "boolean: 0 or 1" if is_boolean(support) else repr(support)
-
-
-def _fix(support: constraints.Constraint, low: float, high: float) -> str:
+def advice(support: constraints.Constraint, low: float, high: float) -> str:
+    """What to do with values from ``low`` to ``high`` that a support does not hold."""
     boolean = is_boolean(support)
     if boolean and low >= 0 and high <= 1:
         return (
