@@ -26,7 +26,7 @@ from pyrovae.compile.checked import tensors, untouched
 from pyrovae.compile.inductor import has_compiler
 from pyrovae.compile.noise import CannotCompile, rewritten
 from pyrovae.data.feed import Feed
-from pyrovae.engine.probe import find_parameters
+from pyrovae.engine.probe import look
 from pyrovae.engine.programs import eval_mode
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.models import MODELS, CodePrior
@@ -286,20 +286,20 @@ def eager_of(make):
     shape = next((shape for pair, shape in IMAGES.items() if make is PAIRS[pair]), X.shape[1:])
     labels = [y for pair, y in LABELS.items() if make is PAIRS[pair]]
     batch = (X[:, : math.prod(shape)].view(-1, *shape), *labels)
-    return Eager(model, guide, find_parameters(model, guide, batch), batch)
+    return Eager(model, guide, look(model, guide, batch, validate=False), batch)
 
 
 def training_mode(eager):
-    return eval_mode(eager.look.modules, training=True)
+    return eval_mode(eager.state.modules, training=True)
 
 
 def state_of(eager):
-    return [t.detach().clone() for t in eager.look.tensors.values()]
+    return [t.detach().clone() for t in eager.state.tensors.values()]
 
 
 def restore(eager, state):
     with torch.no_grad():
-        for tensor, value in zip(eager.look.tensors.values(), state, strict=True):
+        for tensor, value in zip(eager.state.tensors.values(), state, strict=True):
             tensor.copy_(value)
 
 
@@ -708,13 +708,13 @@ def test_batches_of_another_size_run_eagerly_and_silently(interpreted):
 class Emulated(recording.Recording):
     """A recording on the CPU: what it computes it writes into the tensors that it made while it was recorded."""
 
-    def __init__(self, step, looks, optimizers):
+    def __init__(self, step, states, optimizers):
         self.step, self.graph = step, SimpleNamespace(replay=self.again)
-        parameters = [p for look in looks for p in look.parameters.values()]
+        parameters = [p for state in states for p in state.parameters.values()]
         with ExitStack() as stack:
             stack.enter_context(isolated_rng())
-            for look in looks:
-                stack.enter_context(untouched(look))
+            for state in states:
+                stack.enter_context(untouched(state))
             self.loss = step()
         self.gradients = [(p, p.grad) for p in parameters]
 

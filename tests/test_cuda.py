@@ -13,14 +13,14 @@ from torch.utils.data import TensorDataset
 import pyrovae as pv
 from pyrovae.compile.noise import rewritten
 from pyrovae.data.feed import Feed
-from pyrovae.engine.probe import find_parameters
+from pyrovae.engine.probe import look
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.schedules import cosine
 from pyrovae.train import loop as training
 from pyrovae.train.compiled import Compiled
 from pyrovae.train.recorded import Recorded
 from pyrovae.train.step import Eager, Step
-from pyrovae.train.trainee import prepare
+from pyrovae.train.trainee import look_on
 
 pytestmark = [
     pytest.mark.cuda,
@@ -133,7 +133,9 @@ def last_bound(result):
 def recorded(vae, data, make=lambda p: torch.optim.Adam(p, lr=1e-2), *, anneals=False, clip_norm=None):
     """A step on the device that takes the indices of its batches, and those of an epoch."""
     feed = Feed(data, BATCH, torch.device("cuda"))
-    eager = Eager(vae.model, vae.guide, prepare(vae.model, vae.guide, feed), feed.first())
+    seen = look_on(feed, vae.model, vae.guide)
+    seen.state.to(feed.device)
+    eager = Eager(vae.model, vae.guide, seen, feed.first())
     step = Step(Compiled(eager, anneals=anneals), [make(eager.parameters)], clip_norm)
     return Recorded(step, feed.images), list(feed.indices())
 
@@ -146,7 +148,7 @@ def weights(vae):
 def test_the_compiled_gradients_are_the_eager_ones_on_the_same_noise(objective, vae, digits):
     vae = vae.cuda()
     x = digits.fixed().x[:BATCH].double().cuda()
-    eager = Eager(vae.model, vae.guide, find_parameters(vae.model, vae.guide, (x,)), (x,))
+    eager = Eager(vae.model, vae.guide, look(vae.model, vae.guide, (x,)), (x,))
     compiled = Compiled(eager)
     assert compiled.static(objective) is not None
     results = []

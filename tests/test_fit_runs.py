@@ -19,7 +19,6 @@ from torch.utils.data import Dataset
 import pyrovae as pv
 from pyrovae import runs
 from pyrovae.arguments import DataError
-from pyrovae.objectives import base
 from pyrovae.train import loop as training
 from pyrovae.train import monitor
 from pyrovae.train.log import describe_objective
@@ -141,13 +140,31 @@ def test_the_history_says_what_changed():
     assert result.timings["ms_per_step"] > 0
 
 
-def test_a_pair_is_checked_once_however_the_objective_changes(monkeypatch):
-    probes = []
-    probe = base.probe
-    monkeypatch.setattr(base, "probe", lambda *args: probes.append(args) or probe(*args))
-    monkeypatch.setattr(monitor, "probe", base.probe)
-    train(validation=None)
-    assert len(probes) == 2  # the objective's and the monitor's
+def test_a_pair_runs_once_before_the_first_step_and_once_a_step():
+    """However the objective changes; by the runs of a plain function that the objective finds at each of its steps."""
+    runs_before, calls = [], []
+
+    class Noting(pv.IWAE):
+        def differentiable_loss(self, *args):
+            runs_before.append(len(calls))
+            return super().differentiable_loss(*args)
+
+    weight = torch.zeros(6, requires_grad=True)
+
+    def model(x):
+        calls.append(len(x))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z.unsqueeze(-1) + weight).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ weight, 1.0))
+
+    pv.fit(model, guide, images(), **SETTINGS | {"objective": Noting(), "validation": None})
+    assert len(runs_before) == 12
+    # three steps an epoch, and one run to measure after each
+    assert runs_before == [1 + step + step // 3 for step in range(12)]
 
 
 def test_fitting_again_goes_on_with_a_fresh_optimizer():

@@ -15,7 +15,7 @@ from pyrovae.compile import graph as graphs
 from pyrovae.compile import inductor
 from pyrovae.compile.noise import rewritten
 from pyrovae.compile.precision import bfloat16_networks, full_float32, networks_in
-from pyrovae.engine.probe import find_parameters
+from pyrovae.engine.probe import look
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.train.compiled import Compiled
 from pyrovae.train.step import Eager
@@ -179,7 +179,7 @@ def test_training_in_bfloat16_reaches_the_bound_of_float32(how, interpreted):
 
 
 def eager_gradients(pair, x, precision):
-    return Eager(pair.model, pair.guide, find_parameters(pair.model, pair.guide, (x,)), (x,), precision=precision)
+    return Eager(pair.model, pair.guide, look(pair.model, pair.guide, (x,)), (x,), precision=precision)
 
 
 def test_the_compiled_step_in_bfloat16_is_the_eager_one():

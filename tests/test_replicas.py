@@ -12,7 +12,7 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.compile import graph as graphs
 from pyrovae.compile.noise import stacked_noise
-from pyrovae.engine.probe import find_parameters
+from pyrovae.engine.probe import look
 from pyrovae.engine.programs import eval_mode
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.runs import Run
@@ -84,7 +84,7 @@ def owned(pairs):
 def eager(pair):
     """Its eager gradients, made for batches of 50."""
     batch = (DATA[:50],)
-    return Eager(pair.model, pair.guide, find_parameters(pair.model, pair.guide, batch), batch)
+    return Eager(pair.model, pair.guide, look(pair.model, pair.guide, batch), batch)
 
 
 STEPS = {

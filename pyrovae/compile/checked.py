@@ -16,7 +16,7 @@ from torch import Tensor
 from pyrovae.compile.graph import Graph, capture
 from pyrovae.compile.inductor import COMPILATION
 from pyrovae.compile.noise import CannotCompile, rewritten
-from pyrovae.engine.probe import Reach
+from pyrovae.engine.probe import PairState
 from pyrovae.engine.programs import Batch
 from pyrovae.engine.randomness import isolated_rng
 
@@ -156,11 +156,11 @@ def distinct(many: Iterable[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def untouched(pair: Reach) -> Iterator[None]:
+def untouched(state: PairState) -> Iterator[None]:
     """Leave parameters and buffers as they were: their values, and which tensors they are."""
-    buffers = [(m, dict(m._buffers)) for root in pair.modules for m in root.modules() if m._buffers]
+    buffers = [(m, dict(m._buffers)) for root in state.modules for m in root.modules() if m._buffers]
     owned = [b for _, named in buffers for b in named.values() if b is not None]
-    values = [(t, t.detach().clone()) for t in distinct([*pair.tensors.values(), *owned])]
+    values = [(t, t.detach().clone()) for t in distinct([*state.tensors.values(), *owned])]
     try:
         yield
         for module, named in buffers:

@@ -10,31 +10,33 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyrovae.compile.checked import untouched
-from pyrovae.engine.probe import Reach
+from pyrovae.engine.probe import PairState
 from pyrovae.engine.randomness import isolated_rng
 
-_WARM_UP = 3  # steps before a CUDA graph is recorded, in which libraries allocate what they need
+WARM_UP = 3  # steps before a CUDA graph is recorded, in which libraries allocate what they need
 
 
 class Recording:
-    """A step of one or more pairs as a CUDA graph.
+    """A step of one pair or more as a CUDA graph.
 
     It runs a few times aside first, so that libraries allocate what they need; parameters, buffers and optimizers are
     as before when it is recorded.
     """
 
-    def __init__(self, step: Callable[[], Tensor], pairs: Sequence[Reach], optimizers: Sequence[Optimizer]) -> None:
+    def __init__(
+        self, step: Callable[[], Tensor], states: Sequence[PairState], optimizers: Sequence[Optimizer]
+    ) -> None:
         for optimizer in filter(capturable, optimizers):
             make_capturable(optimizer)
         with ExitStack() as undo:
-            for pair in pairs:
-                undo.enter_context(untouched(pair))
+            for state in states:
+                undo.enter_context(untouched(state))
             for optimizer in optimizers:
-                undo.enter_context(_optimizer_untouched(optimizer))
+                undo.enter_context(optimizer_untouched(optimizer))
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with isolated_rng(), torch.cuda.stream(aside):
-                for _ in range(_WARM_UP):
+                for _ in range(WARM_UP):
                     step()
             torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
@@ -74,7 +76,7 @@ def make_capturable(optimizer: Optimizer) -> None:
 
 
 @contextmanager
-def _optimizer_untouched(optimizer: Optimizer) -> Iterator[None]:
+def optimizer_untouched(optimizer: Optimizer) -> Iterator[None]:
     """Undo steps, but keep the tensors that they created; these start from zero."""
     then = {
         parameter: {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}

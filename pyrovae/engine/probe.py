@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,29 +24,26 @@ from pyrovae.engine.sites import Sites, counted, counts, latent, log_prob, obser
 class Look:
     """What one run of a pair, with one particle, shows of it.
 
-    :ivar particles: the run itself.
+    :ivar guide: the guide's sites.
+    :ivar model: the model's sites, on the guide's samples.
     :ivar modules: the modules that the programs are, belong to or call, none of them below another.
     :ivar store: the tensors of Pyro's parameter store that the programs use, unconstrained, by name.
     """
 
-    particles: Particles
+    guide: Sites
+    model: Sites
     modules: list[nn.Module]
     store: dict[str, Tensor]
 
-    @property
-    def guide(self) -> Sites:
-        """The guide's sites."""
-        return self.particles.guide
+    @cached_property
+    def particles(self) -> Particles:
+        """The run itself, scaled."""
+        return Particles.of(self.guide, self.model, scaled=True)
 
-    @property
-    def model(self) -> Sites:
-        """The model's sites, on the guide's samples."""
-        return self.particles.model
-
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """The plates that all sites share."""
-        return self.particles.layout
+        return Layout.around([*counted(self.guide), *counted(self.model)])
 
     @cached_property
     def nesting(self) -> int:
@@ -131,7 +128,7 @@ def look(
         sites = record_pair(model, guide, args, kwargs or {})
     below = {child for module in reached for child in module.modules() if child is not module}
     store = {name: site["value"].unconstrained() for name, site in parameters.trace.nodes.items()}  # type: ignore[union-attr]
-    return Look(Particles.of(*sites, scaled=True), [m for m in reached if m not in below], store)
+    return Look(*sites, [m for m in reached if m not in below], store)
 
 
 def module_state(modules: list[nn.Module]) -> dict[str, Tensor]:
@@ -150,10 +147,15 @@ def module_state(modules: list[nn.Module]) -> dict[str, Tensor]:
 def checked_look(model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]) -> Look:
     """A look at a pair, after checks that guide and model go together."""
     seen = look(model, guide, args, kwargs)
+    check_pair(seen)
+    return seen
+
+
+def check_pair(seen: Look) -> None:
+    """Guide and model must go together, and every site must lie in its plates."""
     check_match(seen)
     check_shapes("guide", seen.guide)
     check_shapes("model", seen.model)
-    return seen
 
 
 def check_match(seen: Look) -> None:
@@ -208,27 +210,10 @@ def check_fold(seen: Look, fold: bool) -> None:
 
 # --- until those who ask have learnt to look --------------------------------------------------------------------------
 
-Reach = PairState
 probe = checked_look
 
 
 def nesting(seen: Look | Particles) -> int:
     """The number of dimensions that the programs' own plates take."""
     particles = seen.particles if isinstance(seen, Look) else seen
-    return Look(particles, [], {}).nesting
-
-
-def find_parameters(
-    model: Program, guide: Program, batch: Batch, check: Callable[[Sites], None] = lambda joint: None
-) -> PairState:
-    """What a pair reaches when it runs on ``batch``; ``check`` sees the model's sites."""
-    seen = look(model, guide, batch, validate=False)
-    check(seen.model)
-    if not seen.state.parameters:
-        raise ValueError("the pair has no parameters to train: use modules, pyro.param or tensors that require grad")
-    return seen.state
-
-
-def full_size(model: Program, guide: Program, batch: Batch) -> int | None:
-    """The full size of the rightmost plate around the observed sites if it is subsampled, else None."""
-    return look(model, guide, batch, validate=False).full_size
+    return Look(particles.guide, particles.model, [], {}).nesting

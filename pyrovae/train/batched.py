@@ -36,9 +36,10 @@ class Batched:
 
     def __init__(self, each: Sequence[Compiled], factors: Sequence[float]) -> None:
         self.each, self.factors, self.example = list(each), factors, each[0].example
-        self.looks = [own.eager.look for own in each]
+        self.states = [own.eager.state for own in each]
         self.compile_seconds = 0.0
         self.functions: dict[int, Callable[[Batch], Tensor]] = {}
+        self.objectives: list[Objective] = []
         self.tensors = [own.inputs for own in each]
         shapes = [[(t.shape, t.dtype) for t in own] for own in self.tensors]
         if any(own != shapes[0] for own in shapes):
@@ -76,9 +77,13 @@ class Batched:
             one.anneal(objective, factor)
         return self.functions[number]
 
-    def weighted(self, objective: pyro.infer.ELBO) -> list[pyro.infer.ELBO]:
-        """Every pair's own objective."""
-        return [weighted(objective, factor) for factor in self.factors]
+    def weighted(self, objective: pyro.infer.ELBO) -> list[Objective]:
+        """Every pair's own objective; one object each, so that it looks at its pair only once."""
+        ours = traceable(objective)
+        self.objectives = self.objectives or [copy.copy(ours) for _ in self.each]
+        for own, factor in zip(self.objectives, self.factors, strict=True):
+            own.num_particles, own.kl_weight = ours.num_particles, ours.kl_weight * factor
+        return self.objectives
 
     def compile(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Tensor]:
         """One function for all pairs, after a check of each."""
@@ -111,8 +116,8 @@ class Batched:
             return captured[0].graph.noise()
 
         with isolated_rng(), ExitStack() as undo:
-            for look in self.looks:
-                undo.enter_context(untouched(look))
+            for state in self.states:
+                undo.enter_context(untouched(state))
             noise = stacked_noise([same_noise] * len(captured))
             got = compiled(*self.stacks, *tensors(self.example), noise=noise)
             for r, (function, (_, expected, changed)) in enumerate(zip(functions, captured, strict=True)):

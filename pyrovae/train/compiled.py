@@ -27,7 +27,7 @@ from pyrovae.compile.checked import Checked, distinct, signature, tensors, untou
 from pyrovae.compile.inductor import COMPILATION, has_compiler, laid_out_as
 from pyrovae.compile.noise import CannotCompile
 from pyrovae.data.feed import Feed
-from pyrovae.engine.probe import find_parameters
+from pyrovae.engine.probe import look
 from pyrovae.engine.programs import Batch, Program
 from pyrovae.objectives.base import Objective
 from pyrovae.train.plan import Plan
@@ -59,7 +59,7 @@ class Compiled:
     """
 
     def __init__(self, eager: Eager, *, anneals: bool = False) -> None:
-        self.eager, self.anneals, self.example, self.looks = eager, anneals, eager.example, eager.looks
+        self.eager, self.anneals, self.example, self.states = eager, anneals, eager.example, eager.states
         self.kind, self.compile_seconds = "compiled", 0.0
         self.signature = signature(self.example)
         first = eager.parameters[0]
@@ -116,7 +116,7 @@ class Compiled:
             return [loss.detach(), *(gradient for _, gradient in found)]
 
         checked = Checked(
-            loss_and_gradients, self.inputs, changes=self.buffers, untouched=partial(untouched, self.eager.look),
+            loss_and_gradients, self.inputs, changes=self.buffers, untouched=partial(untouched, self.eager.state),
             precision=self.eager.precision, seed=CHECK_SEED,
         )  # fmt: skip
         return Differentiated(checked, parameters)
@@ -129,7 +129,7 @@ class Compiled:
     @property
     def buffers(self) -> list[Tensor]:
         """The tensors of the pair that a step may change in place."""
-        return [t for t in distinct(self.eager.look.tensors.values()) if not t.requires_grad]
+        return [t for t in distinct(self.eager.state.tensors.values()) if not t.requires_grad]
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -175,8 +175,8 @@ def training_step(
     >>> losses[-1] < losses[0]
     True
     """
-    look = find_parameters(model, guide, batch)
-    gradients = Compiled(Eager(model, guide, look, batch, precision=precision))
+    seen = look(model, guide, batch, validate=False)
+    gradients = Compiled(Eager(model, guide, seen, batch, precision=precision))
     gradients.compile(objective)
     step = Step(gradients, [optimizer], clip_norm)
     run = Recorded(step) if gradients.eager.parameters[0].is_cuda else step
@@ -185,7 +185,7 @@ def training_step(
 
 def choose_gradients(compile: bool | str, plan: Plan, eager: Eager, feed: Feed) -> Gradients:
     """Eager or compiled gradients; for "auto" from counts alone, so that the same call always takes the same path."""
-    if not compile or (compile == "auto" and not worthwhile(plan, eager.look.parameters.values(), feed)):
+    if not compile or (compile == "auto" and not worthwhile(plan, eager.parameters, feed)):
         return eager
     return Compiled(eager, anneals=bool(plan.kl_warmup))
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from pyrovae import runs
 from pyrovae.compile.recording import uncapturable
-from pyrovae.engine.probe import Reach
+from pyrovae.engine.probe import PairState
 from pyrovae.engine.programs import Program, roots
 from pyrovae.engine.randomness import restore_rng, rng_snapshot
 from pyrovae.objectives.base import Objective
@@ -69,9 +69,11 @@ class Fit:
 class Log:
     """The run directory of one call of :func:`fit`, if it has one."""
 
-    def __init__(self, run_dir: str | os.PathLike[str] | None, look: Reach, optimizer: Optimizer, resume: bool) -> None:
+    def __init__(
+        self, run_dir: str | os.PathLike[str] | None, state: PairState, optimizer: Optimizer, *, resume: bool = False
+    ) -> None:
         self.run = None if run_dir is None else runs.Run(run_dir)
-        self.look, self.optimizer, self.resume = look, optimizer, resume
+        self.state, self.optimizer, self.resume = state, optimizer, resume
 
     def open(self, config: dict[str, Any]) -> Fit:
         """Start the run, or take up its last checkpoint."""
@@ -80,17 +82,17 @@ class Log:
             return Fit()
         if run.exists and not self.resume:
             raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
-        state = run.state() if self.resume and run.exists else None
-        if state is None:
+        saved = run.state() if self.resume and run.exists else None
+        if saved is None:
             run.start(config)
             return Fit()
         _check_same(run, config)
-        history = run.rewind(state["epoch"])
-        runs.restore(self.look.tensors, run.weights(), where=str(run.path))
-        self.optimizer.load_state_dict(state["optimizer"])
+        history = run.rewind(saved["epoch"])
+        runs.restore(self.state.tensors, run.weights(), where=str(run.path))
+        self.optimizer.load_state_dict(saved["optimizer"])
         uncapturable(self.optimizer)
-        restore_rng(state["rng"])
-        return Fit(history, best_epoch=state["best_epoch"], finished=state["finished"])
+        restore_rng(saved["rng"])
+        return Fit(history, best_epoch=saved["best_epoch"], finished=saved["finished"])
 
     @property
     def checkpoint(self) -> Path | None:
@@ -104,7 +106,7 @@ class Log:
         self.run.log(result.history[-1])
         epoch = len(result.history)
         if result.best_epoch == epoch:
-            self.run.save("best", self.look.tensors)
+            self.run.save("best", self.state.tensors)
         self._save_last(result)
 
     def close(self, result: Fit) -> None:
@@ -118,7 +120,7 @@ class Log:
             "epoch": len(result.history), "best_epoch": result.best_epoch, "finished": result.finished,
             "optimizer": self.optimizer.state_dict(), "rng": rng_snapshot(),
         }  # fmt: skip
-        self.run.save("last", self.look.tensors, state)  # type: ignore[union-attr]
+        self.run.save("last", self.state.tensors, state)  # type: ignore[union-attr]
 
 
 def _check_same(run: runs.Run, config: dict[str, Any]) -> None:

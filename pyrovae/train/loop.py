@@ -26,7 +26,7 @@ from pyrovae.train.plan import Plan
 from pyrovae.train.recorded import Recorded, on_device
 from pyrovae.train.setup import Setup, check_options, optimizer_maker
 from pyrovae.train.step import Step
-from pyrovae.train.trainee import Trainee, warn_of_batches
+from pyrovae.train.trainee import Trainee
 
 
 def fit(
@@ -104,9 +104,8 @@ def fit(
 
     with isolated_rng(setup.seed):
         feed = Feed(data, setup.batch_size, setup.device, num_workers)
-        trainee = Trainee(model, guide, objective, feed, maker)
-        warn_of_batches(model, guide, feed)
-        gradients = choose_gradients(compile, setup.plan, trainee.eager(feed.first(), setup.precision), feed)
+        trainee = Trainee(model, guide, objective, setup, feed, maker)
+        gradients = choose_gradients(compile, setup.plan, trainee.eager, feed)
         step = on_device(Step(gradients, [trainee.optimizer], setup.clip_norm), feed)
         held_out = None if validation is None else Feed(validation, setup.batch_size, setup.device, num_workers)
         if held_out is not None:
@@ -141,7 +140,7 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded, setup: Setup, feed
 
 def train_mode(trainees: Sequence[Trainee]) -> AbstractContextManager[None]:
     """Networks in train mode; each one's own mode comes back afterwards."""
-    return eval_mode((module for trainee in trainees for module in trainee.look.modules), training=True)
+    return eval_mode((module for trainee in trainees for module in trainee.eager.state.modules), training=True)
 
 
 def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan) -> tuple[Tensor, dict[str, float]]:

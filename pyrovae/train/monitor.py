@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from pyrovae import data as datasets
 from pyrovae.data.feed import Feed
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.particles import combine
-from pyrovae.engine.probe import full_size, probe
+from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import Program, eval_mode, roots
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.run import run
@@ -29,22 +28,13 @@ class Monitor:
     A pair's own ``metrics(*batch)``, a dict of numbers, where it has such, is logged with them.
     """
 
-    def __init__(self, model: Program, guide: Program, modules: list[torch.nn.Module], feed: Feed) -> None:
+    def __init__(self, model: Program, guide: Program, seen: Look, feed: Feed) -> None:
         watched = None if feed.steps == 1 else min(MONITORED, max(100, (feed.size or 0) // 10))
-        self.model, self.guide, self.modules, self.batch = model, guide, modules, feed.first(watched)
-        self.size = feed.size or len(self.batch[0])
-        self.joint = False
-        try:
-            self.joint = probe(model, guide, self.batch, {}).joint
-            self.usable = True
-        except Exception as error:  # for instance a latent that only Pyro's enumeration knows; training may go on
-            self.usable = False
-            warnings.warn(f"KL and active units will not be logged: {' '.join(str(error).split())}", stacklevel=4)
+        self.model, self.guide, self.modules, self.batch = model, guide, seen.modules, feed.first(watched)
+        self.size, self.joint = feed.size or len(self.batch[0]), seen.joint
 
     def __call__(self) -> dict[str, Any]:
         """``reconstruction`` = E log p(x | z), ``kl``: nats per datum; ``kl_per_unit``, ``active_units``: by site."""
-        if not self.usable:
-            return {}
         with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
             particles = run(self.model, self.guide, self.batch, {}, scaled=False)
             likelihood = particles.log_likelihood()
@@ -75,11 +65,9 @@ class Monitor:
 class Validation:
     """The bound on held-out data, in nats per datum, in eval mode and on the same noise every time."""
 
-    def __init__(
-        self, model: Program, guide: Program, modules: list[torch.nn.Module], feed: Feed, objective: Any
-    ) -> None:
-        self.model, self.guide, self.modules, self.feed, self.objective = model, guide, modules, feed, objective
-        self.full_size = full_size(model, guide, feed.first())
+    def __init__(self, model: Program, guide: Program, seen: Look, feed: Feed, objective: Any) -> None:
+        self.model, self.guide, self.modules, self.feed, self.objective = model, guide, seen.modules, feed, objective
+        self.full_size = seen.full_size
 
     def __call__(self) -> float:
         data: Any = self.feed.images if self.feed.images is not None else self.feed.loader

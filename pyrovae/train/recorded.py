@@ -74,7 +74,7 @@ class Recorded:
             return losses
 
         began = time.perf_counter()
-        recording = Recording(body, self.step.gradients.looks, self.step.optimizers)
+        recording = Recording(body, self.step.gradients.states, self.step.optimizers)
         self.recording_seconds += time.perf_counter() - began
         return recording
 

@@ -83,10 +83,10 @@ def fit_replicas(
     number = len(programs)
     if not number:
         raise ValueError("there are no pairs to train: pass one at least")
-    rates = each("lr", lr if isinstance(lr, Sequence) else [lr] * number, number)
-    weights = each("kl_weight", [1.0] * number if kl_weight is None else kl_weight, number)
+    rates = one_each("lr", lr if isinstance(lr, Sequence) else [lr] * number, number)
+    weights = one_each("kl_weight", [1.0] * number if kl_weight is None else kl_weight, number)
     factors = [in_range("kl_weight", weight, 0.0) for weight in weights]
-    folders = each("run_dirs", [None] * number if run_dirs is None else run_dirs, number)
+    folders = one_each("run_dirs", [None] * number if run_dirs is None else run_dirs, number)
     if taken := [f'"{folder}"' for folder in folders if folder is not None and runs.Run(folder).exists]:
         raise ValueError(f"{', '.join(taken)} hold runs already: pass other run_dirs")
     if not isinstance(objective, Objective):
@@ -100,9 +100,9 @@ def fit_replicas(
 
     with isolated_rng(setup.seed), ExitStack() as cleanup:
         feed = Feed(data, setup.batch_size, setup.device)
-        trainees = [Trainee(*programs[r], own[r], feed, makers[r], kl_factor=factors[r]) for r in range(number)]
+        trainees = [Trainee(*programs[r], own[r], setup, feed, makers[r], kl_factor=factors[r]) for r in range(number)]
         try:
-            gradients = cleanup.enter_context(at_once(trainees, setup, feed))
+            gradients = cleanup.enter_context(at_once(trainees, setup.plan))
         except CannotCompile as error:
             warnings.warn(f"cannot train replicas at once: {error}; training one after the other", stacklevel=2)
         else:
@@ -121,15 +121,14 @@ def fit_replicas(
 
 
 @contextmanager
-def at_once(trainees: Sequence[Trainee], setup: Setup, feed: Feed) -> Iterator[Batched]:
+def at_once(trainees: Sequence[Trainee], plan: Plan) -> Iterator[Batched]:
     """The gradients of all pairs in one function, compiled for every number of particles there will be.
 
     :raises CannotCompile: with the reason.
     """
-    plan = setup.plan
     anneals = bool(plan.kl_warmup) or any(trainee.kl_factor != 1.0 for trainee in trainees)
-    eager = [trainee.eager(feed.first(), setup.precision) for trainee in trainees]
-    gradients = Batched([Compiled(own, anneals=anneals) for own in eager], [t.kl_factor for t in trainees])
+    each = [Compiled(trainee.eager, anneals=anneals) for trainee in trainees]
+    gradients = Batched(each, [trainee.kl_factor for trainee in trainees])
     try:
         with train_mode(trainees):
             for stage in plan.stages():
@@ -139,7 +138,7 @@ def at_once(trainees: Sequence[Trainee], setup: Setup, feed: Feed) -> Iterator[B
         gradients.separate()
 
 
-def each(name: str, given: Sequence[T], number: int) -> list[T]:
+def one_each(name: str, given: Sequence[T], number: int) -> list[T]:
     """One value for each pair, or one clear error."""
     if len(given) != number:
         raise ValueError(f"{name} needs one value for each of {number} pairs, got {len(given)}: pass as many")

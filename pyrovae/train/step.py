@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from pyrovae.compile.precision import networks_in
-from pyrovae.engine.probe import Reach, full_size
+from pyrovae.engine.probe import Look, PairState
 from pyrovae.engine.programs import Batch, Program
 
 
@@ -23,7 +23,7 @@ class Gradients(Protocol):
     kind: str  # "eager", "compiled" or "replicas"
     compile_seconds: float
     example: Batch  # of the kind that it is made for
-    looks: list[Reach]  # what each pair reaches
+    states: list[PairState]  # of each pair
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
         """The loss per datum, 0-d or one for each pair; nothing is read back from the device."""
@@ -33,19 +33,27 @@ class Gradients(Protocol):
 
 
 class Eager:
-    """The gradients of one pair, by autograd or as one of Pyro's own objectives takes them."""
+    """The gradients of one pair, by autograd or as one of Pyro's own objectives takes them.
+
+    :param seen: a look at the pair; it is not kept.
+    :param example: a batch as they will be.
+    :raises ValueError: where there is nothing to train.
+    """
 
     kind = "eager"
     compile_seconds = 0.0
 
     def __init__(
-        self, model: Program, guide: Program, look: Reach, example: Batch, *, precision: str = "float32"
+        self, model: Program, guide: Program, seen: Look, example: Batch, *, precision: str = "float32"
     ) -> None:
-        self.model, self.guide, self.look, self.looks = model, guide, look, [look]
-        self.example, self.precision = example, precision
-        self.parameters = list(look.parameters.values())
+        self.model, self.guide, self.state, self.states = model, guide, seen.state, [seen.state]
+        self.example, self.precision, self.full_size = example, precision, seen.full_size
+        self.parameters = list(seen.state.parameters.values())
+        if not self.parameters:
+            raise ValueError(
+                "the pair has no parameters to train: use modules, pyro.param or tensors that require grad"
+            )
         self.announcing_model = announcing(model, self.parameters[0])
-        self.full_size = full_size(model, guide, example)
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
         for parameter in self.parameters:

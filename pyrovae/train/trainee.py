@@ -6,16 +6,15 @@ import os
 import warnings
 from collections.abc import Mapping
 
-import pyro
 import pyro.infer
 import torch
 from torch import Tensor
 
 from pyrovae.data.feed import Feed
-from pyrovae.engine.probe import Reach, find_parameters
-from pyrovae.engine.programs import Batch, Program, device_of, protected_buffers
-from pyrovae.engine.randomness import isolated_rng
-from pyrovae.engine.sites import Sites, counts, log_prob, record_pair
+from pyrovae.engine.probe import Look, check_pair, look
+from pyrovae.engine.programs import Batch, Program, device_of
+from pyrovae.engine.sites import Sites, counted, counts, log_prob
+from pyrovae.objectives.base import Objective
 from pyrovae.train.log import Fit, Log, describe_pair
 from pyrovae.train.monitor import Monitor, Validation
 from pyrovae.train.recorded import Recorded
@@ -35,27 +34,36 @@ class Trainee:
         model: Program,
         guide: Program,
         objective: pyro.infer.ELBO,
+        setup: Setup,
         feed: Feed,
         maker: tuple[float | None, MakeOptimizer],
         kl_factor: float = 1.0,
     ) -> None:
         self.model, self.guide, self.objective, self.kl_factor = model, guide, objective, kl_factor
-        self.look = prepare(model, guide, feed)
+        seen = look_on(feed, model, guide)
+        self.monitor: Monitor | None = None
+        try:
+            check_pair(seen)
+        except Exception as error:  # for instance a latent that only Pyro's enumeration knows; training may go on
+            reason = " ".join(str(error).split())
+            warnings.warn(f"KL and active units will not be logged: {reason}", stacklevel=3)
+        else:
+            self.monitor = Monitor(model, guide, seen, feed)
+            if isinstance(setup.plan.current, Objective):
+                setup.plan.current.meet(model, guide, seen)
+        warn_of_batches(seen, feed)
+        seen.state.to(feed.device)
+        self.eager = Eager(model, guide, seen, feed.first(), precision=setup.precision)
         self.rate, make = maker
-        self.optimizer = make(list(self.look.parameters.values()))
-        self.monitor = Monitor(model, guide, self.look.modules, feed)
+        self.optimizer = make(self.eager.parameters)
+        self.log, self.result = Log(None, seen.state, self.optimizer), Fit()
         self.validation: Validation | None = None
         self.patience: int | None = None
-        self.log, self.result = Log(None, self.look, self.optimizer, False), Fit()
-
-    def eager(self, example: Batch, precision: str) -> Eager:
-        """Its gradients."""
-        return Eager(self.model, self.guide, self.look, example, precision=precision)
 
     def validate_on(self, held_out: Feed, objective: pyro.infer.ELBO, patience: int | None) -> None:
         """Measure a bound on held-out data after every epoch, and stop where it no longer improves."""
-        check_data(self.model, self.guide, held_out)
-        self.validation = Validation(self.model, self.guide, self.look.modules, held_out, objective)
+        seen = look_on(held_out, self.model, self.guide)
+        self.validation = Validation(self.model, self.guide, seen, held_out, objective)
         self.patience = patience
 
     def describe(self, setup: Setup, feed: Feed) -> dict[str, object]:
@@ -71,14 +79,14 @@ class Trainee:
         resume: bool = False,
     ) -> None:
         """Start its run, or take up its last checkpoint."""
-        self.log = Log(run_dir, self.look, self.optimizer, resume)
+        self.log = Log(run_dir, self.eager.state, self.optimizer, resume=resume)
         described = describe_pair(self.model, self.guide, self.objective)
         self.result = self.log.open({**described, "training": training, **more})
 
     def add(self, metrics: Mapping[str, float], loss: float) -> None:
         """Take in an epoch."""
         own = {"bound": -loss, "kl_weight": metrics["kl_weight"] * self.kl_factor}
-        row = {**metrics, **own, **self.monitor()}
+        row = {**metrics, **own, **(self.monitor() if self.monitor is not None else {})}
         if self.validation is not None:
             row["validation_bound"] = self.validation()
         self.result.add(row, self.patience)
@@ -92,11 +100,11 @@ class Trainee:
 
     def blame(self, batch: Batch, epoch: int) -> str:
         """Say where the first value that is not finite came from."""
-        drawn, joint = sites_of(self.model, self.guide, batch)
+        seen = look(self.model, self.guide, batch, validate=False)
         where = next(
             (
                 f'{role} site "{name}" has the first value or log-probability that is not finite'
-                for role, sites in (("guide", drawn), ("model", joint))
+                for role, sites in (("guide", seen.guide), ("model", seen.model))
                 for name, s in sites.items()
                 if counts(s) and not (torch.isfinite(log_prob(s)).all() and torch.isfinite(s["value"]).all())
             ),
@@ -107,25 +115,13 @@ class Trainee:
         return f"the loss or a parameter became NaN in epoch {epoch}: {where}{kept}; lower lr, or pass clip_norm"
 
 
-def prepare(model: Program, guide: Program, feed: Feed) -> Reach:
-    """Find a pair's parameters, check the data against its observed sites, and move it to the device of the data."""
+def look_on(feed: Feed, model: Program, guide: Program) -> Look:
+    """A look at a pair on the first of the data, which are checked against its observed sites."""
     home = device_of(model, guide)
     batch = tuple(a.to(home) if home and isinstance(a, Tensor) else a for a in feed.first())
-    look = find_parameters(model, guide, batch, lambda joint: check_observed(joint, batch, feed))
-    look.to(feed.device)
-    return look
-
-
-def sites_of(model: Program, guide: Program, batch: Batch) -> tuple[Sites, Sites]:
-    """The sites of guide and model, as they are."""
-    with torch.no_grad(), isolated_rng(), protected_buffers(), pyro.validation_enabled(False):
-        return record_pair(model, guide, batch, {})
-
-
-def check_data(model: Program, guide: Program, feed: Feed) -> None:
-    """Check the data of a pair that is prepared already."""
-    batch = feed.first()
-    check_observed(sites_of(model, guide, batch)[1], batch, feed)
+    seen = look(model, guide, batch, validate=False)
+    check_observed(seen.model, batch, feed)
+    return seen
 
 
 def check_observed(sites: Sites, batch: Batch, feed: Feed) -> None:
@@ -138,17 +134,14 @@ def check_observed(sites: Sites, batch: Batch, feed: Feed) -> None:
                 feed.check(position, site["fn"].support, name, site["fn"].event_shape)
 
 
-def warn_of_batches(model: Program, guide: Program, feed: Feed) -> None:
+def warn_of_batches(seen: Look, feed: Feed) -> None:
     """Say so if latents are shared by all data, and yet each batch would count as all of them."""
-    if feed.steps == 1:
-        return
-    sites = [s for run in sites_of(model, guide, feed.first()) for s in run.values() if counts(s)]
-    plates = [{f.name: f for f in s["cond_indep_stack"]} for s in sites]
-    everywhere = set.intersection(*(set(p) for p in plates))
-    subsampled = any(f.full_size and f.full_size > f.size for p in plates for f in p.values())
-    if not everywhere and any(plates) and not subsampled:
+    sites = (*counted(seen.guide), *counted(seen.model))
+    plates = [f for site in sites for f in site["cond_indep_stack"]]
+    subsampled = any(f.full_size and f.full_size > f.size for f in plates)
+    if feed.steps != 1 and seen.joint and plates and not subsampled:
         warnings.warn(
             "latents outside the data plate are shared by all data, but each batch will count as all of them: pass "
             'batch_size=len(data), or give the plate its full size, pyro.plate("data", N, subsample_size=...)',
-            stacklevel=3,
+            stacklevel=4,
         )
