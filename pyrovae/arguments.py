@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,29 +19,29 @@ class DataError(ValueError):
     """The data themselves are bad or absent; a wrong *argument* is a plain ``ValueError``."""
 
 
-def positive_int(name: str, value: Any, minimum: int = 1) -> int:
+def positive_int(name: str, value: object, minimum: int = 1) -> int:
     """``value`` as an int of at least ``minimum``, or one clear error."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}: pass {minimum} or more")
     return int(value)
 
 
-def sizes(name: str, value: Any) -> tuple[int, ...]:
+def sizes(name: str, value: object) -> tuple[int, ...]:
     """``value`` as a tuple of integers of at least 1, or one clear error."""
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
+    if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a sequence of integers, got {value!r}: write ({value!r},)")
     return tuple(positive_int(f"every entry of {name}", v) for v in value)
 
 
-def in_range(name: str, value: Any, low: float, high: float = math.inf) -> float:
+def in_range(name: str, value: object, low: float, high: float = math.inf) -> float:
     """``value`` as a finite float in [low, high], or one clear error."""
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    number = float(value) if isinstance(value, int | float | np.number) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(number) and low <= number <= high):
         raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}: pass a value in that range")
-    return float(value)
+    return number
 
 
-def rising_betas(value: Iterable[Any]) -> list[float]:
+def rising_betas(value: Iterable[object]) -> list[float]:
     """Inverse temperatures that rise from 0 to 1, or one clear error."""
     betas = [in_range("every beta", beta, 0.0, 1.0) for beta in value]
     if len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or any(a >= b for a, b in pairwise(betas)):
@@ -49,12 +49,12 @@ def rising_betas(value: Iterable[Any]) -> list[float]:
     return betas
 
 
-def weight(name: str, value: Any) -> float | Tensor:
+def weight(name: str, value: object) -> float | Tensor:
     """A weight that may be annealed: a 0-d tensor as it is, else a float of at least 0."""
     return value if isinstance(value, Tensor) and value.dim() == 0 else in_range(name, value, 0.0)
 
 
-def one_of(name: str, value: Any, choices: Iterable[str]) -> Any:
+def one_of(name: str, value: T, choices: Iterable[str]) -> T:
     """``value`` if it is one of ``choices``, or an error that names the nearest."""
     choices = list(choices)
     if value in choices:
@@ -63,7 +63,7 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> Any:
     raise ValueError(f"unknown {name} {value!r}: did you mean {near[0]!r}? Choose one of {', '.join(choices)}")
 
 
-def lookup(name: str, value: Any, table: Mapping[str, T]) -> T:
+def lookup(name: str, value: str, table: Mapping[str, T]) -> T:
     """The entry of ``table`` under ``value``, or an error that names the nearest.
 
     >>> lookup("activation", "thanh", {"tanh": 1, "relu": 2})
@@ -74,12 +74,12 @@ def lookup(name: str, value: Any, table: Mapping[str, T]) -> T:
     return table[one_of(name, value, table)]
 
 
-def one_line(text: object, longest: int = 200) -> str:
+def one_line(text: object, longest: int | None = 200) -> str:
     """A text in one line, cut where it is too long for a message."""
     return " ".join(str(text).split())[:longest]
 
 
-def pick_device(device: Any) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
     """The device asked for, never another: "auto" is CUDA where there is one, and the CPU elsewhere."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,10 +9,10 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyrovae.arguments import DataError
+from pyrovae.arguments import DataError, one_line
 from pyrovae.engine.randomness import isolated_rng
 
 CONFIG, METRICS, RESULTS, WEIGHTS, STATE = (
@@ -30,6 +30,39 @@ CONFIG, METRICS, RESULTS, WEIGHTS, STATE = (
     "weights.safetensors",
     "state.pt",
 )
+
+
+#: How to build an object again: its class as ``module:Class``, and its constructor's arguments.
+Described = TypedDict("Described", {"class": str, "arguments": dict[str, object]})
+
+
+class Config(TypedDict, total=False):
+    """What a run was made of; it may hold more."""
+
+    model: Described | None
+    objective: Described | None
+    versions: dict[str, str]
+    training: dict[str, object]
+    settings: dict[str, object]
+    data: DataConfig
+
+
+class DataConfig(TypedDict, total=False):
+    """The data that a run was made on."""
+
+    name: str
+    shape: list[int]
+    binarization: str
+
+
+class State(TypedDict):
+    """The training loop's state at a checkpoint."""
+
+    epoch: int
+    best_epoch: int | None
+    finished: bool
+    optimizer: dict[str, Any]
+    rng: dict[str, Any]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,12 +75,12 @@ def write_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write ``content`` as strict JSON: what is not finite becomes null."""
     write_text(path, json.dumps(as_json(content), indent=2, allow_nan=False) + "\n")
 
 
-def as_json(content: Any) -> Any:
+def as_json(content: object) -> Any:
     """``content`` as it reads back from JSON: numbers that are not finite become null, tuples and tensors lists.
 
     What JSON cannot hold becomes its name.
@@ -88,13 +121,13 @@ class Run:
         """Whether a run was started here."""
         return (self.path / CONFIG).is_file()
 
-    def start(self, config: Mapping[str, Any]) -> None:
+    def start(self, config: Mapping[str, object]) -> None:
         """Begin a run: make the folder, write its config, drop what an attempt without a checkpoint left."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / METRICS).unlink(missing_ok=True)
         write_json(self.path / CONFIG, config)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Config:
         """The run's config, its classes by their paths of today; a DataError where there is none, or it is not JSON."""
         try:
             config = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
@@ -103,14 +136,14 @@ class Run:
             for described in (config.get("model"), config.get("objective")):
                 if isinstance(described, dict) and "class" in described:
                     described["class"] = public_path(str(described["class"]))
-            return config
+            return cast(Config, config)
         except (OSError, ValueError) as error:
             raise DataError(
-                f'"{self.path}" holds no run: {CONFIG} is absent or unreadable ({_brief(error)}); pass the folder that '
+                f'"{self.path}" holds no run: {CONFIG} is absent or unreadable ({reason(error)}); pass the folder that '
                 "pyrovae train or pyrovae.fit(run_dir=...) wrote"
             ) from error
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
+    def log(self, metrics: Mapping[str, object]) -> None:
         """Append one epoch's metrics, and wait until they are on disk: no checkpoint may be ahead of them."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(as_json(metrics), allow_nan=False) + "\n")
@@ -149,7 +182,7 @@ class Run:
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
-    def save(self, name: str, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
+    def save(self, name: str, weights: Mapping[str, Tensor], state: Mapping[str, object] | None = None) -> None:
         """Write the checkpoint ``name`` ("last" or "best") aside, then swap it in."""
         new, old = self.path / f"{name}.new", self.path / f"{name}.old"
         if old.exists() and not (self.path / name).exists():  # a crash came between two renames: the old one counts
@@ -183,26 +216,20 @@ class Run:
         try:
             return load_file(folder / WEIGHTS)
         except (SafetensorError, OSError) as error:
-            raise DataError(f'"{folder / WEIGHTS}" is damaged ({_brief(error)}): restore it, or train again') from error
+            raise DataError(f'"{folder / WEIGHTS}" is damaged ({reason(error)}): restore it, or train again') from error
 
-    def state(self) -> dict[str, Any] | None:
+    def state(self) -> State | None:
         """The loop's state at the last checkpoint, or None before the first."""
         folder = self.checkpoint("last")
         if folder is None:
             return None
         try:
             state = torch.load(folder / STATE, weights_only=True)
-            if not (
-                isinstance(state, dict) and {"epoch", "best_epoch", "finished", "optimizer", "rng"} <= state.keys()
-            ):
+            if not (isinstance(state, dict) and State.__required_keys__ <= state.keys()):
                 raise ValueError("it is no state of a run")
-            return state
+            return cast(State, state)
         except Exception as error:
-            raise DataError(f'"{folder / STATE}" is damaged ({_brief(error)}): restore it, or train again') from error
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+            raise DataError(f'"{folder / STATE}" is damaged ({reason(error)}): restore it, or train again') from error
 
 
 def versions() -> dict[str, str]:
@@ -227,7 +254,7 @@ def public_path(path: str) -> str:
     return re.sub(r"^(pyrovae\.(?:models|objectives))\.[\w.]+:", r"\1:", path)
 
 
-def describe(owner: Any) -> dict[str, Any] | None:
+def describe(owner: object) -> Described | None:
     """How to build a model object again: its class and its arguments, or None if it does not say (no ``.config``)."""
     arguments = getattr(owner, "config", None)
     if owner is None or not isinstance(arguments, dict):
@@ -241,10 +268,10 @@ def find_class(path: str, *, outside: Path | None = None) -> type:
     With ``outside`` nothing that lies in that folder is imported.
     """
     module, _, name = path.partition(":")
-    if outside is not None and _lies_in(outside, module):
+    if outside is not None and lies_in(outside, module):
         raise ValueError(f'the class "{path}" lies in the run itself, whose code is never executed: move it elsewhere')
     try:
-        cls: Any = importlib.import_module(module)
+        cls: object = importlib.import_module(module)
     except (ImportError, TypeError, ValueError) as error:
         raise ValueError(f'cannot import "{module}" for the model "{path}" ({error}): run where it can be') from error
     for part in name.split("."):
@@ -254,7 +281,7 @@ def find_class(path: str, *, outside: Path | None = None) -> type:
     return cls
 
 
-def _lies_in(folder: Path, module: str) -> bool:
+def lies_in(folder: Path, module: str) -> bool:
     """Whether a part of a dotted module path would be read from the folder; nothing in the folder is executed."""
     folder, parts = folder.resolve(), module.split(".")
     for i in range(len(parts)):
@@ -304,15 +331,22 @@ def restore(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, whe
     missing, extra = sorted(targets.keys() - weights.keys()), sorted(weights.keys() - targets.keys())
     shapes = [n for n in targets.keys() & weights.keys() if targets[n].shape != weights[n].shape]
     if missing or extra or shapes:
+        differences = (
+            f"missing {shortened(missing)}, unknown {shortened(extra)}, of other shape {shortened(sorted(shapes))}"
+        )
         raise DataError(
-            f'the weights of "{where}" are of another model: missing {_some(missing)}, unknown {_some(extra)}, '
-            f"of other shape {_some(sorted(shapes))}; pass the model they were saved from"
+            f'the weights of "{where}" are of another model: {differences}; pass the model they were saved from'
         )
     with torch.no_grad():
         for name, tensor in targets.items():
             tensor.copy_(weights[name])
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return (", ".join(names[:3]) + (", ..." if len(names) > 3 else "")) or "none"
+def shortened(names: Sequence[str]) -> str:
+    """The first names of some, for a message."""
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])]) or "none"
+
+
+def reason(error: BaseException) -> str:
+    """What an error says in one line, or else its class."""
+    return one_line(error) or type(error).__name__

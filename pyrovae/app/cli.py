@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,7 +16,7 @@ from torch import OutOfMemoryError
 from pyrovae.app import measure, pictures, tables
 from pyrovae.app import train as training
 from pyrovae.app.settings import Settings, parse_settings
-from pyrovae.arguments import DataError
+from pyrovae.arguments import DataError, one_line
 from pyrovae.memory import keep_freed_memory
 
 app = typer.Typer(
@@ -30,18 +30,15 @@ app = typer.Typer(
 
 out = Console(soft_wrap=True)
 
-
 DataDir = Annotated[str | None, typer.Option(help="Folder of the data sets; else $PYROVAE_DATA, else a cache folder.")]
-
-
-_INTERRUPTED = 130
-
-
 Device = Annotated[str, typer.Option(help='"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...')]
 
 
+INTERRUPTED = 130
+
+
 @app.callback()
-def _global(
+def common(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
 ) -> None:
     pass
@@ -154,34 +151,35 @@ def main(arguments: list[str] | None = None) -> None:
     keep_freed_memory()
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _warn
+            warnings.showwarning = print_warning
             code = app(arguments, prog_name="pyrovae", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        code = _INTERRUPTED
+        code = INTERRUPTED
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             code = 2  # the help is on the screen already
         elif hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
-            code = _fail(error.format_message(), getattr(error, "exit_code", 2), debug)
+            code = fail(error.format_message(), getattr(error, "exit_code", 2), debug)
         else:
             kinds = {DataError: 3, ValueError: 2, TypeError: 2, FloatingPointError: 1, OSError: 1, OutOfMemoryError: 1}
             known = next((code for kind, code in kinds.items() if isinstance(error, kind)), None)
             if known is None:
                 raise
-            code = _fail(error, known, debug)
-    if code == _INTERRUPTED:  # some releases of typer return it, others raise
-        _fail("interrupted; go on with --resume", code, debug=False)
+            code = fail(error, known, debug)
+    if code == INTERRUPTED:  # some releases of typer return it, others raise
+        fail("interrupted; go on with --resume", code, debug=False)
     sys.exit(code or 0)
 
 
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+def print_warning(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as one line, without the source line that gave it."""
-    print("warning: " + " ".join(str(message).split()), file=sys.stderr)
+    print("warning: " + one_line(message, longest=None), file=sys.stderr)
 
 
-def _fail(error: Any, code: int, debug: bool) -> int:
+def fail(error: object, code: int, debug: bool) -> int:
+    """An error as one line; the exit code."""
     if debug:
         traceback.print_exc()
     lines = [str(error), *getattr(error, "__notes__", ())]
-    print("error: " + " ".join(" ".join(lines).split()), file=sys.stderr)
+    print("error: " + one_line(" ".join(lines), longest=None), file=sys.stderr)
     return code

@@ -184,7 +184,7 @@ def reopen(folder: Path, checkpoint: str = "last") -> tuple[Pair, Settings, Part
     config = runs.Run(folder).config()
     if "settings" not in config:
         raise ValueError(f'the run "{folder}" was not made by pyrovae train: load it in Python with pyrovae.load')
-    job = Settings(**config["settings"])
+    job = Settings.recorded(config["settings"])
     parts = Parts.of(job, run=folder)
     built = None
     if config.get("model") is None:  # a class without .config: its arguments are the settings

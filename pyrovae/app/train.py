@@ -60,7 +60,9 @@ def as_begun(job: Settings, run: runs.Run, explicit: set[str]) -> Settings:
     """The settings that a run began with, but for those that are given explicitly."""
     if (begun := run.config().get("settings")) is None:
         return job
-    return Settings(**begun | {name: value for name, value in dataclasses.asdict(job).items() if name in explicit})
+    return Settings.recorded(
+        begun | {name: value for name, value in dataclasses.asdict(job).items() if name in explicit}
+    )
 
 
 def train_by_objective(task: Task, run: runs.Run, resume: bool) -> Fit:

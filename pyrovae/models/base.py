@@ -41,18 +41,18 @@ class Pair(Configured, nn.Module):
     observation: Any  # the likelihood's family, and the network that gives its parameters
     decoder: Any
 
-    def set_shape(self, input_shape: Any) -> tuple[int, ...]:
+    def set_shape(self, input_shape: object) -> tuple[int, ...]:
         """Take the shape of one datum, after checking it."""
         self.input_shape = sizes("input_shape", input_shape)
         if not self.input_shape:
             raise ValueError("input_shape is empty: give the shape of one datum, such as (1, 28, 28)")
         return self.input_shape
 
-    def model(self, x: Tensor, *labels: Any) -> Any:
+    def model(self, x: Tensor, *labels: Any) -> object:
         """The generative program, with ``x`` observed."""
         raise NotImplementedError(f"{type(self).__name__} has no model")
 
-    def guide(self, x: Tensor, *labels: Any) -> Any:
+    def guide(self, x: Tensor, *labels: Any) -> object:
         """The inference program."""
         raise NotImplementedError(f"{type(self).__name__} has no guide")
 
@@ -145,11 +145,11 @@ class Pair(Configured, nn.Module):
         bias.copy_(self.observation.initial_bias(mean).reshape(bias.shape))
         return self
 
-    def metrics(self, x: Tensor, *labels: Any) -> dict[str, Any]:
+    def metrics(self, x: Tensor, *labels: Any) -> dict[str, object]:
         """What is worth knowing of a batch beside the bound, by name: nothing, in general."""
         return {}
 
-    def after_training(self, data: Any) -> bool:
+    def after_training(self, data: object) -> bool:
         """Do what follows training on ``data``; whether it changed the weights."""
         return False
 

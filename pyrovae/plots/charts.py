@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -17,15 +17,13 @@ from torch import Tensor
 
 from pyrovae.arguments import positive_int, sizes
 from pyrovae.engine.programs import evaluating, roots
-from pyrovae.plots.images import DPI, INK, LINES, MUTED, StrPath, _save, as_numpy, mosaic, rgb
+from pyrovae.plots.images import DPI, INK, LINES, MUTED, StrPath, as_numpy, mosaic, rgb, save
 
 BLUE, ORANGE, IDLE = "#2f6796", "#d0743c", "#c9ccd2"
-
-
 MAX_NAMED = 20  # classes with a colour and a legend entry each; beyond, a colour bar
 
 
-def curves(history: Sequence[Mapping[str, Any]], path: StrPath) -> Path:
+def curves(history: Sequence[Mapping[str, object]], path: StrPath) -> Path:
     """Training epoch by epoch: the bound, reconstruction and KL, active units, and the gradient's norm.
 
     :param history: one dict per epoch, as of :class:`pyrovae.Fit`; keys that are missing are left out, as is a
@@ -34,27 +32,27 @@ def curves(history: Sequence[Mapping[str, Any]], path: StrPath) -> Path:
     """
     if not history:
         raise ValueError("history is empty: pass one dict per epoch")
-    panels = [(title, lines) for title, keys in _PANELS if (lines := _lines(history, keys))]
+    panels = [(title, lines) for title, keys in PANELS if (lines := lines_of(history, keys))]
     if not panels:
         raise ValueError(f"history has nothing to draw, only {', '.join(map(str, history[0]))}: pass Fit.history")
     columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     rows = math.ceil(len(panels) / columns)
-    figure = _figure(3.6 * columns, 2.6 * rows)
+    figure = new_figure(3.6 * columns, 2.6 * rows)
     for i, (title, lines) in enumerate(panels):
-        axes = _dressed(figure.add_subplot(rows, columns, i + 1), title=title, x="epoch")
+        axes = dress(figure.add_subplot(rows, columns, i + 1), title=title, x="epoch")
         for (name, x, y), colour in zip(
-            lines, [BLUE, ORANGE] if len(lines) <= 2 else _class_colours(len(lines)), strict=False
+            lines, [BLUE, ORANGE] if len(lines) <= 2 else class_colours(len(lines)), strict=False
         ):
             axes.plot(x, y, color=colour, linewidth=1.6, label=name, marker="o" if len(x) < 3 else None, markersize=4)
-        _fit_axis(axes, title, lines)
+        fit_axis(axes, title, lines)
         if len(lines) > 1:
-            _legend(axes)
-    return _save(figure, path)
+            add_legend(axes)
+    return save(figure, path)
 
 
-def has_curves(history: Sequence[Mapping[str, Any]]) -> bool:
+def has_curves(history: Sequence[Mapping[str, object]]) -> bool:
     """Whether :func:`curves` finds anything to draw."""
-    return any(_lines(history, keys) for _, keys in _PANELS)
+    return any(lines_of(history, keys) for _, keys in PANELS)
 
 
 def latent_plane(means: Tensor, path: StrPath, *, labels: Tensor | None = None) -> Path:
@@ -74,13 +72,13 @@ def latent_plane(means: Tensor, path: StrPath, *, labels: Tensor | None = None) 
     classes = None if labels is None else as_numpy(labels)
     if classes is not None and classes.shape != points.shape[:1]:
         raise ValueError(f"labels must be [{len(points)}], one per row of means, got {tuple(classes.shape)}")
-    figure = _figure(5.4 if classes is not None else 4.8, 4.6)
+    figure = new_figure(5.4 if classes is not None else 4.8, 4.6)
     axes = figure.add_subplot()
     if points.shape[1] == 1:
-        _histogram(axes, points[:, 0], classes)
+        histogram(axes, points[:, 0], classes)
     else:
-        _scatter(axes, points, classes)
-    return _save(figure, path)
+        scatter(axes, points, classes)
+    return save(figure, path)
 
 
 def unit_activity(kl_per_unit: Tensor, variances: Tensor, path: StrPath, *, threshold: float = 0.01) -> Path:
@@ -101,23 +99,23 @@ def unit_activity(kl_per_unit: Tensor, variances: Tensor, path: StrPath, *, thre
     active = variance[order] > threshold
     floor = max(threshold / 1000, variance.min() / 2)  # where the logarithmic axis ends: a variance may be 0
     colours = np.where(active, BLUE, IDLE)
-    figure = _figure(7.2, 4.4)
+    figure = new_figure(7.2, 4.4)
     top, bottom = figure.subplots(2, 1, sharex=True)
     for axes, height, title in (
         (top, kl[order], f"KL, nats ({kl.sum():.1f} in all)"),
         (bottom, variance[order].clip(floor), f"variance of the posterior mean ({active.sum()} of {len(kl)} active)"),
     ):
-        _dressed(axes, title=title, grid="y").margins(x=0.01)
+        dress(axes, title=title, grid="y").margins(x=0.01)
         axes.bar(np.arange(len(kl)), height, color=list(colours), width=0.8)
     bottom.set_yscale("log")
     bottom.set_ylim(bottom=floor)
     bottom.axhline(threshold, color=ORANGE, linewidth=1, linestyle="--")
     bottom.set_xlabel("latent unit, by KL", fontsize=9, color=MUTED)
     bottom.set_xticks(*((np.arange(len(kl)), order) if len(kl) <= 30 else ([],)))
-    return _save(figure, path)
+    return save(figure, path)
 
 
-_PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("bound, nats per datum", {"bound": "train", "validation_bound": "validation"}),
     ("reconstruction $\\log p(x|z)$, nats", {"reconstruction": ""}),
     ("KL, nats", {"kl": ""}),
@@ -132,7 +130,7 @@ _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
 Line = tuple[str, list[float], list[float]]
 
 
-def _lines(history: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> list[Line]:
+def lines_of(history: Sequence[Mapping[str, object]], keys: Mapping[str, str]) -> list[Line]:
     """What is drawn in one panel: for each key, and each site where values are given by site, the name, x and y."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for i, row in enumerate(history):
@@ -142,12 +140,13 @@ def _lines(history: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> lis
             for site, number in by_site.items():
                 if isinstance(number, int | float):
                     x, y = found.setdefault(site, ([], []))
-                    x.append(row.get("epoch", i + 1))
+                    x.append(cast(int, row.get("epoch", i + 1)))
                     y.append(float(number))
     return [(name, x, y) for name, (x, y) in found.items()]
 
 
-def _fit_axis(axes: Axes, title: str, lines: list[Line]) -> None:
+def fit_axis(axes: Axes, title: str, lines: list[Line]) -> None:
+    """Ticks and limits of a panel, by what it shows."""
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if len({epoch for _, x, _ in lines for epoch in x}) == 1:
         axes.set_xlim(lines[0][1][0] - 1, lines[0][1][0] + 1)
@@ -168,7 +167,8 @@ def _fit_axis(axes: Axes, title: str, lines: list[Line]) -> None:
             axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
 
 
-def _scatter(axes: Axes, points: np.ndarray, classes: np.ndarray | None) -> None:
+def scatter(axes: Axes, points: np.ndarray, classes: np.ndarray | None) -> None:
+    """Points in the plane of the two units that vary most, coloured by class."""
     variances = points.var(0)
     # The two of largest variance, in their own order: units 3 and 7, not 7 and 3.
     first, second = sorted(np.argsort(-variances, kind="stable")[:2])
@@ -176,7 +176,7 @@ def _scatter(axes: Axes, points: np.ndarray, classes: np.ndarray | None) -> None
         f"unit {i} (variance {variances[i]:#.2g})" if len(variances) > 2 else f"unit {i}" for i in (first, second)
     )
     title = f"the two of {len(variances)} units that vary most" if len(variances) > 2 else None
-    _dressed(axes, title=title, x=across, y=along)
+    dress(axes, title=title, x=across, y=along)
     axes.set_aspect("equal", adjustable="datalim")
     size = float(np.clip(12_000 / len(points), 1.5, 14))
     # Shuffled, so that no class covers another only because it comes later in the data.
@@ -190,37 +190,40 @@ def _scatter(axes: Axes, points: np.ndarray, classes: np.ndarray | None) -> None
         drawn = axes.scatter(x, y, s=size, c=classes[order], cmap="viridis", alpha=0.7, linewidths=0)
         bar = axes.figure.colorbar(drawn, ax=axes, fraction=0.04)
         bar.outline.set_visible(False)
-        _dressed(bar.ax, y="label", grid="")
+        dress(bar.ax, y="label", grid="")
         return
-    colours = np.array(_class_colours(len(names)))
+    colours = np.array(class_colours(len(names)))
     axes.scatter(x, y, s=size, color=colours[index], alpha=0.75, linewidths=0)
     for name, colour in zip(names, colours, strict=True):
         axes.scatter([], [], s=24, color=colour, linewidths=0, label=str(name))
-    _legend(axes, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    add_legend(axes, beside=True)
 
 
-def _histogram(axes: Axes, values: np.ndarray, classes: np.ndarray | None) -> None:
-    _dressed(axes, x="unit 0", y="data", grid="y")
+def histogram(axes: Axes, values: np.ndarray, classes: np.ndarray | None) -> None:
+    """Values of one unit, stacked by class."""
+    dress(axes, x="unit 0", y="data", grid="y")
     bins = np.histogram_bin_edges(values, bins=min(60, max(10, round(math.sqrt(len(values)))))).tolist()
     names = [] if classes is None else list(np.unique(classes))
     if classes is None or len(names) > MAX_NAMED:
         axes.hist(values, bins=bins, color=BLUE)
         return
     parts = [values[classes == name] for name in names]
-    axes.hist(parts, bins=bins, stacked=True, color=_class_colours(len(names)), label=list(map(str, names)))
-    _legend(axes, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.hist(parts, bins=bins, stacked=True, color=class_colours(len(names)), label=list(map(str, names)))
+    add_legend(axes, beside=True)
 
 
-def _class_colours(count: int) -> list[Any]:
+def class_colours(count: int) -> list[tuple[float, float, float, float]]:
+    """A colour for each class, or line."""
     palette = mpl.colormaps["tab10" if count <= 10 else "tab20"]
     return [palette(i % palette.N) for i in range(count)]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches, apart from pyplot's."""
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
-def _dressed(
+def dress(
     axes: Axes,
     *,
     title: str | None = None,
@@ -243,8 +246,12 @@ def _dressed(
     return axes
 
 
-def _legend(axes: Axes, **place: Any) -> None:
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, handletextpad=0.4, borderaxespad=0.3, **place)
+def add_legend(axes: Axes, *, beside: bool = False) -> None:
+    """A legend without a box, in small type; to the right of the axes, or where it hides least."""
+    axes.legend(
+        loc="center left" if beside else "best", bbox_to_anchor=(1.01, 0.5) if beside else None,
+        frameon=False, fontsize=8, labelcolor=INK, handletextpad=0.4, borderaxespad=0.3,
+    )  # fmt: skip
 
 
 def manifold(
@@ -274,8 +281,8 @@ def manifold(
         images = decode(z.to(parameter.device, parameter.dtype))
     pixels = rgb(images.reshape(len(z), *event_shape), "what decode returns")
 
-    figure = _figure(6.4, 6.4)
-    axes = _dressed(figure.add_subplot(), x="unit 0", y="unit 1", grid="")
+    figure = new_figure(6.4, 6.4)
+    axes = dress(figure.add_subplot(), x="unit 0", y="unit 1", grid="")
     axes.imshow(mosaic(pixels, steps, gap=0), extent=(0, 1, 0, 1), aspect="auto")
     axes.set_box_aspect(event_shape[-2] / event_shape[-1])
     ticks = [-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5]
@@ -285,4 +292,4 @@ def manifold(
     axes.set_yticks(mass, names)
     if latent_dim > 2:
         axes.set_title(f"two of {latent_dim} latent units, the others at 0", fontsize=9, color=INK, loc="left")
-    return _save(figure, path)
+    return save(figure, path)

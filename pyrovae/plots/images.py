@@ -16,12 +16,10 @@ from pyrovae.arguments import positive_int
 
 INK, MUTED, LINES = "#2b2d31", "#6f747c", "#e6e7ea"
 DPI = 150
-
-
 CELL = 56  # pixels that a small image is enlarged to, at least, by whole factors
-
-
 GAP, PAGE, FRAME = 2, 255, 205
+
+StrPath = str | os.PathLike[str]
 
 
 def is_image(shape: Sequence[int]) -> bool:
@@ -68,9 +66,6 @@ def as_numpy(x: Tensor) -> np.ndarray:
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
-StrPath = str | os.PathLike[str]
-
-
 def image_grid(images: Tensor, path: StrPath, *, columns: int | None = None, title: str | None = None) -> Path:
     """Images side by side, row by row, enlarged by a whole factor so that each pixel stays a sharp square.
 
@@ -82,7 +77,7 @@ def image_grid(images: Tensor, path: StrPath, *, columns: int | None = None, tit
     """
     pixels = rgb(images, "images")
     columns = math.ceil(math.sqrt(len(pixels))) if columns is None else positive_int("columns", columns)
-    return _write_pixels(mosaic(pixels, min(columns, len(pixels))), path, title)
+    return write_pixels(mosaic(pixels, min(columns, len(pixels))), path, title)
 
 
 def reconstructions(
@@ -103,10 +98,10 @@ def reconstructions(
             labels.append((len(canvas) + len(row) // 2, name))
             canvas = np.concatenate([canvas, row])
         canvas = np.concatenate([canvas, np.full((6 * GAP, *canvas.shape[1:]), PAGE, np.uint8)])
-    return _write_pixels(canvas[: -6 * GAP], path, title, labels)
+    return write_pixels(canvas[: -6 * GAP], path, title, labels)
 
 
-def _write_pixels(
+def write_pixels(
     sheet: np.ndarray, path: StrPath, title: str | None = None, labels: Sequence[tuple[int, str]] = ()
 ) -> Path:
     """The sheet at one screen pixel per value, with a title above and, at the heights given, labels to the left."""
@@ -128,10 +123,11 @@ def _write_pixels(
             ha="right",
             va="center",
         )
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _save(figure: Figure, path: StrPath) -> Path:
+def save(figure: Figure, path: StrPath) -> Path:
+    """Write a figure aside and rename it, so that no half of a picture is ever there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
