@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -19,7 +19,57 @@ from pyrovae.data.support import check_support
 from pyrovae.models.base import Pair
 from pyrovae.parts.pixels import Gaussian
 
-_NOTHING = 1e-12  # share of the variance outside the components that is rounding only
+NOTHING = 1e-12  # share of the variance outside the components that is rounding only
+
+
+class Components(NamedTuple):
+    """Principal components: the data's mean ``[d]``, directions ``[k, d]`` and variances ``[k]`` along them.
+
+    :ivar total: the variance of the data.
+    :ivar left: what of it lies outside of the components.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    variances: Tensor
+    total: float
+    left: float
+
+
+def find_components(x: Tensor, number: int) -> Components:
+    """The leading components of data ``[N, d]`` in float64, by scikit-learn.
+
+    :raises DataError: for fewer data than components, and data without any variance outside of them.
+    """
+    from sklearn.decomposition import PCA as Decomposition
+
+    if number >= len(x):
+        raise DataError(f"{number} components need more data than that, got {len(x)}: lower latent_dim")
+    total, left = x.var(0).sum().item(), 0.0
+    if total > 0:
+        solver = "covariance_eigh" if len(x) >= x.shape[1] else "full"  # the default for large data is approximate
+        found = Decomposition(number, svd_solver=solver).fit(x.numpy())
+        left = total - float(found.explained_variance_.sum())
+    if left <= NOTHING * total:
+        raise DataError(
+            f"the data have no variance outside of {number} components (of {total:.3g} in all): their "
+            "density would be infinite; lower latent_dim, or pass data that vary"
+        )
+    mean, directions, variances = map(torch.from_numpy, (found.mean_, found.components_, found.explained_variance_))
+    return Components(mean, directions, variances, total, left)
+
+
+def all_data(pair: Pair, data: object, seed: int) -> Tensor:
+    """All data of a pair, ``[N, d]`` in float64 on the CPU."""
+    parts = []
+    for x, *_ in batches((as_dataset(data),), 1000, seed=seed):
+        pair.check(x)
+        parts.append(x.flatten(1).double().cpu())
+    if not parts:
+        raise DataError("there are no data to fit: pass at least one datum")
+    x = torch.cat(parts)
+    check_support(x, None)
+    return x
 
 
 class PCA(Pair):
@@ -86,7 +136,7 @@ class PCA(Pair):
     # --- fitting -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit(self, data: Any, *, seed: int = 0, device: str | torch.device = "auto") -> list[dict[str, float]]:
+    def fit(self, data: object, *, seed: int = 0, device: str | torch.device = "auto") -> list[dict[str, float]]:
         """Find the components of the data, in float64 by scikit-learn: exact, and in one pass.
 
         Variances are those of scikit-learn, with N - 1 below the sum of squares; so is the noise where there are more
@@ -102,52 +152,27 @@ class PCA(Pair):
 
         Pedregosa et al., *Scikit-learn: machine learning in Python*, 2011.
         """
-        from sklearn.decomposition import PCA as Decomposition
-
         began, place = time.perf_counter(), pick_device(device)
-        x = self._gather(data, seed)
+        x = all_data(self, data, seed)
         number, dim = x.shape
-        if self.latent_dim >= number:
-            raise DataError(f"{self.latent_dim} components need more data than that, got {number}: lower latent_dim")
-        variance, left = x.var(0).sum().item(), 0.0
-        if variance > 0:
-            solver = "covariance_eigh" if number >= dim else "full"  # the default for large data is approximate
-            found = Decomposition(self.latent_dim, svd_solver=solver).fit(x.numpy())
-            left = variance - float(found.explained_variance_.sum())
-        if left <= _NOTHING * variance:
-            raise DataError(
-                f"the data have no variance outside of {self.latent_dim} components (of {variance:.3g} in all): their "
-                "density would be infinite; lower latent_dim, or pass data that vary"
-            )
-        self.mean.copy_(torch.from_numpy(found.mean_))
-        self.components.copy_(torch.from_numpy(found.components_))
-        self.explained_variance.copy_(torch.from_numpy(found.explained_variance_))
-        self.noise_variance.fill_(left / (dim - self.latent_dim))
+        found = find_components(x, self.latent_dim)
+        self.mean.copy_(found.mean)
+        self.components.copy_(found.directions)
+        self.explained_variance.copy_(found.variances)
+        self.noise_variance.fill_(found.left / (dim - self.latent_dim))
         self.to(place)
         return [
             {
                 "epoch": 1,
                 "seconds": time.perf_counter() - began,
                 # Variances of N - 1: each squared coordinate over its own is on average 1 - 1/N.
-                "bound": self._log_density(self.mean.new_tensor(dim * (1 - 1 / number))).item(),
-                "explained_variance_ratio": 1 - left / variance,
+                "bound": self.log_density(self.mean.new_tensor(dim * (1 - 1 / number))).item(),
+                "explained_variance_ratio": 1 - found.left / found.total,
                 "noise_variance": self.noise_variance.item(),
             }
         ]
 
     train_on = fit
-
-    def _gather(self, data: Any, seed: int) -> Tensor:
-        """All data, ``[N, d]`` in float64 on the CPU."""
-        parts = []
-        for x, *_ in batches((as_dataset(data),), 1000, seed=seed):
-            self.check(x)
-            parts.append(x.flatten(1).double().cpu())
-        if not parts:
-            raise DataError("there are no data to fit: pass at least one datum")
-        x = torch.cat(parts)
-        check_support(x, None)
-        return x
 
     def initialise(self, x: Tensor) -> PCA:
         """Nothing: :meth:`fit` starts from no weights."""
@@ -179,25 +204,27 @@ class PCA(Pair):
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """p(z | x) of data ``[..., *input_shape]``."""
-        mean = self._centred(x) @ self.loading / self.explained_variance
+        mean = self.centred(x) @ self.loading / self.explained_variance
         return dist.Normal(mean, (self.noise_variance / self.explained_variance).sqrt()).to_event(1)
 
     @property
     def loading(self) -> Tensor:
         """W, ``[d, latent_dim]``."""
-        self._require_fit()
-        return self.components.T * self._signal.sqrt()
+        self.require_fit()
+        return self.components.T * self.signal.sqrt()
 
     @property
-    def _signal(self) -> Tensor:
+    def signal(self) -> Tensor:
         """The diagonal of W^T W, which rounding must not make negative."""
         return (self.explained_variance - self.noise_variance).clamp(min=0)
 
-    def _require_fit(self) -> None:
+    def require_fit(self) -> None:
+        """A ValueError before :meth:`fit`."""
         if self.noise_variance.isnan():
             raise ValueError("PCA has no components yet: call fit(data) first")
 
-    def _centred(self, x: Tensor) -> Tensor:
+    def centred(self, x: Tensor) -> Tensor:
+        """Data ``[..., *input_shape]`` less their mean, ``[..., d]``."""
         return x.flatten(-len(self.input_shape)).to(self.mean.dtype) - self.mean
 
     # --- what it is for ------------------------------------------------------------------------------------------
@@ -210,15 +237,15 @@ class PCA(Pair):
 
         with r the distance between x and its reconstruction.
         """
-        self._require_fit()
+        self.require_fit()
         self.check(x)
-        centred = self._centred(x)
+        centred = self.centred(x)
         along = centred @ self.components.T
         squares = (along.square() / self.explained_variance).sum(-1)
         squares = squares + (centred - along @ self.components).square().sum(-1) / self.noise_variance
-        return self._log_density(squares)
+        return self.log_density(squares)
 
-    def _log_density(self, squares: Tensor) -> Tensor:
+    def log_density(self, squares: Tensor) -> Tensor:
         """Of a datum whose squared coordinates, each over its variance, sum to ``squares``."""
         dim, rest = len(self.mean), len(self.mean) - self.latent_dim
         log_volume = self.explained_variance.log().sum() + rest * self.noise_variance.log()
@@ -226,8 +253,8 @@ class PCA(Pair):
 
     def encode(self, x: Tensor) -> Tensor:
         """The code that reconstructs best, ``[..., *input_shape]`` to ``[..., latent_dim]``."""
-        signal = self._signal
-        return self._centred(x) @ self.loading * torch.where(signal > 0, 1 / signal, 0.0)
+        signal = self.signal
+        return self.centred(x) @ self.loading * torch.where(signal > 0, 1 / signal, 0.0)
 
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's mean, ``[..., latent_dim]`` to ``[..., *input_shape]``."""
