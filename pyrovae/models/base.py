@@ -91,7 +91,7 @@ class Pair(Configured, nn.Module):
         between = one_of("path", path, ("linear", "spherical"))
         start, end = (self.encode(x, *labels, **where).unsqueeze(1) for x in (a, b))
         t = torch.linspace(0, 1, count, dtype=start.dtype, device=start.device).view(-1, *[1] * (start.dim() - 2))
-        z = (1 - t) * start + t * end if between == "linear" else _great_circle(start, end, t)
+        z = (1 - t) * start + t * end if between == "linear" else great_circle(start, end, t)
         repeated = (y.repeat_interleave(count, 0) if isinstance(y, Tensor) and y.dim() else y for y in labels)
         return self.decode(z.flatten(0, 1), *repeated, **where).unflatten(0, (-1, count))
 
@@ -235,7 +235,14 @@ def as_pair(module: nn.Module) -> Pair:
     return module if isinstance(module, Pair) else OwnPair(module)
 
 
-def _great_circle(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
+def layer_number(layer: int, count: int) -> int:
+    """A layer's number among 1 ... count, or one clear error."""
+    if positive_int("layer", layer) > count:
+        raise ValueError(f"layer must be at most {count}, got {layer}: this pair has no more")
+    return int(layer)
+
+
+def great_circle(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
     """Spherical interpolation of vectors on the last axis; linear where they (almost) point the same way."""
     cosine = torch.nn.functional.cosine_similarity(start, end, dim=-1).clamp(-1, 1).unsqueeze(-1)
     angle = cosine.acos()

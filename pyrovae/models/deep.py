@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -14,9 +13,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from pyrovae.arguments import DataError, positive_int, sizes
-from pyrovae.models.base import Pair
-from pyrovae.nn.mlp import fold, glorot, zero
+from pyrovae.arguments import DataError, sizes
+from pyrovae.models.base import Pair, layer_number
+from pyrovae.nn.mlp import fold, glorot, module_list, zero
 from pyrovae.nn.residual import PatchDecoder, PyramidEncoder, ResidualBlock
 from pyrovae.parts.likelihoods import make_likelihood
 
@@ -34,7 +33,7 @@ class StochasticLayer(nn.Module):
     .. math:: p(z \mid h) = N(\mu, \sigma^2), \qquad q(z \mid h, x) = N(\mu + \delta, (\sigma \rho)^2), \qquad
               h' = f(h + W z)
 
-    Both start as N(0, I). Logarithms of :math:`\sigma, \rho` are bent into (-5, 5) by a tanh.
+    Both start as N(0, I). Logarithms of :math:`\sigma, \rho` are kept in (-5, 5) by a tanh.
 
     Shapes: the path is ``[..., channels, h, w]``, the latents ``[..., latent_channels, h, w]``.
 
@@ -58,27 +57,29 @@ class StochasticLayer(nn.Module):
     def prior(self, path: Tensor) -> TorchDistribution:
         """p(z | h)."""
         mean, raw = fold(self.prior_head, self.activation(path), 3).chunk(2, -3)
-        return _normal(mean, _bent(raw))
+        return normal(mean, soft_clamp(raw))
 
     def posterior(self, path: Tensor, features: Tensor) -> TorchDistribution:
         """q(z | h, x), of the encoder's features ``[..., channels, h, w]``."""
         h = self.activation(path)
         mean, raw = fold(self.prior_head, h, 3).chunk(2, -3)
-        # Both parts by themselves: what is said of a datum is the same for all of its particles.
+        # Both parts by themselves: the features of a datum are the same for all of its particles.
         joint = fold(self.path_head, h, 3) + fold(self.data_head, features, 3)
         shift, stretch = fold(self.change, self.activation(joint), 3).chunk(2, -3)
-        return _normal(mean + shift, _bent(raw) + _bent(stretch))
+        return normal(mean + shift, soft_clamp(raw) + soft_clamp(stretch))
 
     def forward(self, path: Tensor, z: Tensor) -> Tensor:
         """The path below this layer."""
         return fold(self.block, path + fold(self.enter, z, 3), 3)
 
 
-def _normal(mean: Tensor, log_sigma: Tensor) -> TorchDistribution:
+def normal(mean: Tensor, log_sigma: Tensor) -> TorchDistribution:
+    """Of grids, by the logarithm of its deviation."""
     return dist.Normal(mean, log_sigma.exp()).to_event(3)
 
 
-def _bent(raw: Tensor) -> Tensor:
+def soft_clamp(raw: Tensor) -> Tensor:
+    """Kept within LIMIT on either side, smoothly."""
     return LIMIT * torch.tanh(raw / LIMIT)
 
 
@@ -140,16 +141,14 @@ class DeepVAE(Pair):
         super().__init__()
         shape = self.set_shape(input_shape)
         per_scale = {"channels": channels, "latent_channels": latent_channels, "blocks": blocks}
-        widths, self.latent_channels, counts = _per_scale(per_scale)
+        widths, self.latent_channels, counts = by_scale(per_scale)
         self.encoder = PyramidEncoder(shape, widths, counts, patch)
         self.observation = make_likelihood(likelihood, shape, scale, levels)
         self.decoder = PatchDecoder(widths[0], shape, patch, self.observation.outputs)
         #: The scale of each layer, the layer next to the data first.
         self.scales = [i for i, count in enumerate(counts) for _ in range(count)]
-        self.layers: Any = nn.ModuleList(
-            StochasticLayer(widths[i], self.latent_channels[i], sum(counts)) for i in self.scales
-        )
-        self.rise: Any = nn.ModuleList(glorot(nn.Conv2d(b, a, 1)) for a, b in pairwise(widths))
+        self.layers = module_list(StochasticLayer(widths[i], self.latent_channels[i], sum(counts)) for i in self.scales)
+        self.rise = module_list(glorot(nn.Conv2d(b, a, 1)) for a, b in pairwise(widths))
         self.start = nn.Parameter(torch.zeros(widths[-1], *self.encoder.grids[-1]))
 
     @property
@@ -159,7 +158,7 @@ class DeepVAE(Pair):
 
     def layer_shape(self, layer: int) -> tuple[int, int, int]:
         """Shape of the grid of latents of one layer."""
-        scale = self.scales[self._layer(layer) - 1]
+        scale = self.scales[layer_number(layer, self.num_layers) - 1]
         return (self.latent_channels[scale], *self.encoder.grids[scale])
 
     # --- the two programs ----------------------------------------------------------------------------------------
@@ -175,8 +174,8 @@ class DeepVAE(Pair):
         """q(z | x) over the plate ``"data"``."""
         self.check(x)
         with pyro.plate("data", len(x)):
-            said = self.encoder(x)
-            self.descend(lambda layer, path: pyro.sample(f"z{layer}", self.posterior(layer, path, said)))
+            features = self.encoder(x)
+            self.descend(lambda layer, path: pyro.sample(f"z{layer}", self.posterior(layer, path, features)))
 
     # --- their parts ---------------------------------------------------------------------------------------------
 
@@ -191,9 +190,9 @@ class DeepVAE(Pair):
         """p(z_layer | h_layer)."""
         return self.layers[layer - 1].prior(path)
 
-    def posterior(self, layer: int, path: Tensor, said: Sequence[Tensor]) -> TorchDistribution:
-        """q(z_layer | h_layer, x), of what the encoder says at every scale."""
-        return self.layers[layer - 1].posterior(path, said[self.scales[layer - 1]])
+    def posterior(self, layer: int, path: Tensor, features: Sequence[Tensor]) -> TorchDistribution:
+        """q(z_layer | h_layer, x), of the encoder's features at every scale."""
+        return self.layers[layer - 1].posterior(path, features[self.scales[layer - 1]])
 
     def below(self, layer: int, path: Tensor, z: Tensor) -> Tensor:
         """h_layer-1, at the scale of the layer below."""
@@ -212,11 +211,11 @@ class DeepVAE(Pair):
     def encode(self, x: Tensor, layer: int = 1) -> Tensor:
         """The posterior's means from the highest layer down to ``layer``, each given those above, ``[..., units]``."""
         self.check(x)
-        lowest, said = self._layer(layer), self.encoder(x)
+        lowest, features = layer_number(layer, self.num_layers), self.encoder(x)
         means = []
 
         def draw(current: int, path: Tensor) -> Tensor:
-            means.append(self.posterior(current, path, said).mean)
+            means.append(self.posterior(current, path, features).mean)
             return means[-1]
 
         self.descend(draw)
@@ -224,7 +223,7 @@ class DeepVAE(Pair):
 
     def decode(self, z: Tensor, layer: int = 1) -> Tensor:
         """The likelihood's mean of a code of :meth:`encode`, layers below ``layer`` at the means of their priors."""
-        shapes = [self.layer_shape(i) for i in range(self.num_layers, self._layer(layer) - 1, -1)]
+        shapes = [self.layer_shape(i) for i in range(self.num_layers, layer_number(layer, self.num_layers) - 1, -1)]
         units = [math.prod(shape) for shape in shapes]
         if z.shape[-1:] != (sum(units),):
             raise DataError(
@@ -237,13 +236,8 @@ class DeepVAE(Pair):
 
         return self.likelihood(*self.descend(draw)).mean
 
-    def _layer(self, layer: Any) -> int:
-        if positive_int("layer", layer) > self.num_layers:
-            raise ValueError(f"layer must be at most {self.num_layers}, got {layer}: this pair has no more")
-        return int(layer)
 
-
-def _per_scale(given: dict[str, Any]) -> list[tuple[int, ...]]:
+def by_scale(given: Mapping[str, Sequence[int]]) -> list[tuple[int, ...]]:
     """Sequences of one entry for every scale."""
     checked = {name: sizes(name, value) for name, value in given.items()}
     if not all(checked.values()):

@@ -10,12 +10,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyrovae.arguments import one_of, positive_int, sizes
-from pyrovae.models.base import Pair
-from pyrovae.nn.conv import networks
-from pyrovae.nn.mlp import MLP
+from pyrovae.arguments import one_of, sizes
+from pyrovae.models.base import Pair, layer_number
+from pyrovae.nn.conv import Encoder, networks
+from pyrovae.nn.mlp import MLP, module_list
 from pyrovae.parts.likelihoods import make_likelihood
 from pyrovae.parts.posteriors import POSTERIORS, DiagonalNormal, centre, make_posterior, share_options
 from pyrovae.parts.priors import PRIORS, make_prior
@@ -103,10 +103,10 @@ class HierarchicalVAE(Pair):
     ) -> None:
         super().__init__()
         shape, dims = self.set_shape(input_shape), sizes("latent_dims", latent_dims)
-        widths = _widths(hidden, dims)
+        widths = layer_widths(hidden, dims)
+        self.latent_dims, layers = dims, range(1, len(dims))  # above the first
         self.top_down = one_of("guide", guide, GUIDES) == "top_down"
         make_encoder, make_decoder = networks(network, activation, channels)
-        self.latent_dims = dims
         self.observation = make_likelihood(likelihood, shape, scale, levels)
         options = {"components": components, "flows": flows, "flow_hidden": flow_hidden}
         of_prior, of_posterior = share_options(options, prior=(prior, PRIORS), posterior=(posterior, POSTERIORS))
@@ -115,27 +115,24 @@ class HierarchicalVAE(Pair):
                 f"guide='top_down' multiplies diagonal normals, got posterior={posterior!r}: leave it out, or use "
                 "guide='bottom_up'"
             )
-        posteriors = [make_posterior(posterior, dim, **of_posterior) for dim in dims]
-        normals = [DiagonalNormal(dim) for dim in dims[:-1]]
-        up = [make_encoder(shape, widths[0], posteriors[0].heads)]
-        for layer in range(1, len(dims)):
-            below = up[-1].output.in_features if self.top_down else dims[layer - 1]
-            up.append(_between(below, widths[layer], posteriors[layer], activation))
-        down = [
-            _between(dims[layer], widths[layer][::-1], normals[layer - 1], activation) for layer in range(1, len(dims))
-        ]
-        posteriors[0].start_(up[0].output)
-        self.reads_data = self.top_down or len(dims) == 1
-        self.posterior_families: Any = nn.ModuleList(posteriors)
-        self.normals: Any = nn.ModuleList(normals)
-        self.inference: Any = nn.ModuleList(up)
-        self.generative: Any = nn.ModuleList(down)
+        self.posterior_families = module_list(make_posterior(posterior, dim, **of_posterior) for dim in dims)
+        self.normals = module_list(DiagonalNormal(dim) for dim in dims[:-1])
+        up: list[Encoder | MLP] = [make_encoder(shape, widths[0], self.posterior_families[0].heads)]
+        for i in layers:
+            below = up[-1].output.in_features if self.top_down else dims[i - 1]
+            up.append(between(below, widths[i], self.posterior_families[i], activation))
+        self.inference = module_list(up)
+        self.generative = module_list(
+            between(dims[i], widths[i][::-1], self.normals[i - 1], activation) for i in layers
+        )
+        self.posterior_families[0].start_(up[0].output)
         self.decoder = make_decoder(dims[0], widths[0][::-1], shape, heads=self.observation.outputs)
+        self.reads_data = self.top_down or len(dims) == 1
         # Last, as for the VAE.
         self.prior_family = make_prior(
             prior,
             dims[-1],
-            posterior=self._read_last if self.top_down else partial(self.posterior, len(dims)),
+            posterior=self.last_posterior,
             pseudo_shape=shape if self.reads_data else dims[-2:-1],
             bounded=self.reads_data and likelihood != "gaussian",
             **of_prior,
@@ -183,14 +180,15 @@ class HierarchicalVAE(Pair):
 
     def read(self, x: Tensor) -> list[TorchDistribution]:
         """Top-down: what the data by themselves say of each layer, the first layer first."""
-        said = []
+        found = []
         for family, network in zip(self.posterior_families, self.inference, strict=True):
             x = network.features(x)
-            said.append(family(network.output(x)))
-        return said
+            found.append(family(network.output(x)))
+        return found
 
-    def _read_last(self, x: Tensor) -> TorchDistribution:
-        return self.read(x)[-1]
+    def last_posterior(self, x: Tensor) -> TorchDistribution:
+        """q(z_L | x) of data, or bottom-up q(z_L | z_L-1) of the layer below."""
+        return self.read(x)[-1] if self.top_down else self.posterior(self.num_layers, x)
 
     def infer(self, x: Tensor, draw: Draw) -> dict[int, Tensor]:
         """Walk through the layers in the guide's order; ``draw(layer, q)`` gives the value to go on with."""
@@ -199,9 +197,9 @@ class HierarchicalVAE(Pair):
             for layer in range(1, self.num_layers + 1):
                 values[layer] = x = draw(layer, self.posterior(layer, x))
             return values
-        said = self.read(x)
+        of_data = self.read(x)
         for layer in range(self.num_layers, 0, -1):
-            q = said[layer - 1]
+            q = of_data[layer - 1]
             if layer < self.num_layers:
                 q = product(q, self.layer_prior(layer, values[layer + 1]))
             values[layer] = draw(layer, q)
@@ -214,11 +212,11 @@ class HierarchicalVAE(Pair):
 
         Where the posterior is a flow, its :func:`centre` stands for the mean.
         """
-        return self.infer(x, lambda _, q: centre(q))[self._layer(layer)]
+        return self.infer(x, lambda _, q: centre(q))[layer_number(layer, self.num_layers)]
 
     def decode(self, z: Tensor, layer: int = 1) -> Tensor:
         """The likelihood's mean, through the means of the layers below, ``[..., units]`` to ``[..., *input_shape]``."""
-        for below in range(self._layer(layer) - 1, 0, -1):
+        for below in range(layer_number(layer, self.num_layers) - 1, 0, -1):
             z = self.layer_prior(below, z).mean
         return self.likelihood(z).mean
 
@@ -230,13 +228,9 @@ class HierarchicalVAE(Pair):
         self.prior_family.start_(x, below)
         return self
 
-    def _layer(self, layer: Any) -> int:
-        if positive_int("layer", layer) > self.num_layers:
-            raise ValueError(f"layer must be at most {self.num_layers}, got {layer}: this pair has no more")
-        return int(layer)
 
-
-def _widths(hidden: Any, dims: tuple[int, ...]) -> list[tuple[int, ...]]:
+def layer_widths(hidden: Sequence[Sequence[int]], dims: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The widths of the dense networks of each layer, after checks."""
     if not dims:
         raise ValueError("latent_dims is empty: give the units of each layer, such as (100, 50)")
     if isinstance(hidden, str) or not hasattr(hidden, "__iter__"):
@@ -251,7 +245,7 @@ def _widths(hidden: Any, dims: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 @torch.no_grad()
-def _between(below: int, widths: Sequence[int], family: DiagonalNormal, activation: str) -> MLP:
+def between(below: int, widths: Sequence[int], family: DiagonalNormal, activation: str) -> MLP:
     """The network that reads one stochastic layer and gives the parameters of the next."""
     network = MLP(below, widths, family.heads, activation)
     if not widths:  # the exponential of what is linear in an unbounded sample would start in overflow

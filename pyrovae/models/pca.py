@@ -22,56 +22,6 @@ from pyrovae.parts.pixels import Gaussian
 NOTHING = 1e-12  # share of the variance outside the components that is rounding only
 
 
-class Components(NamedTuple):
-    """Principal components: the data's mean ``[d]``, directions ``[k, d]`` and variances ``[k]`` along them.
-
-    :ivar total: the variance of the data.
-    :ivar left: what of it lies outside of the components.
-    """
-
-    mean: Tensor
-    directions: Tensor
-    variances: Tensor
-    total: float
-    left: float
-
-
-def find_components(x: Tensor, number: int) -> Components:
-    """The leading components of data ``[N, d]`` in float64, by scikit-learn.
-
-    :raises DataError: for fewer data than components, and data without any variance outside of them.
-    """
-    from sklearn.decomposition import PCA as Decomposition
-
-    if number >= len(x):
-        raise DataError(f"{number} components need more data than that, got {len(x)}: lower latent_dim")
-    total, left = x.var(0).sum().item(), 0.0
-    if total > 0:
-        solver = "covariance_eigh" if len(x) >= x.shape[1] else "full"  # the default for large data is approximate
-        found = Decomposition(number, svd_solver=solver).fit(x.numpy())
-        left = total - float(found.explained_variance_.sum())
-    if left <= NOTHING * total:
-        raise DataError(
-            f"the data have no variance outside of {number} components (of {total:.3g} in all): their "
-            "density would be infinite; lower latent_dim, or pass data that vary"
-        )
-    mean, directions, variances = map(torch.from_numpy, (found.mean_, found.components_, found.explained_variance_))
-    return Components(mean, directions, variances, total, left)
-
-
-def all_data(pair: Pair, data: object, seed: int) -> Tensor:
-    """All data of a pair, ``[N, d]`` in float64 on the CPU."""
-    parts = []
-    for x, *_ in batches((as_dataset(data),), 1000, seed=seed):
-        pair.check(x)
-        parts.append(x.flatten(1).double().cpu())
-    if not parts:
-        raise DataError("there are no data to fit: pass at least one datum")
-    x = torch.cat(parts)
-    check_support(x, None)
-    return x
-
-
 class PCA(Pair):
     r"""Principal component analysis: the linear Gaussian model with its exact posterior and its exact log p(x).
 
@@ -259,3 +209,53 @@ class PCA(Pair):
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's mean, ``[..., latent_dim]`` to ``[..., *input_shape]``."""
         return self.likelihood(z).mean
+
+
+class Components(NamedTuple):
+    """Principal components: the data's mean ``[d]``, directions ``[k, d]`` and variances ``[k]`` along them.
+
+    :ivar total: the variance of the data.
+    :ivar left: what of it lies outside of the components.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    variances: Tensor
+    total: float
+    left: float
+
+
+def find_components(x: Tensor, number: int) -> Components:
+    """The leading components of data ``[N, d]`` in float64, by scikit-learn.
+
+    :raises DataError: for fewer data than components, and data without any variance outside of them.
+    """
+    from sklearn.decomposition import PCA as Decomposition
+
+    if number >= len(x):
+        raise DataError(f"{number} components need more data than that, got {len(x)}: lower latent_dim")
+    total, left = x.var(0).sum().item(), 0.0
+    if total > 0:
+        solver = "covariance_eigh" if len(x) >= x.shape[1] else "full"  # the default for large data is approximate
+        found = Decomposition(number, svd_solver=solver).fit(x.numpy())
+        left = total - float(found.explained_variance_.sum())
+    if left <= NOTHING * total:
+        raise DataError(
+            f"the data have no variance outside of {number} components (of {total:.3g} in all): their "
+            "density would be infinite; lower latent_dim, or pass data that vary"
+        )
+    mean, directions, variances = map(torch.from_numpy, (found.mean_, found.components_, found.explained_variance_))
+    return Components(mean, directions, variances, total, left)
+
+
+def all_data(pair: Pair, data: object, seed: int) -> Tensor:
+    """All data of a pair, ``[N, d]`` in float64 on the CPU."""
+    parts = []
+    for x, *_ in batches((as_dataset(data),), 1000, seed=seed):
+        pair.check(x)
+        parts.append(x.flatten(1).double().cpu())
+    if not parts:
+        raise DataError("there are no data to fit: pass at least one datum")
+    x = torch.cat(parts)
+    check_support(x, None)
+    return x

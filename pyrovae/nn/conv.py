@@ -6,16 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyrovae.arguments import lookup, sizes
-from pyrovae.nn.mlp import ACTIVATIONS, Activation, DenseDecoder, DenseEncoder, _activation, fold, glorot
+from pyrovae.nn.mlp import ACTIVATIONS, Activation, DenseDecoder, DenseEncoder, fold, glorot, make_activation
 
 
-def _halvings(shape: Sequence[int], count: int) -> list[tuple[int, int]]:
+def halved(shape: Sequence[int], count: int) -> list[tuple[int, int]]:
     """Heights and widths before, between and after ``count`` convolutions of stride 2 (4x4, padding 1)."""
     if len(shape) != 3:
         raise ValueError(f"convolutions need a shape (channels, height, width), got {tuple(shape)}: use network='mlp'")
@@ -61,10 +60,10 @@ class ConvEncoder(nn.Module):
     ) -> None:
         super().__init__()
         shape, channels = sizes("input_shape", input_shape), sizes("channels", channels)
-        height, width = _halvings(shape, len(channels))[-1]
+        height, width = halved(shape, len(channels))[-1]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise((shape[0], *channels)):
-            layers += [glorot(nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1)), _activation(activation)]
+            layers += [glorot(nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1)), make_activation(activation)]
         self.convolutions = nn.Sequential(*layers)
         self.dense = DenseEncoder(((shape[0], *channels)[-1], height, width), hidden, out_features, activation, context)
 
@@ -112,7 +111,7 @@ class ConvDecoder(nn.Module):
     ) -> None:
         super().__init__()
         shape, channels = sizes("output_shape", output_shape), sizes("channels", channels)
-        grid = _halvings(shape, len(channels))[::-1]
+        grid = halved(shape, len(channels))[::-1]
         widths = (*channels, heads * shape[0])
         layers: list[nn.Module] = []
         for i in range(len(channels)):
@@ -120,7 +119,7 @@ class ConvDecoder(nn.Module):
             # An odd size was rounded down on the way in; the extra row or column gives it back.
             extra = (grid[i + 1][0] % 2, grid[i + 1][1] % 2)
             layer = nn.ConvTranspose2d(widths[i], widths[i + 1], 4, 2, 1, output_padding=extra, bias=not last)
-            layers += [_activation(activation), glorot(layer, heads if last else 1)]
+            layers += [make_activation(activation), glorot(layer, heads if last else 1)]
         self.dense = DenseDecoder(in_features, hidden, (channels[0], *grid[0]), activation)
         self.convolutions = nn.Sequential(*layers)
         self.output_bias = nn.Parameter(torch.zeros(heads * shape[0], *shape[1:]))
@@ -129,16 +128,19 @@ class ConvDecoder(nn.Module):
         return fold(self.convolutions, self.dense(z, context), 3) + self.output_bias
 
 
-NETWORKS: dict[str, tuple[type[DenseEncoder | ConvEncoder], type[DenseDecoder | ConvDecoder]]] = {
+Encoder = DenseEncoder | ConvEncoder
+Decoder = DenseDecoder | ConvDecoder
+MakeEncoder = Callable[..., Encoder]
+MakeDecoder = Callable[..., Decoder]
+
+NETWORKS: dict[str, tuple[MakeEncoder, MakeDecoder]] = {
     "mlp": (DenseEncoder, DenseDecoder),
     "conv": (ConvEncoder, ConvDecoder),
 }
 """Pairs of encoder and decoder with the same arguments; a new kind of network is one more row."""
 
 
-def networks(
-    network: str, activation: str, channels: Sequence[int] | None = None
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def networks(network: str, activation: str, channels: Sequence[int] | None = None) -> tuple[MakeEncoder, MakeDecoder]:
     """What makes encoders and decoders of one kind; the shapes are left to give.
 
     :param network: a name from :data:`NETWORKS`.
@@ -149,8 +151,7 @@ def networks(
     >>> encoder((1, 28, 28), (32,), 10)(torch.zeros(5, 1, 28, 28)).shape
     torch.Size([5, 10])
     """
-    makers: tuple[Callable[..., Any], Callable[..., Any]] = lookup("network", network, NETWORKS)
-    make_encoder, make_decoder = makers
+    make_encoder, make_decoder = lookup("network", network, NETWORKS)
     lookup("activation", activation, ACTIVATIONS)
     if channels is None:
         return partial(make_encoder, activation=activation), partial(make_decoder, activation=activation)

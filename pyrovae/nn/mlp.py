@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TypeVar, cast
 
@@ -14,10 +14,8 @@ from torch.nn.functional import linear
 from pyrovae.arguments import lookup, positive_int, sizes
 
 Convolution = TypeVar("Convolution", nn.Conv2d, nn.ConvTranspose2d)
-
-
+M = TypeVar("M", bound=nn.Module)
 Activation = str | Callable[[], nn.Module]
-
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
@@ -29,6 +27,11 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
     "sigmoid": nn.Sigmoid,
 }
+
+
+def module_list(modules: Iterable[M]) -> Sequence[M]:
+    """An ``nn.ModuleList`` that is known by what it holds."""
+    return cast("Sequence[M]", nn.ModuleList(modules))
 
 
 def fold(function: Callable[[Tensor], Tensor], x: Tensor, event_ndim: int) -> Tensor:
@@ -46,20 +49,22 @@ def fold(function: Callable[[Tensor], Tensor], x: Tensor, event_ndim: int) -> Te
 
 
 @torch.no_grad()
-def _glorot_(weight: Tensor, heads: Sequence[int], dim: int = 0) -> None:
+def glorot_(weight: Tensor, heads: Sequence[int], dim: int = 0) -> None:
     """Glorot's bound for each head by itself, as if heads that share one product were separate layers."""
     for head in weight.split(list(heads), dim):
         nn.init.xavier_uniform_(head)
 
 
-def _linear(in_features: int, heads: Sequence[int]) -> nn.Linear:
+def glorot_linear(in_features: int, heads: Sequence[int]) -> nn.Linear:
+    """A dense layer, started as every layer here, its outputs as several heads side by side."""
     layer = nn.Linear(in_features, sum(heads))
-    _glorot_(layer.weight, heads)
+    glorot_(layer.weight, heads)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def _activation(activation: Activation) -> nn.Module:
+def make_activation(activation: Activation) -> nn.Module:
+    """The module of a name, or of what returns one."""
     return activation() if callable(activation) else lookup("activation", activation, ACTIVATIONS)()
 
 
@@ -95,8 +100,8 @@ class MLP(nn.Sequential):
         widths = (positive_int("in_features", in_features), *sizes("hidden", hidden))
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
-            layers += [_linear(fan_in, [fan_out]), _activation(activation)]
-        super().__init__(*layers, _linear(widths[-1], heads))
+            layers += [glorot_linear(fan_in, [fan_out]), make_activation(activation)]
+        super().__init__(*layers, glorot_linear(widths[-1], heads))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if context is None:
@@ -181,7 +186,7 @@ class DenseDecoder(MLP):
 def glorot(layer: Convolution, heads: int = 1) -> Convolution:
     """A convolution, started as every layer here; its output channels may be ``heads`` side by side."""
     transposed = isinstance(layer, nn.ConvTranspose2d)
-    _glorot_(layer.weight, [layer.out_channels // heads] * heads, dim=1 if transposed else 0)
+    glorot_(layer.weight, [layer.out_channels // heads] * heads, dim=1 if transposed else 0)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from pyrovae.arguments import positive_int, sizes
-from pyrovae.nn.mlp import Activation, _activation, fold, glorot, zero
+from pyrovae.nn.mlp import Activation, fold, glorot, make_activation, zero
 
 
 def code_grid(shape: Sequence[int], num_downsamplings: int) -> tuple[int, int]:
@@ -56,7 +56,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int, activation: Activation = "relu", *, silent: bool = False) -> None:
         super().__init__()
         width = positive_int("channels", channels)
-        self.activation = _activation(activation)
+        self.activation = make_activation(activation)
         self.wide = glorot(nn.Conv2d(width, width, 3, padding=1))
         self.narrow = (zero if silent else glorot)(nn.Conv2d(width, width, 1))
 
@@ -238,7 +238,8 @@ class PatchDecoder(nn.Module):
         first, *rest = sizes("output_shape", output_shape)
         self.patch = positive_int("patch", patch)
         self.layers = nn.Sequential(
-            _activation(activation), zero(nn.Conv2d(in_channels, heads * first * patch**2, 3, padding=1, bias=False))
+            make_activation(activation),
+            zero(nn.Conv2d(in_channels, heads * first * patch**2, 3, padding=1, bias=False)),
         )
         self.output_bias = nn.Parameter(torch.zeros(heads * first, *rest))
 

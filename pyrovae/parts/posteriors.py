@@ -7,7 +7,7 @@ of them. A new one is a class of these two things and one row in :data:`POSTERIO
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import pyro.distributions as dist
 import torch
@@ -15,7 +15,14 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyrovae.arguments import lookup, one_of, positive_int, sizes
-from pyrovae.parts.flows import Autoregressive, Coupling, FlowNormal
+from pyrovae.nn.mlp import module_list
+from pyrovae.parts.flows import Autoregressive, Coupling, FlowNormal, Step
+
+
+class HasOptions(Protocol):
+    """A class that names what a user may choose of it."""
+
+    options: ClassVar[tuple[str, ...]]
 
 
 class DiagonalNormal(nn.Module):
@@ -89,12 +96,12 @@ class FlowPosterior(DiagonalNormal):
     """
 
     options: ClassVar[tuple[str, ...]] = ("flows", "flow_hidden")
-    step: ClassVar[Any]
+    step: ClassVar[type[Coupling | Autoregressive]]
 
     def __init__(self, dim: int, flows: int = 4, flow_hidden: Sequence[int] | None = None) -> None:
         super().__init__(dim)
         self.heads = (dim, dim, 2 * dim)
-        self.steps: Any = make_steps(self.step, dim, flows, flow_hidden, context=2 * dim)
+        self.steps = make_steps(self.step, dim, flows, flow_hidden, context=2 * dim)
 
     def forward(self, params: Tensor) -> TorchDistribution:
         dim = self.heads[0]
@@ -133,21 +140,25 @@ POSTERIORS: dict[str, type[DiagonalNormal]] = {
 }
 
 
-def make_steps(step: Any, dim: int, flows: int, flow_hidden: Sequence[int] | None, context: int = 0) -> nn.ModuleList:
+def make_steps(
+    step: type[Coupling | Autoregressive], dim: int, flows: int, flow_hidden: Sequence[int] | None, context: int = 0
+) -> Sequence[Step]:
     """Steps of one kind, every second one the other way round."""
     if dim < 2:
         raise ValueError(f"a flow needs at least 2 latent units, got {dim}: take more, or a prior or posterior without")
     hidden = (max(100, 2 * dim),) if flow_hidden is None else sizes("flow_hidden", flow_hidden)
-    return nn.ModuleList(step(dim, context, hidden, flip=i % 2 == 1) for i in range(positive_int("flows", flows)))
+    return module_list(step(dim, context, hidden, flip=i % 2 == 1) for i in range(positive_int("flows", flows)))
 
 
-def centre(q: Any) -> Tensor:
+def centre(q: TorchDistribution) -> Tensor:
     """One point that stands for a distribution: the mean, or for a flow the image of the base's mean."""
     point: Tensor = q.centre if isinstance(q, FlowNormal) else q.mean
     return point
 
 
-def share_options(options: Mapping[str, Any], **choices: tuple[str, Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+def share_options(
+    options: Mapping[str, object], **choices: tuple[str, Mapping[str, type[HasOptions]]]
+) -> tuple[dict[str, Any], ...]:
     """Sort options by the choice that has them; None stands for an option that is not given.
 
     :param choices: for each argument its value, and the table of classes that it chooses from.
@@ -162,23 +173,18 @@ def share_options(options: Mapping[str, Any], **choices: tuple[str, Mapping[str,
     ValueError: posterior='full' has no flows, got flows=3: leave it out, or use posterior='flow' or posterior='iaf'
     """
     given = {name: value for name, value in options.items() if value is not None}
-    own = [lookup(argument, value, table).options for argument, (value, table) in choices.items()]
+    chosen = [lookup(argument, name, table) for argument, (name, table) in choices.items()]
+    owners = {(argument, name): cls for argument, (_, table) in choices.items() for name, cls in table.items()}
     for option, value in given.items():
-        if not any(option in names for names in own):
-            owners = [(a, n) for a, (_, table) in choices.items() for n, cls in table.items() if option in cls.options]
-            if not owners:
-                one_of(
-                    "option",
-                    option,
-                    {name for _, table in choices.values() for c in table.values() for name in c.options},
-                )
-            chosen = " with ".join(f"{argument}={name!r}" for argument, (name, _) in choices.items())
-            others = " or ".join(f"{argument}={name!r}" for argument, name in owners)
-            raise ValueError(f"{chosen} has no {option}, got {option}={value!r}: leave it out, or use {others}")
-    return tuple({name: value for name, value in given.items() if name in names} for names in own)
+        one_of("option", option, sorted({known for cls in owners.values() for known in cls.options}))
+        if not any(option in cls.options for cls in chosen):
+            asked = " with ".join(f"{argument}={name!r}" for argument, (name, _) in choices.items())
+            others = " or ".join(f"{arg}={name!r}" for (arg, name), cls in owners.items() if option in cls.options)
+            raise ValueError(f"{asked} has no {option}, got {option}={value!r}: leave it out, or use {others}")
+    return tuple({name: value for name, value in given.items() if name in cls.options} for cls in chosen)
 
 
-def make_posterior(name: str, dim: int, **options: Any) -> DiagonalNormal:
+def make_posterior(name: str, dim: int, **options: object) -> DiagonalNormal:
     """The posterior of that name; options that it does not have are refused.
 
     :raises ValueError: an unknown name, or an option that this posterior does not have.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -38,7 +38,7 @@ class NormalMixture(TorchDistribution):
     tensor([-1.8379, -1.8379, -1.8379, -1.8379, -1.8379])
     """
 
-    arg_constraints: ClassVar[dict] = {
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
         "logits": constraints.real_vector,
         "loc": constraints.independent(constraints.real, 2),
         "scale": constraints.independent(constraints.positive, 2),
@@ -49,7 +49,7 @@ class NormalMixture(TorchDistribution):
         self.logits, self.loc, self.scale = logits, loc, scale
         super().__init__(torch.Size(), loc.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> NormalMixture:
+    def expand(self, batch_shape: Sequence[int], _instance: NormalMixture | None = None) -> NormalMixture:
         new = self._get_checked_instance(NormalMixture, _instance)
         new.__dict__.update(self.__dict__)
         TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
@@ -69,7 +69,7 @@ class NormalMixture(TorchDistribution):
         return log_p.to(value.dtype).expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
         logits = self.logits.expand(*shape, -1)  # one draw from each row of many, which a static graph can hold
         component = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
@@ -85,7 +85,7 @@ class NormalMixture(TorchDistribution):
         return (second - self.mean.square()).expand(self.batch_shape + self.event_shape)
 
 
-class _VectorMixture(dist.MixtureSameFamily):
+class VectorMixture(dist.MixtureSameFamily):
     """A mixture over real vectors that says so, as annealed importance sampling asks."""
 
     support = constraints.real_vector
@@ -173,10 +173,11 @@ class VampPrior(Prior):
         self.log_weights: Tensor
         shape = (positive_int("components", components), *sizes("pseudo_shape", pseudo_shape))
         noise = torch.randn(shape)
-        self.raw = nn.Parameter(self._raw(0.5 + 0.1 * noise) if bounded else noise)
+        self.raw = nn.Parameter(self.as_raw(0.5 + 0.1 * noise) if bounded else noise)
         self.register_buffer("log_weights", torch.zeros(shape[0]), persistent=False)
 
-    def _raw(self, x: Tensor) -> Tensor:
+    def as_raw(self, x: Tensor) -> Tensor:
+        """The parameters of pseudo-inputs."""
         return x.clamp(0.01, 0.99).logit() if self.bounded else x
 
     @property
@@ -185,17 +186,17 @@ class VampPrior(Prior):
         return self.raw.sigmoid() if self.bounded else self.raw
 
     def distribution(self, like: Tensor) -> TorchDistribution:
-        q: Any = self.posterior(self.pseudo_inputs)
+        q = self.posterior(self.pseudo_inputs)
         if isinstance(q, dist.Independent) and isinstance(q.base_dist, dist.Normal):
             return NormalMixture(self.log_weights, q.base_dist.loc, q.base_dist.scale)
-        return _VectorMixture(dist.Categorical(logits=self.log_weights), q)
+        return VectorMixture(dist.Categorical(logits=self.log_weights), q)
 
     @torch.no_grad()
     def start_(self, x: Tensor, read: Callable[[Tensor], Tensor] | None = None) -> None:
         count = min(len(self.raw), len(x))
         spaced = torch.linspace(0, len(x) - 1, count, dtype=torch.float64, device=x.device).round().long()
         chosen = x[spaced].to(self.raw)
-        self.raw[:count] = self._raw(chosen if read is None else read(chosen))
+        self.raw[:count] = self.as_raw(chosen if read is None else read(chosen))
 
     def extra_repr(self) -> str:
         return f"pseudo_inputs={tuple(self.raw.shape)}, bounded={self.bounded}"
@@ -222,13 +223,13 @@ class FlowPrior(Prior):
     def __init__(self, dim: int, flows: int = 4, flow_hidden: Sequence[int] | None = None) -> None:
         super().__init__()
         self.base = StandardNormal(dim)
-        self.steps: Any = make_steps(Coupling, dim, flows, flow_hidden)
+        self.steps = make_steps(Coupling, dim, flows, flow_hidden)
 
     def distribution(self, like: Tensor) -> TorchDistribution:
         return FlowNormal(self.base.distribution(like), self.steps)
 
 
-PRIORS: dict[str, Any] = {
+PRIORS: dict[str, type[Prior]] = {
     "normal": StandardNormal,
     "mixture": MixturePrior,
     "vamp": VampPrior,
@@ -243,7 +244,7 @@ def make_prior(
     posterior: Callable[[Tensor], TorchDistribution] | None = None,
     pseudo_shape: Sequence[int] | None = None,
     bounded: bool = True,
-    **options: Any,
+    **options: object,
 ) -> Prior:
     """The prior of that name; options that it does not have are refused.
 
@@ -255,8 +256,7 @@ def make_prior(
     """
     (own,) = share_options(options, prior=(name, PRIORS))
     if PRIORS[name] is not VampPrior:
-        prior: Prior = PRIORS[name](dim, **own)
-        return prior
+        return PRIORS[name](dim, **own)
     if posterior is None or pseudo_shape is None:
         raise ValueError(f"prior={name!r} is made of posteriors of pseudo-inputs: give posterior and pseudo_shape")
     return VampPrior(posterior, pseudo_shape, bounded=bounded, **own)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,9 @@ from torch.nn.functional import embedding
 
 from pyrovae.arguments import in_range, positive_int
 
-_SMOOTHING = 1e-5  # Laplace's, of the moving counts
-
-
+SMOOTHING = 1e-5  # Laplace's, of the moving counts
 # Distances computed at one time: what a CPU's cache holds; on a GPU, what its memory does not notice.
-_DISTANCES = {"cpu": 2**19, "cuda": 2**26}
+DISTANCES = {"cpu": 2**19, "cuda": 2**26}
 
 
 class Quantized(NamedTuple):
@@ -114,35 +112,36 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("ema_sum", start.clone())
 
     def forward(self, z_e: Tensor) -> Quantized:
-        leading = z_e.shape[:-1]
-        codebook_losses: Any = 0.0
-        commitment_losses: Any = 0.0
-        rows: Any = 0.0
-        codes, counts = [], []
-        with _full_precision(z_e):
-            start = residual = self._flat(z_e)
-            for i, codebook in enumerate(self._codebooks(residual.dtype)):
-                vectors = residual.detach()
-                nearest = _nearest(vectors, codebook.detach())
-                row = embedding(nearest, codebook)
-                residual = residual - row.detach()
-                codebook_losses = codebook_losses + (row - vectors).square().sum(-1)
-                commitment_losses = commitment_losses + residual.square().sum(-1)
-                rows = rows + row.detach()
-                codes.append(nearest)
-                counts.append(vectors.new_zeros(self.num_codes).index_add_(0, nearest, vectors.new_ones(len(vectors))))
-                if self.training and self.ema_decay is not None:
-                    self._follow(i, vectors, nearest, counts[-1])
-            z_q = rows + (start - start.detach())
+        with full_precision(z_e):
+            start = left = self.flat(z_e)
+            each = []
+            for codebook in self.codebooks():
+                each.append(self.nearest_row(left, codebook))
+                left = each[-1].left
+            found = together(each)
+            z_q = found.row + (start - start.detach())
+            leading = z_e.shape[:-1]
             return Quantized(
                 z_q.view(*leading, self.code_dim),
-                self._together(codes, -1).view(*leading, *self._several),
-                codebook_losses.mean(),
-                commitment_losses.mean(),
-                self._together([_perplexity(count) for count in counts], 0),
-                codebook_losses.view(leading),
-                commitment_losses.view(leading),
+                found.codes.view(*leading, *found.codes.shape[1:]),
+                found.codebook_losses.mean(),
+                found.commitment_losses.mean(),
+                found.perplexity,
+                found.codebook_losses.view(leading),
+                found.commitment_losses.view(leading),
             )
+
+    def nearest_row(self, vectors: Tensor, codebook: Codebook) -> NearestRow:
+        """The nearest row of one codebook for each of ``vectors``; in training its averages move on."""
+        fixed, rows = vectors.detach(), codebook.rows.to(vectors.dtype)
+        codes = nearest(fixed, rows.detach())
+        row = embedding(codes, rows)
+        count = fixed.new_zeros(self.num_codes).index_add_(0, codes, fixed.new_ones(len(fixed)))
+        if self.training and self.ema_decay is not None:
+            codebook.follow(fixed, codes, count, self.ema_decay, self.revive_below)
+        left = vectors - row.detach()
+        losses = (row - fixed).square().sum(-1), left.square().sum(-1)
+        return NearestRow(row.detach(), left, codes, *losses, perplexity_of(count))
 
     def loss(self, found: Quantized) -> Tensor:
         """Codebook loss + commitment_weight * commitment loss of each vector, ``[...]``."""
@@ -151,27 +150,27 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, z_e: Tensor) -> Tensor:
         """The codes of vectors ``[..., code_dim]``, as of :class:`Quantized`; the codebook stays where it is."""
-        with _full_precision(z_e):
-            residual = self._flat(z_e)
-            codes = []
-            for codebook in self._codebooks(residual.dtype):
-                codes.append(_nearest(residual, codebook))
-                residual = residual - embedding(codes[-1], codebook)
-            return self._together(codes, -1).view(*z_e.shape[:-1], *self._several)
+        with full_precision(z_e):
+            left = self.flat(z_e)
+            each = []
+            for codebook in self.codebooks():
+                rows = codebook.rows.to(left.dtype)
+                each.append(nearest(left, rows))
+                left = left - embedding(each[-1], rows)
+            codes = stacked(each, -1)
+            return codes.view(*z_e.shape[:-1], *codes.shape[1:])
 
     def lookup(self, codes: Tensor) -> Tensor:
         """The vectors that codes stand for, ``[..., code_dim]``."""
         if self.num_quantizers == 1:
             return embedding(codes, self.codebook)
-        rows: Any = 0.0
-        for code, codebook in zip(codes.unbind(-1), self.codebook, strict=True):
-            rows = rows + embedding(code, codebook)
-        return rows
+        return summed([embedding(code, rows) for code, rows in zip(codes.unbind(-1), self.codebook, strict=True)])
 
     def perplexity(self, codes: Tensor) -> Tensor:
         """exp of the entropy of the codes' frequencies, as of :class:`Quantized`."""
         columns = codes.reshape(-1, self.num_quantizers).unbind(-1)
-        return self._together([_perplexity(torch.bincount(c, minlength=self.num_codes).double()) for c in columns], 0)
+        counts = [torch.bincount(column, minlength=self.num_codes).double() for column in columns]
+        return stacked([perplexity_of(count) for count in counts], 0)
 
     @torch.no_grad()
     def initialise(self, z_e: Tensor) -> VectorQuantizer:
@@ -181,31 +180,21 @@ class VectorQuantizer(nn.Module):
         nearest so far (Arthur and Vassilvitskii, *k-means++*, 2007). Codes without a vector to start at stay as they
         are.
         """
-        residual = self._flat(z_e).to(self.codebook.dtype)
-        number = min(self.num_codes, len(residual))
-        everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=residual.device)
-        for i, codebook in enumerate(self._codebooks(residual.dtype)):
-            self._place(i, everywhere, torch.cat([_spread(residual, number), codebook[number:]]), 1.0)
-            residual = residual - embedding(_nearest(residual, codebook), codebook)
+        left = self.flat(z_e).to(self.codebook.dtype)
+        number = min(self.num_codes, len(left))
+        everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=left.device)
+        for codebook in self.codebooks():
+            codebook.place(everywhere, torch.cat([spread(left, number), codebook.rows[number:]]), 1.0)
+            left = left - embedding(nearest(left, codebook.rows), codebook.rows)
         return self
 
     def extra_repr(self) -> str:
         options = {"ema_decay": self.ema_decay, "revive_below": self.revive_below}
         shown = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
-        several = f", num_quantizers={self.num_quantizers}" if self._several else ""
+        several = f", num_quantizers={self.num_quantizers}" if self.num_quantizers > 1 else ""
         return f"{self.num_codes}, {self.code_dim}, commitment_weight={self.commitment_weight}{shown}{several}"
 
-    # --- the parts ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _several(self) -> tuple[int, ...]:
-        return (self.num_quantizers,) if self.num_quantizers > 1 else ()
-
-    def _together(self, each: list[Tensor], dim: int) -> Tensor:
-        """One tensor of what there is for each codebook: an axis more where there are several."""
-        return torch.stack(each, dim) if self._several else each[0]
-
-    def _flat(self, z_e: Tensor) -> Tensor:
+    def flat(self, z_e: Tensor) -> Tensor:
         """The vectors ``[n, code_dim]``, in the precision to work in."""
         if z_e.shape[-1:] != (self.code_dim,):
             raise ValueError(
@@ -215,62 +204,104 @@ class VectorQuantizer(nn.Module):
         wide = torch.promote_types(torch.promote_types(z_e.dtype, self.codebook.dtype), torch.float32)
         return z_e.reshape(-1, self.code_dim).to(wide)
 
-    def _codebooks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The codebooks, each ``[num_codes, code_dim]``."""
-        yield from self.codebook.to(dtype).unbind() if self._several else (self.codebook.to(dtype),)
+    def codebooks(self) -> list[Codebook]:
+        """One, or several that quantise what the ones before left over."""
+        held = [self.codebook] if self.ema_decay is None else [self.codebook, self.ema_count, self.ema_sum]
+        if self.num_quantizers == 1:
+            return [Codebook(*held)]
+        return [Codebook(*(tensor[i] for tensor in held)) for i in range(self.num_quantizers)]
+
+
+class Codebook(NamedTuple):
+    """One codebook: its rows ``[num_codes, code_dim]``, and the moving averages that they follow, where they do.
+
+    :ivar counts: moving counts of the vectors at each row, ``[num_codes]``.
+    :ivar sums: moving sums of the vectors at each row, ``[num_codes, code_dim]``.
+    """
+
+    rows: Tensor
+    counts: Tensor | None = None
+    sums: Tensor | None = None
 
     @torch.no_grad()
-    def _follow(self, i: int, vectors: Tensor, codes: Tensor, count: Tensor) -> None:
-        """Move codebook i towards the vectors at its codes, all in place."""
-        codebook, ema_count, ema_sum = self._averages(i)
-        sums = torch.zeros_like(ema_sum).index_add_(0, codes, vectors.to(ema_sum.dtype))
-        weight = 1 - self.ema_decay  # type: ignore[operator]
-        ema_count.lerp_(count.to(ema_count.dtype), weight)
-        ema_sum.lerp_(sums, weight)
-        total = ema_count.sum()
-        smooth = (ema_count + _SMOOTHING) / (total + self.num_codes * _SMOOTHING) * total
-        codebook.copy_(ema_sum / smooth.unsqueeze(-1))
-        if self.revive_below is not None:
-            drawn = torch.randint(len(vectors), (self.num_codes,), device=vectors.device)
-            self._place(i, ema_count < self.revive_below, vectors[drawn].to(codebook.dtype), self.revive_below)
+    def follow(self, vectors: Tensor, codes: Tensor, count: Tensor, decay: float, revive_below: float | None) -> None:
+        """Move the rows towards the vectors at them, and those that fell out of use onto some; all in place."""
+        assert self.counts is not None
+        assert self.sums is not None
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors.to(self.sums.dtype))
+        self.counts.lerp_(count.to(self.counts.dtype), 1 - decay)
+        self.sums.lerp_(sums, 1 - decay)
+        number, everything = len(self.rows), self.counts.sum()
+        smooth = (self.counts + SMOOTHING) / (everything + number * SMOOTHING) * everything
+        self.rows.copy_(self.sums / smooth.unsqueeze(-1))
+        if revive_below is not None:
+            drawn = torch.randint(len(vectors), (number,), device=vectors.device)
+            self.place(self.counts < revive_below, vectors[drawn].to(self.rows.dtype), revive_below)
 
-    def _averages(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        held = (self.codebook, self.ema_count, self.ema_sum)
-        return (held[0][i], held[1][i], held[2][i]) if self._several else held
-
-    def _place(self, i: int, which: Tensor, rows: Tensor, count: float) -> None:
-        """Put the codes ``which`` of codebook i onto ``rows``, as if ``count`` vectors lay at each."""
-        if self.ema_decay is None:
-            (self.codebook[i] if self._several else self.codebook).copy_(rows)
-            return
-        codebook, ema_count, ema_sum = self._averages(i)
+    @torch.no_grad()
+    def place(self, which: Tensor, rows: Tensor, count: float) -> None:
+        """Put the rows ``which`` onto others, as if ``count`` vectors lay at each."""
         chosen = which.unsqueeze(-1)
-        codebook.copy_(torch.where(chosen, rows, codebook))
-        ema_sum.copy_(torch.where(chosen, count * rows, ema_sum))
-        ema_count.copy_(torch.where(which, count, ema_count))
+        self.rows.copy_(torch.where(chosen, rows, self.rows))
+        if self.counts is not None and self.sums is not None:
+            self.sums.copy_(torch.where(chosen, count * rows, self.sums))
+            self.counts.copy_(torch.where(which, count, self.counts))
 
 
-def _full_precision(like: Tensor) -> torch.autocast:
+class NearestRow(NamedTuple):
+    """What one codebook makes of vectors ``[n, code_dim]``, and what it leaves over; see :class:`Quantized`."""
+
+    row: Tensor
+    left: Tensor
+    codes: Tensor
+    codebook_losses: Tensor
+    commitment_losses: Tensor
+    perplexity: Tensor
+
+
+def together(each: Sequence[NearestRow]) -> NearestRow:
+    """What several codebooks make of vectors, each of what the ones before left over."""
+    rows, left, codes, codebook_losses, commitment_losses, perplexities = zip(*each, strict=True)
+    losses = summed(codebook_losses), summed(commitment_losses)
+    return NearestRow(summed(rows), left[-1], stacked(codes, -1), *losses, stacked(perplexities, 0))
+
+
+def summed(each: Sequence[Tensor]) -> Tensor:
+    """The sum over codebooks."""
+    total = each[0]
+    for more in each[1:]:
+        total = total + more
+    return total
+
+
+def stacked(each: Sequence[Tensor], dim: int) -> Tensor:
+    """What there is for each codebook, along an axis of its own where there are several."""
+    return torch.stack(list(each), dim) if len(each) > 1 else each[0]
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """No autocast where ``like`` is."""
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The number of the nearest row of ``codebook`` for each of ``vectors`` ``[n, code_dim]``.
+def nearest(vectors: Tensor, rows: Tensor) -> Tensor:
+    """The number of the nearest of ``rows`` for each of ``vectors`` ``[n, code_dim]``.
 
     |z|^2 is the same for every row, so that |e|^2 - 2 z e decides, one matrix product.
     """
-    norms = codebook.square().sum(-1)
-    rows = max(1, _DISTANCES.get(vectors.device.type, _DISTANCES["cpu"]) // len(codebook))
-    parts = (torch.addmm(norms, some, codebook.T, alpha=-2).min(-1).indices for some in vectors.split(rows))
+    norms = rows.square().sum(-1)
+    size = max(1, DISTANCES.get(vectors.device.type, DISTANCES["cpu"]) // len(rows))
+    parts = (torch.addmm(norms, some, rows.T, alpha=-2).min(-1).indices for some in vectors.split(size))
     return torch.cat(list(parts))
 
 
-def _perplexity(count: Tensor) -> Tensor:
+def perplexity_of(count: Tensor) -> Tensor:
+    """exp of the entropy of the frequencies that belong to counts."""
     share = count / count.sum()
     return torch.xlogy(share, share).sum().neg().exp()
 
 
-def _spread(vectors: Tensor, number: int) -> Tensor:
+def spread(vectors: Tensor, number: int) -> Tensor:
     """Some of ``vectors`` far from one another, as k-means++ chooses them."""
     chosen = [vectors[torch.randint(len(vectors), ())]]
     distance = (vectors - chosen[0]).square().sum(-1)

@@ -188,7 +188,7 @@ class _Largest(TorchDispatchMode):
 def test_distances_are_chunked(monkeypatch):
     made, z = VectorQuantizer(64, 3), torch.randn(700, 3)
     whole = made(z)
-    monkeypatch.setattr("pyrovae.parts.quantizer._DISTANCES", {"cpu": 6400})
+    monkeypatch.setattr("pyrovae.parts.quantizer.DISTANCES", {"cpu": 6400})
     with _Largest() as largest:
         chunked = made(z)
     assert torch.equal(whole.codes, chunked.codes)
