@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -53,7 +55,7 @@ MEMORY = 2 * 2**30  # bytes that one evaluation may take
 WORKING_SET = {"cpu": 48 * 2**20, "cuda": 2**30}  # larger passes gain nothing: they leave the caches
 
 
-class _PeakBytes(TorchDispatchMode):
+class PeakBytes(TorchDispatchMode):
     """The most bytes that tensors made inside held at one time."""
 
     def __init__(self) -> None:
@@ -61,31 +63,65 @@ class _PeakBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self.holders: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             pointer = tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
             if pointer and (pointer in self.holders or pointer not in given):  # not a view of a parameter, say
-                self._hold(tensor)
+                self.hold(tensor)
         return out
 
-    def _hold(self, tensor: Tensor) -> None:
+    def hold(self, tensor: Tensor) -> None:
+        """Count a tensor's memory, until nobody holds it."""
         storage = tensor.untyped_storage()
         pointer, size = storage.data_ptr(), storage.nbytes()
         self.now += 0 if self.holders.get(pointer) else size
         self.holders[pointer] = self.holders.get(pointer, 0) + 1
         self.peak = max(self.peak, self.now)
-        weakref.finalize(tensor, self._release, pointer, size)
+        weakref.finalize(tensor, self.release, pointer, size)
 
-    def _release(self, pointer: int, size: int) -> None:
+    def release(self, pointer: int, size: int) -> None:
+        """One tensor less that holds this memory."""
         self.holders[pointer] -= 1
         if not self.holders[pointer]:
             del self.holders[pointer]
             self.now -= size
 
 
-def _fitting_chunk(bytes_per_particle: float, memory: int, batch: tuple[Any, ...]) -> int:
+def fitting_chunk(bytes_per_particle: float, memory: int, batch: Iterable[object]) -> int:
+    """The number of particles whose pass takes at most ``memory`` bytes, and no more than a device's caches hold."""
     device = next((a.device.type for a in batch if isinstance(a, Tensor)), "cpu")
     budget = min(memory, WORKING_SET.get(device, WORKING_SET["cpu"]))
     return max(1, int(budget / max(bytes_per_particle, 1)))
+
+
+class Passes:
+    """Work in passes of at most ``size`` rows, halved wherever memory runs out.
+
+    :param on_halving: called when the size has changed.
+    """
+
+    def __init__(self, size: int, on_halving: Callable[[], None]) -> None:
+        self.size, self.on_halving = size, on_halving
+
+    def __call__(self, number: int, work: Callable[[int], T]) -> Iterator[T]:
+        """What ``work`` gives for as many rows as it is told, ``number`` of them in all."""
+        while number:
+            size = min(self.size, number)
+            try:
+                found = [work(size)]
+            except RuntimeError as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                self.size = size // 2
+                self.on_halving()
+                continue
+            number -= size
+            yield found.pop()  # held here, it would be in memory throughout the next pass

@@ -3,6 +3,7 @@ r"""Sums of weights: the log of their mean, its error, the effective sample size
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,39 +14,79 @@ def log_mean_exp(log_w: Tensor) -> Tensor:
     return torch.logsumexp(log_w, 0) - math.log(log_w.shape[0])
 
 
-class _Tally:
-    """Running sums of weights in float64, with the largest ones kept for the Pareto fit."""
+@dataclass(frozen=True)
+class Sums:
+    r"""The logs of :math:`\sum_s w_s` and :math:`\sum_s w_s^2` over ``number`` weights, and what follows from them."""
 
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples, self.keep = num_samples, min(tail_size(num_samples) + 1, num_samples)
+    log_sum: Tensor
+    log_sum_squares: Tensor
+    number: int
+
+    @classmethod
+    def of(cls, log_w: Tensor) -> Sums:
+        """The sums over the first axis."""
+        return cls(torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0), len(log_w))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            torch.logaddexp(self.log_sum, other.log_sum),
+            torch.logaddexp(self.log_sum_squares, other.log_sum_squares),
+            self.number + other.number,
+        )
+
+    @property
+    def log_mean(self) -> Tensor:
+        r""":math:`\log \frac1S \sum_s w_s`."""
+        return self.log_sum - math.log(self.number)
+
+    @property
+    def ess(self) -> Tensor:
+        r"""The effective sample size :math:`(\sum_s w_s)^2 / \sum_s w_s^2`; 0 where every weight is."""
+        return torch.where(torch.isneginf(self.log_sum), 0.0, (2 * self.log_sum - self.log_sum_squares).exp())
+
+    @property
+    def std_error(self) -> Tensor:
+        r"""The standard error of :attr:`log_mean` by the delta method; infinite where nothing can be said.
+
+        .. math:: \Big(\frac{S / \mathrm{ESS} - 1}{S - 1}\Big)^{1/2}
+        """
+        if self.number == 1:
+            return torch.full_like(self.log_sum, math.inf)
+        variance = (self.number / self.ess - 1).clamp(min=0) / (self.number - 1)
+        return torch.where(torch.isneginf(self.log_sum), math.inf, variance.sqrt())
+
+
+class Tally:
+    """Running sums of ``number`` weights in float64, with the largest ones kept for the Pareto fit."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.keep = number, min(tail_size(number) + 1, number)
         self.pending: list[Tensor] = []
-        self.log_sum = self.log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64)
+        self.merged: Sums | None = None
         self.largest: Tensor | None = None
 
     def add(self, log_w: Tensor) -> None:
+        """Let log-weights ``[some, *plates]`` in."""
         self.pending.append(log_w.double())
         if sum(map(len, self.pending)) >= 4 * self.keep:  # merging is dear in small portions
-            self._merge()
+            self.merge()
 
-    def _merge(self) -> None:
+    def merge(self) -> None:
+        """Add up what has come in."""
         log_w = torch.cat(self.pending)
         self.pending = []
-        sums = torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0)
-        self.log_sum = torch.logaddexp(self.log_sum.to(log_w.device), sums[0])
-        self.log_sum_squares = torch.logaddexp(self.log_sum_squares.to(log_w.device), sums[1])
+        self.merged = Sums.of(log_w) if self.merged is None else self.merged + Sums.of(log_w)
         candidates = log_w if self.largest is None else torch.cat([self.largest, log_w])
         self.largest = candidates.movedim(0, -1).topk(min(self.keep, len(candidates)), -1).values.movedim(-1, 0)
 
-    def results(self) -> tuple[Tensor, ...]:
+    def results(self) -> tuple[Sums, Tensor]:
+        """The sums of all weights, and Pareto k."""
         if self.pending:
-            self._merge()
+            self.merge()
+        assert self.merged is not None
         assert self.largest is not None
-        num, dead = self.num_samples, torch.isneginf(self.log_sum)
-        ess = torch.where(dead, 0.0, (2 * self.log_sum - self.log_sum_squares).exp())
-        variance = (num / ess - 1).clamp(min=0) / max(num - 1, 1)
-        std_error = torch.where(dead, math.inf, variance.sqrt()) if num > 1 else torch.full_like(ess, math.inf)
-        k = pareto_k(self.largest.reshape(self.keep, -1).T, num).view_as(ess)
-        return self.log_sum - math.log(num), std_error, ess, k
+        k = pareto_k(self.largest.reshape(self.keep, -1).T, self.number)
+        return self.merged, k.view_as(self.merged.log_sum)
 
 
 _DATA_PER_PASS = 512  # bounds the [data, grid, tail] array of the fit
@@ -80,11 +121,11 @@ def pareto_k(largest: Tensor, num_samples: int) -> Tensor:
             rows = (lengths == n).nonzero().squeeze(1)
             for part in rows.split(_DATA_PER_PASS):
                 tail = x[part, :n].flip(1).exp() - cutoff[part].exp()
-                k[part] = _generalized_pareto_shape(tail)
+                k[part] = generalized_pareto_shape(tail)
     return k
 
 
-def _generalized_pareto_shape(tail: Tensor) -> Tensor:
+def generalized_pareto_shape(tail: Tensor) -> Tensor:
     """Zhang and Stephens' empirical-Bayes estimate with Vehtari's weak prior, for rows of ascending exceedances."""
     n = tail.shape[1]
     num_grid = 30 + int(math.sqrt(n))

@@ -3,21 +3,20 @@ r"""Where the bound is lost: the guide's gap, its split by refinement per datum,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyrovae import data as datasets
 from pyrovae.arguments import positive_int
-from pyrovae.compile.precision import full_float32
-from pyrovae.engine.programs import Program, device_of, evaluating, graph_leaves, protected_buffers
-from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.programs import Batch, Program, device_of, graph_leaves, protected_buffers
 from pyrovae.engine.run import log_weights
-from pyrovae.engine.sites import Record, Site, counts, latent, log_prob
+from pyrovae.engine.sites import Record, Sites, counts, latent, log_prob
+from pyrovae.engine.weights import log_mean_exp
+from pyrovae.evaluate.measuring import Batches, RunningMean, measuring
 from pyrovae.evaluate.proposals import refine
 from pyrovae.objectives.base import Objective
-from pyrovae.objectives.bounds import IWAE
 
 
 class PosteriorGap(NamedTuple):
@@ -89,29 +88,26 @@ def posterior_gap(
     """
     num_particles = positive_int("num_particles", num_particles)
     num_samples = positive_int("num_samples", num_samples, minimum=num_particles)
-    device = device_of(model, guide)
     sums, number = torch.zeros(4, dtype=torch.float64), 0
-    with isolated_rng(seed), torch.no_grad(), evaluating(model, guide), full_float32():
-        for batch in datasets.batches(args, batch_size, seed=seed, device=device):
+    data = Batches(args, batch_size, seed=seed, device=device_of(model, guide))
+    with measuring(model, guide, seed=seed):
+        for batch in data:
             groups, left = [], num_samples
             while left:  # L_64 of every group; what is left over counts towards log p-hat alone
                 size = min(num_particles, left)
                 groups.append(log_weights(model, guide, *batch, num_particles=size, **kwargs).double())
                 left -= size
-            whole = [g for g in groups if len(g) == num_particles]
+            bounds = torch.stack([log_mean_exp(group) for group in groups if len(group) == num_particles])
             every = torch.cat(groups)
-            values = [
-                torch.stack([IWAE(num_particles).bound(g) for g in whole]).mean(0),
-                IWAE(num_samples).bound(every), every.mean(0), torch.zeros_like(every[0]),
-            ]  # fmt: skip
+            better = torch.zeros_like(every[0])
             if refine_steps:
-                better = refine(model, guide, *batch, steps=refine_steps, **kwargs)
-                with torch.no_grad():
-                    values[3] = log_weights(model, better, *batch, num_particles=256, **kwargs).mean(0)
+                refined = refine(model, guide, *batch, steps=refine_steps, **kwargs)
+                better = log_weights(model, refined, *batch, num_particles=256, **kwargs).mean(0)
+            values = bounds.mean(0), log_mean_exp(every), every.mean(0), better
             sums += torch.stack([v.double().sum().cpu() for v in values])
             number += every[0].numel()
-    iwae, log_p, elbo, refined = (sums / max(number, 1)).tolist()
-    return PosteriorGap(iwae, log_p, num_particles, num_samples, elbo, refined if refine_steps else None)
+    iwae, log_p, elbo, refined_elbo = (sums / number).tolist()
+    return PosteriorGap(iwae, log_p, num_particles, num_samples, elbo, refined_elbo if refine_steps else None)
 
 
 class GradientSNR(NamedTuple):
@@ -160,37 +156,39 @@ def gradient_snr(
     Rainforth et al. (2018), *Tighter variational bounds are not necessarily better*.
     """
     repetitions = positive_int("repetitions", repetitions, minimum=2)
-    with isolated_rng(seed), evaluating(model, guide), protected_buffers(), torch.enable_grad():
-        theirs = _parameters(model, guide, args, kwargs)
-        parameters = [p for group in theirs.values() for p in group]
+    with measuring(model, guide, seed=seed), protected_buffers(), torch.enable_grad():
+        theirs = parameters_of(model, guide, args, kwargs)
+        parameters = [p for group in theirs for p in group]
         if not parameters:
             raise ValueError("the pair has no parameters: there is no gradient to measure")
-        mean = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
-        square = [torch.zeros_like(m) for m in mean]
-        for r in range(repetitions):
+        means = [RunningMean() for _ in parameters]
+        for _ in range(repetitions):
             loss = objective.differentiable_loss(model, guide, *args, **kwargs)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for m, s, gradient in zip(mean, square, gradients, strict=True):
-                if gradient is not None:  # Welford's update
-                    away = gradient.double() - m
-                    m += away / (r + 1)
-                    s += away * (gradient.double() - m)
-    squares = {}
-    for p, m, s in zip(parameters, mean, square, strict=True):
-        variance = s / (repetitions - 1)
-        squares[id(p)] = torch.where(variance > 0, (m.square() - variance / repetitions) / variance, math.nan)
-
-    def overall(role: str) -> float:
-        parts = [squares[id(p)].flatten() for p in theirs[role]]
-        return torch.cat(parts).nanmean().clamp(min=0).sqrt().item() if parts else math.nan
-
-    return GradientSNR(overall("model"), overall("guide"))
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            for mean, gradient in zip(means, gradients, strict=True):
+                mean.add(gradient)
+    number = len(theirs.model)
+    return GradientSNR(root_mean_square_snr(means[:number]), root_mean_square_snr(means[number:]))
 
 
-def _parameters(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, list[Tensor]]:
-    """The parameters that the guide's draws depend on, and the others that the model depends on."""
+def root_mean_square_snr(means: list[RunningMean]) -> float:
+    """The root of the mean squared ratio over all elements that are random; NaN where there is none."""
+    signal = [mean.mean.square() - mean.noise for mean in means]
+    parts = [
+        torch.where(m.variance > 0, s / m.variance, math.nan).flatten() for m, s in zip(means, signal, strict=True)
+    ]
+    return torch.cat(parts).nanmean().clamp(min=0).sqrt().item() if parts else math.nan
+
+
+class Parameters(NamedTuple):
+    """Those that the guide's draws depend on, and the others that the model depends on."""
+
+    model: list[Tensor]
+    guide: list[Tensor]
+
+
+def parameters_of(model: Program, guide: Program, args: Batch, kwargs: Mapping[str, Any]) -> Parameters:
+    """The parameters of a pair, by who depends on them, while it runs once."""
     with Record() as drawn:
         guide(*args, **kwargs)
     values = {
@@ -199,11 +197,11 @@ def _parameters(
     with Record(values) as joint:
         model(*args, **kwargs)
 
-    def leaves(sites: dict[str, Site], guide: bool) -> list[Tensor]:
-        terms = [log_prob(s, in_guide=guide).sum() for s in sites.values() if counts(s)]
+    def leaves(sites: Sites, in_guide: bool) -> list[Tensor]:
+        terms = [log_prob(s, in_guide=in_guide).sum() for s in sites.values() if counts(s)]
         live = [t for t in terms if t.requires_grad]
         return graph_leaves(torch.stack(live).sum()) if live else []
 
-    ours = leaves(drawn.sites, guide=True)
-    known = {id(p) for p in ours}
-    return {"guide": ours, "model": [p for p in leaves(joint.sites, guide=False) if id(p) not in known]}
+    own = leaves(drawn.sites, True)
+    known = {id(p) for p in own}
+    return Parameters([p for p in leaves(joint.sites, False) if id(p) not in known], own)

@@ -2,8 +2,7 @@ r"""log p(x) by importance sampling, with a standard error and a warning where n
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,25 +10,21 @@ from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrovae import data as datasets
 from pyrovae.arguments import positive_int
-from pyrovae.compile.checked import Checked, check_compile, distinct, wanted
-from pyrovae.compile.precision import full_float32
+from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
 from pyrovae.engine.particles import Particles
-from pyrovae.engine.probe import check_fold, nesting, probe
-from pyrovae.engine.programs import Program, device_of, eval_mode, evaluating, protected_buffers, reached_modules
+from pyrovae.engine.probe import check_fold, checked_look
+from pyrovae.engine.programs import Batch, Program, device_of, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.run import measure, run
 from pyrovae.engine.sites import latent
 from pyrovae.engine.unwrap import point_mass
-from pyrovae.engine.weights import _Tally
+from pyrovae.engine.weights import Tally
 from pyrovae.evaluate.estimate import LikelihoodEstimate
+from pyrovae.evaluate.measuring import Batches, measuring, rows
 from pyrovae.evaluate.proposals import refine
 from pyrovae.evaluate.resampling import Resampler
-from pyrovae.memory import MEMORY, _fitting_chunk, _PeakBytes, is_out_of_memory
-from pyrovae.progress import ProgressBar
-
-SAVED = 1e-11  # seconds that compiling saves, per parameter and sample of one datum (measured on CPUs)
+from pyrovae.memory import MEMORY, Passes, PeakBytes, fitting_chunk
 
 
 def log_likelihood(
@@ -97,149 +92,134 @@ def log_likelihood(
     refine_steps = positive_int("refine_steps", refine_steps, minimum=0)
     num_draws = positive_int("num_draws", num_draws, minimum=0)
     check_compile(compile)
-    device = device_of(model, guide)
+    data = Batches(args, batch_size, seed=seed, device=device_of(model, guide), title="log p(x)", progress=progress)
     results: list[tuple[Tensor, ...]] = []
-    seeded = nullcontext() if seed is None else isolated_rng(seed)
-    total = len(args[0]) if len(args) == 1 and isinstance(args[0], datasets.Images) else None
-    with torch.no_grad(), seeded, full_float32(), ProgressBar("log p(x)", total, progress) as bar:
-        sampler, resampler = None, None
-        for batch in datasets.batches(args, batch_size, seed=seed or 0, device=device):
+    sampler = None
+    with measuring(model, guide, seed=seed), data:
+        for batch in data:
             proposal = refine(model, guide, *batch, steps=refine_steps, **kwargs) if refine_steps else guide
-            if sampler is None or refine_steps:
-                sampler = _Sampler(model, proposal, batch, kwargs, num_samples, chunk_size, fold_particles, memory)
-                resampler = resampler or Resampler(num_draws, seed, sampler.pair)
-                sampler.prepare(False if refine_steps else compile, total or len(batch[0]), resampler)
+            if sampler is None:
+                sampler = Sampler(
+                    model, proposal, batch, kwargs, num_samples, num_draws, seed,
+                    chunk_size=chunk_size, fold=fold_particles, memory=memory,
+                )  # fmt: skip
+                sampler.choose(False if refine_steps else compile, data.total or rows(batch))
             if sampler.joint and (results or batch_size is not None):
                 raise ValueError(
                     "the pair has latents outside the data plate, so that its weights are joint over the data, which "
                     "therefore cannot come in batches: pass them whole, as tensors, without batch_size"
                 )
-            results.append(sampler(batch))
-            bar.update(sum(log_prob.numel() for log_prob, *_ in results), "data")
-    if sampler is None or resampler is None:
-        raise datasets.DataError("there are no data to evaluate: pass at least one datum")
-    columns = [torch.cat(c, -1) if c[0].dim() else c[0] for c in zip(*results, strict=True)]
-    log_prob, std_error, ess, k = columns
-    dtype = str(sampler.dtype).removeprefix("torch.")
+            sampler.guide = proposal
+            results.append(sampler(batch, data.done))
+    assert sampler is not None
+    log_prob, std_error, ess, k = (torch.cat(c, -1) if c[0].dim() else c[0] for c in zip(*results, strict=True))
     return LikelihoodEstimate(
-        log_prob, std_error, ess, k, num_samples, seed, dtype, sampler.passes.path, refine_steps, resampler.results()
-    )
+        log_prob, std_error, ess, k, num_samples, seed, str(sampler.dtype).removeprefix("torch."), sampler.weigh.kind,
+        refine_steps, sampler.resampler.results(),
+    )  # fmt: skip
 
 
-class _Sampler:
+class Sampler:
     """Draws log-weights of a pair, batch by batch, and sums them up."""
 
     def __init__(
         self,
         model: Program,
         guide: Program,
-        batch: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        batch: Batch,
+        kwargs: Mapping[str, object],
         num_samples: int,
+        num_draws: int,
+        seed: int | None,
+        *,
         chunk_size: int | None,
         fold: bool,
         memory: int,
     ) -> None:
         self.model, self.guide, self.kwargs, self.num_samples, self.fold = model, guide, kwargs, num_samples, fold
-        with reached_modules(model, guide) as modules, evaluating(model, guide):
-            checked = self.pair = probe(model, guide, batch, kwargs)
-        check_fold(checked, fold)
-        self.seen = 0
-        self.modules, self.nesting = list(modules), nesting(checked)
-        self.exact = not latent(checked.guide) and not latent(checked.model)
-        self.joint = checked.joint
-        subsampled = checked.particles.uncommon_subsampled
-        if self.joint and subsampled:
+        seen = checked_look(model, guide, batch, kwargs)
+        check_fold(seen, fold)
+        subsampled = seen.particles.uncommon_subsampled
+        if seen.joint and subsampled:
             raise ValueError(
                 f'log p(x) needs the whole data set, but plate "{subsampled[0]}" is subsampled and '
                 "its latents are shared: evaluate with the full plate"
             )
-        with protected_buffers(), isolated_rng(), _PeakBytes() as used:
-            self._refuse_without_density(self._run(batch, 2))
-        self.dtype = measure(checked.particles).dtype
-        self.chunk_size = chunk_size or _fitting_chunk(used.peak / 2, memory, batch)
-        self.subsampled = checked.layout.oversampling != 1.0 or bool(checked.particles.uncommon_subsampled)
-        self.tensors = distinct(t for module in self.modules for t in (*module.parameters(), *module.buffers()))
+        self.nesting, self.joint, self.tensors = seen.nesting, seen.joint, tensors_of(seen.modules)
+        self.exact = not latent(seen.guide) and not latent(seen.model)
+        self.subsampled = bool(subsampled) or seen.layout.oversampling != 1.0
+        self.resampler = Resampler(num_draws, seed, seen)
+        with protected_buffers(), isolated_rng(), PeakBytes() as used:
+            refuse_without_density(self.run(batch, 2))
+        self.dtype = measure(seen.particles).dtype
+        self.chunk_size = chunk_size or fitting_chunk(used.peak / 2, memory, batch)
 
-    def prepare(self, compile: bool | str, number: int, resampler: Resampler) -> None:
-        """Decide, from counts alone where ``compile`` is "auto", whether passes go through a compiled graph."""
-        weights = sum(t.numel() for t in self.tensors)
-        self.resampler = resampler
-        self.passes = Checked(
-            partial(self._measure, resampler),
-            self.tensors,
-            wanted=wanted(compile, number * self.num_samples * weights * SAVED),
-            reason="a plate is subsampled, and every pass must weigh the same data" if self.subsampled else None,
-        )
+    def choose(self, compile: bool | str, number: int) -> None:
+        """Choose, from counts alone where ``compile`` is "auto", whether passes go through a compiled graph."""
+        saved = SAVED * number * self.num_samples * sum(t.numel() for t in self.tensors)
+        reason = "a plate is subsampled, and every pass must weigh the same data" if self.subsampled else None
+        self.weigh = Checked(self.weights, self.tensors, wanted=wanted(compile, saved), reason=reason)
+        self.passes = Passes(self.chunk_size, on_halving=self.weigh.forget)
 
-    def _measure(self, resampler: Resampler, size: int, *batch: Any) -> list[Tensor]:
-        """The log-weights of one pass, ``[size, B]``, in eval mode, and what a resampler wants of it."""
-        run = self._run(batch, size)
-        return [measure(run), *resampler.values(run)]
+    def run(self, batch: Batch, num_particles: int) -> Particles:
+        """One run of the pair, every scale ignored."""
+        return run(
+            self.model, self.guide, batch, self.kwargs,
+            num_particles=num_particles, nesting=self.nesting, fold=self.fold, scaled=False,
+        )  # fmt: skip
 
-    def _run(self, batch: tuple[Any, ...], num_particles: int) -> Particles:
-        with eval_mode(self.modules):
-            return run(
-                self.model, self.guide, batch, self.kwargs,
-                num_particles=num_particles, nesting=self.nesting, fold=self.fold, scaled=False,
-            )  # fmt: skip
+    def weights(self, size: int, *batch: Any) -> list[Tensor]:
+        """The log-weights of one pass, ``[size, B]``, and what the resampler wants of it."""
+        particles = self.run(batch, size)
+        return [measure(particles), *self.resampler.values(particles)]
 
-    def _refuse_without_density(self, particles: Particles) -> None:
-        """A continuous latent at a point mass has no density, unless that transforms another draw and says by how much.
+    def __call__(self, batch: Batch, first: int) -> tuple[Tensor, ...]:
+        """log_prob, std_error, ess and pareto_k of one batch, which begins with datum ``first``."""
+        tally, subsample = Tally(self.num_samples), SameSubsample()
 
-        Autoguides do: their draw is auxiliary, or the Delta carries the log-density.
-        """
-        measure(particles)  # also counts towards the memory of a pass
-        auxiliary = any(site["infer"].get("is_auxiliary") for site in particles.guide.values())
-        for name, site in latent(particles.guide).items():
-            prior = particles.model.get(name)
-            mass = point_mass(site["fn"])
-            if not isinstance(mass, Delta) or prior is None or prior["fn"].support.is_discrete:
-                continue
-            if isinstance(point_mass(prior["fn"]), Delta) and prior["mask"] is None:  # a deterministic relation
-                continue
-            draws = site["value"].unflatten(0, (2, -1)) if self.fold else site["value"]
-            bare = not auxiliary and not mass.log_density.any()
-            if bare or torch.equal(draws[0], draws[1]):
-                raise ValueError(
-                    f'the pair has no log p(x): guide site "{name}" is a bare Delta on a continuous latent (an '
-                    "autoencoder); draw it from a distribution with a density"
-                )
+        def weigh(size: int) -> list[Tensor]:
+            with subsample:
+                return self.weigh(size, *batch)
 
-    def __call__(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """log_prob, std_error, ess and pareto_k of one batch."""
-        tally, drawn, subsample = _Tally(self.num_samples), 0, _SameSubsample()
-        while drawn < self.num_samples:
-            size = min(self.chunk_size, self.num_samples - drawn)
-            try:
-                with subsample:
-                    log_w, *values = self.passes(size, *batch)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                self.chunk_size = size // 2
-                self.passes.forget()
-                continue
+        for log_w, *values in self.passes(self.num_samples, weigh):
             tally.add(log_w)
-            if self.resampler.num_draws:
-                self.resampler.add(log_w, values)
+            self.resampler.add(log_w, values)
             del values  # or two passes would be held at a time
-            drawn += size
         self.resampler.finish()
-        results = tally.results()
-        bad = torch.isnan(results[0]) | torch.isposinf(results[0])
+        sums, k = tally.results()
+        bad = torch.isnan(sums.log_mean) | torch.isposinf(sums.log_mean)
         if bad.any():
-            where = self.seen + int(bad.reshape(-1).nonzero()[0])
+            where = first + int(bad.reshape(-1).nonzero()[0])
             raise ValueError(
                 f"the log-weights of datum {where} are NaN or +inf: check that data and parameters are finite"
             )
-        self.seen += len(results[0]) if results[0].dim() else 0
-        if self.exact:
-            results = (results[0], torch.zeros_like(results[1]), *results[2:])
-        return results
+        return sums.log_mean, torch.zeros_like(sums.log_mean) if self.exact else sums.std_error, sums.ess, k
 
 
-class _SameSubsample(Messenger):
+def refuse_without_density(particles: Particles) -> None:
+    """A continuous latent at a point mass has no density, unless that transforms another draw and says by how much.
+
+    Autoguides do: their draw is auxiliary, or the Delta carries the log-density.
+    """
+    measure(particles)  # also counts towards the memory of a pass
+    auxiliary = any(site["infer"].get("is_auxiliary") for site in particles.guide.values())
+    for name, site in latent(particles.guide).items():
+        prior = particles.model.get(name)
+        mass = point_mass(site["fn"])
+        if not isinstance(mass, Delta) or prior is None or prior["fn"].support.is_discrete:
+            continue
+        if isinstance(point_mass(prior["fn"]), Delta) and prior["mask"] is None:  # a deterministic relation
+            continue
+        draws = site["value"].unflatten(0, (2, -1)) if particles.layout.folded else site["value"]
+        bare = not auxiliary and not mass.log_density.any()
+        if bare or torch.equal(draws[0], draws[1]):
+            raise ValueError(
+                f'the pair has no log p(x): guide site "{name}" is a bare Delta on a continuous latent (an '
+                "autoencoder); draw it from a distribution with a density"
+            )
+
+
+class SameSubsample(Messenger):
     """Keeps what a subsampling plate drew at the first pass: all passes weigh the same data."""
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@ r"""Better proposals for importance sampling, made of a guide: wider ones, and o
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -12,14 +12,16 @@ from pyro.distributions import TransformedDistribution
 from pyro.distributions.transforms import AffineTransform
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from pyrovae.arguments import in_range, positive_int
-from pyrovae.compile.precision import full_float32
-from pyrovae.engine.programs import Program, evaluating, protected_buffers
+from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import Record, Site, counts, latent
+from pyrovae.evaluate.measuring import measuring
 from pyrovae.objectives.elbo import ELBO
+
+Size = torch.Size | list[int] | tuple[int, ...]
 
 
 class Refined:
@@ -33,16 +35,18 @@ class Refined:
         self.guide, self.shifts, self.log_scales = guide, shifts, log_scales
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Affine(self.shifts, self.log_scales):
+        with Affine(self.shifts, self.log_scales):
             return self.guide(*args, **kwargs)
 
 
-class _Affine(Messenger):
+class Affine(Messenger):
+    """Moves the latents named, while a guide runs."""
+
     def __init__(self, shifts: dict[str, Tensor], log_scales: dict[str, Tensor]) -> None:
         super().__init__()
         self.shifts, self.log_scales = shifts, log_scales
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         if (name := msg["name"]) in self.shifts and not msg["is_observed"]:
             event_dim = msg["fn"].event_dim
             moved = AffineTransform(self.shifts[name], self.log_scales[name].exp(), event_dim=event_dim)
@@ -87,24 +91,27 @@ class Inflated:
         self.guide, self.factor, self.weight = guide, factor, weight
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Wider(self.factor, self.weight):
+        with Wider(self.factor, self.weight):
             return self.guide(*args, **kwargs)
 
 
-class _Wider(Messenger):
+class Wider(Messenger):
+    """Widens every normal latent, while a guide runs."""
+
     def __init__(self, factor: float, weight: float) -> None:
         super().__init__()
         self.factor, self.weight = factor, weight
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         if counts(msg) and not msg["is_observed"]:
-            wide = _wider(msg["fn"], self.factor, msg["name"])
-            msg["fn"] = wide if self.weight == 1 else _Mixture(msg["fn"], wide, self.weight)
+            wide = widened(msg["fn"], self.factor, msg["name"])
+            msg["fn"] = wide if self.weight == 1 else Mixture(msg["fn"], wide, self.weight)
 
 
-def _wider(fn: Any, factor: float, name: str) -> Any:
+def widened(fn: Distribution, factor: float, name: str) -> dist.TorchDistribution:
+    """The normal distribution of the site ``name`` with its scale times ``factor``."""
     if isinstance(fn, dist.Independent):
-        return dist.Independent(_wider(fn.base_dist, factor, name), fn.reinterpreted_batch_ndims)
+        return dist.Independent(widened(fn.base_dist, factor, name), fn.reinterpreted_batch_ndims)
     if isinstance(fn, torch.distributions.Normal):
         return dist.Normal(fn.loc, fn.scale * factor)
     if isinstance(fn, torch.distributions.MultivariateNormal):
@@ -112,23 +119,23 @@ def _wider(fn: Any, factor: float, name: str) -> Any:
     raise ValueError(f'guide site "{name}" ({type(fn).__name__}) cannot be inflated: it must be normal')
 
 
-class _Mixture(dist.TorchDistribution):
+class Mixture(dist.TorchDistribution):
     """(1 - weight) usual + weight wide, one component per datum."""
 
     arg_constraints: ClassVar[dict] = {}
 
-    def __init__(self, usual: Any, wide: Any, weight: float) -> None:
+    def __init__(self, usual: dist.TorchDistribution, wide: dist.TorchDistribution, weight: float) -> None:
         self.usual, self.wide, self.weight = usual, wide, weight
         super().__init__(usual.batch_shape, usual.event_shape, validate_args=False)
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint | None:
         return self.usual.support
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _Mixture:
-        return _Mixture(self.usual.expand(batch_shape), self.wide.expand(batch_shape), self.weight)
+    def expand(self, batch_shape: Size, _instance: object = None) -> Mixture:
+        return Mixture(self.usual.expand(batch_shape), self.wide.expand(batch_shape), self.weight)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Size = torch.Size()) -> Tensor:  # noqa: B008
         usual, wide = self.usual.sample(sample_shape), self.wide.sample(sample_shape)
         shape = (*sample_shape, *self.batch_shape, *[1] * self.event_dim)
         return torch.where(torch.rand(shape, dtype=usual.dtype, device=usual.device) < self.weight, wide, usual)
@@ -182,8 +189,8 @@ def refine(
     """
     steps, lr = positive_int("steps", steps), in_range("lr", lr, 0.0)
     num_particles = positive_int("num_particles", num_particles)
-    with nullcontext() if seed is None else isolated_rng(seed), evaluating(model, guide), full_float32():
-        sites = _movable(guide, args, kwargs)
+    with measuring(model, guide, seed=seed):
+        sites = movable(guide, args, kwargs)
         shifts, log_scales = ({n: torch.zeros_like(s["value"]) for n, s in sites.items()} for _ in range(2))
         free = [t.requires_grad_() for t in (*shifts.values(), *log_scales.values())]
         refined, objective = Refined(guide, shifts, log_scales), ELBO(num_particles, gradient="stl")
@@ -200,7 +207,7 @@ def refine(
     return refined
 
 
-def _movable(guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Site]:
+def movable(guide: Program, args: Batch, kwargs: Mapping[str, Any]) -> dict[str, Site]:
     """The guide's latent sites, if each can be moved by an affine map."""
     with torch.no_grad(), isolated_rng(), protected_buffers(), Record() as record:
         guide(*args, **kwargs)

@@ -47,6 +47,8 @@ class Resampler:
 
     def add(self, log_w: Tensor, values: list[Tensor]) -> None:
         """Let a pass in: its log-weights ``[K, *plates]``, and its :meth:`values`."""
+        if not self.num_draws:
+            return
         log_w = log_w.double()
         if self.generator is None:
             with isolated_rng():

@@ -8,21 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyrovae import data as datasets
 from pyrovae.arguments import in_range, positive_int
-from pyrovae.compile.precision import full_float32
 from pyrovae.engine.kl import site_kl
-from pyrovae.engine.programs import Program, device_of, evaluating
-from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.programs import Batch, Program, device_of
 from pyrovae.engine.run import run
-from pyrovae.engine.sites import Record, Site, frames, latent
+from pyrovae.engine.sites import Record, Site, Sites, frames, latent
 from pyrovae.engine.unwrap import elementwise, point_mass
+from pyrovae.evaluate.measuring import Batches, RunningMean, measuring
 
-_DRAWS = 64  # where a site's mean is not known in closed form
-
-
-_SEED = 52_016  # not one from which data are drawn as well, whose noise the draws would then repeat
+DRAWS = 64  # where a site's mean is not known in closed form
+SEED = 52_016  # not one from which data are drawn as well, whose noise the draws would then repeat
+CELLS = 2**24  # densities held at a time
 
 
 class ActiveUnits(NamedTuple):
@@ -68,62 +67,48 @@ def active_units(
     Burda, Grosse, Salakhutdinov (2016), *Importance weighted autoencoders*, section 5.2.
     """
     threshold, samples = in_range("threshold", threshold, 0.0), positive_int("samples", samples)
-    source = datasets.as_dataset(data)
-    device = device_of(guide)
+    batches = Batches((datasets.as_dataset(data),), batch_size, device=device_of(guide))
     means: dict[str, list[Tensor]] = {}
-    noise: dict[str, Any] = {}
+    noise: dict[str, Tensor] = {}
     size = 0
-    with torch.no_grad(), isolated_rng(_SEED), evaluating(guide):
-        for batch in datasets.batches((source,), batch_size, device=device):
+    with measuring(guide, seed=SEED):
+        for batch in batches:
             size += len(batch[0])
-            for name, average in _averages(guide, batch, samples).items():
+            for name, average in mean_draws(guide, batch, samples).items():
                 means.setdefault(name, []).append(average.mean)
-                noise[name] = noise.get(name, 0.0) + average.noise().sum(0)
+                noise[name] = noise.get(name, 0.0) + average.noise.sum(0)
     if size < 2:
         raise datasets.DataError(f"a variance over data needs two of them at least, got {size}: pass more")
     variances = {name: torch.cat(parts).var(0) - noise[name] / size for name, parts in means.items()}
     return {name: ActiveUnits(v, int((v > threshold).sum())) for name, v in variances.items()}
 
 
-def mean_variances(guide: Program, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+def mean_variances(guide: Program, batch: Batch) -> dict[str, Tensor]:
     """Of one batch what :func:`active_units` finds: by site, the variance over data of the posterior means."""
-    averages = _averages(guide, batch, 1)
-    return {name: average.mean.var(0) - average.noise().mean(0) for name, average in averages.items()}
+    averages = mean_draws(guide, batch, 1)
+    return {name: average.mean.var(0) - average.noise.mean(0) for name, average in averages.items()}
 
 
-def posterior_means(guide: Program, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+def posterior_means(guide: Program, batch: Batch) -> dict[str, Tensor]:
     """The mean of each latent site over the guide, ``[B, *other plates, *event]``; see :func:`active_units`."""
-    return {name: average.mean for name, average in _averages(guide, batch, 1).items()}
+    return {name: average.mean for name, average in mean_draws(guide, batch, 1).items()}
 
 
-class _Average:
-    """A running mean over draws, in float64, and the variance that their scatter leaves in it (Welford 1962)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Any = 0.0
-        self.squares: Any = 0.0
-
-    def add(self, value: Tensor) -> None:
-        value = value.double()
-        self.count += 1
-        step = value - self.mean
-        self.mean = self.mean + step / self.count
-        self.squares = self.squares + step * (value - self.mean)
-
-    def noise(self) -> Tensor:
-        return self.squares / max(self.count - 1, 1) / self.count
-
-
-def _averages(guide: Program, batch: tuple[Any, ...], samples: int) -> dict[str, _Average]:
+def mean_draws(guide: Program, batch: Batch, samples: int) -> dict[str, RunningMean]:
     """For each latent site the average of its means over ``samples`` draws, data first."""
-    sites = _record(guide, batch)
+
+    def drawn() -> Sites:
+        with Record() as record:
+            guide(*batch)
+        return latent(record.sites)
+
+    sites = drawn()
     auxiliary = any(site["infer"].get("is_auxiliary") for site in sites.values())
-    names = [name for name, site in sites.items() if _per_datum(site)]
-    unknown = [name for name in names if _closed_form_mean(sites[name], auxiliary) is None]
-    averages = {name: _Average() for name in names}
-    for draw in range(max(samples, _DRAWS) if unknown else samples):
-        sites = _record(guide, batch) if draw else sites
+    names = [name for name, site in sites.items() if per_datum(site)]
+    unknown = [name for name in names if closed_form_mean(sites[name], auxiliary) is None]
+    averages = {name: RunningMean() for name in names}
+    for draw in range(max(samples, DRAWS) if unknown else samples):
+        sites = drawn() if draw else sites
         for name in names if draw < samples else unknown:
             site = sites[name]
             value = site["value"] if name in unknown else site["fn"].mean
@@ -131,17 +116,13 @@ def _averages(guide: Program, batch: tuple[Any, ...], samples: int) -> dict[str,
     return averages
 
 
-def _record(guide: Program, batch: tuple[Any, ...]) -> dict[str, Site]:
-    with Record() as record:
-        guide(*batch)
-    return latent(record.sites)
-
-
-def _per_datum(site: Site) -> bool:
+def per_datum(site: Site) -> bool:
+    """Whether a site lies in a data plate, and is no auxiliary draw."""
     return not site["infer"].get("is_auxiliary") and any(dim == -1 for _, dim, _ in frames(site))
 
 
-def _closed_form_mean(site: Site, auxiliary: bool) -> Tensor | None:
+def closed_form_mean(site: Site, auxiliary: bool) -> Tensor | None:
+    """The mean of a site given its parents, if it has one; that of a Delta that transforms another draw is not it."""
     if auxiliary and isinstance(point_mass(site["fn"]), Delta):
         return None
     try:
@@ -149,9 +130,6 @@ def _closed_form_mean(site: Site, auxiliary: bool) -> Tensor | None:
     except (NotImplementedError, AttributeError):
         return None
     return mean if torch.isfinite(mean).all() else None
-
-
-_CELLS = 2**24  # densities held at a time
 
 
 class Information(NamedTuple):
@@ -199,9 +177,8 @@ def information(
     Hoffman and Johnson (2016), *ELBO surgery: yet another way to carve up the variational evidence lower bound*.
     """
     num_data = positive_int("num_data", num_data, minimum=2)
-    device = device_of(model, guide)
-    with isolated_rng(seed), torch.no_grad(), evaluating(model, guide), full_float32():
-        batch = next(iter(datasets.batches(args, num_data, seed=seed, device=device)), None)
+    with measuring(model, guide, seed=seed):
+        batch = next(iter(datasets.batches(args, num_data, seed=seed, device=device_of(model, guide))), None)
         if batch is None or len(batch[0]) < 2:
             raise datasets.DataError("information over data needs two of them at least: pass more")
         particles = run(model, guide, batch, kwargs, scaled=False)
@@ -211,17 +188,17 @@ def information(
             if site["fn"].batch_shape != (len(batch[0]),):
                 continue  # shared by the data, or in further plates
             kl = site_kl(particles, name)[0].double().mean(0)
-            info = _mutual_information(elementwise(site["fn"]) or site["fn"], site["value"]).reshape(-1)
+            info = mutual_information(elementwise(site["fn"]) or site["fn"], site["value"]).reshape(-1)
             kl = kl if kl.shape == info.shape else kl.sum().reshape(1)
             found[name] = Information(kl, info, kl - info)
     return found
 
 
-def _mutual_information(fn: Any, value: Tensor) -> Tensor:
+def mutual_information(fn: Distribution, value: Tensor) -> Tensor:
     """E log q(z_n | x_n) - log 1/N sum_m q(z_n | x_m), unit by unit, ``[units]``."""
     number = len(value)
     own = fn.log_prob(value)
-    rows = max(1, _CELLS // own.numel())
+    rows = max(1, CELLS // own.numel())
     # Every draw against every datum's density: the draws get an axis of their own in front.
     mixed = [torch.logsumexp(fn.log_prob(part.unsqueeze(1)), 1) - math.log(number) for part in value.split(rows)]
     return (own - torch.cat(mixed)).double().mean(0)

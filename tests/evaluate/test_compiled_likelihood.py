@@ -11,7 +11,6 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.compile import checked
 from pyrovae.compile import graph as graphs
-from pyrovae.evaluate import likelihood
 from tests.state import double_precision, interpreting
 
 X = torch.bernoulli(torch.full((25, 6), 0.4), generator=torch.Generator().manual_seed(0)).double()
@@ -271,7 +270,7 @@ def test_auto_compiles_the_larger_evaluations(monkeypatch, interpreted):
     for num_samples, data in ((10, X), (10, pv.data.Images(X)), (70, X)):
         assert estimate(pair, "auto", data, num_samples=num_samples).path == "eager"
     weights = sum(p.numel() for p in pair.parameters())
-    saved = likelihood.SAVED * weights * len(X) * 70
+    saved = checked.SAVED * weights * len(X) * 70
     for data in (X, pv.data.Images(X)):
         for factor, path in ((1.001, "eager"), (0.999, "compiled"), (0.5, "compiled")):
             monkeypatch.setattr(checked, "COMPILATION", factor * saved)

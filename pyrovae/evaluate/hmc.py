@@ -1,0 +1,123 @@
+r"""Hamiltonian Monte Carlo: many chains at once, on any log-density that is differentiable in its latents.
+
+.. math:: H(u, p) = -\log f(u) + \tfrac12 \sum_i p_i^2, \qquad
+          p \leftarrow p + \tfrac{\varepsilon}{2} \nabla \log f(u), \quad u \leftarrow u + \varepsilon p, \quad
+          p \leftarrow p + \tfrac{\varepsilon}{2} \nabla \log f(u)
+
+and the end of :math:`L` such steps is accepted with probability :math:`\min(1, e^{H(u, p) - H(u', p')})`.
+
+Neal (2011), *MCMC using Hamiltonian dynamics*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+
+from pyrovae.engine.particles import Layout
+
+State = dict[str, Tensor]
+
+WARM_UP, VISITS, TRIES = 40, 100, 2  # of the pilot: transitions at first, densities visited, at each
+GAINS = 0.5, 0.2  # of log step size per unit of acceptance, at first and later
+WINDOW = 5  # visited densities on each side over which log step sizes are averaged
+
+
+class Evaluated(NamedTuple):
+    """A log-density at a state of the chains, ``[C, *plates]``, and its gradient in every latent, in order.
+
+    ``carried`` is anything else of that state, ``[C, *plates]``, that goes where the chains go.
+    """
+
+    log_density: Tensor
+    carried: Tensor
+    gradients: list[Tensor]
+
+
+LogDensity = Callable[[State], Evaluated]
+
+
+class Moved(NamedTuple):
+    """The chains after a transition, what they carry, and which of them were accepted."""
+
+    state: State
+    carried: Tensor
+    accepted: Tensor
+
+
+@dataclass(frozen=True)
+class HMC:
+    """Transitions of chains in unconstrained space.
+
+    :param layout: where chains and data lie in the tensors of a run.
+    :param event_dims: of each latent.
+    :param leapfrog_steps: L.
+    """
+
+    layout: Layout
+    event_dims: dict[str, int]
+    leapfrog_steps: int
+
+    def transition(self, density: LogDensity, u: State, step: Tensor) -> Moved:
+        """Leave ``density`` invariant, with steps of the sizes ``step``, one for each datum."""
+        sizes = {name: self.spread(step, name) for name in u}
+        p = {name: torch.randn_like(point) for name, point in u.items()}
+        before = at = density(u)
+        energy = before.log_density - self.kinetic(p)
+        moved = u
+        for _ in range(self.leapfrog_steps):
+            p = self.kicked(p, sizes, at)
+            moved = {name: moved[name] + sizes[name] * p[name] for name in u}
+            at = density(moved)
+            p = self.kicked(p, sizes, at)
+        log_ratio = (at.log_density - self.kinetic(p) - energy).nan_to_num(-math.inf)
+        accepted = torch.rand_like(log_ratio).log() < log_ratio
+        state = {name: torch.where(self.spread(accepted, name), moved[name], u[name]) for name in u}
+        return Moved(state, torch.where(accepted, at.carried, before.carried), accepted)
+
+    def kicked(self, momentum: State, sizes: State, at: Evaluated) -> State:
+        """The momentum after half a step along the gradient."""
+        pairs = zip(momentum.items(), at.gradients, strict=True)
+        return {name: p + 0.5 * sizes[name] * gradient for (name, p), gradient in pairs}
+
+    def kinetic(self, momentum: State) -> Tensor:
+        """Half the squared momentum of each chain, ``[C, *plates]``."""
+        parts = [self.layout.reduce(sum_rightmost(0.5 * p.square(), self.event_dims[n])) for n, p in momentum.items()]
+        return self.layout.expand(sum(parts[1:], parts[0]))
+
+    def spread(self, weights: Tensor, name: str) -> Tensor:
+        """A number per chain and datum, shaped to multiply the unconstrained value of a latent."""
+        return self.layout.spread(weights, self.event_dims[name])
+
+    def pilot(
+        self, density: Callable[[int], LogDensity], number: int, u: State, log_step: Tensor, target: float
+    ) -> Tensor:
+        """Step sizes for the densities 1, ..., ``number``, which change slowly: ``[number, *log_step.shape]``.
+
+        Some of them are visited in order; log step sizes follow the acceptance towards ``target``, and are averaged.
+
+        :param log_step: the log step sizes to begin with, ``[1, *plates]``.
+        """
+        visited = sorted({round(1 + (number - 1) * i / VISITS) for i in range(VISITS + 1)})
+        found = []
+        for t in visited:
+            for _ in range(TRIES if t > 1 else WARM_UP):
+                u, _, accepted = self.transition(density(t), u, log_step.exp())
+                acceptance = accepted.to(log_step.dtype).mean(0, keepdim=True)
+                log_step = log_step + GAINS[t > 1] * (acceptance - target)
+            found.append(log_step)
+        at = torch.tensor(visited, device=log_step.device)
+        index = torch.searchsorted(at, torch.arange(1, number + 1, device=at.device))
+        return smoothed(torch.stack(found))[index].exp()
+
+
+def smoothed(table: Tensor) -> Tensor:
+    """Each row averaged with those before and after it: the pilot's steps scatter."""
+    ends = ((max(0, i - WINDOW), i + WINDOW + 1) for i in range(len(table)))
+    return torch.stack([table[low:high].mean(0) for low, high in ends])
