@@ -3,10 +3,12 @@
 import importlib
 import pkgutil
 import re
+import sys
 
 import pytest
 
 import pyrovae as pv
+from pyrovae.app.cli import app
 from tests.house import ROOT
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
@@ -64,3 +66,22 @@ def test_every_public_name_stands_in_the_reference():
     for face in FACES:
         for name in set(face.__all__) - modules:
             assert any(getattr(face, name) is known for known in described), f"{face.__name__}.{name}"
+
+
+def test_the_walk_from_the_command_line_to_a_gradient_meets_its_places_in_order(tmp_path):
+    places = re.findall(r"^\| \d+ \| `([\w/]+\.py):([\w.]+)`", PAGES["contributing.md"], re.MULTILINE)
+    assert len(places) == 10
+    package, met = ROOT / "pyrovae", []
+
+    def note(frame, event, _):
+        if event == "call" and (package.name + "/") in frame.f_code.co_filename:
+            met.append((frame.f_code.co_filename.removeprefix(f"{package}/"), frame.f_code.co_qualname))
+
+    sys.setprofile(note)
+    try:
+        app(["train", "--epochs", "1", "--samples", "1", "--run-dir", str(tmp_path / "run")], standalone_mode=False)
+    finally:
+        sys.setprofile(None)
+    calls = iter(met)
+    for place in places:
+        assert place in calls, place
