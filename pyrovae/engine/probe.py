@@ -206,14 +206,3 @@ def check_fold(seen: Look, fold: bool) -> None:
             f"fold_particles=True cannot repeat a subsampled plate, found {quoted(subsampled)}: "
             "drop the subsample, or pass fold_particles=False"
         )
-
-
-# --- until those who ask have learnt to look --------------------------------------------------------------------------
-
-probe = checked_look
-
-
-def nesting(seen: Look | Particles) -> int:
-    """The number of dimensions that the programs' own plates take."""
-    particles = seen.particles if isinstance(seen, Look) else seen
-    return Look(particles.guide, particles.model, [], {}).nesting

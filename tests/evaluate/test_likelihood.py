@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
-from pyrovae.engine.probe import probe
+from pyrovae.engine.probe import checked_look
 from pyrovae.engine.weights import Tally, pareto_k, tail_size
 from pyrovae.evaluate import likelihood
 from pyrovae.evaluate.resampling import Resampler
@@ -560,7 +560,7 @@ def test_draws_of_joint_weights():
 def test_draws_are_proportional_to_the_weights_of_all_passes():
     """Passes of very unequal weight, one of them impossible, against exact frequencies; two batches."""
     log_w = torch.tensor([[0.0, -2.0], [-3.0, 1.0], [-math.inf, -1.0], [-math.inf, 2.0], [4.0, 0.0], [3.0, -math.inf]])
-    checked = probe(model, guide, (X[:2],), {})
+    checked = checked_look(model, guide, (X[:2],), {})
     resampler = Resampler(40_000, 0, checked)
     for _ in range(2):
         for rows in log_w.split(2):
