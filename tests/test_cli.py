@@ -171,6 +171,87 @@ def test_a_users_own_class_trains_and_comes_back(run, tmp_path):
     assert run("sample", "mine", "-n", 4)[0] == 0
 
 
+OWN = """
+import torch, pyro, pyro.distributions as dist
+from torch import nn
+
+class Plain(nn.Module):
+    num_classes = 0
+
+    def __init__(self, input_shape):
+        super().__init__()
+        self.input_shape = tuple(input_shape)
+        self.decoder, self.encoder = nn.Linear(2 + self.num_classes, 64), nn.Linear(64, 2)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def joined(self, z, y=None):
+        if y is None:
+            return z
+        code = nn.functional.one_hot(y, self.num_classes).to(z)
+        return torch.cat([z, code.expand(*z.shape[:-1], -1)], -1)
+
+    def decode(self, z, y=None):
+        return self.decoder(self.joined(z, y)).sigmoid().unflatten(-1, self.input_shape)
+
+    def initialise(self, x):
+        with torch.no_grad():
+            self.decoder.bias.copy_(x.mean(0).clamp(0.01, 0.99).logit().flatten())
+
+    def metrics(self, x, *labels):
+        return {"ink": x.mean().item()}
+
+    def after_training(self, data):
+        self.seen.fill_(len(data))
+        return True
+
+    def model(self, x, y=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(self.decode(z, y)).to_event(3), obs=x)
+
+    def guide(self, x, y=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x.flatten(1)), 1.0).to_event(1))
+
+class Conditional(Plain):
+    conditional = True
+
+    def __init__(self, input_shape, num_classes):
+        self.num_classes = num_classes
+        super().__init__(input_shape)
+
+    @property
+    def config(self):
+        return {"input_shape": list(self.input_shape), "num_classes": self.num_classes}
+
+    def score_labels(self, x, labels):
+        return {"largest": labels.max().item()}
+
+class NoGuide(nn.Module):
+    def model(self, x): ...
+"""
+
+
+def test_a_users_own_class_says_what_it_can(run, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    code, _, err = run("train", "own:Plain", *TINY, "--run-dir", "p")
+    assert code == 0, err
+    assert (tmp_path / "p/manifold.png").is_file()
+    assert 0 < json.loads((tmp_path / "p/results.json").read_text())["ink"] < 1
+    pair = pv.load("p", pair=__import__("own").Plain((1, 8, 8)))
+    assert pair.seen.item() == 1437
+    rate = pv.data.load("digits").train.x.mean(0).clamp(0.01, 0.99).flatten()
+    assert (pair.decoder.bias.sigmoid() - rate).abs().max() < 0.1
+    code, _, err = run("train", "own:Conditional", *TINY, "--run-dir", "c")
+    assert code == 0, err
+    assert not (tmp_path / "c/manifold.png").exists()
+    assert json.loads((tmp_path / "c/results.json").read_text())["largest"] == 9
+    assert run("sample", "c", "-n", 3, "--label", 9)[0] == 0
+    assert run("evaluate", "c", "--samples", 5)[0] == 0
+    code, _, err = run("train", "own:NoGuide", *TINY, "--run-dir", "n")
+    assert (code, "NoGuide has no .guide(x)" in err) == (2, True)
+
+
 TINY = ["--epochs", "1", "--samples", "5", "--device", "cpu"]
 
 

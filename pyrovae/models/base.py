@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn, TypeVar
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pyrovae.arguments import DataError, in_range, one_of, positive_int, sizes
 from pyrovae.configured import Configured
+from pyrovae.models.hooks import Hooks
 
 P = TypeVar("P", bound="Pair")
 
 
-class Pair(Configured, nn.Module):
+class Pair(Hooks, Configured, nn.Module):
     r"""A family of the zoo: a Pyro model and guide in one module, and the verbs for using it once it is trained.
 
     A subclass gives ``model`` and ``guide``, ``encode`` and ``decode``; what it cannot do it refuses by name. The
-    labels of a conditional family follow ``x`` (or ``z``) everywhere. What the command line must know of a family the
-    family says itself, by the attributes and methods below; :func:`as_pair` answers for a class of one's own.
+    labels of a conditional family follow ``x`` (or ``z``) everywhere. What sets it apart it says by its :class:`Hooks`.
 
     :ivar config: the constructor's arguments; ``type(pair)(**pair.config)`` has the same architecture.
     :ivar input_shape: shape of one datum.
     """
-
-    #: Whether the programs take labels after x.
-    conditional: bool = False
-    #: What ``log_likelihood`` finds: "estimate", "bound", "exact", or "annealed" (exact but for a partition function
-    #: that is estimated); None for what is not a generative model.
-    likelihood_is: str | None = "estimate"
-    #: Whether the data must be bits; None, as the observed site says.
-    observes_bits: bool | None = None
-    #: Whether unknown labels are summed over, so that log p(x) is measured without them.
-    sums_over_labels: bool = False
-    #: Trains the pair by a rule of its own, as ``train_on(data, **options)``; None where :func:`pyrovae.fit` does.
-    train_on: ClassVar[Callable[..., list[dict[str, float]]] | None] = None
 
     input_shape: tuple[int, ...]
     observation: Any  # the likelihood's family, and the network that gives its parameters
@@ -130,7 +118,7 @@ class Pair(Configured, nn.Module):
         """Say that a verb has no meaning for this family."""
         raise ValueError(f"{type(self).__name__} has no {verb}: {why}")
 
-    # --- before, while and after it is trained --------------------------------------------------------------------
+    # --- the rest ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def initialise(self: P, x: Tensor) -> P:
@@ -144,24 +132,6 @@ class Pair(Configured, nn.Module):
         bias = self.decoder.output_bias
         bias.copy_(self.observation.initial_bias(mean).reshape(bias.shape))
         return self
-
-    def metrics(self, x: Tensor, *labels: Any) -> dict[str, object]:
-        """What is worth knowing of a batch beside the bound, by name: nothing, in general."""
-        return {}
-
-    def after_training(self, data: object) -> bool:
-        """Do what follows training on ``data``; whether it changed the weights."""
-        return False
-
-    def score_labels(self, x: Tensor, labels: Tensor) -> dict[str, float]:
-        """How well the labels of data ``[N, *input_shape]`` are told, by name: nothing where none are."""
-        return {}
-
-    def log_prob_error(self) -> float:
-        """Standard error of a log p(x) that is no estimate by importance sampling, in nats."""
-        return 0.0
-
-    # --- the rest ------------------------------------------------------------------------------------------------
 
     @property
     def module(self) -> nn.Module:
@@ -183,56 +153,6 @@ class Pair(Configured, nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items() if value is not None)
-
-
-class OwnPair(Pair):
-    """A module of one's own with ``.model`` and ``.guide``, dressed as a pair: what it does not say is as in general.
-
-    :param owner: the module, with any of :attr:`HOOKS`.
-    :raises ValueError: for a module without the two programs.
-    """
-
-    #: What a module may say of itself, each as :class:`Pair` has it.
-    HOOKS = (
-        "model", "guide", "encode", "decode", "initialise", "metrics", "after_training", "score_labels",
-        "log_prob_error", "conditional", "likelihood_is", "observes_bits", "sums_over_labels", "config",
-    )  # fmt: skip
-
-    def __init__(self, owner: nn.Module) -> None:
-        super().__init__()
-        self.owner, self.config = owner, {}
-        self.said = {name: getattr(owner, name) for name in self.HOOKS if hasattr(owner, name)}
-        for program in ("model", "guide"):
-            if not callable(self.said.get(program)):
-                raise ValueError(f"{type(owner).__name__} has no .{program}(x): a model class needs .model and .guide")
-        vars(self).update(
-            self.said
-        )  # not as attributes, which would make a program that is a module a part of this one
-
-    @property
-    def module(self) -> nn.Module:
-        """The module itself."""
-        return self.owner
-
-    @property
-    def decodes(self) -> bool:
-        """Whether it has a ``.decode``."""
-        return "decode" in self.said
-
-    def initialise(self, x: Tensor) -> OwnPair:
-        """Nothing, unless the module says otherwise."""
-        return self
-
-
-def as_pair(module: nn.Module) -> Pair:
-    """A module with ``.model`` and ``.guide`` as a :class:`Pair`: the zoo's as they are, any other dressed as one.
-
-    >>> pair = torch.nn.Module()
-    >>> pair.model = pair.guide = lambda x: None
-    >>> as_pair(pair).conditional, as_pair(pair).likelihood_is
-    (False, 'estimate')
-    """
-    return module if isinstance(module, Pair) else OwnPair(module)
 
 
 def layer_number(layer: int, count: int) -> int:
