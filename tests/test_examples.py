@@ -250,6 +250,6 @@ def test_the_code_in_the_readme_prints_what_stands_below_it(capsys):
     assert [line.split(" NLL ")[0] for line in printed.splitlines()] == [
         line.split(" NLL ")[0] for line in shown.splitlines()
     ]
-    # Other processors round otherwise, and after a hundred epochs it shows; the objectives lie further apart.
+    # Other processors round otherwise, and after fifty epochs it shows; the objectives lie further apart.
     assert figures(printed, NLL)[:, 0] == pytest.approx(figures(shown, NLL)[:, 0], abs=0.1)
     assert (figures(printed, NLL)[:, 2] == 1000).all()
