@@ -402,22 +402,13 @@ def test_a_loss_that_is_nan_at_once_promises_no_checkpoint(tmp_path):
 
 
 BAD = [
-    ({"epochs": 0}, ValueError, "epochs must be an integer of at least 1, got 0"),
-    ({"batch_size": 2.5}, ValueError, "batch_size"),
-    ({"lr": -1.0}, ValueError, "lr"),
     ({"lr": 0.1, "optimizer": torch.optim.SGD}, ValueError, "lr=0.1 belongs to the default optimizer"),
     ({"optimizer": torch.optim.SGD([torch.zeros(1)], lr=0.1)}, TypeError, "function of the parameters"),
     ({"optimizer": lambda parameters: None}, TypeError, "must return a torch.optim optimizer"),
-    ({"clip_norm": 0}, ValueError, "clip_norm"),
     ({"validation": None, "patience": 3}, ValueError, "patience needs data"),
-    ({"patience": 0}, ValueError, "patience"),
-    ({"compile": "yes"}, ValueError, "compile"),
     ({"resume": True}, ValueError, "pass run_dir"),
-    ({"device": "gpu"}, ValueError, "unknown device 'gpu'"),
     ({"device": "cuda:99"}, ValueError, "CUDA devices are here"),
-    ({"seed": None}, ValueError, "seed must be an integer"),
     ({"objective": pv.ELBO}, TypeError, "objective must be"),
-    ({"schedule": "parabolic"}, ValueError, "unknown schedule"),
     ({"data": "mnist"}, TypeError, "data must be"),
 ]
 

@@ -207,12 +207,6 @@ def test_values_are_validated():
         FlowNormal(q.base, q.steps, q.context, validate_args=True).log_prob(torch.full((5, 3), torch.nan))
 
 
-@each_step
-def test_one_unit_is_refused(kind):
-    with pytest.raises(ValueError, match="dim must be an integer of at least 2, got 1"):
-        STEPS[kind](1, 2, False)
-
-
 @pytest.mark.parametrize("hidden", [(), (4,), (9, 4)])
 def test_a_narrow_autoregressive_network_is_refused(hidden):
     with pytest.raises(ValueError, match="of 5 or more units each, got"):

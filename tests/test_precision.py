@@ -223,15 +223,6 @@ def test_an_evaluation_is_in_float32_whatever_a_pair_was_trained_in():
     torch.testing.assert_close(estimate.log_prob[:100].float(), log_w.logsumexp(0) - math.log(3))
 
 
-@pytest.mark.parametrize("precision", ["bfloat", "float16", None, 16])
-def test_an_unknown_precision_is_named(precision):
-    pair = vae()
-    with pytest.raises(ValueError, match=f"unknown precision {precision!r}: did you mean .*float32, bfloat16"):
-        pv.fit(pair.model, pair.guide, grey(), objective=pv.ELBO(), epochs=1, precision=precision)
-    with pytest.raises(ValueError, match="unknown precision"):
-        networks_in(precision)
-
-
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])
 def test_full_float32_restores_what_was_allowed(before):
     default, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

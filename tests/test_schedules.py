@@ -22,14 +22,14 @@ def test_every_schedule_starts_at_one_and_never_rises(name):
     assert all(a >= b > 0 for a, b in pairwise(factors))
 
 
-@pytest.mark.parametrize("stage", range(8))
-@pytest.mark.parametrize("stretch", [1, 3, 7, 49])
-def test_iwae_stages_begin_and_end_at_the_papers_epochs(stage, stretch):
-    factor = plan(epochs=3280 * stretch, schedule="iwae").factor
-    first, last = (3**stage - 1) // 2 * stretch, (3 ** (stage + 1) - 1) // 2 * stretch - 1
-    assert factor(first) == factor(last) == factor(last + 0.999) == pytest.approx(10 ** (-stage / 7))
-    if stage:
-        assert factor(first - 0.001) == pytest.approx(10 ** (-(stage - 1) / 7))
+def test_iwae_stages_begin_at_the_papers_epochs():
+    """3^i epochs of 10^(-i/7), i = 0 ... 7: 3280 in all; of any other number, as large shares."""
+    begins = {0: 1.0, 1: 0.7197, 4: 0.5179, 13: 0.3728, 40: 0.2683, 121: 0.1931, 364: 0.1389, 1093: 0.1}
+    for stretch in (1, 7):
+        factor = plan(epochs=3280 * stretch, schedule="iwae").factor
+        for (first, rate), (following, lower) in pairwise([*begins.items(), (3280, None)]):
+            assert factor(first * stretch) == factor(following * stretch - 0.001) == pytest.approx(rate, abs=5e-5)
+            assert lower is None or factor(following * stretch) == pytest.approx(lower, abs=5e-5)
 
 
 def test_the_line_ends_at_nothing():
@@ -92,13 +92,7 @@ def test_at_returns_one_object_so_that_a_pair_is_checked_once():
     ("error", "match", "arguments"),
     [
         (TypeError, "objective must be", {"objective": pv.IWAE}),
-        (TypeError, "particles", {"particles": 5}),
-        (ValueError, "particles is empty", {"particles": ()}),
-        (ValueError, "particles", {"particles": (0,)}),
         (ValueError, "num_particles .* at least 2", {"objective": pv.VIMCO(3), "particles": (1, 3)}),
-        (ValueError, "kl_warmup", {"kl_warmup": -1}),
-        (ValueError, "kl_warmup", {"kl_warmup": float("nan")}),
-        (ValueError, "unknown schedule 'cosin'.*'cosine'", {"schedule": "cosin"}),
         (ValueError, "pyrovae's objectives", {"objective": Trace_ELBO(), "kl_warmup": 3}),
         (ValueError, "pyrovae's objectives", {"objective": Trace_ELBO(), "particles": (1,)}),
     ],

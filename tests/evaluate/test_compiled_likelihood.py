@@ -285,12 +285,6 @@ def test_the_default_of_a_small_evaluation_is_eager_and_says_so(interpreted):
     assert not interpreted
 
 
-@pytest.mark.parametrize("compile", ["yes", None, 3])
-def test_any_other_word_for_compile_is_refused(compile):
-    with pytest.raises(ValueError, match='compile must be "auto", True or False, got'):
-        estimate(PAIRS["vae"](), compile)
-
-
 def test_many_batches_of_one_pass_each_are_compiled_as_well(interpreted):
     found = estimate(PAIRS["vae"](), True, batch_size=5, num_samples=30)
     assert found.path == "compiled"

@@ -97,5 +97,3 @@ def test_every_layer_of_a_hierarchy_and_data_sets():
 def test_errors():
     with pytest.raises(pv.data.DataError, match="two of them at least"):
         pv.information(model, guide, torch.randn(1))
-    with pytest.raises(ValueError, match="num_data must be an integer of at least 2"):
-        pv.information(model, guide, torch.randn(5), num_data=1)

@@ -502,7 +502,7 @@ def test_intervals_are_students():
     assert (low[0].item(), high[0].item()) == pytest.approx((-1 - reach, -1 + reach))
     assert (low[1].item(), high[1].item()) == (-math.inf, math.inf)
     assert estimate_of([-1.0], [0.0], [0.1]).interval(1.0) == (torch.tensor([-1.0]), torch.tensor([-1.0]))
-    with pytest.raises(ValueError, match="level must be a number in"):
+    with pytest.raises(ValueError, match="level"):
         estimate.interval(95)
 
 
@@ -596,21 +596,6 @@ def test_arviz_receives_the_draws_and_draws_them():
     arviz.plot_density(table.sel(datum=0), var_names=["z"])
     arviz.plot_pair(table, var_names=["z"], coords={"datum": [0, 1]})
     matplotlib.pyplot.close("all")
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"num_samples": 0}, "num_samples"),
-        ({"num_draws": -1}, "num_draws"),
-        ({"num_samples": 2.5}, "num_samples"),
-        ({"chunk_size": 0}, "chunk_size"),
-        ({"batch_size": -1}, "batch_size"),
-    ],
-)
-def test_arguments_out_of_range(options, match):
-    with pytest.raises(ValueError, match=match):
-        pv.log_likelihood(model, guide, X, **options)
 
 
 def test_no_data():

@@ -358,29 +358,6 @@ def test_data_of_another_shape_are_refused(family, program):
         getattr(small(family), program)(torch.zeros(4, 64))
 
 
-@pytest.mark.parametrize(
-    ("family", "arguments", "match"),
-    [
-        (Autoencoder, {"input_shape": ()}, "input_shape is empty"),
-        (Autoencoder, {"latent_dim": 0}, "latent_dim must be an integer of at least 1, got 0"),
-        (Autoencoder, {"likelihood": "gausian"}, "did you mean 'gaussian'"),
-        (Autoencoder, {"scale": 0.1}, "likelihood='bernoulli' has no scale"),
-        (Autoencoder, {"channels": (4,)}, "network='mlp' has no channels"),
-        (Autoencoder, {"density_components": 0}, "density_components must be an integer of at least 1, got 0"),
-        (SparseAutoencoder, {"penalty": "l2"}, "unknown penalty 'l2': did you mean 'l1'"),
-        (SparseAutoencoder, {"weight": -1.0}, "weight must be a number in .0, inf., got -1.0"),
-        (SparseAutoencoder, {"rho": 0.1}, "penalty='l1' has no rho, got rho=0.1: leave it out, or use 'kl'"),
-        (SparseAutoencoder, {"penalty": "kl", "rho": 1.0}, "rho must be a number in .*got 1.0"),
-        (DenoisingAutoencoder, {"noise": "gausian"}, "unknown noise 'gausian': did you mean 'gaussian'"),
-        (DenoisingAutoencoder, {"noise": "masking", "level": 1.5}, "level must be a number in .0, 1., got 1.5"),
-        (DenoisingAutoencoder, {"noise": "gaussian", "level": -0.1}, "level must be a number in .0, inf., got -0.1"),
-    ],
-)  # fmt: skip
-def test_constructor_errors(family, arguments, match):
-    with pytest.raises(ValueError, match=match):
-        family(**{"input_shape": (1, 8, 8), **arguments})
-
-
 def test_errors_of_the_density(digits):
     pair = small()
     with pytest.raises(DataError, match="a density of 3 components needs as many data, got 2"):

@@ -237,21 +237,3 @@ def test_a_label_that_does_not_exist_stops_an_evaluation():
     y[20] = 9
     with pytest.raises(ValueError, match=r"NaN|labels"):
         pv.log_likelihood(cvae.model, cvae.guide, pv.data.Images(X.repeat(3, 1, 1, 1), y), num_samples=2, batch_size=7)
-
-
-@pytest.mark.parametrize(
-    ("given", "error", "match"),
-    [
-        ({}, ValueError, "classes or attributes, got neither: give num_classes or num_attributes"),
-        ({"num_classes": 3, "num_attributes": 2}, ValueError, "got both"),
-        ({"num_classes": 1}, ValueError, "num_classes must be an integer of at least 2, got 1"),
-        ({"num_attributes": 0}, ValueError, "num_attributes must be an integer of at least 1, got 0"),
-        ({"num_classes": 2.0}, ValueError, "num_classes must be an integer"),
-        ({"num_classes": 3, "posterior": "diag"}, ValueError, "unknown posterior 'diag': did you mean 'diagonal'"),
-        ({"num_classes": 3, "latent_dim": 0}, ValueError, "latent_dim must be"),
-        ({"num_classes": 3, "network": "mpl"}, ValueError, "did you mean 'mlp'"),
-    ],
-)
-def test_constructor_errors(given, error, match):
-    with pytest.raises(error, match=match):
-        ConditionalVAE((1, 4, 4), **given)

@@ -204,32 +204,6 @@ def test_a_code_of_data_of_another_shape_is_refused():
         small().encode(torch.zeros(4, 2, 8, 8))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        ({"input_shape": (64,)}, ValueError, r"scales need a shape \(channels, height, width\), got \(64,\)"),
-        ({"input_shape": (1, 8, 8, 8)}, ValueError, r"scales need a shape .*got \(1, 8, 8, 8\)"),
-        ({"input_shape": (1, 7, 8)}, ValueError, "height 7 is no multiple of 2, the step of scale 1 of 2 .*pad to 8"),
-        (
-            {"input_shape": (1, 8, 30)},
-            ValueError,
-            r"width 30 is no multiple of 4, the step of scale 2 of 2 .*pad to 32",
-        ),
-        ({"patch": 0}, ValueError, "patch must be an integer of at least 1, got 0"),
-        ({"channels": ()}, ValueError, "one entry per scale"),
-        ({"channels": (4,)}, ValueError, r"one entry per scale, got channels=\(4,\), latent_channels=\(1, 2\)"),
-        ({"blocks": 2}, TypeError, "blocks must be a sequence of integers, got 2"),
-        ({"blocks": (0, 1)}, ValueError, "every entry of blocks must be an integer of at least 1, got 0"),
-        ({"latent_channels": (1.5, 2)}, ValueError, "every entry of latent_channels"),
-        ({"likelihood": "bernouli"}, ValueError, "did you mean 'bernoulli'"),
-        ({"likelihood": "bernoulli", "levels": 4}, ValueError, "has no levels"),
-    ],
-)
-def test_constructor_errors(arguments, error, match):
-    with pytest.raises(error, match=match):
-        small(**{"shape" if name == "input_shape" else name: value for name, value in arguments.items()})
-
-
 # --- its network parts -----------------------------------------------------------------------------------------------
 
 

@@ -202,21 +202,6 @@ def test_pseudo_inputs_start_from_what_the_top_posterior_reads(guide, digits):
     torch.testing.assert_close(prior.scale, top.base_dist.scale)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"guide": "top_down", "posterior": "iaf"}, "'top_down' multiplies diagonal normals, got posterior='iaf'"),
-        ({"guide": "top_down", "posterior": "full"}, "use guide='bottom_up'"),
-        ({"flows": 2}, "prior='normal' with posterior='diagonal' has no flows"),
-        ({"prior": "vamp", "components": 0}, "components must be an integer of at least 1"),
-        ({"prior": "flow", "latent_dims": (5, 1)}, "a flow needs at least 2 latent units, got 1"),
-    ],
-)
-def test_parts_that_do_not_go_together_are_refused(arguments, match):
-    with pytest.raises(ValueError, match=match):
-        small(**arguments)
-
-
 # --- gradients of the ladder, whose guide has the generative parameters as well ---------------------------------------
 
 
@@ -345,25 +330,3 @@ def test_linear_layers_start_with_a_constant_scale():
         vae = small(latent_dims=(5, 4, 3), hidden=((), (), ()), guide=guide)
         scales = vae.layer_prior(1, 100 * torch.randn(50, 4)).base_dist.scale
         assert (scales == 1).all()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        ({"input_shape": ()}, ValueError, "input_shape is empty"),
-        ({"latent_dims": ()}, ValueError, "latent_dims is empty"),
-        ({"latent_dims": 50}, TypeError, r"latent_dims must be a sequence of integers, got 50"),
-        ({"latent_dims": (5, 0)}, ValueError, "every entry of latent_dims must be an integer of at least 1, got 0"),
-        ({"latent_dims": (5, 4, 3)}, ValueError, r"hidden must give widths for each of 3 layers .* got 2"),
-        ({"hidden": 200}, TypeError, "hidden must be a sequence of sequences of integers, got 200"),
-        ({"hidden": (200, 100)}, TypeError, r"hidden\[0\] must be a sequence of integers, got 200: write \(200,\)"),
-        ({"hidden": ((16,), (0,))}, ValueError, r"every entry of hidden\[1\] must be an integer of at least 1"),
-        ({"guide": "topdown"}, ValueError, "unknown guide 'topdown': did you mean 'top_down'"),
-        ({"network": "cnn"}, ValueError, "unknown network 'cnn'"),
-        ({"channels": (8,)}, ValueError, "network='mlp' has no channels"),
-        ({"likelihood": "bernoulli", "scale": 0.1}, ValueError, "likelihood='bernoulli' has no scale"),
-    ],
-)
-def test_constructor_errors(arguments, error, match):
-    with pytest.raises(error, match=match):
-        HierarchicalVAE(**{"input_shape": (1, 8, 8), **arguments})

@@ -208,16 +208,3 @@ def test_data_that_have_no_fit(data, match):
     with pytest.raises(DataError, match=match):
         pca.fit(data)
     assert pca.noise_variance.isnan()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"latent_dim": 8}, "below the 8 entries of a datum, got 8: pass at most 7"),
-        ({"latent_dim": 0}, "latent_dim must be an integer of at least 1"),
-        ({"input_shape": ()}, "input_shape is empty"),
-    ],
-)
-def test_constructor_errors(arguments, match):
-    with pytest.raises(ValueError, match=match):
-        PCA(**{"input_shape": SHAPE, "latent_dim": 3} | arguments)

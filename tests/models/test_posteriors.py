@@ -149,28 +149,6 @@ def test_training_logs_the_kl_of_the_whole_latent(posterior, precision):
     assert found.log_prob.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"posterior": "ias"}, "unknown posterior 'ias': did you mean 'iaf'"),
-        (
-            {"flows": 3},
-            "prior='normal' with posterior='diagonal' has no flows, got flows=3: leave it out, or use prior='flow' or "
-            "posterior='flow' or posterior='iaf'",
-        ),
-        ({"posterior": "full", "flow_hidden": (9,)}, "posterior='full' has no flow_hidden"),
-        ({"posterior": "iaf", "components": 3}, "has no components, got components=3"),
-        ({"posterior": "iaf", "flows": 0}, "flows must be an integer of at least 1, got 0"),
-        ({"posterior": "iaf", "flow_hidden": (2,)}, r"5 or more units each, got \(2,\)"),
-        ({"posterior": "flow", "flow_hidden": (2, 0)}, "every entry of flow_hidden must be an integer of at least 1"),
-        ({"posterior": "flow", "latent_dim": 1}, "a flow needs at least 2 latent units, got 1"),
-    ],
-)
-def test_errors(arguments, match):
-    with pytest.raises(ValueError, match=match):
-        VAE(**{"input_shape": (6,), "latent_dim": 5, **arguments})
-
-
 def test_options_are_shared_out():
     both = share_options({"flows": 2, "components": None}, prior=("flow", PRIORS), posterior=("iaf", POSTERIORS))
     assert both == ({"flows": 2}, {"flows": 2})

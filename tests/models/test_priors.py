@@ -237,27 +237,6 @@ def test_a_posterior_that_is_a_module_stays_its_owners():
     assert prior.distribution(torch.zeros(())).event_shape == (2,)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"prior": "vampire"}, "unknown prior 'vampire': did you mean 'vamp'"),
-        (
-            {"components": 3},
-            "prior='normal' with posterior='diagonal' has no components, got components=3: leave it out, or use "
-            "prior='mixture' or prior='vamp'",
-        ),
-        ({"prior": "mixture", "flows": 3}, "prior='mixture' with posterior='diagonal' has no flows"),
-        ({"prior": "mixture", "components": 0}, "components must be an integer of at least 1, got 0"),
-        ({"prior": "vamp", "components": 2.5}, "components must be an integer of at least 1, got 2.5"),
-        ({"prior": "flow", "latent_dim": 1}, "a flow needs at least 2 latent units, got 1"),
-        ({"prior": "flow", "flow_hidden": 8}, None),
-    ],
-)
-def test_errors(arguments, match):
-    with pytest.raises((ValueError, TypeError), match=match or "flow_hidden must be a sequence of integers"):
-        VAE(**{"input_shape": (6,), "latent_dim": 5, **arguments})
-
-
 def test_a_vampprior_without_a_posterior_is_refused():
     with pytest.raises(ValueError, match="give posterior and pseudo_shape"):
         make_prior("vamp", 3)

@@ -428,24 +428,3 @@ def test_fit_checks_every_label_before_it_trains(bad):
     with pyro.validation_enabled(False):
         log_w = pv.log_weights(m.model, m.guide, X, y[109:115])
     assert log_w[0].isnan().tolist() == [False, False, False, False, True, False]
-
-
-@pytest.mark.parametrize(
-    ("given", "error", "match"),
-    [
-        ({"num_classes": 1}, ValueError, "num_classes must be an integer of at least 2"),
-        (
-            {"classification_weight": -1.0},
-            ValueError,
-            r"classification_weight must be a number in \[0, inf\], got -1.0",
-        ),
-        ({"class_probs": (0.5, 0.5)}, ValueError, "class_probs must have 3 entries, one per class, got 2"),
-        ({"class_probs": (0.5, 0.5, 0.0)}, ValueError, "class_probs must be a number in"),
-        ({"network": "mpl"}, ValueError, "did you mean 'mlp'"),
-        ({"classifier": {"netwrok": "conv"}}, ValueError, "unknown setting of the classifier 'netwrok': did you mean"),
-        ({"classifier": {"channels": [3]}}, ValueError, "network='mlp' has no channels"),
-    ],
-)
-def test_constructor_errors(given, error, match):
-    with pytest.raises(error, match=match):
-        small(**given)

@@ -139,38 +139,3 @@ def test_config_holds_plain_numbers():
     numpy = pytest.importorskip("numpy")
     vae = VAE(numpy.array([1, 8, 8]), numpy.int64(3), numpy.array([4]))
     assert json.loads(json.dumps(vae.config)) == vae.config
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        ({"input_shape": 784}, TypeError, r"input_shape must be a sequence of integers, got 784: write \(784,\)"),
-        ({"input_shape": ()}, ValueError, "input_shape is empty"),
-        ({"input_shape": (1, 0, 8)}, ValueError, "every entry of input_shape must be an integer of at least 1, got 0"),
-        ({"input_shape": (1, 8.0, 8)}, ValueError, "every entry of input_shape must be an integer .*got 8.0"),
-        ({"input_shape": "abc"}, TypeError, "input_shape"),
-        ({"latent_dim": 0}, ValueError, "latent_dim must be an integer of at least 1, got 0"),
-        ({"latent_dim": 2.5}, ValueError, "latent_dim must be an integer of at least 1, got 2.5"),
-        ({"hidden": 200}, TypeError, r"hidden must be a sequence of integers, got 200"),
-        ({"hidden": (200, -1)}, ValueError, "every entry of hidden must be an integer of at least 1"),
-        ({"likelihood": "gausian"}, ValueError, "unknown likelihood 'gausian': did you mean 'gaussian'"),
-        ({"likelihood": "bernoulli", "scale": 0.1}, ValueError, "likelihood='bernoulli' has no scale"),
-        ({"likelihood": "gaussian", "scale": 0.0}, ValueError, "scale must be positive"),
-        ({"likelihood": "gaussian", "scale": -0.1}, ValueError, "scale must be positive"),
-        ({"likelihood": "gaussian", "scale": "learnt"}, ValueError, "unknown scale 'learnt': did you mean 'learned'"),
-        ({"likelihood": "gaussian", "levels": 256}, ValueError, "has no levels"),
-        ({"posterior": "diag"}, ValueError, "unknown posterior 'diag': did you mean 'diagonal'"),
-        ({"network": "cnn"}, ValueError, "unknown network 'cnn'"),
-        ({"network": "mpl"}, ValueError, "did you mean 'mlp'"),
-        ({"activation": "tan"}, ValueError, "unknown activation 'tan': did you mean 'tanh'"),
-        ({"activation": torch.nn.Tanh}, ValueError, "unknown activation"),
-        ({"channels": (8,)}, ValueError, "network='mlp' has no channels"),
-        ({"network": "conv", "channels": 8}, TypeError, "channels must be a sequence"),
-        ({"network": "conv", "channels": ()}, ValueError, "channels is empty"),
-        ({"network": "conv", "channels": (8,) * 4}, ValueError, "at least 16, got 8x8: give at most 3 channels"),
-        ({"network": "conv", "input_shape": (64,)}, ValueError, r"\(channels, height, width\), got \(64,\)"),
-    ],
-)
-def test_constructor_errors(arguments, error, match):
-    with pytest.raises(error, match=match):
-        VAE(**{"input_shape": (1, 8, 8), **arguments})

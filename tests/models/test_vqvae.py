@@ -230,16 +230,8 @@ def test_a_start_from_the_data_is_asked_for(options):
 
 
 def test_what_the_quantizer_refuses():
-    for arguments, options, message in [
-        ((1, 4), {}, "num_codes must be an integer of at least 2, got 1"),
-        ((4, 0), {}, "code_dim must be an integer of at least 1, got 0"),
-        ((4, 4, -1.0), {}, r"commitment_weight must be a number in \[0, inf\], got -1"),
-        ((4, 4, 0.25, 1.5), {}, r"ema_decay must be a number in \[0, 1\], got 1.5"),
-        ((4, 4), {"revive_below": 1.0}, "revive_below=1.0 needs the moving counts: pass ema_decay"),
-        ((4, 4), {"num_quantizers": 0}, "num_quantizers must be an integer of at least 1, got 0"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            VectorQuantizer(*arguments, **options)
+    with pytest.raises(ValueError, match=r"revive_below=1\.0 needs the moving counts: pass ema_decay"):
+        VectorQuantizer(4, 4, revive_below=1.0)
     with pytest.raises(ValueError, match=r"code_dim=4, got \(2, 5\): move the channels last"):
         VectorQuantizer(4, 4)(torch.zeros(2, 5))
 
@@ -367,27 +359,6 @@ def test_networks_are_the_papers():
     assert kernels == [(256, 3, 4, 4), (256, 256, 4, 4), *residual, *residual, (64, 256, 1, 1)]
     kernels = [tuple(p.shape) for p in pair.decoder.parameters() if p.dim() == 4]
     assert kernels == [(256, 64, 1, 1), *residual, *residual, (256, 256, 4, 4), (256, 3, 4, 4)]
-
-
-def test_what_the_pair_refuses():
-    for shape, options, message in [
-        ((1, 28, 30), {}, "multiples of 4, got 28x30: pad to 28x32, or give num_downsamplings=1"),
-        ((1, 27, 28), {}, "multiples of 4, got 27x28: pad to 28x28$"),
-        ((28, 28), {}, r"needs images \(channels, height, width\), got \(28, 28\)"),
-        ((1, 8, 8), {"num_codes": 1}, "num_codes must be an integer of at least 2"),
-        ((1, 8, 8), {"residual_layers": -1}, "residual_layers must be an integer of at least 0"),
-        ((1, 8, 8), {"num_downsamplings": 0}, "num_downsamplings must be an integer of at least 1"),
-        ((1, 8, 8), {"likelihood": "bernouli"}, "did you mean 'bernoulli'"),
-        (
-            (1, 8, 8),
-            {"prior": {"input_shape": [4, 4], "num_codes": 512}},
-            r"over grids \(2, 2\) of 512 codes, got \(4, 4\)",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            VQVAE(shape, **{"channels": 4, **options})
-    with pytest.raises(DataError, match="input_shape"):
-        small().model(torch.zeros(3, 1, 8, 8))
 
 
 # --- the learned prior -----------------------------------------------------------------------------------------------
