@@ -29,10 +29,7 @@ from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import look
 from pyrovae.engine.programs import eval_mode
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.models import MODELS, CodePrior
-from pyrovae.models.autoencoders import CORRUPTIONS
-from pyrovae.models.hierarchical import GUIDES
-from pyrovae.parts import LIKELIHOODS, POSTERIORS, PRIORS
+from pyrovae.models import CodePrior
 from pyrovae.train import compiled as compiling
 from pyrovae.train import loop as training
 from pyrovae.train import recorded as recording
@@ -42,6 +39,7 @@ from pyrovae.train.recorded import Recorded
 from pyrovae.train.step import Eager, Step
 from tests.laws.objectives import OBJECTIVES
 from tests.state import counting, double_precision, interpreting
+from tests.zoo import ZOO
 
 GREY = torch.rand(55, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 X = torch.bernoulli(GREY[:7], generator=torch.Generator().manual_seed(1))
@@ -152,92 +150,15 @@ def autoguide():
     return model, AutoNormal(model, init_scale=0.5)
 
 
-def methods(make):
-    def built():
-        pair = make()
-        return pair.model, pair.guide
-
-    return built
-
-
-def vae(shape=(6,), **variant):
-    return methods(lambda: MODELS["vae"](shape, 2, **{"hidden": (3,)} | variant))
-
-
-def hierarchical(guide, **variant):
-    return methods(lambda: MODELS["hierarchical"]((6,), (3, 2), ((4,), (3,)), guide=guide, **variant))
-
-
-def deep():
-    return MODELS["deep"]((1, 2, 2), (3, 2), (1, 2), (1, 2), "bernoulli", patch=1)
-
-
-def labelled(name, *labels, **variant):
-    return methods(lambda: MODELS[name]((6,), *labels, latent_dim=2, hidden=(3,), **variant))
-
-
-def autoencoder(name, **variant):
-    return methods(lambda: MODELS[name]((6,), 2, (3,), **variant))
-
-
-AUTOENCODERS = [
-    ("autoencoder", {}), ("autoencoder", {"likelihood": "gaussian"}),
-    *(("sparse_autoencoder", {"penalty": penalty}) for penalty in ("l1", "kl")),
-    *(("denoising_autoencoder", {"noise": noise}) for noise in CORRUPTIONS),
+OWN = {
+    "modules": Pair, "two layers": TwoLayers, "discrete": Belief, "pyro.param": plain_functions, "autoguide": autoguide,
+}  # fmt: skip
+VARIANTS = {variant.name: variant for variant in ZOO if variant.brief}
+PAIRS = [*VARIANTS, *OWN]
+LAYERED = [  # whose draws hang on others, or on flows: what is taken apart at fixed draws
+    "vae, flow", "vae, iaf", "vae, prior vamp", *(pair for pair in VARIANTS if "hierarchical" in pair), "two layers",
+    "autoguide",
 ]  # fmt: skip
-
-
-def vqvae(**variant):
-    return methods(lambda: MODELS["vqvae"]((1, 2, 2), 5, 3, channels=4, num_downsamplings=1, **variant))
-
-
-SCALES = {"gaussian": ("learned", 0.3, "per_pixel"), "discretized_logistic": ("learned", "per_pixel")}
-PAIRS = {
-    "vae": vae(),
-    "vae, linear": vae(hidden=()),
-    **{f"vae, {name}": vae(likelihood=name) for name in LIKELIHOODS if name not in SCALES},
-    **{f"vae, {n}, {s}": vae(likelihood=n, scale=s) for n, scales in SCALES.items() for s in scales},
-    **{f"vae, {name}": vae(posterior=name) for name in POSTERIORS},
-    **{f"vae, prior {name}": vae(prior=name) for name in PRIORS},
-    "vae, convolutions": vae((1, 2, 3), network="conv", channels=(2,)),
-    **{f"hierarchical, {guide}": hierarchical(guide) for guide in GUIDES},
-    "hierarchical, richer": hierarchical("bottom_up", prior="vamp", components=3, posterior="iaf", flows=1),
-    "hierarchical, top_down, prior flow": hierarchical("top_down", prior="flow", flows=2),
-    "deep": methods(deep),
-    "conditional": labelled("conditional", 3, conditional_prior=True),
-    "conditional, attributes": labelled("conditional", num_attributes=2),
-    "semi_supervised": labelled("semi_supervised", 3),
-    "semi_supervised, partly labelled": labelled("semi_supervised", 3, classification_weight=0.7),
-    **{f"{name}, {i}": autoencoder(name, **variant) for i, (name, variant) in enumerate(AUTOENCODERS)},
-    "vqvae": vqvae(),
-    "vqvae, averages": vqvae(ema_decay=0.9, revive_below=0.3),
-    "vqvae, residual": vqvae(ema_decay=0.9, num_quantizers=2),
-    "code_prior": methods(lambda: MODELS["code_prior"]((2, 2), 2, 3, 2)),
-    "rbm": methods(lambda: MODELS["rbm"](6, 2)),
-    "modules": methods(Pair),
-    "two layers": methods(TwoLayers),
-    "pyro.param": plain_functions,
-    "autoguide": autoguide,
-    "discrete": methods(Belief),
-}  # fmt: skip
-
-
-IMAGES = {
-    "vae, convolutions": (1, 2, 3), "code_prior": (2, 2),
-    **{pair: (1, 2, 2) for pair in PAIRS if "deep" in pair or "vqvae" in pair},
-}  # fmt: skip
-
-
-LABELS = {
-    "conditional": torch.tensor([0, 1, 2, 0, 1, 2, 0]),
-    "conditional, attributes": X[:, :2],
-    "semi_supervised, partly labelled": torch.tensor([0, -1, 2, -1, 1, -1, -1]),
-}
-
-
-def test_every_model_of_the_package_is_here():
-    without_parameters = {"pca"}
-    assert {pair.split(",")[0] for pair in PAIRS} >= MODELS.keys() - without_parameters
 
 
 MORE = [  # besides the rows of the laws
@@ -246,12 +167,17 @@ MORE = [  # besides the rows of the laws
     pv.RWS(3), pv.RWS(3, gradient="dreg"), pv.TVO(3), pv.SleepPhi(),
 ]  # fmt: skip
 ALL = [*(row.objective() for row in OBJECTIVES), *MORE]
-WITH_ALL = [pv.IWAE(3, gradient="dreg")]  # it meets every pair, and runs most of what there is
-WITH_CODES = [pv.ELBO(1)]  # every pair whose guide is a bare Delta
+WITH_LAYERS = pv.IWAE(3, gradient="dreg")  # runs most of what there is
+WITH_CODES = pv.ELBO(1)
 
 
 def codes(pair):
-    return "autoencoder" in pair or "vqvae" in pair or "semi_supervised" in pair
+    return pair in VARIANTS and VARIANTS[pair].codes
+
+
+def plain(pair):
+    """Whether one objective is as good as another: point masses, or no latents."""
+    return codes(pair) or pair in ("rbm", "code_prior")
 
 
 def possible(objective, pair):
@@ -269,23 +195,24 @@ def possible(objective, pair):
 
 def meetings():
     """(objective, pair): all of them, or a sample in which every objective and every pair comes up."""
-    everything = [(o, p) for o in ALL for p in PAIRS if possible(o, p)]
     if os.environ.get("PYROVAE_FULL"):
-        return everything
-    turns = list(PAIRS)
+        return [(o, p) for o in ALL for p in PAIRS if possible(o, p)]
     kinds = {(type(o), o.gradient, o.kl_weight, o.likelihood_weight, o.fold_particles): o for o in ALL}.values()
-    chosen = [(o, turns[i % len(turns)]) for i, o in enumerate(kinds)]
-    chosen = [(o, p if possible(o, p) else "vae") for o, p in chosen]
-    more = [(o, p) for p in PAIRS for o in (WITH_CODES if codes(p) else WITH_ALL) if possible(o, p)]
-    return [*chosen, *((o, p) for o, p in more if (repr(o), p) not in {(repr(c), q) for c, q in chosen})]
+    chosen, waiting = [(WITH_LAYERS, p) for p in LAYERED], [p for p in PAIRS if not plain(p) and p not in LAYERED]
+    for objective in kinds:
+        pair = next((p for p in waiting if possible(objective, p)), "vae")
+        chosen.append((objective, pair))
+        waiting = [*(p for p in waiting if p != pair), pair]  # the next time it is the last to be asked
+    chosen += [(WITH_CODES, p) for p in PAIRS if plain(p)]
+    assert {p for _, p in chosen} == set(PAIRS)
+    return chosen
 
 
-def eager_of(make):
+def eager_of(name):
     """The eager gradients of a pair on the data that suit it."""
-    model, guide = make()
-    shape = next((shape for pair, shape in IMAGES.items() if make is PAIRS[pair]), X.shape[1:])
-    labels = [y for pair, y in LABELS.items() if make is PAIRS[pair]]
-    batch = (X[:, : math.prod(shape)].view(-1, *shape), *labels)
+    pair = VARIANTS[name].make() if name in VARIANTS else OWN[name]()
+    model, guide = pair if isinstance(pair, tuple) else (pair.model, pair.guide)
+    batch = VARIANTS[name].batch() if name in VARIANTS else (X,)
     return Eager(model, guide, look(model, guide, batch, validate=False), batch)
 
 
@@ -339,7 +266,7 @@ def eager_outcome(eager, objective):
 def test_the_captured_step_is_the_eager_one_on_the_same_noise(objective, pair, monkeypatch):
     """Loss, every gradient, every buffer and the generator; captured once only, which is half the time."""
     monkeypatch.setattr(checked, "capture", graphs._capture)
-    eager = eager_of(PAIRS[pair])
+    eager = eager_of(pair)
     expected = eager_outcome(eager, objective)
     with training_mode(eager):
         function, parameters = Compiled(eager).differentiated(objective)
@@ -365,7 +292,7 @@ COMPILED = [
 
 @pytest.mark.parametrize(("pair", "objective"), COMPILED, ids=repr)
 def test_the_compiled_step_is_the_eager_one_on_the_same_noise(pair, objective):
-    eager = eager_of(PAIRS[pair])
+    eager = eager_of(pair)
     compiled = Compiled(eager)
     expected = eager_outcome(eager, objective)
     with training_mode(eager), warnings.catch_warnings():
@@ -380,7 +307,7 @@ def test_the_compiled_step_is_the_eager_one_on_the_same_noise(pair, objective):
     "objective", [pv.IWAE(3, gradient="dreg"), pv.ELBO(free_bits=0.3, likelihood_weight=2.0)], ids=repr
 )
 def test_a_weight_of_the_kl_that_is_annealed_needs_no_other_graph(objective, interpreted):
-    eager = eager_of(PAIRS["two layers"])
+    eager = eager_of("two layers")
     compiled = Compiled(eager, anneals=True)
     for kl_weight in (0.0, 0.3, 1.0):
         objective.kl_weight = kl_weight
@@ -392,7 +319,7 @@ def test_a_weight_of_the_kl_that_is_annealed_needs_no_other_graph(objective, int
 def test_a_weight_of_ones_own_is_read_as_it_is_at_every_step(interpreted):
     kl_weight = torch.tensor(0.2)
     objective = pv.IWAE(3, kl_weight=kl_weight)
-    eager = eager_of(PAIRS["vae"])
+    eager = eager_of("vae")
     compiled = Compiled(eager)
     for value in (0.2, 0.9):
         kl_weight.fill_(value)
@@ -403,7 +330,7 @@ def test_a_weight_of_ones_own_is_read_as_it_is_at_every_step(interpreted):
 
 def test_the_replayed_dropout_of_a_guide_that_runs_again_is_drawn_once():
     objective = pv.IWAE(3, gradient="dreg")
-    eager = eager_of(PAIRS["two layers"])
+    eager = eager_of("two layers")
     with training_mode(eager):
         graph = Compiled(eager).differentiated(objective).function.capture(eager.example).graph
     draws = [tuple(noise.shape) for noise in graph.noise()]
@@ -413,7 +340,7 @@ def test_the_replayed_dropout_of_a_guide_that_runs_again_is_drawn_once():
 @pytest.mark.parametrize("pair", ["modules", "discrete"])
 def test_the_check_before_the_first_step_leaves_no_trace(pair, interpreted):
     objective = pv.ELBO(2)
-    eager = eager_of(PAIRS[pair])
+    eager = eager_of(pair)
     before, state = state_of(eager), torch.get_rng_state()
     with training_mode(eager):
         assert Compiled(eager).static(objective) is not None
@@ -694,7 +621,7 @@ def test_what_is_wrong_with_a_pair_is_said_as_ever():
 
 
 def test_batches_of_another_size_run_eagerly_and_silently(interpreted):
-    compiled = Compiled(eager_of(PAIRS["vae"]))
+    compiled = Compiled(eager_of("vae"))
     calls = []
     compiled.functions[1] = lambda batch: calls.append(batch) or torch.zeros(())
     for size in (7, 3, 7):
@@ -741,7 +668,7 @@ def test_a_recorded_step_moves_by_its_own_gradient(what, interpreted, monkeypatc
     results = []
     for how in ("eager", "recorded"):
         torch.manual_seed(5)
-        eager = eager_of(PAIRS["vae"])
+        eager = eager_of("vae")
         gradients = eager if how == "eager" else Compiled(eager)
         step = Step(gradients, [torch.optim.SGD(eager.parameters, lr=0.1)])
         run = step if how == "eager" else Recorded(step)

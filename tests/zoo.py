@@ -128,7 +128,7 @@ ZOO: list[Variant] = [
         "17 levels": {"likelihood": "discretized_logistic", "levels": 17},
     }, brief=False),
     *variants("deep", DEEP, {
-        "": {"input_shape": (1, 2, 2), "channels": (3, 2), "blocks": (1, 2), "likelihood": "bernoulli", "patch": 1},
+        "": {"input_shape": (1, 2, 2), "channels": (3, 2), "blocks": (1, 1), "likelihood": "bernoulli", "patch": 1},
     }),
     *variants("deep", DEEP, {
         "logistic": {}, "gaussian": {"likelihood": "gaussian", "scale": 0.1}, "per_pixel": {"scale": "per_pixel"},
