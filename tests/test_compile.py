@@ -41,14 +41,10 @@ from tests.laws.objectives import OBJECTIVES
 from tests.state import counting, double_precision, interpreting
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.double(41)
+
 GREY = torch.rand(55, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 X = torch.bernoulli(GREY[:7], generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(41):
-        yield
 
 
 @pytest.fixture

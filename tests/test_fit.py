@@ -18,6 +18,8 @@ import pyrovae as pv
 from pyrovae.arguments import DataError
 from pyrovae.train.monitor import Monitor
 
+pytestmark = pytest.mark.seed(23)
+
 # z ~ N(0, 1), x ~ N(w z + a, .5^2); data of mean .5 and variance 1.25, so that the best w is 1.
 NOISE = 0.5
 _quantiles = dist.Normal(0.0, 1.0).icdf((torch.arange(400) + 0.5) / 400)
@@ -25,14 +27,6 @@ X = 0.5 + math.sqrt(1.25) * _quantiles / _quantiles.square().mean().sqrt()
 OPTIMUM = {"w": 1.0, "a": 0.5, "m": 0.8, "c": -0.4, "s": math.sqrt(0.2)}
 START = {"w": 0.5, "a": 0.0, "m": 0.0, "c": 0.0, "s": 1.0}
 BEST = dist.Normal(0.5, math.sqrt(1.25)).log_prob(X).mean().item()
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(23)
-    yield
-    pyro.clear_param_store()
 
 
 def observe(x, w, a):

@@ -23,16 +23,10 @@ from pyrovae.train import loop as training
 from pyrovae.train import monitor
 from pyrovae.train.log import describe_objective
 
+pytestmark = pytest.mark.seed(31)
+
 TIMES = ("seconds", "images_per_second")
 GREY = torch.rand(55, 6, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(31)
-    yield
-    pyro.clear_param_store()
 
 
 class Pair(nn.Module):

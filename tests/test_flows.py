@@ -9,19 +9,14 @@ import torch
 from torch.autograd.functional import jacobian
 
 from pyrovae.parts import Autoregressive, Coupling, FlowNormal
-from tests.state import double_precision
+
+pytestmark = pytest.mark.double(7)
 
 STEPS = {
     "coupling": lambda dim, context, flip: Coupling(dim, context, (9,), flip),
     "autoregressive": lambda dim, context, flip: Autoregressive(dim, context, (max(9, dim),) * 2, flip),
 }
 each_step = pytest.mark.parametrize("kind", STEPS)
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(7):
-        yield
 
 
 def scrambled(module, std=0.3):

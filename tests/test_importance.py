@@ -12,13 +12,8 @@ from torch import nn
 
 import pyrovae as pv
 from tests.laws.programs import B, X, lp, normal, plain_guide, plain_model, run_of, seeded_loss, weights_and_values
-from tests.state import double_precision
 
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(7):
-        yield
+pytestmark = pytest.mark.double(7)
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------

@@ -46,11 +46,6 @@ each_option = pytest.mark.parametrize(("name", "options"), OPTIONS)
 each_pixel = pytest.mark.parametrize("pixel", PIXELS)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def f64(x):
     return torch.tensor(x, dtype=torch.float64)
 

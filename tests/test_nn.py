@@ -10,11 +10,6 @@ LEADING = [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)]
 IMAGES = [(1, 4, 4), (1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 27, 31), (1, 7, 5)]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("leading", LEADING)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_networks_take_any_leading_dimensions(network, leading):

@@ -12,15 +12,10 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
 import pyrovae as pv
-from tests.state import double_precision
+
+pytestmark = pytest.mark.double(11)
 
 X = torch.tensor([[0.5, -1.0], [1.5, 0.2], [-0.3, 0.8], [0.9, 0.1]], dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(11):
-        yield
 
 
 def lp(fn, value):

@@ -20,15 +20,9 @@ from pyrovae.engine.randomness import isolated_rng
 from pyrovae.train.compiled import Compiled
 from pyrovae.train.step import Eager
 
+pytestmark = pytest.mark.seed(47)
+
 EPS = torch.finfo(torch.bfloat16).eps
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(47)
-    yield
-    pyro.clear_param_store()
 
 
 @pytest.fixture

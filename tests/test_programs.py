@@ -17,13 +17,7 @@ from pyrovae.engine.probe import look
 from pyrovae.engine.programs import eval_mode, evaluating, graph_leaves, protected_buffers, reached_modules, roots
 from pyrovae.engine.randomness import isolated_rng, replayed_rng, rng_state
 
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(3)
-    yield
-    pyro.clear_param_store()
+pytestmark = pytest.mark.seed(3)
 
 
 class Pair(nn.Module):

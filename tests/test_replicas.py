@@ -21,15 +21,11 @@ from pyrovae.train.compiled import Compiled
 from pyrovae.train.step import Eager
 from tests.state import double_precision, interpreting
 
+pytestmark = pytest.mark.double(43)
+
 # Data in two clusters: there is something to learn, a nat per datum and more.
 CENTRES = torch.tensor([[0.9] * 3 + [0.1] * 3, [0.1] * 3 + [0.9] * 3], dtype=torch.float64)
 DATA = torch.bernoulli(CENTRES[torch.arange(205) % 2], generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(43):
-        yield
 
 
 @pytest.fixture

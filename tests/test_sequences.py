@@ -9,16 +9,11 @@ import torch
 from pyro import infer
 
 import pyrovae as pv
-from tests.state import double_precision
+
+pytestmark = pytest.mark.double(3)
 
 T, DECAY, MOVE, NOISE = 4, 0.8, 0.6, 0.5
 X = torch.tensor([[0.3, -0.2, 0.8, 1.5], [-1.0, 0.1, 0.0, 0.4], [2.0, 1.0, 1.5, -0.5]], dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(3):
-        yield
 
 
 def model(x):

@@ -14,18 +14,13 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.evaluate.ais import make_betas
-from tests.state import double_precision
+
+pytestmark = pytest.mark.double(5)
 
 W = torch.tensor([[1.0, -0.5], [0.3, 0.8], [0.0, 1.2]], dtype=torch.float64)
 NOISE = 0.5
 FAST = {"num_temperatures": 20, "leapfrog_steps": 3, "seed": 0, "compile": False}
 LIMIT = 4.9  # standard errors: a false-alarm rate of 1e-6
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(5):
-        yield
 
 
 def linear(x):

@@ -11,15 +11,11 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.compile import checked
 from pyrovae.compile import graph as graphs
-from tests.state import double_precision, interpreting
+from tests.state import interpreting
+
+pytestmark = pytest.mark.double(53)
 
 X = torch.bernoulli(torch.full((25, 6), 0.4), generator=torch.Generator().manual_seed(0)).double()
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(53):
-        yield
 
 
 @pytest.fixture

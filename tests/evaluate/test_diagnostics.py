@@ -11,17 +11,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import pyrovae as pv
 from pyrovae.arguments import DataError
 
+pytestmark = pytest.mark.seed(5)
+
 GAINS = torch.tensor([2.0, 0.0, 0.05, 0.5])
 X = torch.randn(400, generator=torch.Generator().manual_seed(0))
 EXPECTED = GAINS.square().double() * X.double().var()
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(5)
-    yield
-    pyro.clear_param_store()
 
 
 def linear(x, *labels):

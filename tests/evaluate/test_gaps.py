@@ -10,16 +10,11 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae.engine.sites import Record
-from tests.state import double_precision
+
+pytestmark = pytest.mark.double(9)
 
 NOISE = 0.6
 X = torch.tensor([[0.5], [-1.5], [2.0]], dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(9):
-        yield
 
 
 def model(x):

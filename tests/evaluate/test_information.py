@@ -8,15 +8,10 @@ import pytest
 import torch
 
 import pyrovae as pv
-from tests.state import double_precision
+
+pytestmark = pytest.mark.double(4)
 
 SCALE, SHIFT = 0.4, 1.5
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(4):
-        yield
 
 
 def model(x):

@@ -23,18 +23,13 @@ from pyrovae.engine.weights import Tally, pareto_k, tail_size
 from pyrovae.evaluate import likelihood
 from pyrovae.evaluate.resampling import Resampler
 from pyrovae.memory import WORKING_SET, PeakBytes
-from tests.state import double_precision
+
+pytestmark = pytest.mark.double(17)
 
 X = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
 NOISE = 0.8
 EXACT = dist.Normal(torch.zeros(3, dtype=torch.float64), math.sqrt(1 + NOISE**2)).log_prob(X)
 Z = 4.9  # two-sided false-alarm rate 1e-6
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(17):
-        yield
 
 
 def model(x):

@@ -32,12 +32,6 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 SETTINGS = {"epochs": 2, "compile": False}
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    pyro.set_rng_seed(0)
-    pyro.clear_param_store()
-
-
 @pytest.fixture(scope="module")
 def digits():
     return pv.data.load("digits").train

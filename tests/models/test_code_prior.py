@@ -10,13 +10,8 @@ from pyro import poutine
 import pyrovae as pv
 from pyrovae.arguments import DataError
 from pyrovae.models import CodePrior
-from tests.state import double_precision
 
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(5):
-        yield
+pytestmark = pytest.mark.double(5)
 
 
 def lively(grid, num_codes, **options):

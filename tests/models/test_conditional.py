@@ -7,17 +7,12 @@ import torch
 import pyrovae as pv
 from pyrovae.arguments import DataError
 from pyrovae.models import ConditionalVAE
-from tests.state import double_precision
+
+pytestmark = pytest.mark.double(3)
 
 X = torch.rand(7, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).round()
 CLASSES = torch.tensor([0, 1, 2, 2, 1, 0, 1])
 ATTRIBUTES = torch.linspace(-1, 1, 14, dtype=torch.float64).view(7, 2)
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(3):
-        yield
 
 
 def small(**variant):

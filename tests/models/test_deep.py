@@ -2,7 +2,6 @@
 
 import math
 
-import pyro
 import pytest
 import torch
 from pyro import poutine
@@ -17,12 +16,6 @@ from tests.zoo import ZOO
 
 each_variant = pytest.mark.parametrize("variant", [v for v in ZOO if v.family == "deep"], ids=lambda v: v.name)
 X = torch.randint(256, (4, 2, 8, 12), generator=torch.Generator().manual_seed(2)).double() / 255
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    pyro.set_rng_seed(0)
-    pyro.clear_param_store()
 
 
 def small(shape=(2, 8, 12), **variant):

@@ -16,12 +16,6 @@ from pyrovae.models.hierarchical import GUIDES, product
 each_guide = pytest.mark.parametrize("guide", GUIDES)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    pyro.set_rng_seed(0)
-    pyro.clear_param_store()
-
-
 @pytest.fixture(scope="module")
 def digits():
     return torch.tensor(load_digits().images / 16, dtype=torch.float32).unsqueeze(1)

@@ -17,14 +17,9 @@ import pyrovae as pv
 from pyrovae import runs
 from pyrovae.data import DataError
 from pyrovae.models import MODELS
-from tests.state import double_precision
 from tests.zoo import ZOO, Variant
 
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(31):
-        yield
+pytestmark = pytest.mark.double(31)
 
 
 def each(which=lambda variant: True):

@@ -7,17 +7,12 @@ from torch.distributions import MultivariateNormal
 import pyrovae as pv
 from pyrovae.models import VAE
 from pyrovae.parts import POSTERIORS, PRIORS, centre, make_posterior, share_options
-from tests.state import double_precision
+
+pytestmark = pytest.mark.double(3)
 
 FLOWS = ("flow", "iaf")
 each_flow = pytest.mark.parametrize("posterior", FLOWS)
 SCALE = 0.7
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(3):
-        yield
 
 
 def scrambled(module, std=0.3):

@@ -11,18 +11,13 @@ from torch.distributions import MultivariateNormal
 import pyrovae as pv
 from pyrovae.models import VAE
 from pyrovae.parts import POSTERIORS, PRIORS, NormalMixture, StandardNormal, make_prior
-from tests.state import double_precision
+
+pytestmark = pytest.mark.double(3)
 
 RICH = [name for name in PRIORS if name != "normal"]
 each_prior = pytest.mark.parametrize("prior", PRIORS)
 SCALE = 0.7
 SMALL = {"mixture": {"components": 4}, "vamp": {"components": 4}, "flow": {"flows": 3, "flow_hidden": [8]}}
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(3):
-        yield
 
 
 def scrambled(module, std=0.5):

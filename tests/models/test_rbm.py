@@ -36,11 +36,6 @@ def random_rbm(num_visible=SHAPE, num_hidden=HIDDEN, scale=1.0, seed=0, **option
     return rbm
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def rbm():
     return random_rbm()

@@ -14,7 +14,8 @@ import pyrovae as pv
 from pyrovae.arguments import DataError
 from pyrovae.models import SemiSupervisedVAE
 from pyrovae.parts import Belief, PartialLabel, Weighted, hide_labels
-from tests.state import double_precision
+
+pytestmark = pytest.mark.double(5)
 
 X = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).round()
 LABELS = {
@@ -35,12 +36,6 @@ VARIANTS = [
     {"classifier": {"network": "conv", "channels": [3], "activation": "relu", "hidden": ()}},
 ]
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(5):
-        yield
 
 
 def small(**variant):

@@ -3,7 +3,6 @@
 import json
 import math
 
-import pyro
 import pytest
 import torch
 from scipy.linalg import subspace_angles
@@ -11,12 +10,6 @@ from sklearn.datasets import load_digits
 
 import pyrovae as pv
 from pyrovae.models import VAE
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    pyro.set_rng_seed(0)
-    pyro.clear_param_store()
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,12 @@ import pyrovae as pv
 from pyrovae.arguments import DataError
 from pyrovae.compile.precision import bfloat16_networks
 from pyrovae.models import VQVAE, CodePrior, VectorQuantizer
-from tests.state import double_precision
+
+pytestmark = pytest.mark.double(3)
 
 EMA = {"ema_decay": 0.9}
 CODEBOOKS = [{}, EMA, {"num_quantizers": 2}, {"num_quantizers": 2, "revive_below": 1.0, **EMA}]
 each_codebook = pytest.mark.parametrize("options", CODEBOOKS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def clean_state():
-    with double_precision(3):
-        yield
 
 
 def quantizer(rows, **options):

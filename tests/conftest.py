@@ -1,0 +1,33 @@
+"""For all tests: no CUDA device unless one is asked for, a known state, digits."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+import pyro
+import pytest
+
+from tests.state import double_precision
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "seed(number): what every generator is seeded with; 0 by default")
+    config.addinivalue_line("markers", "double(number): the same, and float64 by default")
+    if not re.search(r"(?<!not )\bcuda\b", config.getoption("markexpr")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for one
+
+
+@pytest.fixture(autouse=True)
+def known_state(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One seed, which a module may choose, its dtype, an empty parameter store."""
+    if double := request.node.get_closest_marker("double"):
+        with double_precision(*double.args):
+            yield
+        return
+    seed = request.node.get_closest_marker("seed")
+    pyro.clear_param_store()
+    pyro.set_rng_seed(*seed.args if seed else (0,))
+    yield
+    pyro.clear_param_store()
