@@ -125,9 +125,9 @@ def fitted(vae, data, **options):
         return pv.fit(vae.model, vae.guide, data, **settings)
 
 
-def last_bound(result):
+def last_bound(result, key="bound"):
     """The mean over five epochs of 520 data with a standard deviation of 5 nats: its error is 0.1 nats."""
-    return sum(row["bound"] for row in result.history[-5:]) / 5
+    return sum(row[key] for row in result.history[-5:]) / 5
 
 
 def recorded(vae, data, make=lambda p: torch.optim.Adam(p, lr=1e-2), *, anneals=False, clip_norm=None):
@@ -241,7 +241,9 @@ def test_every_replay_draws_a_new_binarisation():
     assert result.timings["path"] == "cuda graph"
     bounds = torch.tensor([row["bound"] for row in result.history])
     share = bounds / 64 + math.log1p(math.e)
-    assert len(bounds.unique()) > 40
+    assert len(bounds.unique()) > 20  # of counts with a standard deviation of 26, 39 on average
+    ratio = share.var() / (0.3 * 0.7 / (BATCH * 64))
+    assert 0.25 < ratio < 2.4  # a chi-squared over its 49 degrees of freedom: false alarm 1e-6
     assert abs(float(share.mean()) - 0.3) < 6 * math.sqrt(0.3 * 0.7 / (50 * BATCH * 64))
 
 
@@ -352,7 +354,10 @@ def test_replicas_learn_as_much_as_alone(digits, tmp_path):
     assert last_bound(results[0]) == pytest.approx(last_bound(alone), abs=1.0)
     assert all(torch.equal(p.cpu(), q) for p, q in zip(pairs[1].parameters(), make_vae(1).parameters(), strict=True))
     assert len({row["bound"] for row in results[1].history}) == 20  # new noise, new bits, even where nothing learns
-    assert results[2].history[-1]["kl"] < 0.1 < results[0].history[-1]["kl"]
+    heavy = fitted(make_vae(2), digits, objective=pv.IWAE(3, kl_weight=50.0), compile=False)
+    for key in ("bound", "kl"):
+        assert last_bound(results[2], key) == pytest.approx(last_bound(heavy, key), abs=1.0 if key == "bound" else 0.4)
+    assert last_bound(results[2], "kl") < 0.85 * last_bound(results[0], "kl")
     tensors = [p for pair in pairs for p in pair.parameters()]
     assert len({p.untyped_storage().data_ptr() for p in tensors}) == len(tensors)
     for pair, folder in zip(pairs, folders, strict=True):
