@@ -179,7 +179,7 @@ def plain(pair):
 def possible(objective, pair):
     if getattr(objective, "free_bits", 0) and (pair == "autoguide" or codes(pair)):
         return False  # its sites are point masses
-    if codes(pair) and (objective._fixed or isinstance(objective, pv.SleepPhi)):
+    if codes(pair) and (objective.needs.fixed or isinstance(objective, pv.SleepPhi)):
         return False  # "log q at fixed z", and data of the model's own, have no meaning for them
     if pair in ("rbm", "code_prior") and isinstance(objective, pv.SleepPhi):
         return False  # its guide draws nothing

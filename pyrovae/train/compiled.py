@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro.infer
 import torch
@@ -149,7 +149,7 @@ def training_step(
     guide: Program,
     objective: Objective,
     optimizer: Optimizer,
-    *batch: Any,
+    *batch: object,
     clip_norm: float | None = None,
     precision: str = "float32",
 ) -> Callable[..., Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pyrovae.objectives.base import Objective
 from pyrovae.train.recorded import Recorded
 from pyrovae.train.step import Step
 
-_MAY_CHANGE = ("threads", "device", "compile")  # between a run and its resumption
+MAY_CHANGE = ("threads", "device", "compile")  # between a run and its resumption
 
 
 @dataclass
@@ -41,12 +42,13 @@ class Fit:
     best_epoch: int | None = None
     finished: bool = False
 
-    def add(self, metrics: dict[str, Any], patience: int | None) -> None:
+    def add(self, metrics: Mapping[str, object], patience: int | None) -> None:
         """Take in one epoch; training is finished if the validation bound has not improved for ``patience`` epochs."""
-        self.history.append(metrics)
+        self.history.append(dict(metrics))
         if "validation_bound" in metrics:
-            self.best_epoch = max(self.history, key=_validated)["epoch"]
-            self.finished = patience is not None and metrics["epoch"] - self.best_epoch >= patience
+            best = max(self.history, key=validation_bound)["epoch"]
+            self.best_epoch = best
+            self.finished = patience is not None and len(self.history) - best >= patience
 
     def finish(self, step: Step | Recorded, precision: str, device: torch.device) -> None:
         """Sum up the timings."""
@@ -75,7 +77,7 @@ class Log:
         self.run = None if run_dir is None else runs.Run(run_dir)
         self.state, self.optimizer, self.resume = state, optimizer, resume
 
-    def open(self, config: dict[str, Any]) -> Fit:
+    def open(self, config: Mapping[str, object]) -> Fit:
         """Start the run, or take up its last checkpoint."""
         run = self.run
         if run is None:
@@ -86,7 +88,7 @@ class Log:
         if saved is None:
             run.start(config)
             return Fit()
-        _check_same(run, config)
+        check_same(run, config)
         history = run.rewind(saved["epoch"])
         runs.restore(self.state.tensors, run.weights(), where=str(run.path))
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -107,15 +109,16 @@ class Log:
         epoch = len(result.history)
         if result.best_epoch == epoch:
             self.run.save("best", self.state.tensors)
-        self._save_last(result)
+        self.save(result)
 
     def close(self, result: Fit) -> None:
         """Mark the run as finished."""
         already, result.finished = result.finished, True
         if self.run is not None and not already:
-            self._save_last(result)
+            self.save(result)
 
-    def _save_last(self, result: Fit) -> None:
+    def save(self, result: Fit) -> None:
+        """Write the last checkpoint."""
         state = {
             "epoch": len(result.history), "best_epoch": result.best_epoch, "finished": result.finished,
             "optimizer": self.optimizer.state_dict(), "rng": rng_snapshot(),
@@ -123,27 +126,28 @@ class Log:
         self.run.save("last", self.state.tensors, state)  # type: ignore[union-attr]
 
 
-def _check_same(run: runs.Run, config: dict[str, Any]) -> None:
+def check_same(run: runs.Run, config: Mapping[str, object]) -> None:
     """A run goes on under the settings it began with, or its result would be neither one's nor the other's."""
     then = run.config()
     for part in ("model", "objective", "training", "data"):
         old, new = runs.as_json(then.get(part)) or {}, runs.as_json(config.get(part)) or {}
-        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in _MAY_CHANGE]
+        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE]
         if changed:
             was, now = ({k: settings.get(k) for k in changed} for settings in (old, new))
             raise ValueError(f'"{run.path}" was begun with {part} {was}, got {now}: resume with the same settings')
 
 
-def describe_pair(model: Program, guide: Program, objective: pyro.infer.ELBO) -> dict[str, Any]:
+def describe_pair(model: Program, guide: Program, objective: pyro.infer.ELBO) -> dict[str, object]:
     """What is trained, on what objective, with which versions, as JSON can hold it."""
+    owners = roots(model, guide)  # one object, where both are programs of one
     return {
-        "model": runs.describe(_owner(model, guide)),
+        "model": runs.describe(owners[0] if len(owners) == 1 else None),
         "objective": describe_objective(objective),
         "versions": runs.versions(),
     }
 
 
-def describe_objective(objective: pyro.infer.ELBO) -> dict[str, Any]:
+def describe_objective(objective: pyro.infer.ELBO) -> dict[str, object]:
     """Class and arguments of an objective, as JSON can hold them."""
     names = objective.defaults() if isinstance(objective, Objective) else ("num_particles",)
     arguments = {name: getattr(objective, name) for name in names if hasattr(objective, name)}
@@ -151,13 +155,7 @@ def describe_objective(objective: pyro.infer.ELBO) -> dict[str, Any]:
     return {"class": runs.class_path(type(objective)), "arguments": arguments}
 
 
-def _owner(model: Program, guide: Program) -> Any:
-    """The one object whose programs these are, if it is one."""
-    owners = roots(model, guide)
-    return owners[0] if len(owners) == 1 else None
-
-
-def _validated(row: dict[str, Any]) -> float:
+def validation_bound(row: Mapping[str, Any]) -> float:
     """An epoch's validation bound; what is not finite was read back from JSON as None."""
     bound = row.get("validation_bound")
     return -math.inf if bound is None or math.isnan(bound) else bound

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import pyro.infer
 import torch
 
 from pyrovae import data as datasets
 from pyrovae.data.feed import Feed
 from pyrovae.engine.kl import site_kl
-from pyrovae.engine.particles import combine
+from pyrovae.engine.particles import Particles, combine
 from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import Program, eval_mode, roots
 from pyrovae.engine.randomness import isolated_rng
@@ -33,27 +32,10 @@ class Monitor:
         self.model, self.guide, self.modules, self.batch = model, guide, seen.modules, feed.first(watched)
         self.size, self.joint = feed.size or len(self.batch[0]), seen.joint
 
-    def __call__(self) -> dict[str, Any]:
-        """``reconstruction`` = E log p(x | z), ``kl``: nats per datum; ``kl_per_unit``, ``active_units``: by site."""
+    def __call__(self) -> dict[str, object]:
+        """What one run shows: :meth:`terms`, ``active_units`` by site, and the pair's own metrics."""
         with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
-            particles = run(self.model, self.guide, self.batch, {}, scaled=False)
-            likelihood = particles.log_likelihood()
-            found: dict[str, Any] = {}
-            if likelihood is not None:
-                found["reconstruction"] = likelihood.mean().item()
-            kls = {
-                name: site_kl(particles, name).flatten(0, -2).mean(0)
-                for name in latent(particles.model)
-                if point_mass(particles.guide[name]["fn"]) is None
-            }
-            found["kl_per_unit"] = {name: kl.tolist() for name, kl in kls.items()}
-            if kls.keys() == latent(particles.model).keys():
-                found["kl"] = sum(kl.sum().item() for kl in kls.values())
-            else:  # point masses (autoguides, codes) have a KL only together with the sites that they transform
-                found["kl"] = -combine(None, particles.log_prior(), particles.log_guide(), 1, 1).mean().item()
-            if self.joint:  # totals: of the likelihood over this batch, of the KL over all data
-                found["kl"] /= self.size
-                found |= {key: found[key] / len(self.batch[0]) for key in ("reconstruction",) if key in found}
+            found = self.terms(run(self.model, self.guide, self.batch, {}, scaled=False))
             variances = mean_variances(self.guide, self.batch) if len(self.batch[0]) > 1 else {}
             found["active_units"] = {name: int((variance > 0.01).sum()) for name, variance in variances.items()}
             for module in roots(self.model, self.guide):
@@ -61,20 +43,37 @@ class Monitor:
                     found |= own(*self.batch)
         return found
 
+    def terms(self, particles: Particles) -> dict[str, object]:
+        """``reconstruction`` = E log p(x | z) and ``kl``, in nats per datum, and ``kl_per_unit`` by site."""
+        kls = {
+            name: site_kl(particles, name).flatten(0, -2).mean(0)
+            for name in latent(particles.model)
+            if point_mass(particles.guide[name]["fn"]) is None
+        }
+        if kls.keys() == latent(particles.model).keys():
+            kl = sum(each.sum().item() for each in kls.values())
+        else:  # point masses (autoguides, codes) have a KL only together with the sites that they transform
+            kl = -combine(None, particles.log_prior(), particles.log_guide(), 1, 1).mean().item()
+        # joint weights are totals: of the likelihood over this batch, of the KL over all data
+        held, size = (len(self.batch[0]), self.size) if self.joint else (1, 1)
+        found: dict[str, object] = {"kl_per_unit": {name: each.tolist() for name, each in kls.items()}, "kl": kl / size}
+        likelihood = particles.log_likelihood()
+        return found if likelihood is None else {"reconstruction": likelihood.mean().item() / held} | found
+
 
 class Validation:
     """The bound on held-out data, in nats per datum, in eval mode and on the same noise every time."""
 
-    def __init__(self, model: Program, guide: Program, seen: Look, feed: Feed, objective: Any) -> None:
+    def __init__(self, model: Program, guide: Program, seen: Look, feed: Feed, objective: pyro.infer.ELBO) -> None:
         self.model, self.guide, self.modules, self.feed, self.objective = model, guide, seen.modules, feed, objective
         self.full_size = seen.full_size
 
     def __call__(self) -> float:
-        data: Any = self.feed.images if self.feed.images is not None else self.feed.loader
+        data = self.feed.images if self.feed.images is not None else self.feed.loader
         total = count = 0.0
         with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
             for batch in datasets.batches((data,), self.feed.batch_size, device=self.feed.device):
-                loss = first_loss(self.objective.loss(self.model, self.guide, *batch))
+                loss = first_loss(self.objective.loss(self.model, self.guide, *batch))  # type: ignore[attr-defined]
                 total -= loss / (self.full_size or len(batch[0])) * len(batch[0])
                 count += len(batch[0])
         return total / count

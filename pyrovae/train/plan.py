@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyro.infer
 import torch
@@ -27,25 +27,34 @@ class Plan:
     schedule_name: str = "custom"
 
     @classmethod
-    def make(cls, objective: Any, epochs: int, schedule: Any, particles: Any, kl_warmup: float) -> Plan:
+    def make(
+        cls,
+        objective: pyro.infer.ELBO,
+        epochs: int,
+        schedule: str | Schedule = "constant",
+        particles: Sequence[int] | None = None,
+        kl_warmup: float = 0,
+    ) -> Plan:
+        """A plan from the arguments of fit, which are checked."""
         if not isinstance(objective, pyro.infer.ELBO):
             raise TypeError(f"objective must be a pyro.infer.ELBO such as pyrovae.IWAE(5), got {objective!r}: pass one")
+        name = type(objective).__name__
         if not isinstance(objective, Objective) and (particles is not None or kl_warmup):
             raise ValueError(
-                f"particles and kl_warmup need one of pyrovae's objectives, got {type(objective).__name__}: "
+                f"particles and kl_warmup need one of pyrovae's objectives, got {name}: "
                 "leave them out, or take pyrovae's equal of it"
             )
-        if kl_warmup and not getattr(objective, "weighs_kl", True):
-            name = type(objective).__name__
+        if kl_warmup and isinstance(objective, Objective) and not objective.weighs_kl:
             raise ValueError(f"{name} has no kl_weight to warm up, got kl_warmup={kl_warmup}: leave it out")
         stages = None if particles is None else sizes("particles", particles)
         if stages == ():
             raise ValueError("particles is empty: give a number for each stage, or leave it out")
-        for number in stages or ():  # some objectives need two at least
-            cls._check_number(objective, number)
+        if isinstance(objective, Objective) and type(objective).__module__.startswith("pyrovae."):
+            for number in stages or ():  # some objectives need two at least
+                type(objective)(**objective.config | {"num_particles": number})
         epochs, warmup = positive_int("epochs", epochs), in_range("kl_warmup", kl_warmup, 0.0)
-        name = schedule if isinstance(schedule, str) else "custom"
-        return cls(objective, copy.copy(objective), epochs, make_schedule(schedule), stages, warmup, name)
+        called = schedule if isinstance(schedule, str) else "custom"
+        return cls(objective, copy.copy(objective), epochs, make_schedule(schedule), stages, warmup, called)
 
     def describe(self) -> dict[str, object]:
         """As JSON can hold it."""
@@ -54,17 +63,12 @@ class Plan:
             "kl_warmup": self.kl_warmup,
         }  # fmt: skip
 
-    @staticmethod
-    def _check_number(objective: Any, number: int) -> None:
-        if type(objective).__module__.startswith("pyrovae."):
-            type(objective)(**objective.config | {"num_particles": number})
-
     @property
     def final(self) -> pyro.infer.ELBO:
         """The objective as it is once everything has grown, as an object of its own."""
         return copy.copy(self.at(self.epochs, warm=True))
 
-    def stages(self) -> list[Any]:
+    def stages(self) -> list[pyro.infer.ELBO]:
         """An objective for each number of particles there will be."""
         found = []
         for number in dict.fromkeys(self.particles or (self.objective.num_particles,)):

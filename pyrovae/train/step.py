@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyro.infer
 import torch
@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from pyrovae.compile.precision import networks_in
 from pyrovae.engine.probe import Look, PairState
 from pyrovae.engine.programs import Batch, Program
+
+T = TypeVar("T")
 
 
 class Gradients(Protocol):
@@ -71,10 +73,11 @@ class Eager:
     def static(self, objective: pyro.infer.ELBO) -> None:
         """Nothing: Python runs at every step."""
 
-    def loss(self, objective: Any, batch: Batch) -> Tensor:
+    def loss(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor:
         """The loss per datum, to be differentiated."""
         with networks_in(self.precision):
-            return objective.differentiable_loss(self.model, self.guide, *batch) / self.size(batch)
+            loss = objective.differentiable_loss(self.model, self.guide, *batch)  # type: ignore[attr-defined]
+            return loss / self.size(batch)
 
     def size(self, batch: Batch) -> int:
         """What a loss summed over data is divided by."""
@@ -145,7 +148,7 @@ class Step:
         return all(torch.isfinite(p).all().item() for p in self.parameters[number])
 
 
-def first_loss(loss: Any) -> Any:
+def first_loss(loss: T | tuple[T, ...]) -> T:
     """A loss; the model's, where an objective gives one each for model and guide (Pyro's ReweightedWakeSleep)."""
     return loss[0] if isinstance(loss, tuple) else loss
 
