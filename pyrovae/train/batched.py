@@ -123,10 +123,3 @@ class Batched:
             for r, (function, (_, expected, changed)) in enumerate(zip(functions, captured, strict=True)):
                 compare(expected, [g[r] for g in got], function.precision)
                 compare(changed, function.changes, function.precision)
-
-
-def weighted(objective: pyro.infer.ELBO, factor: float) -> Objective:
-    """An objective with its kl_weight times a factor."""
-    own = copy.copy(traceable(objective))
-    own.kl_weight = own.kl_weight * factor
-    return own

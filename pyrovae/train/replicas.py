@@ -5,11 +5,12 @@ Each replica follows in law exactly what :func:`pyrovae.fit` alone would do, and
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from pyrovae.engine.programs import Program
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective
 from pyrovae.schedules import Schedule
-from pyrovae.train.batched import Batched, weighted
+from pyrovae.train.batched import Batched
 from pyrovae.train.compiled import Compiled
 from pyrovae.train.log import Fit
 from pyrovae.train.loop import fit, train, train_mode
@@ -32,8 +33,6 @@ from pyrovae.train.recorded import on_device
 from pyrovae.train.setup import Setup, optimizer_maker
 from pyrovae.train.step import Step
 from pyrovae.train.trainee import Trainee
-
-T = TypeVar("T")
 
 
 def fit_replicas(
@@ -79,45 +78,76 @@ def fit_replicas(
     >>> [result.history[-1]["learning_rate"] for result in results]
     [0.001, 0.003, 0.01]
     """
-    programs = [programs_of(pair) for pair in pairs]
-    number = len(programs)
-    if not number:
-        raise ValueError("there are no pairs to train: pass one at least")
-    rates = one_each("lr", lr if isinstance(lr, Sequence) else [lr] * number, number)
-    weights = one_each("kl_weight", [1.0] * number if kl_weight is None else kl_weight, number)
-    factors = [in_range("kl_weight", weight, 0.0) for weight in weights]
-    folders = one_each("run_dirs", [None] * number if run_dirs is None else run_dirs, number)
-    if taken := [f'"{folder}"' for folder in folders if folder is not None and runs.Run(folder).exists]:
-        raise ValueError(f"{', '.join(taken)} hold runs already: pass other run_dirs")
+    replicas = replicas_of(pairs, lr, kl_weight, run_dirs)
     if not isinstance(objective, Objective):
         raise TypeError(f"replicas need one of pyrovae's objectives, got {type(objective).__name__}: pass one")
     setup = Setup(
         Plan.make(objective, epochs, schedule, particles, kl_warmup), batch_size=batch_size, clip_norm=clip_norm,
         precision=precision, device=device, seed=seed, progress=progress,
     )  # fmt: skip
-    makers = [optimizer_maker(optimizer, rate) for rate in rates]
-    own = [weighted(objective, factor) for factor in factors]
+    makers = [optimizer_maker(optimizer, replica.lr) for replica in replicas]
 
     with isolated_rng(setup.seed), ExitStack() as cleanup:
         feed = Feed(data, setup.batch_size, setup.device)
-        trainees = [Trainee(*programs[r], own[r], setup, feed, makers[r], kl_factor=factors[r]) for r in range(number)]
+        trainees = [
+            Trainee(*replica.pair, replica.weighted(objective), setup, feed, maker, replica.kl_factor)
+            for replica, maker in zip(replicas, makers, strict=True)
+        ]
         try:
             gradients = cleanup.enter_context(at_once(trainees, setup.plan))
         except CannotCompile as error:
             warnings.warn(f"cannot train replicas at once: {error}; training one after the other", stacklevel=2)
         else:
             step = on_device(Step(gradients, [trainee.optimizer for trainee in trainees], setup.clip_norm), feed)
-            for r, trainee in enumerate(trainees):
-                trainee.open(folders[r], trainee.describe(setup, feed) | {"replica": r, "of": number}, {})
+            for r, (replica, trainee) in enumerate(zip(replicas, trainees, strict=True)):
+                training = trainee.describe(setup, feed) | {"replica": r, "of": len(replicas)}
+                trainee.open(replica.run_dir, training, {})
             return train(trainees, step, setup, feed)
     return [
         fit(
-            *programs[r], data, objective=own[r], epochs=epochs, batch_size=batch_size, optimizer=optimizer,
-            lr=rates[r], schedule=schedule, particles=particles, kl_warmup=kl_warmup, clip_norm=clip_norm,
-            precision=precision, device=device, seed=seed + r, run_dir=folders[r], progress=progress,
+            *replica.pair, data, objective=replica.weighted(objective), epochs=epochs, batch_size=batch_size,
+            optimizer=optimizer, lr=replica.lr, schedule=schedule, particles=particles, kl_warmup=kl_warmup,
+            clip_norm=clip_norm, precision=precision, device=device, seed=seed + r, run_dir=replica.run_dir,
+            progress=progress,
         )
-        for r in range(number)
+        for r, replica in enumerate(replicas)
     ]  # fmt: skip
+
+
+class Replica(NamedTuple):
+    """What one replica has of its own."""
+
+    pair: tuple[Program, Program]
+    lr: float | None
+    kl_factor: float
+    run_dir: str | os.PathLike[str] | None
+
+    def weighted(self, objective: Objective) -> Objective:
+        """The objective with the replica's own weight of the KL."""
+        own = copy.copy(objective)
+        own.kl_weight = own.kl_weight * self.kl_factor
+        return own
+
+
+def replicas_of(
+    pairs: Sequence[object],
+    lr: float | Sequence[float] | None,
+    kl_weight: Sequence[float] | None,
+    run_dirs: Sequence[str | os.PathLike[str]] | None,
+) -> list[Replica]:
+    """The replicas from the arguments of :func:`fit_replicas`, which are checked."""
+    programs, number = [programs_of(pair) for pair in pairs], len(pairs)
+    if not number:
+        raise ValueError("there are no pairs to train: pass one at least")
+    rates = lr if isinstance(lr, Sequence) else [lr] * number
+    weights = [1.0] * number if kl_weight is None else [in_range("kl_weight", w, 0.0) for w in kl_weight]
+    folders = [None] * number if run_dirs is None else run_dirs
+    for name, given in (("lr", rates), ("kl_weight", weights), ("run_dirs", folders)):
+        if len(given) != number:
+            raise ValueError(f"{name} needs one value for each of {number} pairs, got {len(given)}: pass as many")
+    if taken := [f'"{folder}"' for folder in folders if folder is not None and runs.Run(folder).exists]:
+        raise ValueError(f"{', '.join(taken)} hold runs already: pass other run_dirs")
+    return [Replica(*own) for own in zip(programs, rates, weights, folders, strict=True)]
 
 
 @contextmanager
@@ -136,13 +166,6 @@ def at_once(trainees: Sequence[Trainee], plan: Plan) -> Iterator[Batched]:
         yield gradients
     finally:
         gradients.separate()
-
-
-def one_each(name: str, given: Sequence[T], number: int) -> list[T]:
-    """One value for each pair, or one clear error."""
-    if len(given) != number:
-        raise ValueError(f"{name} needs one value for each of {number} pairs, got {len(given)}: pass as many")
-    return list(given)
 
 
 def programs_of(pair: object) -> tuple[Program, Program]:
