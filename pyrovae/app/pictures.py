@@ -62,7 +62,7 @@ def pictures(
 
 
 def generate(pair: Pair, test: Images, seed: int) -> Tensor | None:
-    """64 samples, or as many whole rows of all classes; None where the pair generates only when told more."""
+    """64 samples, or as many whole rows of all classes; None where the pair needs more than that to generate."""
     columns = columns_for(pair) or 8
     number = columns * max(1, 64 // columns)
     try:

@@ -14,10 +14,11 @@ from pyrovae import models, objectives, runs
 from pyrovae.arguments import lookup, one_of
 from pyrovae.configured import Configured
 from pyrovae.models.base import Pair
+from pyrovae.models.hooks import Rule
 from pyrovae.objectives.base import Objective
 
 FIT_KEYS = ("schedule", "kl_warmup", "clip_norm", "patience", "num_workers", "particles", "compile", "precision")
-OWN_FIT = ("data", "epochs", "batch_size", "lr", "seed", "device", "progress")  # what a rule of its own is told anyway
+OWN_FIT = ("data", "epochs", "batch_size", "lr", "seed", "device", "progress")  # of a rule of its own, given anyway
 DATA_KEYS = ("binarization", "validation", "labels_per_class")
 CODES = "codes:"  # data that are the codes of a VQ-VAE's run
 
@@ -110,6 +111,6 @@ class Parts:
         return cls(model_class, objective, **sorted_)
 
 
-def own_rule(model_class: type[nn.Module]) -> Callable[..., object] | None:
+def own_rule(model_class: type[nn.Module]) -> Rule | None:
     """The training rule of a model that has one of its own, and no objective."""
     return model_class.train_on if issubclass(model_class, Pair) else None

@@ -15,6 +15,7 @@ from pyrovae.app.settings import Settings, keywords
 from pyrovae.app.tables import print_results
 from pyrovae.arguments import pick_device, positive_int
 from pyrovae.engine.randomness import rng_snapshot
+from pyrovae.models.hooks import Rule
 from pyrovae.train.log import Fit
 from pyrovae.train.loop import fit
 
@@ -33,9 +34,10 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
     task = Task.of(job, run=folder if resume else None)
     pair, test = task.pair, task.splits.test
     out.print(f"{task.title} on {job.data} ({len(task.training):,} images), {task.method}, run in {folder}")
-    result = (
-        train_by_objective(task, run, resume) if pair.train_on is None else train_by_rule(task, run, resume, explicit)
-    )
+    if (rule := pair.train_on) is None:
+        result = train_by_objective(task, run, resume)
+    else:
+        result = train_by_rule(rule, task, run, resume, explicit)
     if run.results():
         out.print(f'the run "{folder}" is finished; its results are in {runs.RESULTS}')
         return
@@ -75,10 +77,9 @@ def train_by_objective(task: Task, run: runs.Run, resume: bool) -> Fit:
     )  # fmt: skip
 
 
-def train_by_rule(task: Task, run: runs.Run, resume: bool, explicit: set[str]) -> Fit:
+def train_by_rule(rule: Rule, task: Task, run: runs.Run, resume: bool, explicit: set[str]) -> Fit:
     """Train a pair by its own rule; it is saved in the end, and begins anew if it did not get there."""
-    job, pair, rule = task.job, task.pair, task.pair.train_on
-    assert rule is not None
+    job, pair = task.job, task.pair
     if "objective" in explicit:
         raise ValueError(f"{job.model} has a rule of its own to train by, got objective {job.objective}: leave it out")
     if run.exists and not resume:
@@ -86,15 +87,17 @@ def train_by_rule(task: Task, run: runs.Run, resume: bool, explicit: set[str]) -
     if run.exists and (state := run.state()) is not None and state["finished"]:
         runs.restore(dict(pair.state_dict(keep_vars=True)), run.weights(), where=str(run.path))
         return Fit(run.history(), finished=True)
-    given, usual, takes = dataclasses.asdict(job), dataclasses.asdict(Settings()), keywords(rule)
-    asked = {name: given[name] for name in ("epochs", "batch_size", "lr") if given[name] != usual[name]}
-    if unknown := [name for name in asked if name not in takes]:
-        raise ValueError(f"{task.title} has no {unknown[0]}, got {asked[unknown[0]]!r}: leave it out")
+    default, takes = dataclasses.asdict(Settings()), keywords(rule)
+    common = {"epochs": job.epochs, "batch_size": job.batch_size, "lr": job.lr}
+    changed = {name: value for name, value in common.items() if value != default[name]}
+    for name, value in changed.items():
+        if name not in takes:
+            raise ValueError(f"{task.title} has no {name}, got {value!r}: leave it out")
     run.start({"model": runs.describe(pair), "objective": None, "versions": runs.versions()} | task.config())
     place = pick_device(job.device)
-    told = {name: value for name, value in (("seed", job.seed), ("device", place)) if name in takes}
+    always = {name: value for name, value in (("seed", job.seed), ("device", place)) if name in takes}
     pair.to(place)
-    history = rule(task.training, **asked, **told, **task.parts.fit)
+    history = rule(task.training, **changed, **always, **task.parts.fit)
     for row in history:
         run.log(row)
     state = {"epoch": len(history), "best_epoch": None, "finished": True, "optimizer": {}, "rng": rng_snapshot()}

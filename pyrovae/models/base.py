@@ -19,7 +19,7 @@ class Pair(Hooks, Configured, nn.Module):
     r"""A family of the zoo: a Pyro model and guide in one module, and the verbs for using it once it is trained.
 
     A subclass gives ``model`` and ``guide``, ``encode`` and ``decode``; what it cannot do it refuses by name. The
-    labels of a conditional family follow ``x`` (or ``z``) everywhere. What sets it apart it says by its :class:`Hooks`.
+    labels of a conditional family follow ``x`` (or ``z``) everywhere. What sets it apart stands in :class:`Hooks`.
 
     :ivar config: the constructor's arguments; ``type(pair)(**pair.config)`` has the same architecture.
     :ivar input_shape: shape of one datum.
@@ -106,9 +106,9 @@ class Pair(Hooks, Configured, nn.Module):
         chosen = list(range(code.shape[1])) if units is None else [int(unit) for unit in units]
         if not chosen or not all(0 <= unit < code.shape[1] for unit in chosen):
             raise ValueError(f"units must be among 0 ... {code.shape[1] - 1}, got {chosen}: pass such")
-        reach, count = in_range("span", span, 0.0), positive_int("steps", steps, minimum=2)
+        end, count = in_range("span", span, 0.0), positive_int("steps", steps, minimum=2)
         moved = code.repeat(len(chosen) * count, 1)
-        value = torch.linspace(-reach, reach, count, dtype=code.dtype, device=code.device).repeat(len(chosen))
+        value = torch.linspace(-end, end, count, dtype=code.dtype, device=code.device).repeat(len(chosen))
         index = torch.tensor(chosen, device=code.device).repeat_interleave(count)
         moved[torch.arange(len(moved), device=code.device), index] = value
         repeated = (y.repeat(len(moved)) if isinstance(y, Tensor) and y.dim() == 1 else y for y in labels)

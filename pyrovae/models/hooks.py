@@ -1,4 +1,4 @@
-"""What a job must know of the model that it trains and measures: every family says it of itself."""
+"""What a job must know of the model that it trains and measures, which differs from family to family."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor
+
+Rule = Callable[..., list[dict[str, float]]]  # trains on data, with options by name; the history
 
 
 class Hooks:
@@ -21,14 +23,14 @@ class Hooks:
     #: Whether unknown labels are summed over, so that log p(x) is measured without them.
     sums_over_labels: bool = False
     #: Trains the pair by a rule of its own, as ``train_on(data, **options)``; None where :func:`pyrovae.fit` does.
-    train_on: ClassVar[Callable[..., list[dict[str, float]]] | None] = None
+    train_on: ClassVar[Rule | None] = None
 
     def metrics(self, x: Tensor, *labels: Any) -> dict[str, object]:
         """What is worth knowing of a batch beside the bound, by name."""
         return {}
 
     def score_labels(self, x: Tensor, labels: Tensor) -> dict[str, float]:
-        """How well the labels of data ``[N, *input_shape]`` are told, by name."""
+        """How well the labels of data ``[N, *input_shape]`` are predicted, by name."""
         return {}
 
     def log_prob_error(self) -> float:
