@@ -15,6 +15,7 @@ from pyrovae import data as datasets
 from pyrovae.arguments import DataError
 from pyrovae.engine.programs import evaluating
 from pyrovae.models.base import Pair
+from pyrovae.parts.annotations import Constraints, Shape
 
 C = TypeVar("C", bound="CodeDensity")
 MOST_CODES = 10_000  # that a density is fitted to: enough for its parameters, and a matter of seconds
@@ -110,7 +111,7 @@ class FittedPrior(TorchDistribution):
     unrelated, and neither makes log p(x) exist.
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    arg_constraints: ClassVar[Constraints] = {}
     support = constraints.real_vector
 
     def __init__(self, owner: CodeDensity, batch_shape: Sequence[int] = (), temperature: float = 1.0) -> None:
@@ -127,6 +128,6 @@ class FittedPrior(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         return self.owner.log_prior(value)
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         density = self.owner.density(self.temperature)
-        return self.owner.code(density.sample(self._extended_shape(torch.Size(sample_shape))[:-1]))
+        return self.owner.code(density.sample(self._extended_shape(sample_shape)[:-1]))

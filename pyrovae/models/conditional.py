@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +15,7 @@ from pyrovae.arguments import DataError, positive_int, sizes
 from pyrovae.models.base import Pair
 from pyrovae.nn.conv import networks
 from pyrovae.nn.mlp import MLP
-from pyrovae.parts.labels import Attributes, Classes
+from pyrovae.parts.labels import Attributes, Classes, Labels
 from pyrovae.parts.likelihoods import make_likelihood
 from pyrovae.parts.posteriors import DiagonalNormal, centre, make_posterior
 
@@ -99,7 +99,11 @@ class ConditionalVAE(Pair):
         if (num_classes is None) == (num_attributes is None):
             both = "neither" if num_classes is None else "both"
             raise ValueError(f"labels are classes or attributes, got {both}: give num_classes or num_attributes")
-        self.labels: Any = Attributes(num_attributes) if num_classes is None else Classes(num_classes)  # type: ignore[arg-type]
+        self.labels: Classes | Attributes
+        if num_attributes is not None:
+            self.labels = Attributes(num_attributes)
+        elif num_classes is not None:
+            self.labels = Classes(num_classes)
         make_encoder, make_decoder = networks(network, activation, channels)
         self.latent_dim, width = positive_int("latent_dim", latent_dim), self.labels.size
         self.observation = make_likelihood(likelihood, shape, scale, levels)
@@ -112,7 +116,7 @@ class ConditionalVAE(Pair):
             self.prior_network = MLP(width, widths[-1:], (self.latent_dim, self.latent_dim), activation)
             torch.nn.init.zeros_(self.prior_network.output.weight)
 
-    def model(self, x: Tensor, y: Any = None) -> Tensor:
+    def model(self, x: Tensor, y: Labels | None = None) -> Tensor:
         """p(z) p(x | z, y) over the plate ``"data"``, with ``x`` observed; p(z | y) with a conditional prior."""
         self.check(x)
         y = self.checked(y, x, x.shape[:1])
@@ -122,7 +126,7 @@ class ConditionalVAE(Pair):
             z = pyro.sample("z", self.prior(code))
             return pyro.sample("x", self.likelihood(z, code), obs=x)
 
-    def guide(self, x: Tensor, y: Any = None) -> Tensor:
+    def guide(self, x: Tensor, y: Labels | None = None) -> Tensor:
         """q(z | x, y) over the plate ``"data"``."""
         self.check(x)
         code = self.labels.encode(self.checked(y, x, x.shape[:1]), x)
@@ -143,27 +147,27 @@ class ConditionalVAE(Pair):
         """q(z | x, y) of data ``[..., *input_shape]`` and encoded labels ``[..., width]``."""
         return self.posterior_family(self.encoder(x, code))
 
-    def encode(self, x: Tensor, y: Any = None) -> Tensor:  # type: ignore[override]
+    def encode(self, x: Tensor, y: Labels | None = None) -> Tensor:  # type: ignore[override]
         """The posterior's centre, ``[..., *input_shape]`` and labels ``[...]`` to ``[..., latent_dim]``."""
         y = self.checked(y, x, x.shape[: x.dim() - len(self.input_shape)])
         return centre(self.posterior(x, self.labels.encode(y, x)))
 
-    def decode(self, z: Tensor, y: Any = None) -> Tensor:  # type: ignore[override]
+    def decode(self, z: Tensor, y: Labels | None = None) -> Tensor:  # type: ignore[override]
         """The likelihood's mean, ``[..., latent_dim]`` and labels ``[...]`` to ``[..., *input_shape]``."""
         y = self.checked(y, z, z.shape[:-1])
         return self.likelihood(z, self.labels.encode(y, z)).mean
 
-    def analogies(self, x: Tensor, y: Any, labels: Any) -> Tensor:
+    def analogies(self, x: Tensor, y: Labels, labels: Labels) -> Tensor:
         """Data with their labels replaced by one after another, z as encoded, ``[N, len(labels), *input_shape]``.
 
         :param x: data ``[N, *input_shape]``.
         :param y: their own labels.
         :param labels: those to show them with, ``[L]`` or ``[L, num_attributes]``.
         """
-        labels = self.tensor(labels, x)
-        return self.decode(self.encode(x, y).unsqueeze(1).expand(-1, len(labels), -1), labels)
+        shown = self.tensor(labels, x)
+        return self.decode(self.encode(x, y).unsqueeze(1).expand(-1, len(shown), -1), shown)
 
-    def checked(self, y: Any, like: Tensor, leading: torch.Size) -> Tensor:
+    def checked(self, y: Labels | None, like: Tensor, leading: torch.Size) -> Tensor:
         """Labels as a tensor on the device of ``like``, after checks; their values where Pyro's validation is on."""
         if y is None:
             raise DataError("labels missing: call model(x, y), and load data with labels=True")
@@ -178,6 +182,6 @@ class ConditionalVAE(Pair):
             self.labels.check_values(y)
         return y
 
-    def tensor(self, y: Any, like: Tensor) -> Tensor:
+    def tensor(self, y: Labels, like: Tensor) -> Tensor:
         """Labels as a tensor on the device of ``like``."""
         return torch.as_tensor(list(y) if isinstance(y, range) else y, device=like.device)

@@ -18,6 +18,7 @@ from pyrovae.data.support import check_support
 from pyrovae.models.contrastive import ContrastiveDivergence, clipped_logit
 from pyrovae.models.energy import bits
 from pyrovae.models.partition import LARGEST, LogPartition
+from pyrovae.parts.annotations import Constraints, Shape
 
 
 class RBM(ContrastiveDivergence):
@@ -227,7 +228,7 @@ class Marginal(TorchDistribution):
     torch.Size([5, 1, 4, 4])
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    arg_constraints: ClassVar[Constraints] = {}
 
     def __init__(self, rbm: RBM, batch_shape: Sequence[int] = (), validate_args: bool | None = None) -> None:
         self.rbm = rbm
@@ -250,9 +251,9 @@ class Marginal(TorchDistribution):
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
 
     @torch.no_grad()
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         """One chain per draw."""
-        rbm, shape = self.rbm, self._extended_shape(torch.Size(sample_shape))
+        rbm, shape = self.rbm, self._extended_shape(sample_shape)
         v = rbm.gibbs(torch.rand(shape, dtype=rbm.weight.dtype, device=rbm.weight.device).round(), rbm.burn_in)
         self.last = rbm.decode(bits(rbm.encode(v)))
         return bits(self.last)

@@ -14,7 +14,7 @@ from torch.nn.functional import log_softmax
 from pyrovae.arguments import in_range, one_of, sizes
 from pyrovae.models.conditional import ConditionalVAE, Options
 from pyrovae.nn.conv import networks
-from pyrovae.parts.labels import UNKNOWN, Belief, PartialLabel, Weighted
+from pyrovae.parts.labels import UNKNOWN, Labels, PartialLabel, SoftOneHot, Weighted
 
 CERTAIN = 1e4  # a difference of logits whose exponential is 0 in every precision
 
@@ -38,9 +38,9 @@ class SemiSupervisedVAE(ConditionalVAE):
     ``pv.log_likelihood`` finds log p(x) of unlabelled and log p(x, y) of labelled data.
 
     Shapes: As :class:`ConditionalVAE`, with labels ``[B]`` in -1 ... num_classes - 1, none at all meaning -1
-    throughout. The latent site ``"y"`` has event ``[num_classes]``: one-hot, in training the belief q(y | x); a known
-    label is a certain belief. The given labels are at site ``"label"``. In training ``"z"`` and ``"x"`` lie in a plate
-    ``"classes"`` at dim -2, each class weighed by the belief. Nats throughout.
+    throughout. The latent site ``"y"`` has event ``[num_classes]``: one-hot, in training the probabilities q(y | x), of
+    which a known label has all. The given labels are at site ``"label"``. In training ``"z"`` and ``"x"`` lie in a
+    plate ``"classes"`` at dim -2, each class weighed by its probability. Nats throughout.
 
     :param input_shape: shape of one datum.
     :param num_classes: number of classes.
@@ -105,44 +105,45 @@ class SemiSupervisedVAE(ConditionalVAE):
 
     # --- programs ------------------------------------------------------------------------------------------------
 
-    def model(self, x: Tensor, y: Any = None) -> Tensor:
+    def model(self, x: Tensor, y: Labels | None = None) -> Tensor:
         """p(y) p(z) p(x | z, y) over the plate ``"data"``, with ``x`` observed and y where it is known."""
         self.check(x)
         known, code = self.known(x, y)
         with pyro.plate("data", len(x)):
             if y is not None:
-                log_q = self.log_belief(x) if self.training else x.new_zeros(len(x), self.labels.size)
+                log_q = self.log_class_probs(x) if self.training else x.new_zeros(len(x), self.labels.size)
                 labels = PartialLabel(log_q, self.classification_weight).mask(self.training)
                 pyro.sample("label", labels, obs=self.tensor(y, x))
-            drawn = pyro.sample("y", Belief(logits=self.class_logits.to(x.dtype)))
-            belief = torch.where(known.unsqueeze(-1), code, drawn)  # the guide agrees; generation must
+            drawn = pyro.sample("y", SoftOneHot(logits=self.class_logits.to(x.dtype)))
+            probs = torch.where(known.unsqueeze(-1), code, drawn)  # the guide agrees; generation must
             if not self.training:
-                z = pyro.sample("z", self.prior(belief))
-                return pyro.sample("x", self.likelihood(z, belief), obs=x)
+                z = pyro.sample("z", self.prior(probs))
+                return pyro.sample("x", self.likelihood(z, probs), obs=x)
             with self.classes():
-                every, weight = self.every_class(x), self.weight(belief)
+                every, weight = self.every_class(x), self.weights(probs)
                 z = pyro.sample("z", Weighted(self.prior(every), weight))
                 return pyro.sample("x", Weighted(self.likelihood(z, every), weight), obs=x)
 
-    def guide(self, x: Tensor, y: Any = None) -> Tensor:
+    def guide(self, x: Tensor, y: Labels | None = None) -> Tensor:
         """q(y | x) q(z | x, y) over the plate ``"data"``; a known label is certain."""
         self.check(x)
         known, code = self.known(x, y)
-        logits = torch.where(known.unsqueeze(-1), (code - 1) * CERTAIN, self.log_belief(x))
+        logits = torch.where(known.unsqueeze(-1), (code - 1) * CERTAIN, self.log_class_probs(x))
         with pyro.plate("data", len(x)):
             if not self.training:
-                drawn = pyro.sample("y", Belief(logits=logits))
+                drawn = pyro.sample("y", SoftOneHot(logits=logits))
                 return pyro.sample("z", self.posterior(x, drawn))
             q = logits.exp()
-            belief = pyro.sample("y", dist.Delta(q, log_density=(q * logits).sum(-1), event_dim=1))
+            probs = pyro.sample("y", dist.Delta(q, log_density=(q * logits).sum(-1), event_dim=1))
             with self.classes():
-                return pyro.sample("z", Weighted(self.posterior(x, self.every_class(x)), self.weight(belief)))
+                return pyro.sample("z", Weighted(self.posterior(x, self.every_class(x)), self.weights(probs)))
 
-    def known(self, x: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+    def known(self, x: Tensor, y: Labels | None) -> tuple[Tensor, Tensor]:
         """Which labels are known, ``[B]``, and the code of those, ``[B, num_classes]``."""
-        y = x.new_full((len(x),), UNKNOWN, dtype=torch.long) if y is None else self.tensor(y, x)
-        known = y != UNKNOWN
-        return known, self.labels.encode(self.checked(torch.where(known, y, y.new_zeros(())), x, x.shape[:1]), x)
+        given = x.new_full((len(x),), UNKNOWN, dtype=torch.long) if y is None else self.tensor(y, x)
+        known = given != UNKNOWN
+        some = torch.where(known, given, given.new_zeros(()))
+        return known, self.labels.encode(self.checked(some, x, x.shape[:1]), x)
 
     def classes(self) -> Any:
         """The plate of all classes."""
@@ -152,11 +153,11 @@ class SemiSupervisedVAE(ConditionalVAE):
         """The codes of all classes, along the dim of their plate."""
         return torch.eye(self.labels.size, dtype=like.dtype, device=like.device).unsqueeze(1)
 
-    def weight(self, belief: Tensor) -> Tensor:
-        """A belief ``[B, C]`` as the weights of the plate of classes, ``[C, B]``; ``[K, 1, B, C]`` as ``[K, C, B]``."""
-        return belief.mT if belief.dim() == 2 else belief.mT.squeeze(-3)
+    def weights(self, probs: Tensor) -> Tensor:
+        """Probabilities as weights in the plate of classes, ``[B, C]`` to ``[C, B]``, ``[K, 1, B, C]`` to ``[K, C, B]``."""
+        return probs.mT if probs.dim() == 2 else probs.mT.squeeze(-3)
 
-    def log_belief(self, x: Tensor) -> Tensor:
+    def log_class_probs(self, x: Tensor) -> Tensor:
         """log q(y | x), ``[..., *input_shape]`` to ``[..., num_classes]``."""
         return log_softmax(self.classifier(x), -1)
 
@@ -166,7 +167,7 @@ class SemiSupervisedVAE(ConditionalVAE):
     def classify(self, x: Tensor) -> Tensor:
         """q(y | x), probabilities ``[N, num_classes]``."""
         self.check(x)
-        return self.log_belief(x).exp()
+        return self.log_class_probs(x).exp()
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
@@ -178,18 +179,18 @@ class SemiSupervisedVAE(ConditionalVAE):
         """The accuracy."""
         return {"accuracy": self.accuracy(x, labels)}
 
-    def completed(self, x: Tensor, y: Any = None) -> Tensor:
+    def completed(self, x: Tensor, y: Labels | None = None) -> Tensor:
         """Labels, with the most probable class for those that are not known."""
-        guess = self.log_belief(x).argmax(-1)
+        guess = self.log_class_probs(x).argmax(-1)
         if y is None:
             return guess
-        y = self.tensor(y, x)
-        return torch.where(y == UNKNOWN, guess, y)
+        given = self.tensor(y, x)
+        return torch.where(given == UNKNOWN, guess, given)
 
-    def encode(self, x: Tensor, y: Any = None) -> Tensor:  # type: ignore[override]
+    def encode(self, x: Tensor, y: Labels | None = None) -> Tensor:  # type: ignore[override]
         """The centre of q(z | x, y), y the most probable class where it is not known."""
         return super().encode(x, self.completed(x, y))
 
-    def reconstruct(self, x: Tensor, y: Any = None, **where: Any) -> Tensor:  # type: ignore[override]
+    def reconstruct(self, x: Tensor, y: Labels | None = None, **where: Any) -> Tensor:  # type: ignore[override]
         """Encode and decode again, with y the most probable class where it is not known."""
         return super().reconstruct(x, self.completed(x, y), **where)

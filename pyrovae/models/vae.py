@@ -26,8 +26,8 @@ class VAE(Pair):
     .. math:: z \sim N(0, I), \qquad x \mid z \sim p(x; f_\theta(z)), \qquad
               q_\phi(z \mid x) = N(\mu_\phi(x), \mathrm{diag}\,\sigma_\phi^2(x))
 
-    Both the prior and the posterior may be richer. A richer prior moves to where the codes are; a richer posterior is
-    bent around what the data leave open. All that is measured stays the same.
+    Both the prior and the posterior may be richer. A richer prior moves to where the codes are; a richer posterior
+    follows what the data leave open. All that is measured stays the same.
 
     The defaults are the one-layer network of the IWAE paper: 784-200-200-(50, 50) and 50-200-200-784, tanh,
     :math:`\sigma` the exponential of a linear layer, Glorot-uniform weights and zero biases. ``hidden=()`` is the

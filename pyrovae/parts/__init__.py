@@ -2,7 +2,7 @@
 
 from pyrovae.parts.codes import AutoregressiveCodes, CodebookPrior, GatedConvolutions
 from pyrovae.parts.flows import Autoregressive, Coupling, FlowNormal, Step
-from pyrovae.parts.labels import Attributes, Belief, Classes, PartialLabel, Weighted, hide_labels
+from pyrovae.parts.labels import Attributes, Classes, PartialLabel, SoftOneHot, Weighted, hide_labels
 from pyrovae.parts.likelihoods import (
     LIKELIHOODS,
     BernoulliLikelihood,
@@ -45,7 +45,6 @@ __all__ = [
     "Autoregressive",
     "AutoregressiveCodes",
     "AutoregressivePosterior",
-    "Belief",
     "BernoulliLikelihood",
     "BernoulliPixels",
     "Classes",
@@ -71,6 +70,7 @@ __all__ = [
     "Prior",
     "Quantized",
     "ScaledLikelihood",
+    "SoftOneHot",
     "StandardNormal",
     "Step",
     "VampPrior",

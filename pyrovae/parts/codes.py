@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution, constraints
@@ -12,32 +12,34 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pyrovae.arguments import in_range, positive_int
-from pyrovae.nn.mlp import fold, glorot
+from pyrovae.nn.mlp import fold, glorot, module_list
+from pyrovae.parts.annotations import Constraints, Shape
 from pyrovae.parts.quantizer import VectorQuantizer
 
 
-class _GatedLayer(nn.Module):
+class GatedLayer(nn.Module):
     """One layer of both stacks; each is given its input padded, all of it or the part that one output hangs on."""
 
-    def __init__(self, channels: int, reach: int) -> None:
+    def __init__(self, channels: int, radius: int) -> None:
         super().__init__()
-        self.reach = reach
-        self.vertical = glorot(nn.Conv2d(channels, 2 * channels, (reach + 1, 2 * reach + 1)), 2)
-        self.horizontal = glorot(nn.Conv2d(channels, 2 * channels, (1, reach + 1)), 2)
+        self.radius = radius
+        self.vertical = glorot(nn.Conv2d(channels, 2 * channels, (radius + 1, 2 * radius + 1)), 2)
+        self.horizontal = glorot(nn.Conv2d(channels, 2 * channels, (1, radius + 1)), 2)
         self.link = glorot(nn.Conv2d(2 * channels, 2 * channels, 1), 2)
         self.out = glorot(nn.Conv2d(channels, channels, 1))
 
     def down(self, above: Tensor) -> tuple[Tensor, Tensor]:
-        """The vertical stack's next layer, and what it tells the horizontal one."""
+        """The vertical stack's next layer, and what the horizontal one sees of it."""
         wide = self.vertical(above)
-        return _gate(wide), self.link(wide)
+        return gated(wide), self.link(wide)
 
-    def along(self, left: Tensor, told: Tensor) -> Tensor:
+    def along(self, left: Tensor, link: Tensor) -> Tensor:
         """The horizontal stack's next layer."""
-        return left[..., self.reach :] + self.out(_gate(self.horizontal(left) + told))
+        return left[..., self.radius :] + self.out(gated(self.horizontal(left) + link))
 
 
-def _gate(wide: Tensor) -> Tensor:
+def gated(wide: Tensor) -> Tensor:
+    """tanh of one half of the channels times the sigmoid of the other."""
     a, b = wide.chunk(2, 1)
     return a.tanh() * b.sigmoid()
 
@@ -69,21 +71,21 @@ class GatedConvolutions(nn.Module):
         if positive_int("kernel_size", kernel_size, 3) % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}: pass {kernel_size + 1}")
         width, self.grid = positive_int("channels", channels), tuple(grid)
-        self.reach = kernel_size // 2
+        self.radius = kernel_size // 2
         self.embedding = nn.Embedding(num_codes, width)
         self.position = nn.Parameter(torch.zeros(width, *grid))
         count = positive_int("num_layers", num_layers)
-        self.layers = nn.ModuleList(_GatedLayer(width, self.reach) for _ in range(count))
+        self.layers = module_list(GatedLayer(width, self.radius) for _ in range(count))
         self.output = glorot(nn.Conv2d(width, num_codes, 1))
         self.head = nn.Sequential(nn.ReLU(), glorot(nn.Conv2d(width, width, 1)), nn.ReLU(), self.output)
 
     def forward(self, codes: Tensor) -> Tensor:
-        r, seen = self.reach, self.embedding(codes).movedim(-1, 1)
+        r, seen = self.radius, self.embedding(codes).movedim(-1, 1)
         above = pad(seen[:, :, :-1], (0, 0, 1, 0)) + self.position
         left = pad(seen[..., :-1], (1, 0)) + self.position
-        for layer in self._layers():
-            above, told = layer.down(pad(above, (r, r, r, 0)))
-            left = layer.along(pad(left, (r, 0)), told)
+        for layer in self.layers:
+            above, link = layer.down(pad(above, (r, r, r, 0)))
+            left = layer.along(pad(left, (r, 0)), link)
         return self.head(left)
 
     @torch.no_grad()
@@ -93,31 +95,28 @@ class GatedConvolutions(nn.Module):
         Every layer keeps its inputs: a row is convolved once and a position once, so that a whole grid costs what one
         call of :meth:`forward` costs.
         """
-        (height, width), r, like = self.grid, self.reach, self.position
+        (height, width), r, like = self.grid, self.radius, self.position
         rows = [like.new_zeros(number, len(like), height + r, width + 2 * r) for _ in self.layers]
         codes = torch.zeros(number, height, width, dtype=torch.long, device=like.device)
         for i in range(height):
             step = like[:, i : i + 1].expand(number, -1, -1, -1)
             if i:
                 step = step + self.embedding(codes[:, i - 1 : i]).movedim(-1, 1)
-            told = []
-            for held, layer in zip(rows, self._layers(), strict=True):
+            links = []
+            for held, layer in zip(rows, self.layers, strict=True):
                 held[:, :, i + r : i + r + 1, r : r + width] = step
                 step, link = layer.down(held[:, :, i : i + r + 1])
-                told.append(link)
+                links.append(link)
             row = [like.new_zeros(number, len(like), 1, width + r) for _ in self.layers]
             for j in range(width):
                 step = like[:, i : i + 1, j : j + 1].expand(number, -1, -1, -1)
                 if j:
                     step = step + self.embedding(codes[:, i, j - 1])[..., None, None]
-                for held, layer, link in zip(row, self._layers(), told, strict=True):
+                for held, layer, link in zip(row, self.layers, links, strict=True):
                     held[..., j + r : j + r + 1] = step
                     step = layer.along(held[..., j : j + r + 1], link[..., j : j + 1])
                 codes[:, i, j] = choose(self.head(step).flatten(1))
         return codes
-
-    def _layers(self) -> list[_GatedLayer]:
-        return list(self.layers)  # type: ignore[arg-type]
 
 
 class AutoregressiveCodes(TorchDistribution):
@@ -132,7 +131,7 @@ class AutoregressiveCodes(TorchDistribution):
     :param temperature: T, by which logits are divided.
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+    arg_constraints: ClassVar[Constraints] = {}
 
     def __init__(self, network: GatedConvolutions, temperature: float = 1.0, batch_shape: Sequence[int] = ()) -> None:
         self.network, self.temperature = network, temperature
@@ -142,7 +141,7 @@ class AutoregressiveCodes(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.integer_interval(0, self.network.embedding.num_embeddings - 1), 2)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> AutoregressiveCodes:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> AutoregressiveCodes:
         return AutoregressiveCodes(self.network, self.temperature, batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -154,7 +153,7 @@ class AutoregressiveCodes(TorchDistribution):
         return each.sum((-3, -2, -1)).expand(torch.broadcast_shapes(self.batch_shape, codes.shape[:-2]))
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
 
         def draw(logits: Tensor) -> Tensor:
@@ -169,7 +168,7 @@ class AutoregressiveCodes(TorchDistribution):
         return AutoregressiveCodes(self.network, self.temperature * temperature, self.batch_shape)
 
 
-class _Rows(constraints.Constraint):
+class CodebookRows(constraints.Constraint):
     """Grids of a codebook's rows: a discrete set, whose membership is not tested."""
 
     is_discrete = True
@@ -195,8 +194,8 @@ class CodebookPrior(TorchDistribution):
     :param learned: a distribution of codes ``[h, w]``; None is uniform.
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
-    support = _Rows()
+    arg_constraints: ClassVar[Constraints] = {}
+    support = CodebookRows()
 
     def __init__(
         self,
@@ -209,7 +208,7 @@ class CodebookPrior(TorchDistribution):
         event = torch.Size((*self.grid, quantizer.code_dim))
         super().__init__(torch.Size(batch_shape), event, validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> CodebookPrior:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> CodebookPrior:
         return CodebookPrior(self.quantizer, self.grid, self.learned, batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -223,7 +222,7 @@ class CodebookPrior(TorchDistribution):
         return torch.where(found, self.learned.log_prob(codes), -math.inf).expand(shape)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
         if self.learned is not None:
             return self.quantizer.lookup(self.learned.sample(shape))

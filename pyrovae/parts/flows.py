@@ -1,7 +1,7 @@
 r"""Normalizing flows: a normal pushed through invertible steps, with the log-density of its own draws at no cost.
 
 A step is one module with a forward map and its inverse, each with :math:`\log |\det \partial y / \partial x|`. It may
-be told a context :math:`h`, by which the flow of one datum differs from that of another. All steps here are affine in
+take a context :math:`h`, by which the flow of one datum differs from that of another. All steps here are affine in
 what they move, :math:`y = m + s\, x` with :math:`|\log s| < 2`, so that their inverses are well conditioned, and start
 as the identity.
 """
@@ -9,7 +9,7 @@ as the identity.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import ClassVar, cast
 
 import torch
 from pyro.distributions import TorchDistribution, constraints
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyrovae.arguments import positive_int, sizes
 from pyrovae.nn.mlp import MLP
+from pyrovae.parts.annotations import Constraints, Shape
 
 
 class Step(nn.Module):
@@ -32,12 +33,14 @@ class Step(nn.Module):
         raise NotImplementedError
 
 
-def _log_scale(raw: Tensor) -> Tensor:
+def bounded(raw: Tensor) -> Tensor:
+    """The logarithm of a scale, within 2 on either side."""
     return 2 * torch.tanh(raw / 2)
 
 
 @torch.no_grad()
-def _start_as_identity(output: Any) -> None:
+def start_as_identity(output: nn.Linear) -> None:
+    """Start at no shift and a scale of one."""
     output.weight.zero_()
     output.bias.zero_()
 
@@ -66,30 +69,33 @@ class Coupling(Step):
         first, second = self.split, dim - self.split
         kept, moved = (second, first) if flip else (first, second)
         self.network = MLP(kept + context, hidden, (moved, moved), "elu")
-        _start_as_identity(self.network.output)
+        start_as_identity(self.network.output)
 
-    def _read(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def shift_and_log_scale(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of the half that moves, as the other says."""
         if context is not None:
             kept = torch.cat([kept, context.expand(*kept.shape[:-1], -1)], -1)
         shift, raw = self.network(kept).chunk(2, -1)
-        return shift, _log_scale(raw)
+        return shift, bounded(raw)
 
-    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The half that stays, and the half that moves."""
         first, second = x.tensor_split((self.split,), -1)
         return (second, first) if self.flip else (first, second)
 
-    def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
+    def join(self, kept: Tensor, moved: Tensor) -> Tensor:
+        """The vector of two halves."""
         return torch.cat([moved, kept] if self.flip else [kept, moved], -1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, moved = self._halves(x)
-        shift, log_scale = self._read(kept, context)
-        return self._join(kept, shift + log_scale.exp() * moved), log_scale.sum(-1)
+        kept, moved = self.halves(x)
+        shift, log_scale = self.shift_and_log_scale(kept, context)
+        return self.join(kept, shift + log_scale.exp() * moved), log_scale.sum(-1)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, moved = self._halves(y)
-        shift, log_scale = self._read(kept, context)
-        return self._join(kept, (moved - shift) * (-log_scale).exp()), log_scale.sum(-1)
+        kept, moved = self.halves(y)
+        shift, log_scale = self.shift_and_log_scale(kept, context)
+        return self.join(kept, (moved - shift) * (-log_scale).exp()), log_scale.sum(-1)
 
 
 class Autoregressive(Step):
@@ -122,23 +128,24 @@ class Autoregressive(Step):
         if not widths or min(widths) < dim:
             raise ValueError(f"an autoregressive network of {dim} units has hidden layers of {dim} or more units each, "
                              f"got {widths}: widen them")  # fmt: skip
-        order: Any = torch.arange(dim).flip(0) if flip else torch.arange(dim)
+        order = cast(torch.LongTensor, torch.arange(dim).flip(0) if flip else torch.arange(dim))
         self.register_buffer("rank", order, persistent=False)  # either order is its own inverse
         self.network = ConditionalAutoRegressiveNN(dim, context, list(widths), permutation=order, nonlinearity=nn.ELU())
-        _start_as_identity(self.network.layers[-1])
+        start_as_identity(cast(nn.Linear, self.network.layers[-1]))
 
-    def _read(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def shift_and_log_scale(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of every element, as those before it say."""
         shift, raw = self.network(x, context)
-        return shift, _log_scale(raw)
+        return shift, bounded(raw)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._read(x, context)
+        shift, log_scale = self.shift_and_log_scale(x, context)
         return shift + log_scale.exp() * x, log_scale.sum(-1)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = torch.zeros_like(y)
         for last in range(self.dim):  # what has been found so far says what the next element is
-            shift, log_scale = self._read(x, context)
+            shift, log_scale = self.shift_and_log_scale(x, context)
             x = torch.where(self.rank <= last, (y - shift) * (-log_scale).exp(), 0.0)
         return x, log_scale.sum(-1)
 
@@ -158,7 +165,7 @@ class FlowNormal(TorchDistribution):
 
     :param base: an independent normal of event shape ``[dim]``.
     :param steps: the steps, the first to be applied first.
-    :param context: what the steps are told, ``[*batch, context]`` or broadcastable to it.
+    :param context: that of all steps, ``[*batch, context]`` or broadcastable to it.
 
     >>> from pyro.distributions import Normal
     >>> q = FlowNormal(Normal(torch.zeros(4, 2), 1.0).to_event(1), [Coupling(2), Coupling(2, flip=True)])
@@ -169,7 +176,7 @@ class FlowNormal(TorchDistribution):
     Rezende and Mohamed, *Variational inference with normalizing flows*, 2015.
     """
 
-    arg_constraints: Any = {}  # noqa: RUF012
+    arg_constraints: ClassVar[Constraints] = {}
     support = constraints.real_vector
     has_rsample = True
 
@@ -184,10 +191,11 @@ class FlowNormal(TorchDistribution):
         self._drawn: tuple[Tensor, Tensor, bool] | None = None
         super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> FlowNormal:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowNormal:
         return FlowNormal(self.base.expand(torch.Size(batch_shape)), self.steps, self.context, self._validate_args)
 
-    def _push(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+    def push(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        """T(x), and the log-determinant there."""
         total: Tensor | float = 0.0
         for step in self.steps:
             x, log_det = step(x, self.context)
@@ -197,11 +205,11 @@ class FlowNormal(TorchDistribution):
     @property
     def centre(self) -> Tensor:
         r""":math:`T(\mu)`, where the base's mean goes, ``[*batch, dim]``: a point in the midst, not the mean."""
-        return self._push(self.base.mean)[0]
+        return self.push(self.base.mean)[0]
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
         x = self.base.rsample(sample_shape)
-        z, log_det = self._push(x)
+        z, log_det = self.push(x)
         self._drawn = z, self.base.log_prob(x) - log_det, torch.is_grad_enabled()
         return z
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyrovae.arguments import DataError, positive_int
 from pyrovae.data.support import DROP, at, first_outside
+from pyrovae.parts.annotations import Shape
 
 
 class Classes:
@@ -82,14 +83,16 @@ class Attributes:
 
 
 UNKNOWN = -1  # the label of unlabelled data
+#: Labels as programs and verbs take them: class numbers or vectors of attributes.
+Labels = Tensor | Sequence[object] | int
 
 
-class Belief(dist.OneHotCategorical):
-    r"""A one-hot categorical that measures beliefs, points v of the simplex, as well.
+class SoftOneHot(dist.OneHotCategorical):
+    r"""A one-hot categorical that scores soft one-hot vectors as well, points v of the simplex.
 
     .. math:: \log p(v) = \sum_c v_c \log p_c = \mathbb E_{y \sim v} \log p(y)
 
-    >>> Belief(probs=torch.tensor([0.5, 0.5])).log_prob(torch.tensor([0.3, 0.7])).exp()
+    >>> SoftOneHot(probs=torch.tensor([0.5, 0.5])).log_prob(torch.tensor([0.3, 0.7])).exp()
     tensor(0.5000)
     """
 
@@ -113,21 +116,21 @@ class Weighted(TorchDistribution):
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint | None:
         return self.base.support
 
     @property
     def mean(self) -> Tensor:
         return self.base.mean
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Weighted:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Weighted:
         return Weighted(self.base.expand(batch_shape), self.weight)
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        return self.base.rsample(torch.Size(sample_shape))
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
+        return self.base.rsample(sample_shape)
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        return self.base.sample(torch.Size(sample_shape))
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
+        return self.base.sample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The weighted log-density, in nats."""
@@ -145,10 +148,10 @@ class PartialLabel(TorchDistribution):
         super().__init__(log_q.shape[:-1], torch.Size(), validate_args=False)
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
         return constraints.integer_interval(UNKNOWN, self.log_q.shape[-1] - 1)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> PartialLabel:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> PartialLabel:
         return PartialLabel(self.log_q.expand(*batch_shape, -1), self.weight)
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -198,7 +198,7 @@ def make_likelihood(
     ValueError: likelihood='bernoulli' has no scale, got scale=0.1: leave it out, or use 'gaussian' or ...
     """
     family = lookup("likelihood", name, LIKELIHOODS)
-    given: dict[str, Any] = {} if scale == "learned" else {"scale": scale}
+    given: dict[str, float | str] = {} if scale == "learned" else {"scale": scale}
     given |= {} if levels is None else {"levels": levels}
     for option, value in given.items():
         if option not in family.options:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import Independent, TorchDistribution, constraints
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
+
+from pyrovae.parts.annotations import Constraints, Shape
 
 _FACTORS = 126  # in [1/2, 1], whose product is a normal number of float32
 
@@ -105,7 +108,7 @@ class _PixelDistribution(TorchDistribution):
 
     _wide: ClassVar[str] = "loc"
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> TorchDistribution:
         new = self._get_checked_instance(type(self), _instance)
         new.__dict__.update(self.__dict__)
         setattr(new, self._wide, getattr(self, self._wide).expand(batch_shape))
@@ -131,7 +134,10 @@ class Gaussian(_PixelDistribution):
     tensor([-0.9189, -2.9189])
     """
 
-    arg_constraints: ClassVar[dict] = {"loc": constraints.real, "scale": constraints.positive}
+    arg_constraints: ClassVar[Constraints] = {
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
     support = constraints.real
     has_rsample = True
 
@@ -151,7 +157,7 @@ class Gaussian(_PixelDistribution):
     def variance(self) -> Tensor:
         return self.scale.square().expand(self.batch_shape)
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         return self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
@@ -175,7 +181,7 @@ class ContinuousBernoulli(_PixelDistribution):
     """
 
     _wide = "logits"
-    arg_constraints: ClassVar[dict] = {"logits": constraints.real}
+    arg_constraints: ClassVar[Constraints] = {"logits": constraints.real}
     support = constraints.unit_interval
     has_rsample = True
 
@@ -192,7 +198,7 @@ class ContinuousBernoulli(_PixelDistribution):
     def mean(self) -> Tensor:
         return 0.5 + 0.5 * _langevin(self.logits / 2)
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
         r"""The inverse distribution function :math:`\log(1 + u (e^l - 1)) / l` at uniform ``u``."""
         u = torch.rand(self._extended_shape(sample_shape), dtype=self.logits.dtype, device=self.logits.device)
         small, s, m = _near_zero(self.logits, 1e-2)
@@ -224,7 +230,10 @@ class DiscretizedLogistic(_PixelDistribution):
     *PixelCNN++*, 2017.
     """
 
-    arg_constraints: ClassVar[dict] = {"loc": constraints.real, "scale": constraints.positive}
+    arg_constraints: ClassVar[Constraints] = {
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
     support = constraints.unit_interval
 
     def __init__(
@@ -250,7 +259,7 @@ class DiscretizedLogistic(_PixelDistribution):
         return (self.scale * area).clamp(0, 1)
 
     @torch.no_grad()
-    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         u = torch.rand(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
         x = self.loc + self.scale * torch.logit(u)
         return (x * (self.levels - 1)).round().clamp(0, self.levels - 1) / (self.levels - 1)

@@ -79,7 +79,7 @@ class FullNormal(DiagonalNormal):
 
 
 class FlowPosterior(DiagonalNormal):
-    r"""A :class:`DiagonalNormal` pushed through steps that are told a context :math:`h(x)`, by the encoder as well.
+    r"""A :class:`DiagonalNormal` pushed through steps that take a context :math:`h(x)`, the encoder's as well.
 
     .. math:: z = T_L(\cdots T_1(\mu + \sigma \epsilon;\, h) \cdots;\, h), \qquad \epsilon \sim N(0, I)
 

@@ -16,6 +16,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 
 from pyrovae.arguments import positive_int, sizes
+from pyrovae.parts.annotations import Constraints, Shape
 from pyrovae.parts.flows import Coupling, FlowNormal
 from pyrovae.parts.posteriors import make_steps, share_options
 
@@ -38,7 +39,7 @@ class NormalMixture(TorchDistribution):
     tensor([-1.8379, -1.8379, -1.8379, -1.8379, -1.8379])
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+    arg_constraints: ClassVar[Constraints] = {
         "logits": constraints.real_vector,
         "loc": constraints.independent(constraints.real, 2),
         "scale": constraints.independent(constraints.positive, 2),
@@ -69,7 +70,7 @@ class NormalMixture(TorchDistribution):
         return log_p.to(value.dtype).expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
 
     @torch.no_grad()
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
         logits = self.logits.expand(*shape, -1)  # one draw from each row of many, which a static graph can hold
         component = torch.distributions.Categorical(logits=logits, validate_args=False).sample()

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 import pyrovae as pv
 from pyrovae.arguments import DataError
 from pyrovae.models import SemiSupervisedVAE
-from pyrovae.parts import Belief, PartialLabel, Weighted, hide_labels
+from pyrovae.parts import PartialLabel, SoftOneHot, Weighted, hide_labels
 
 pytestmark = pytest.mark.double(5)
 
@@ -222,7 +222,7 @@ def test_every_objective_stays_below_log_p(objective):
 
 
 @pytest.mark.parametrize("objective", [pv.IWAE(2, gradient="dreg"), pv.ELBO(gradient="stl"), pv.RWS(2)], ids=repr)
-def test_gradients_at_a_fixed_belief_have_no_meaning_and_are_refused(objective):
+def test_gradients_at_fixed_class_probabilities_have_no_meaning_and_are_refused(objective):
     m = small()
     with pytest.raises(ValueError, match=r'guide site "y" is a Delta that carries parameters.*gradient="total"'):
         objective.differentiable_loss(m.model, m.guide, X)
@@ -354,13 +354,13 @@ def test_hide_labels():
 # --- the distributions -----------------------------------------------------------------------------------------------
 
 
-def test_belief_is_the_categorical_on_one_hot_values():
+def test_a_soft_one_hot_is_the_categorical_on_one_hot_values():
     probs = torch.tensor(PROBS)
     values = torch.eye(3)
-    torch.testing.assert_close(Belief(probs=probs).log_prob(values), probs.log())
-    torch.testing.assert_close(Belief(probs=probs).log_prob(values), dist.OneHotCategorical(probs).log_prob(values))
+    torch.testing.assert_close(SoftOneHot(probs=probs).log_prob(values), probs.log())
+    torch.testing.assert_close(SoftOneHot(probs=probs).log_prob(values), dist.OneHotCategorical(probs).log_prob(values))
     weights = torch.tensor([0.1, 0.2, 0.7])
-    torch.testing.assert_close(Belief(probs=probs).expand([4]).log_prob(weights), (weights @ probs.log()).expand(4))
+    torch.testing.assert_close(SoftOneHot(probs=probs).expand([4]).log_prob(weights), (weights @ probs.log()).expand(4))
 
 
 def test_weighted_is_its_base_but_for_the_weight():
