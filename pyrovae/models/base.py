@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from pyrovae.arguments import DataError, in_range, one_of, positive_int, sizes
 from pyrovae.configured import Configured
 from pyrovae.models.hooks import Hooks
+from pyrovae.nn.conv import Decoder
+from pyrovae.nn.residual import PatchDecoder, ResidualDecoder
+from pyrovae.parts.likelihoods import Likelihood
 
 P = TypeVar("P", bound="Pair")
 
@@ -26,8 +29,8 @@ class Pair(Hooks, Configured, nn.Module):
     """
 
     input_shape: tuple[int, ...]
-    observation: Any  # the likelihood's family, and the network that gives its parameters
-    decoder: Any
+    observation: Likelihood
+    decoder: Decoder | PatchDecoder | ResidualDecoder
 
     def set_shape(self, input_shape: object) -> tuple[int, ...]:
         """Take the shape of one datum, after checking it."""

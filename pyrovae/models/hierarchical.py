@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyro
 import pyro.distributions as dist
@@ -254,7 +254,7 @@ def between(below: int, widths: Sequence[int], family: DiagonalNormal, activatio
     return network
 
 
-def product(a: Any, b: Any) -> TorchDistribution:
+def product(a: TorchDistribution, b: TorchDistribution) -> TorchDistribution:
     r"""The normal whose density is proportional to the product of those of two, elementwise.
 
     .. math:: \sigma^{-2} = \sigma_a^{-2} + \sigma_b^{-2}, \qquad

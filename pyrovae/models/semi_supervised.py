@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypedDict, Unpack
 
 import pyro
 import pyro.distributions as dist
@@ -17,6 +18,15 @@ from pyrovae.nn.conv import networks
 from pyrovae.parts.labels import UNKNOWN, Labels, PartialLabel, SoftOneHot, Weighted
 
 CERTAIN = 1e4  # a difference of logits whose exponential is 0 in every precision
+
+
+class Classifier(TypedDict, total=False):
+    """What the network of q(y | x) may have of its own."""
+
+    hidden: Sequence[int]
+    network: str
+    activation: str
+    channels: Sequence[int] | None
 
 
 class SemiSupervisedVAE(ConditionalVAE):
@@ -84,22 +94,25 @@ class SemiSupervisedVAE(ConditionalVAE):
         network: str = "mlp",
         activation: str = "tanh",
         channels: Sequence[int] | None = None,
-        classifier: Mapping[str, Any] | None = None,
+        classifier: Classifier | None = None,
         **options: Unpack[Options],
     ) -> None:
-        rest: dict[str, Any] = {"network": network, "activation": activation, "channels": channels}
-        super().__init__(input_shape, num_classes, latent_dim, hidden, likelihood, scale, **rest, **options)
+        super().__init__(
+            input_shape, num_classes, latent_dim, hidden, likelihood, scale,
+            network=network, activation=activation, channels=channels, **options,
+        )  # fmt: skip
         self.classification_weight = in_range("classification_weight", classification_weight, 0.0)
         probs = [1.0] * num_classes if class_probs is None else [in_range("class_probs", p, 1e-12) for p in class_probs]
         if len(probs) != num_classes:
             raise ValueError(f"class_probs must have {num_classes} entries, one per class, got {len(probs)}: give all")
         self.class_logits: Tensor
         self.register_buffer("class_logits", log_softmax(torch.tensor(probs).log(), -1), persistent=False)
-        own = rest | {"hidden": hidden} | dict(classifier or {})
+        for name in classifier or {}:
+            one_of("setting of the classifier", name, Classifier.__annotations__)
+        own: Classifier = {"hidden": hidden, "network": network, "activation": activation, "channels": channels}
+        own.update(classifier or {})
         if own["network"] != network:  # channels are for networks of their kind
             own["channels"] = (classifier or {}).get("channels")
-        for name in own:
-            one_of("setting of the classifier", name, ("hidden", *rest))
         make_classifier, _ = networks(own["network"], own["activation"], own["channels"])
         self.classifier = make_classifier(self.input_shape, sizes("hidden", own["hidden"]), num_classes)
 
@@ -145,7 +158,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         some = torch.where(known, given, given.new_zeros(()))
         return known, self.labels.encode(self.checked(some, x, x.shape[:1]), x)
 
-    def classes(self) -> Any:
+    def classes(self) -> AbstractContextManager[object]:
         """The plate of all classes."""
         return pyro.plate("classes", self.labels.size, dim=-2)
 
@@ -154,7 +167,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         return torch.eye(self.labels.size, dtype=like.dtype, device=like.device).unsqueeze(1)
 
     def weights(self, probs: Tensor) -> Tensor:
-        """Probabilities as weights in the plate of classes, ``[B, C]`` to ``[C, B]``, ``[K, 1, B, C]`` to ``[K, C, B]``."""
+        """Probabilities ``[B, C]`` or ``[K, 1, B, C]`` as weights in the plate of classes, ``[C, B]`` or ``[K, C, B]``."""
         return probs.mT if probs.dim() == 2 else probs.mT.squeeze(-3)
 
     def log_class_probs(self, x: Tensor) -> Tensor:

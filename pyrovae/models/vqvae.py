@@ -21,7 +21,7 @@ from pyrovae.parts.codes import CodebookPrior
 from pyrovae.parts.likelihoods import make_likelihood
 from pyrovae.parts.quantizer import VectorQuantizer
 
-_START = 16  # vectors per code that a start from the data chooses from, at most
+START = 16  # vectors per code that a start from the data chooses from, at most
 
 
 class VQVAE(Pair):
@@ -192,13 +192,13 @@ class VQVAE(Pair):
         The choice depends on the data and the weights alone.
         """
         super().initialise(x)
-        number = min(len(x), -(-_START * self.quantizer.num_codes // math.prod(self.grid)))
+        number = min(len(x), -(-START * self.quantizer.num_codes // math.prod(self.grid)))
         some = x[torch.linspace(0, len(x) - 1, number, device=x.device).long()]
         with isolated_rng(0):
             self.quantizer.initialise(self.vectors(some))
         return self
 
     @torch.no_grad()
-    def metrics(self, x: Tensor) -> dict[str, Any]:
+    def metrics(self, x: Tensor) -> dict[str, object]:
         """``perplexity``: of the codes of x (of each codebook); K at most, where all are used alike."""
         return {"perplexity": self.quantizer.perplexity(self.quantizer.encode(self.vectors(x))).tolist()}
