@@ -167,7 +167,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         return torch.eye(self.labels.size, dtype=like.dtype, device=like.device).unsqueeze(1)
 
     def weights(self, probs: Tensor) -> Tensor:
-        """Probabilities ``[B, C]`` or ``[K, 1, B, C]`` as weights in the plate of classes: ``[C, B]``, ``[K, C, B]``."""
+        """Probabilities ``[B, C]`` or ``[K, 1, B, C]`` as weights in the plate of classes, ``[..., C, B]``."""
         return probs.mT if probs.dim() == 2 else probs.mT.squeeze(-3)
 
     def log_class_probs(self, x: Tensor) -> Tensor:
