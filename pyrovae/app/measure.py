@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrovae import runs
 from pyrovae.app.job import as_seen_by, reopen_with_data
-from pyrovae.app.results import Annealed, Diagnostics, Results
+from pyrovae.app.results import Diagnostics, Results
 from pyrovae.app.tables import print_results
 from pyrovae.arguments import pick_device, positive_int
 from pyrovae.data.images import Images
@@ -111,27 +111,18 @@ def diagnose(pair: Pair, test: Images, few: Images, *, samples: int, seed: int) 
     found = information(pair.model, pair.guide, test, seed=seed)
     averaged = active_units(pair.guide, test, samples=64)
     gap = posterior_gap(pair.model, pair.guide, few, num_samples=max(samples, 64), refine_steps=200, seed=seed)
+    lost = {"gap": gap.gap, "amortisation": gap.amortisation, "approximation": gap.approximation}
     return {
         "information": {
-            name: {
-                "kl": of.kl.tolist(),
-                "mutual_information": of.mutual_information.tolist(),
-                "aggregate_kl": of.aggregate_kl.tolist(),
-            }
-            for name, of in found.items()
+            name: {figure: of_units.tolist() for figure, of_units in site._asdict().items()}
+            for name, site in found.items()
         },
         "active_units_averaged": {name: u.count for name, u in averaged.items()},
-        "posterior_gap": {
-            **gap._asdict(),  # type: ignore[typeddict-item]
-            "gap": gap.gap,
-            "amortisation": gap.amortisation,
-            "approximation": gap.approximation,
-            "num_images": len(few),
-        },
+        "posterior_gap": gap._asdict() | lost | {"num_images": len(few)},
     }
 
 
-def anneal(pair: Pair, few: Images, *, samples: int, seed: int) -> Annealed:
+def anneal(pair: Pair, few: Images, *, samples: int, seed: int) -> dict[str, float]:
     """The NLL of some images by annealing, and by importance sampling beside it."""
     annealed = ais_log_likelihood(pair.model, few, seed=seed, progress=None)
     sampled = log_likelihood(pair.model, pair.guide, few, num_samples=samples, seed=seed)

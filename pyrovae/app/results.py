@@ -5,55 +5,12 @@ from __future__ import annotations
 from typing import TypedDict
 
 
-class UnitCount(TypedDict):
-    """The active units of a site, and all of them."""
-
-    active: int
-    of: int
-
-
-class SiteInformation(TypedDict):
-    """What each unit of a site carries, or a total where a figure has none by unit."""
-
-    kl: list[float]
-    mutual_information: list[float]
-    aggregate_kl: list[float]
-
-
-class Gap(TypedDict):
-    """Where the bound is lost, of some images."""
-
-    iwae: float
-    log_p: float
-    num_particles: int
-    num_samples: int
-    elbo: float
-    refined_elbo: float | None
-    gap: float
-    amortisation: float | None
-    approximation: float | None
-    num_images: int
-
-
 class Diagnostics(TypedDict):
-    """What the latents carry, and where the bound is lost."""
+    """What the latents carry, each site's figures by unit, and where the bound is lost."""
 
-    information: dict[str, SiteInformation]
+    information: dict[str, dict[str, list[float]]]
     active_units_averaged: dict[str, int]
-    posterior_gap: Gap
-
-
-class Annealed(TypedDict):
-    """The NLL of some images by annealing, and by importance sampling beside it."""
-
-    nll: float
-    nll_std_error: float
-    acceptance: float
-    num_chains: int
-    num_temperatures: int
-    num_images: int
-    importance_nll: float
-    importance_nll_std_error: float
+    posterior_gap: dict[str, float | None]
 
 
 class Results(TypedDict, total=False):
@@ -75,9 +32,9 @@ class Results(TypedDict, total=False):
     precision: str
     accuracy: float
     perplexity: float | list[float]
-    active_units: dict[str, UnitCount]
+    active_units: dict[str, dict[str, int]]  # of each site those active, and of how many
     timings: dict[str, object]
     seconds_per_epoch: float
     checkpoint: str
     diagnostics: Diagnostics
-    ais: Annealed
+    ais: dict[str, float]

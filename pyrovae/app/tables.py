@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pyrovae import data as datasets
 from pyrovae import models, objectives, runs
-from pyrovae.app.results import Annealed, Diagnostics, Results
+from pyrovae.app.results import Diagnostics, Results
 
 #: How an NLL was found, where it is no estimate by importance sampling.
 KINDS = {
@@ -78,13 +78,10 @@ def latent_rows(results: Results) -> list[Row]:
 
 def diagnosed_rows(found: Diagnostics) -> list[Row]:
     """What the units carry, and where the bound is lost."""
-    rows = [
-        (
-            f'units of "{name}"',
-            f"KL {sum(site['kl']):.1f}, information {sum(site['mutual_information']):.1f} nats in all",
-        )
-        for name, site in found["information"].items()
-    ]
+    rows = []
+    for name, site in found["information"].items():
+        kl, information = sum(site["kl"]), sum(site["mutual_information"])
+        rows.append((f'units of "{name}"', f"KL {kl:.1f}, information {information:.1f} nats in all"))
     averaged = ", ".join(f'{count} at "{name}"' for name, count in found["active_units_averaged"].items())
     gap = found["posterior_gap"]
     lost = f"approximation {gap['approximation']:.2f}, amortisation {gap['amortisation']:.2f}"
@@ -96,7 +93,7 @@ def diagnosed_rows(found: Diagnostics) -> list[Row]:
     ]
 
 
-def annealed_rows(found: Annealed) -> list[Row]:
+def annealed_rows(found: Mapping[str, float]) -> list[Row]:
     """The NLL by annealing beside that by importance sampling."""
     chains = f"{found['num_images']} images, {found['num_chains']} chains, {found['num_temperatures']:,} temperatures"
     importance = f"{found['importance_nll']:.2f} ± {found['importance_nll_std_error']:.2g}"
