@@ -1,9 +1,12 @@
 """The command line as its users meet it: outputs, files, exit codes, one-line errors."""
 
+import contextlib
 import functools
+import io
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -38,10 +41,26 @@ def run(capsys):
     return call
 
 
-def test_train_without_a_model_name_trains_measures_and_draws(run, tmp_path):
-    code, out, err = run("train", *SMALL)
-    folder = tmp_path / "runs" / "vae-digits-elbo"
-    assert code == 0, err
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder in which one small run stands under ``runs``, and what its training printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.chdir(folder)
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *SMALL])
+    assert stop.value.code == 0
+    return folder / "runs" / "vae-digits-elbo", out.getvalue()
+
+
+@pytest.fixture
+def a(trained, tmp_path):
+    """A copy of that run, called a."""
+    return shutil.copytree(trained[0], tmp_path / "a")
+
+
+def test_train_without_a_model_name_trains_measures_and_draws(trained):
+    folder, out = trained
     assert "test NLL" in out
     assert "active units" in out
     for name in ("config.json", "metrics.jsonl", "results.json", "last/weights.safetensors", "last/state.pt"):
@@ -55,8 +74,7 @@ def test_train_without_a_model_name_trains_measures_and_draws(run, tmp_path):
     assert [row["epoch"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())] == [1, 2]
 
 
-def test_evaluate_repeats_the_results_of_train(run, tmp_path):
-    run("train", *SMALL, "--run-dir", "a")
+def test_evaluate_repeats_the_results_of_train(run, tmp_path, a):
     trained = json.loads((tmp_path / "a/results.json").read_text())
     code, out, _ = run("evaluate", "a", "--samples", 20)
     evaluated = json.loads((tmp_path / "a/results.json").read_text())
@@ -65,8 +83,7 @@ def test_evaluate_repeats_the_results_of_train(run, tmp_path):
     assert evaluated["nll"] == trained["nll"]
 
 
-def test_evaluate_in_full(run, tmp_path, monkeypatch):
-    run("train", *SMALL, "--run-dir", "a")
+def test_evaluate_in_full(run, tmp_path, monkeypatch, a):
     short = functools.partial(pv.ais_log_likelihood, num_temperatures=10, num_chains=4, leapfrog_steps=2)
     monkeypatch.setattr("pyrovae.app.measure.ais_log_likelihood", short)
     monkeypatch.setattr("pyrovae.app.measure.CLOSER", 10)
@@ -83,22 +100,20 @@ def test_evaluate_in_full(run, tmp_path, monkeypatch):
     assert gap["refined_elbo"] > gap["elbo"]
 
 
-def test_sample_writes_a_picture(run, tmp_path):
-    run("train", *SMALL, "--run-dir", "a")
+def test_sample_writes_a_picture(run, tmp_path, a):
     code, out, _ = run("sample", "a", "-n", 9, "--output", "nine.png", "--draws")
     assert code == 0
     assert "nine.png" in out
     assert (tmp_path / "nine.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_run_takes_a_new_folder(run, tmp_path):
-    run("train", *SMALL)
+def test_a_second_run_takes_a_new_folder(run, tmp_path, trained):
+    shutil.copytree(trained[0], tmp_path / "runs/vae-digits-elbo")
     run("train", *SMALL)
     assert (tmp_path / "runs/vae-digits-elbo-2/results.json").is_file()
 
 
-def test_resume_of_an_interrupted_run_ends_where_an_uninterrupted_one_does(run, tmp_path, monkeypatch):
-    run("train", *SMALL, "--run-dir", "whole")
+def test_resume_of_an_interrupted_run_ends_where_an_uninterrupted_one_does(run, tmp_path, monkeypatch, a):
     save, calls = pv.runs.Run.save, []
 
     def save_once(self, *args, **kwargs):
@@ -114,12 +129,11 @@ def test_resume_of_an_interrupted_run_ends_where_an_uninterrupted_one_does(run, 
         assert "--resume" in err
     code, _, _ = run("train", "--resume", "--run-dir", "cut")
     assert code == 0
-    results = [json.loads((tmp_path / name / "results.json").read_text())["nll"] for name in ("whole", "cut")]
+    results = [json.loads((tmp_path / name / "results.json").read_text())["nll"] for name in ("a", "cut")]
     assert results[0] == results[1]
 
 
-def test_resume_of_a_finished_run_does_nothing(run, tmp_path):
-    run("train", *SMALL, "--run-dir", "a")
+def test_resume_of_a_finished_run_does_nothing(run, tmp_path, a):
     before = (tmp_path / "a/results.json").read_bytes(), (tmp_path / "a/last/weights.safetensors").read_bytes()
     code, out, _ = run("train", "--resume", "--run-dir", "a")
     assert code == 0
@@ -130,8 +144,7 @@ def test_resume_of_a_finished_run_does_nothing(run, tmp_path):
     )
 
 
-def test_resume_refuses_other_settings(run):
-    run("train", *SMALL, "--run-dir", "a")
+def test_resume_refuses_other_settings(run, a):
     code, _, err = run("train", "--resume", "--run-dir", "a", "--lr", 0.5)
     assert code == 2
     assert "begun with" in err

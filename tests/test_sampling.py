@@ -146,11 +146,16 @@ def test_subsampled_plates_run_until_there_are_n(subsample_size):
 
 
 def test_the_full_size_of_a_plate_does_not_matter():
-    def model(x):
-        with pyro.plate("data", 60_000, subsample_size=len(x)):
-            pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1), obs=x)
+    def plated(size):
+        def model(x):
+            with pyro.plate("data", size or len(x), subsample=torch.arange(len(x)) if size else None):
+                pyro.sample("x", dist.Normal(torch.arange(3.0), 1.0).to_event(1), obs=x)
 
-    assert sample(model, 7, like=torch.zeros(1, 3)).shape == (7, 3)
+        return model
+
+    whole, part = (sample(plated(size), 7, like=torch.zeros(1, 3), returns="draws", seed=0) for size in (None, 60_000))
+    assert torch.equal(part, whole)
+    assert len(part.unique()) == 21
 
 
 def labelled(x, y):
@@ -240,7 +245,10 @@ def test_errors_name_the_rule_and_the_fix(model, n, options, match):
 
 
 def test_one_of_several_sites():
-    assert sample(several, 4, like=torch.zeros(1, 2), site="b", returns="draws").shape == (4,)
+    a, b = (sample(several, 4, like=torch.zeros(1, 2), site=site, returns="draws", seed=0) for site in "ab")
+    torch.manual_seed(0)
+    assert torch.equal(a, torch.randn(4))
+    assert torch.equal(b, torch.randn(4))
 
 
 def test_temperature_scales_the_latents_and_nothing_else():

@@ -178,7 +178,7 @@ def test_an_exact_guide_has_no_gap():
 
 def test_the_gap_of_a_bad_guide_is_amortisation_and_of_a_bad_family_approximation():
     slope, scale = 0.2, 1.2
-    found = pv.posterior_gap(model, normal_guide(slope, scale), X.repeat(40, 1), num_samples=2000, refine_steps=200)
+    found = pv.posterior_gap(model, normal_guide(slope, scale), X.repeat(20, 1), num_samples=2000, refine_steps=200)
     truth = exact_log_prob(X).mean().item()
     assert found.log_p == pytest.approx(truth, abs=0.01)
     assert found.elbo == pytest.approx(truth - kl(slope, scale, X).mean().item(), abs=0.02)
@@ -206,20 +206,17 @@ class Linear(nn.Module):
             pyro.sample("z", dist.Normal(x @ self.a.T + self.b, (2 / 3) ** 0.5).to_event(1))
 
 
-@pytest.mark.parametrize(("gradient", "slope"), [("total", -0.5), ("dreg", 0.5)])
-def test_signal_to_noise_has_rainforths_slopes(gradient, slope):
+@pytest.mark.parametrize(("gradient", "slope", "repetitions"), [("total", -0.5, 1000), ("dreg", 0.5, 400)])
+def test_signal_to_noise_has_rainforths_slopes(gradient, slope, repetitions):
     torch.manual_seed(0)
     pair, x = Linear(), torch.randn(8, 2) * 1.5
-    counts = [4, 16, 64]
-    found = [
-        pv.gradient_snr(pv.IWAE(k, gradient=gradient), pair.model, pair.guide, x, repetitions=1000) for k in counts
-    ]
-
-    def fitted(values):
-        return (math.log(values[-1]) - math.log(values[0])) / (math.log(counts[-1]) - math.log(counts[0]))
-
-    assert fitted([f.model for f in found]) == pytest.approx(0.5, abs=0.12)
-    assert fitted([f.guide for f in found]) == pytest.approx(slope, abs=0.2)
+    few, many = (
+        pv.gradient_snr(pv.IWAE(k, gradient=gradient), pair.model, pair.guide, x, repetitions=repetitions)
+        for k in (4, 64)
+    )
+    # Standard errors of 0.01 and 0.1 at most; the theory is of large K.
+    assert math.log(many.model / few.model, 16) == pytest.approx(0.5, abs=0.12)
+    assert math.log(many.guide / few.guide, 16) == pytest.approx(slope, abs=0.2)
 
 
 def test_snr_without_parameters_is_refused():
