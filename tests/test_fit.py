@@ -374,3 +374,21 @@ def test_the_monitor_changes_nothing(monkeypatch):
     without, result = trained()
     assert result.history[-1].keys() & {"kl", "reconstruction"} == set()
     assert all(torch.equal(weights[name], without[name]) for name in weights)
+
+
+@pytest.mark.parametrize("objective", [pv.ELBO(), pv.IWAE(3), infer.Trace_ELBO()])
+def test_pyros_own_checks_are_made_before_the_first_step(objective):
+    scale = torch.nn.Parameter(torch.tensor(-1.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, scale))
+
+    with pytest.raises(ValueError, match="Expected parameter scale"):
+        pv.fit(model, guide, torch.zeros(20), objective=objective, epochs=1)
+    assert scale.item() == -1.0

@@ -8,19 +8,7 @@ from pyrovae.evaluate.proposals import inflate, refine
 from pyrovae.evaluate.units import Information, active_units, information
 
 __all__ = [
-    "AISEstimate",
-    "Bracket",
-    "GradientSNR",
-    "Information",
-    "LikelihoodEstimate",
-    "PosteriorGap",
-    "active_units",
-    "ais_log_likelihood",
-    "bdmc",
-    "gradient_snr",
-    "inflate",
-    "information",
-    "log_likelihood",
-    "posterior_gap",
+    "AISEstimate", "Bracket", "GradientSNR", "Information", "LikelihoodEstimate", "PosteriorGap", "active_units",
+    "ais_log_likelihood", "bdmc", "gradient_snr", "inflate", "information", "log_likelihood", "posterior_gap",
     "refine",
-]
+]  # fmt: skip

@@ -28,19 +28,7 @@ MODELS = {
 }
 
 __all__ = [
-    "MODELS",
-    "PCA",
-    "RBM",
-    "VAE",
-    "VQVAE",
-    "Autoencoder",
-    "CodePrior",
-    "ConditionalVAE",
-    "DeepVAE",
-    "DenoisingAutoencoder",
-    "HierarchicalVAE",
-    "Quantized",
-    "SemiSupervisedVAE",
-    "SparseAutoencoder",
+    "MODELS", "PCA", "RBM", "VAE", "VQVAE", "Autoencoder", "CodePrior", "ConditionalVAE", "DeepVAE",
+    "DenoisingAutoencoder", "HierarchicalVAE", "Quantized", "SemiSupervisedVAE", "SparseAutoencoder",
     "VectorQuantizer",
-]
+]  # fmt: skip

@@ -13,22 +13,7 @@ from pyrovae.nn.residual import (
 )
 
 __all__ = [
-    "ACTIVATIONS",
-    "MLP",
-    "NETWORKS",
-    "ConvDecoder",
-    "ConvEncoder",
-    "DenseDecoder",
-    "DenseEncoder",
-    "PatchDecoder",
-    "PyramidEncoder",
-    "ResidualBlock",
-    "ResidualDecoder",
-    "ResidualEncoder",
-    "code_grid",
-    "fold",
-    "glorot",
-    "networks",
-    "pyramid",
-    "zero",
-]
+    "ACTIVATIONS", "MLP", "NETWORKS", "ConvDecoder", "ConvEncoder", "DenseDecoder", "DenseEncoder", "PatchDecoder",
+    "PyramidEncoder", "ResidualBlock", "ResidualDecoder", "ResidualEncoder", "code_grid", "fold", "glorot",
+    "networks", "pyramid", "zero",
+]  # fmt: skip

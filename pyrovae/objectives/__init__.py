@@ -8,20 +8,9 @@ from pyrovae.objectives.tvo import TVO
 from pyrovae.objectives.wake_sleep import RWS, SleepPhi
 
 __all__ = [
-    "CIWAE",
-    "ELBO",
-    "IWAE",
-    "MIWAE",
-    "PIWAE",
-    "RWS",
-    "TVO",
-    "VIMCO",
-    "Objective",
-    "ParticleWeights",
-    "Renyi",
-    "SleepPhi",
-    "VRMax",
-]
+    "CIWAE", "ELBO", "IWAE", "MIWAE", "PIWAE", "RWS", "TVO", "VIMCO", "Objective", "ParticleWeights", "Renyi",
+    "SleepPhi", "VRMax",
+]  # fmt: skip
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "elbo": ELBO,

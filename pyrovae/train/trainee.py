@@ -119,7 +119,11 @@ def look_on(feed: Feed, model: Program, guide: Program) -> Look:
     """A look at a pair on the first of the data, which are checked against its observed sites."""
     home = device_of(model, guide)
     batch = tuple(a.to(home) if home and isinstance(a, Tensor) else a for a in feed.first())
-    seen = look(model, guide, batch, validate=False)
+    try:
+        seen = look(model, guide, batch)
+    except ValueError:  # by Pyro's checks; where the data are at fault, they are told of in plainer words
+        check_observed(look(model, guide, batch, validate=False).model, batch, feed)
+        raise
     check_observed(seen.model, batch, feed)
     return seen
 
