@@ -82,7 +82,7 @@ class Pair(Hooks, Configured, nn.Module):
         between = one_of("path", path, ("linear", "spherical"))
         start, end = (self.encode(x, *labels, **where).unsqueeze(1) for x in (a, b))
         t = torch.linspace(0, 1, count, dtype=start.dtype, device=start.device).view(-1, *[1] * (start.dim() - 2))
-        z = (1 - t) * start + t * end if between == "linear" else great_circle(start, end, t)
+        z = (1 - t) * start + t * end if between == "linear" else slerp(start, end, t)
         repeated = (y.repeat_interleave(count, 0) if isinstance(y, Tensor) and y.dim() else y for y in labels)
         return self.decode(z.flatten(0, 1), *repeated, **where).unflatten(0, (-1, count))
 
@@ -165,7 +165,7 @@ def layer_number(layer: int, count: int) -> int:
     return int(layer)
 
 
-def great_circle(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
+def slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
     """Spherical interpolation of vectors on the last axis; linear where they (almost) point the same way."""
     cosine = torch.nn.functional.cosine_similarity(start, end, dim=-1).clamp(-1, 1).unsqueeze(-1)
     angle = cosine.acos()

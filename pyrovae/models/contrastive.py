@@ -145,7 +145,7 @@ class ContrastiveDivergence(Pair):
                     group["lr"] = now
                 self.run_epoch(feed, optimizer, cd_steps, persistent)
                 row = {"epoch": epoch + 1, "seconds": time.perf_counter() - began, "learning_rate": now}
-                history.append(row | progress_on(self, *probes))
+                history.append(row | epoch_metrics(self, *probes))
                 bar.update(epoch + 1, f"pseudo log p {history[-1]['pseudo_log_likelihood']:.1f}")
             with torch.no_grad():
                 self.base_hidden.copy_(clipped_logit(self.encode(probes[0]).mean(0)))
@@ -175,7 +175,7 @@ class ContrastiveDivergence(Pair):
 
 
 @torch.no_grad()
-def progress_on(machine: ContrastiveDivergence, v: Tensor, held_out: Tensor | None = None) -> dict[str, float]:
+def epoch_metrics(machine: ContrastiveDivergence, v: Tensor, held_out: Tensor | None = None) -> dict[str, float]:
     """What :meth:`ContrastiveDivergence.fit` notes of some data, and of validation data, after an epoch."""
     flat, free = machine.flat(v), machine.energy.free
     pixel = torch.randint(machine.num_visible, (len(flat), 1), device=flat.device)

@@ -120,10 +120,10 @@ class HierarchicalVAE(Pair):
         up: list[Encoder | MLP] = [make_encoder(shape, widths[0], self.posterior_families[0].heads)]
         for i in layers:
             below = up[-1].output.in_features if self.top_down else dims[i - 1]
-            up.append(between(below, widths[i], self.posterior_families[i], activation))
+            up.append(layer_network(below, widths[i], self.posterior_families[i], activation))
         self.inference = module_list(up)
         self.generative = module_list(
-            between(dims[i], widths[i][::-1], self.normals[i - 1], activation) for i in layers
+            layer_network(dims[i], widths[i][::-1], self.normals[i - 1], activation) for i in layers
         )
         self.posterior_families[0].start_(up[0].output)
         self.decoder = make_decoder(dims[0], widths[0][::-1], shape, heads=self.observation.outputs)
@@ -245,7 +245,7 @@ def layer_widths(hidden: Sequence[Sequence[int]], dims: tuple[int, ...]) -> list
 
 
 @torch.no_grad()
-def between(below: int, widths: Sequence[int], family: DiagonalNormal, activation: str) -> MLP:
+def layer_network(below: int, widths: Sequence[int], family: DiagonalNormal, activation: str) -> MLP:
     """The network that reads one stochastic layer and gives the parameters of the next."""
     network = MLP(below, widths, family.heads, activation)
     if not widths:  # the exponential of what is linear in an unbounded sample would start in overflow

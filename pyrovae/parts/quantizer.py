@@ -116,9 +116,9 @@ class VectorQuantizer(nn.Module):
             start = left = self.flat(z_e)
             each = []
             for codebook in self.codebooks():
-                each.append(self.nearest_row(left, codebook))
+                each.append(self.quantise(left, codebook))
                 left = each[-1].left
-            found = together(each)
+            found = over_codebooks(each)
             z_q = found.row + (start - start.detach())
             leading = z_e.shape[:-1]
             return Quantized(
@@ -131,14 +131,14 @@ class VectorQuantizer(nn.Module):
                 found.commitment_losses.view(leading),
             )
 
-    def nearest_row(self, vectors: Tensor, codebook: Codebook) -> NearestRow:
+    def quantise(self, vectors: Tensor, codebook: Codebook) -> NearestRow:
         """The nearest row of one codebook for each of ``vectors``; in training its averages move on."""
         fixed, rows = vectors.detach(), codebook.rows.to(vectors.dtype)
         codes = nearest(fixed, rows.detach())
         row = embedding(codes, rows)
         count = fixed.new_zeros(self.num_codes).index_add_(0, codes, fixed.new_ones(len(fixed)))
         if self.training and self.ema_decay is not None:
-            codebook.follow(fixed, codes, count, self.ema_decay, self.revive_below)
+            codebook.update(fixed, codes, count, self.ema_decay, self.revive_below)
         left = vectors - row.detach()
         losses = (row - fixed).square().sum(-1), left.square().sum(-1)
         return NearestRow(row.detach(), left, codes, *losses, perplexity_of(count))
@@ -184,7 +184,7 @@ class VectorQuantizer(nn.Module):
         number = min(self.num_codes, len(left))
         everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=left.device)
         for codebook in self.codebooks():
-            codebook.place(everywhere, torch.cat([spread(left, number), codebook.rows[number:]]), 1.0)
+            codebook.place(everywhere, torch.cat([kmeans_plus_plus(left, number), codebook.rows[number:]]), 1.0)
             left = left - embedding(nearest(left, codebook.rows), codebook.rows)
         return self
 
@@ -224,7 +224,7 @@ class Codebook(NamedTuple):
     sums: Tensor | None = None
 
     @torch.no_grad()
-    def follow(self, vectors: Tensor, codes: Tensor, count: Tensor, decay: float, revive_below: float | None) -> None:
+    def update(self, vectors: Tensor, codes: Tensor, count: Tensor, decay: float, revive_below: float | None) -> None:
         """Move the rows towards the vectors at them, and those that fell out of use onto some; all in place."""
         assert self.counts is not None
         assert self.sums is not None
@@ -259,7 +259,7 @@ class NearestRow(NamedTuple):
     perplexity: Tensor
 
 
-def together(each: Sequence[NearestRow]) -> NearestRow:
+def over_codebooks(each: Sequence[NearestRow]) -> NearestRow:
     """What several codebooks make of vectors, each of what the ones before left over."""
     rows, left, codes, codebook_losses, commitment_losses, perplexities = zip(*each, strict=True)
     losses = summed(codebook_losses), summed(commitment_losses)
@@ -301,8 +301,8 @@ def perplexity_of(count: Tensor) -> Tensor:
     return torch.xlogy(share, share).sum().neg().exp()
 
 
-def spread(vectors: Tensor, number: int) -> Tensor:
-    """Some of ``vectors`` far from one another, as k-means++ chooses them."""
+def kmeans_plus_plus(vectors: Tensor, number: int) -> Tensor:
+    """Some of ``vectors``, each further one with a chance in proportion to its squared distance from those before."""
     chosen = [vectors[torch.randint(len(vectors), ())]]
     distance = (vectors - chosen[0]).square().sum(-1)
     for _ in range(number - 1):

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 import pyrovae as pv
 from pyrovae.data import DataError
 from pyrovae.models import RBM, partition
-from pyrovae.models.contrastive import progress_on
+from pyrovae.models.contrastive import epoch_metrics
 from pyrovae.models.partition import anneal, enumerate_states
 from pyrovae.models.rbm import Marginal
 
@@ -337,7 +337,7 @@ def test_history():
 
 def test_metrics_are_what_they_say(rbm):
     v = V[40:41].repeat(20_000, 1, 1)
-    found = progress_on(rbm, v, V[:7])
+    found = epoch_metrics(rbm, v, V[:7])
     code = [i for i in range(64) if (V[i] != V[40]).sum() == 1]
     log_p = rbm.log_prob(V)
     exact = torch.stack([log_p[40] - torch.logaddexp(log_p[40], log_p[i]) for i in code])
