@@ -29,7 +29,7 @@ def counting(patch: Any, compiler: Callable[..., Any]) -> list[Any]:
     from pyrovae.compile import inductor
 
     made: list[Any] = []
-    patch.setattr(inductor, "_inductor", lambda module: made.append(module) or compiler(module))
+    patch.setattr(inductor, "through_inductor", lambda module: made.append(module) or compiler(module))
     patch.setattr(inductor, "_compiled", type(inductor._compiled)())
     return made
 
@@ -39,5 +39,5 @@ def interpreting(patch: Any) -> list[Any]:
     from pyrovae.compile import checked
     from pyrovae.compile import graph as graphs
 
-    patch.setattr(checked, "capture", graphs._capture)
+    patch.setattr(checked, "capture", graphs.capture_once)
     return counting(patch, lambda module: module)

@@ -261,7 +261,7 @@ def eager_outcome(eager, objective):
 @pytest.mark.parametrize(("objective", "pair"), meetings(), ids=repr)
 def test_the_captured_step_is_the_eager_one_on_the_same_noise(objective, pair, monkeypatch):
     """Loss, every gradient, every buffer and the generator; captured once only, which is half the time."""
-    monkeypatch.setattr(checked, "capture", graphs._capture)
+    monkeypatch.setattr(checked, "capture", graphs.capture_once)
     eager = eager_of(pair)
     expected = eager_outcome(eager, objective)
     with training_mode(eager):
@@ -385,7 +385,7 @@ def assert_same(one, other, **tolerance):
 def compiled():
     """A compiled training through Inductor, with the number of its compilations."""
     with double_precision(41), pytest.MonkeyPatch.context() as patch:
-        made = counting(patch, inductor._inductor)
+        made = counting(patch, inductor.through_inductor)
         yield train(compile=True), made
 
 

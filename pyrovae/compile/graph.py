@@ -16,7 +16,7 @@ from __future__ import annotations
 import pickle
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from pyrovae.compile.inductor import _example, _placeholders, _remembered
+from pyrovae.compile.inductor import empty_like_of, placeholders, remembered
 from pyrovae.compile.noise import READS, CannotCompile, Draws, aten, lift_noise, new_placeholder, stacked_noise
 from pyrovae.engine.randomness import isolated_rng
 
@@ -41,9 +41,9 @@ class Graph:
     noise: Callable[[], tuple[Tensor, ...]]
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """Equal for equal computations: the operations, and what they take."""
-        takes = tuple((v.shape, v.stride(), v.dtype, v.device) for v in _placeholders(self.module))
+        takes = tuple((v.shape, v.stride(), v.dtype, v.device) for v in placeholders(self.module))
         return self.module.code, getattr(self.noise, "code", None), takes
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
@@ -56,7 +56,7 @@ class Graph:
 
         :raises CannotCompile: where Inductor, or the compiler that it calls, fails.
         """
-        run, constants = _remembered(self.module, self.key), self.constants
+        run, constants = remembered(self.module, self.key), self.constants
 
         def call(*inputs: Tensor, noise: Callable[[], tuple[Tensor, ...]] = self.noise) -> list[Tensor]:
             with torch.no_grad():
@@ -71,14 +71,14 @@ class Graph:
         :raises CannotCompile: where an operation has no batched form.
         """
         count = len(self.constants)
-        values = _placeholders(self.module)
+        values = placeholders(self.module)
         axes = [*stacked, *[False] * count, *[True] * (len(values) - len(stacked) - count)]
         in_dims = tuple(0 if own else None for own in axes)
         examples = [
-            _example(v).expand(number, *v.shape).clone() if own else _example(v)
+            empty_like_of(v).expand(number, *v.shape).clone() if own else empty_like_of(v)
             for v, own in zip(values, axes, strict=True)
         ]
-        with torch.no_grad(), _reasons():
+        with torch.no_grad(), reasons():
             module = make_fx(torch.vmap(self.module, in_dims=in_dims))(*examples)
         module.graph.set_codegen(fx.graph.CodeGen())
         module.graph.eliminate_dead_code()
@@ -97,22 +97,22 @@ def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) 
     :raises CannotCompile: where values steer the program, randomness depends on parameters in a way that has no
         reparameterisation, or the two runs differ.
     """
-    first, second = (_capture(function, inputs) for _ in range(2))
-    if first.key != second.key or not all(map(_equal, first.constants, second.constants)):
+    first, second = (capture_once(function, inputs) for _ in range(2))
+    if first.key != second.key or not all(map(same_values, first.constants, second.constants)):
         raise CannotCompile("the program does something else at every call (it changes Python state as it runs)")
     return first
 
 
-def _capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
-    distinct = list({id(t): t for t in inputs}.values())
-    if len(distinct) != len(inputs):
+def capture_once(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
+    """Record a function that does the same at every call."""
+    if len({id(tensor) for tensor in inputs}) != len(inputs):
         raise CannotCompile("a tensor is given twice")
     draws = Draws()
-    with isolated_rng(), _constant_python_rng(), _reasons(), draws, warnings.catch_warnings():
+    with isolated_rng(), constant_python_rng(), reasons(), draws, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        module = make_fx(lambda *_: _Traceable.run(function))(*inputs)
-    _refuse_dynamic_shapes(module)
-    constants = _lift_constants(module)
+        module = make_fx(lambda *_: Traceable.run(function))(*inputs)
+    refuse_dynamic_shapes(module)
+    constants = lift_constants(module)
     noise = lift_noise(module, draws.made)
     module.graph.set_codegen(fx.graph.CodeGen())
     module.graph.eliminate_dead_code()
@@ -121,9 +121,9 @@ def _capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor])
     return Graph(module, constants, noise)
 
 
-def _lift_constants(module: fx.GraphModule) -> list[Tensor]:
+def lift_constants(module: fx.GraphModule) -> list[Tensor]:
     """Make inputs of the tensors that the function closes over: they are read anew, as they are, at every call."""
-    devices = {v.device for v in _placeholders(module)}
+    devices = {v.device for v in placeholders(module)}
     lifted: dict[int, tuple[Tensor, fx.Node]] = {}
     for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
         tensor = getattr(module, node.target)
@@ -143,7 +143,8 @@ def _lift_constants(module: fx.GraphModule) -> list[Tensor]:
     return [tensor for tensor, _ in lifted.values()]
 
 
-def _refuse_dynamic_shapes(module: fx.GraphModule) -> None:
+def refuse_dynamic_shapes(module: fx.GraphModule) -> None:
+    """Refuse operations whose result has a shape that depends on values."""
     for node in module.graph.nodes:
         tags = getattr(node.target, "tags", ())
         if torch.Tag.dynamic_output_shape not in tags:
@@ -155,35 +156,44 @@ def _refuse_dynamic_shapes(module: fx.GraphModule) -> None:
         raise CannotCompile(f'"{node.target}" gives a shape that depends on values')
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, or one."""
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 
-class _Traceable(TorchFunctionMode):
+class Traceable(TorchFunctionMode):
     """Refuse what reads a traced tensor's values unnoticed; write what reads them needlessly in another way."""
 
     READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func in self.READS and args[0].numel():
             args[0].detach().reshape(-1)[0].item()  # a tensor that depends on the inputs refuses this
-        if func is torch.nn.functional.one_hot and (classes := _classes(*args, **kwargs)) > 0:
-            return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
-        return func(*args, **kwargs)
+        return one_hot(*args, **kwargs) if func is torch.nn.functional.one_hot else func(*args, **kwargs)
 
     @classmethod
-    def run(cls, function: Callable[[], Any]) -> Any:
+    def run(cls, function: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+        """What a function gives inside."""
         with cls():
             return list(function())
 
 
-def _classes(labels: Tensor, num_classes: int = -1) -> int:
-    return num_classes
+def one_hot(labels: Tensor, num_classes: int = -1) -> Tensor:
+    """As torch's, which reads the labels to check them even where it is told how many classes there are."""
+    if num_classes < 1:
+        return torch.nn.functional.one_hot(labels, num_classes)
+    return (labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)).long()
 
 
 @contextmanager
-def _constant_python_rng() -> Iterator[None]:
+def constant_python_rng() -> Iterator[None]:
     """Refuse a program that draws from Python's or numpy's generator, whose draws a graph would freeze."""
 
     def state() -> bytes:
@@ -196,7 +206,8 @@ def _constant_python_rng() -> Iterator[None]:
 
 
 @contextmanager
-def _reasons() -> Iterator[None]:
+def reasons() -> Iterator[None]:
+    """Say of any error why a function cannot be compiled."""
     try:
         yield
     except CannotCompile:

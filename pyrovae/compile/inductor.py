@@ -5,26 +5,21 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import Argument, Target
 
 from pyrovae.compile.noise import CannotCompile, aten
 
 COMPILATION = 25.0  # seconds that one compilation takes at most, unless something like it was compiled before
-
-
-_INDUCTOR = {"cpp.use_decompose_tanh": True}  # by one exp: three times as fast, and off by at most 1e-7
-
-
+OPTIONS = {"cpp.use_decompose_tanh": True}  # by one exp: three times as fast, and off by at most 1e-7
 REMEMBERED = 32  # compiled functions that a process keeps
 
-
-_compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+_compiled: OrderedDict[Hashable, Callable[..., Sequence[Tensor]]] = OrderedDict()
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -40,34 +35,36 @@ def has_compiler(device: torch.device) -> bool:
     return device.type != "cuda" or has_triton()
 
 
-def _placeholders(module: fx.GraphModule) -> list[Tensor]:
+def placeholders(module: fx.GraphModule) -> list[Tensor]:
+    """The inputs of a graph: tensors without data."""
     return [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
 
 
-def _remembered(module: fx.GraphModule, key: Any) -> Callable[..., Any]:
+def remembered(module: fx.GraphModule, key: Hashable) -> Callable[..., Sequence[Tensor]]:
     """A graph through Inductor, or the result for an equal one."""
     key = key, torch.get_num_threads()
     if key not in _compiled:
-        _compiled[key] = _inductor(module)
+        _compiled[key] = through_inductor(module)
         while len(_compiled) > REMEMBERED:
             _compiled.popitem(last=False)
     _compiled.move_to_end(key)
     return _compiled[key]
 
 
-def _inductor(module: fx.GraphModule) -> Callable[..., Any]:
+def through_inductor(module: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
+    """A graph through Inductor."""
     import torch._inductor
     import torch._inductor.config
 
-    example: list[Any] = [_example(v) for v in _placeholders(module)]
+    example = [empty_like_of(v) for v in placeholders(module)]
     try:
         with (
-            torch.no_grad(), warnings.catch_warnings(), _quiet("torch.utils.cpp_extension"),
-            torch._inductor.config.patch(_INDUCTOR),
+            torch.no_grad(), warnings.catch_warnings(), without_warnings("torch.utils.cpp_extension"),
+            torch._inductor.config.patch(OPTIONS),
         ):  # fmt: skip
             warnings.simplefilter("ignore")
             module = channels_last(module, example)
-            return torch._inductor.standalone_compile(module, example, dynamic_shapes="from_example_inputs")
+            return torch._inductor.standalone_compile(module, list(example), dynamic_shapes="from_example_inputs")
     except Exception as error:
         if "CxxCompiler" in type(error).__name__ or "compiler" in str(error).lower():
             raise CannotCompile("there is no working C++ compiler: install g++ or clang, or set CXX") from error
@@ -75,7 +72,7 @@ def _inductor(module: fx.GraphModule) -> Callable[..., Any]:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def without_warnings(name: str) -> Iterator[None]:
     """Without a logger's warnings (of a CUDA toolkit without a device, for one)."""
     logger = logging.getLogger(name)
     level = logger.level
@@ -86,7 +83,7 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _example(value: Tensor) -> Tensor:
+def empty_like_of(value: Tensor) -> Tensor:
     """A tensor of the same kind (what a graph remembers of its inputs holds no data)."""
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
@@ -110,19 +107,19 @@ def channels_last(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphM
         return module
     # without changes in place, a copy of a value is as good as the value
     functional = make_fx(torch.func.functionalize(module), tracing_mode="fake")(*inputs)
-    return _ChannelsLast(functional).transform()
+    return ChannelsLast(functional).transform()
 
 
-class _ChannelsLast(fx.Transformer):
+class ChannelsLast(fx.Transformer):
     """Copies what is convolved, in that order, for all who read it."""
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
         convolved = any(user.target is aten.convolution.default and user.args[0] is n for user in n.users)
         if not convolved or n.op == "placeholder" or n.meta["val"].dim() != 4:
             return result
         return aten.clone.default(result, memory_format=torch.channels_last)
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> object:
         views = (aten.view.default, aten._unsafe_view.default)  # which what lies channels last may not have
         return super().call_function(aten.reshape.default if target in views else target, args, kwargs)

@@ -6,96 +6,119 @@ compared on the same noise; :func:`lift_noise` then takes the drawing out of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 aten = torch.ops.aten
 
-
 READS = "the program reads a tensor's value on the host (.item(), if, float)"
+
+Rewrite = Callable[..., object]
 
 
 class CannotCompile(Exception):
     """Why a function cannot become a static graph; the message completes "cannot compile: ..."."""
 
 
-def _bernoulli(p: Tensor, generator: Any = None) -> Tensor:
-    return (torch.rand(p.shape, dtype=_float(p), device=p.device) < p).to(p.dtype)
+# --- random operations as functions of noise -------------------------------------------------------------------------
 
 
-def _bernoulli_p(x: Tensor, p: float = 0.5, generator: Any = None) -> Tensor:
-    return (torch.rand(x.shape, dtype=_float(x), device=x.device) < p).to(x.dtype)
+def uniform(x: Tensor) -> Tensor:
+    """Uniform noise of the shape of ``x``."""
+    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    return torch.rand(x.shape, dtype=dtype, device=x.device)
 
 
-def _multinomial(probs: Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None) -> Tensor:
+def bernoulli(p: Tensor, generator: object = None) -> Tensor:
+    """Bits of probabilities ``p``."""
+    return (uniform(p) < p).to(p.dtype)
+
+
+def bernoulli_like(x: Tensor, p: float = 0.5, generator: object = None) -> Tensor:
+    """Bits of one probability, of the shape of ``x``."""
+    return (uniform(x) < p).to(x.dtype)
+
+
+def multinomial(probs: Tensor, num_samples: int, replacement: bool = False, *, generator: object = None) -> Tensor:
+    """One index a row: the first of exponential waiting times to end."""
     if num_samples != 1:
         return NotImplemented
     waiting = torch.empty(probs.shape, dtype=probs.dtype, device=probs.device).exponential_()
     return (probs / waiting).argmax(-1, keepdim=True)
 
 
-def _normal(mean: Any, std: Any, generator: Any = None) -> Tensor:
+def normal(mean: Tensor | float, std: Tensor | float = 1.0, generator: object = None) -> Tensor:
+    """A location-scale family of standard normals."""
     like = mean if isinstance(mean, Tensor) else std
+    assert isinstance(like, Tensor)
     shape = torch.broadcast_shapes(getattr(mean, "shape", ()), getattr(std, "shape", ()))
     return torch.randn(shape, dtype=like.dtype, device=like.device) * std + mean
 
 
-def _native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+def dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    """What is kept, and which."""
     if train is False or p == 0:
         return x.clone(), torch.ones(x.shape, dtype=torch.bool, device=x.device)
     kept = torch.rand(x.shape, dtype=x.dtype, device=x.device) >= p
     return kept * x * (1 / (1 - p) if p < 1 else 0.0), kept
 
 
-def _empty_like(x: Tensor, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype or x.dtype, device=device or x.device)
+def made_like(
+    make: Callable[..., Tensor],
+    x: Tensor,
+    size: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    **_: object,
+) -> Tensor:
+    """A tensor of the kind of ``x``, from a function of nothing but size, dtype and device."""
+    return make(x.shape if size is None else size, dtype=dtype or x.dtype, device=device or x.device)
 
 
-def _new_empty(x: Tensor, size: Sequence[int], dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    return torch.empty(size, dtype=dtype or x.dtype, device=device or x.device)
-
-
-def _rand_like(x: Tensor, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    return torch.rand(x.shape, dtype=dtype or x.dtype, device=device or x.device)
-
-
-def _randn_like(x: Tensor, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    return torch.randn(x.shape, dtype=dtype or x.dtype, device=device or x.device)
-
-
-def _float(x: Tensor) -> torch.dtype:
-    return x.dtype if x.is_floating_point() else torch.get_default_dtype()
-
-
-REWRITES: dict[Any, Callable[..., Any]] = {
-    aten.bernoulli.default: _bernoulli,
-    aten.bernoulli.p: _bernoulli_p,
-    aten.multinomial.default: _multinomial,
-    aten.normal.Tensor_Tensor: _normal,
-    aten.normal.Tensor_float: lambda mean, std=1.0, generator=None: _normal(mean, std),
-    aten.normal.float_Tensor: _normal,
-    aten.empty_like.default: _empty_like,
-    aten.new_empty.default: _new_empty,
-    aten.rand_like.default: _rand_like,
-    aten.randn_like.default: _randn_like,
-    aten.native_dropout.default: _native_dropout,
+REWRITES: dict[OpOverload, Rewrite] = {
+    aten.bernoulli.default: bernoulli,
+    aten.bernoulli.p: bernoulli_like,
+    aten.multinomial.default: multinomial,
+    aten.normal.Tensor_Tensor: normal,
+    aten.normal.Tensor_float: normal,
+    aten.normal.float_Tensor: normal,
+    aten.empty_like.default: partial(made_like, torch.empty),
+    aten.new_empty.default: partial(made_like, torch.empty),
+    aten.rand_like.default: partial(made_like, torch.rand),
+    aten.randn_like.default: partial(made_like, torch.randn),
+    aten.native_dropout.default: dropout,
 }
 
 
 class rewritten(TorchDispatchMode):
     """Run the program eagerly on the noise that its captured graph draws from the same generator state."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
         if func in REWRITES and not (kwargs and kwargs.get("generator")):
             with self:
                 result = REWRITES[func](*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
         return func(*args, **(kwargs or {}))
+
+
+# --- noise as an input -----------------------------------------------------------------------------------------------
+
+
+class Draw(NamedTuple):
+    """A random operation that a program ran, and the state of the generators that it drew from."""
+
+    function: OpOverload
+    state: bytes
 
 
 class Draws(rewritten):
@@ -106,18 +129,20 @@ class Draws(rewritten):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[tuple[Any, bytes]] = []
+        self.made: list[Draw] = []
         self.scalars: list[Tensor] = []  # that the function made itself; it may read them
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _is_random(func) and kwargs and kwargs.get("generator"):
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        if is_random(func) and kwargs and kwargs.get("generator"):
             raise CannotCompile("it draws from a generator of its own")
-        if _is_random(func) and func not in REWRITES:
+        if is_random(func) and func not in REWRITES:
             with _disable_current_modes():
                 state = torch.get_rng_state().numpy().tobytes()
                 if torch.cuda.is_initialized():
                     state += torch.cuda.get_rng_state().numpy().tobytes()
-            self.made.append((func, state))
+            self.made.append(Draw(func, state))
         if func is aten._local_scalar_dense.default and not any(args[0] is made for made in self.scalars):
             raise CannotCompile(READS)
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -126,47 +151,83 @@ class Draws(rewritten):
         return result
 
 
-def _is_random(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+def is_random(target: object) -> bool:
+    """Whether the target of a node, or a function, is an operation that draws."""
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
-def lift_noise(module: fx.GraphModule, made: list[tuple[Any, bytes]]) -> fx.GraphModule:
-    """Replace random operations by inputs, and return the module that draws them."""
-    graph, drawing = module.graph, fx.Graph()
-    nodes = [node for node in graph.nodes if _is_random(node.target)]
-    if [node.target for node in nodes] != [func for func, _ in made]:
+def lift_noise(module: fx.GraphModule, made: Sequence[Draw]) -> fx.GraphModule:
+    """Replace random operations by inputs, one for each different draw, and return the module that draws them."""
+    nodes = [node for node in module.graph.nodes if is_random(node.target)]
+    if [node.target for node in nodes] != [draw.function for draw in made]:
         raise CannotCompile("its random operations do not all appear in the graph")
-    copies: dict[fx.Node, fx.Node] = {}
-    known: dict[Any, fx.Node] = {}
-    drawn = []
-
-    def copy(node: fx.Node, of: str) -> fx.Node:
-        if node.op != "call_function":
-            raise CannotCompile(f'"{of}" draws from a distribution whose noise depends on its parameters')
-        if node not in copies:
-            for parent in node.all_input_nodes:
-                copy(parent, of)
-            copies[node] = drawing.node_copy(node, lambda n: copies[n])
-        return copies[node]
-
-    for node, (func, state) in zip(nodes, made, strict=True):
-        name = func.name().removeprefix("aten::")
-        if func._schema.is_mutable and (node.args[0].all_input_nodes or len(node.args[0].users) > 1):
-            raise CannotCompile(f'"{name}" fills a tensor that is used elsewhere as well')
-        settings = repr([a for a in (*node.args, *node.kwargs.values()) if not isinstance(a, fx.Node)])
-        same = (func, state, settings, node.meta["val"].shape, node.meta["val"].dtype)
-        if same not in known:
-            drawn.append(copy(node, name))
-            known[same] = new_placeholder(graph, "noise", node.meta["val"])
-        noise = known[same]
-        if noise.users:  # the first use may change it in place
-            with graph.inserting_before(next(n for n in graph.nodes if n.op == "call_function")):
-                noise = graph.call_function(aten.clone.default, (noise,))
-        node.replace_all_uses_with(noise)
+    source, inputs = NoiseSource(), {}
+    for node, draw in zip(nodes, made, strict=True):
+        refuse_shared_fill(node, draw.function)
+        same = (draw, settings(node), node.meta["val"].shape, node.meta["val"].dtype)
+        if same not in inputs:
+            source.add(node, name_of(draw.function))
+            inputs[same] = new_placeholder(module.graph, "noise", node.meta["val"])
+        node.replace_all_uses_with(unused(inputs[same]))
     for node in reversed(nodes):
-        graph.erase_node(node)
-    drawing.output(tuple(drawn))
-    return fx.GraphModule({}, drawing)
+        module.graph.erase_node(node)
+    return source.module()
+
+
+@dataclass
+class NoiseSource:
+    """A graph of its own for what is drawn: the random operations of another, and what these are computed from."""
+
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    drawn: list[fx.Node] = field(default_factory=list)
+
+    def add(self, node: fx.Node, name: str) -> None:
+        """Draw one more, by the operation called ``name``."""
+        self.drawn.append(self.copy(node, name))
+
+    def copy(self, node: fx.Node, name: str) -> fx.Node:
+        """A node, with all that it is computed from."""
+        if node.op != "call_function":
+            raise CannotCompile(f'"{name}" draws from a distribution whose noise depends on its parameters')
+        if node not in self.copies:
+            for parent in node.all_input_nodes:
+                self.copy(parent, name)
+            self.copies[node] = self.graph.node_copy(node, lambda n: self.copies[n])
+        return self.copies[node]
+
+    def module(self) -> fx.GraphModule:
+        """What draws them all."""
+        self.graph.output(tuple(self.drawn))
+        return fx.GraphModule({}, self.graph)
+
+
+def name_of(function: OpOverload) -> str:
+    """An operation's name for a message."""
+    return function.name().removeprefix("aten::")
+
+
+def settings(node: fx.Node) -> str:
+    """The arguments of an operation that are no tensors."""
+    return repr([a for a in (*node.args, *node.kwargs.values()) if not isinstance(a, fx.Node)])
+
+
+def refuse_shared_fill(node: fx.Node, function: OpOverload) -> None:
+    """Refuse a draw into a tensor that holds something, or that is used before."""
+    if not function._schema.is_mutable:
+        return
+    (filled, *_) = node.args
+    if isinstance(filled, fx.Node) and (filled.all_input_nodes or len(filled.users) > 1):
+        raise CannotCompile(f'"{name_of(function)}" fills a tensor that is used elsewhere as well')
+
+
+def unused(noise: fx.Node) -> fx.Node:
+    """An input of noise for one more draw: the first may change it in place."""
+    if not noise.users:
+        return noise
+    graph = noise.graph
+    with graph.inserting_before(next(n for n in graph.nodes if n.op == "call_function")):
+        return graph.call_function(aten.clone.default, (noise,))
 
 
 def stacked_noise(sources: Sequence[Callable[[], tuple[Tensor, ...]]]) -> Callable[[], tuple[Tensor, ...]]:

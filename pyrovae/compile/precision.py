@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,7 @@ from torch.overrides import TorchFunctionMode
 from pyrovae.arguments import one_of
 
 PRECISIONS = ("float32", "bfloat16")
-
-
-_MULTIPLIES = {
+MULTIPLIES = {
     F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
     F.scaled_dot_product_attention,
 }  # fmt: skip
@@ -35,18 +33,32 @@ class bfloat16_networks(TorchFunctionMode):
     (torch.float32, True)
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
-        if func not in _MULTIPLIES or args[0].dtype != torch.float32:
+        if func not in MULTIPLIES or not is_float32(next(iter((*args, *kwargs.values())))):
             return func(*args, **kwargs)
-        low = [a.bfloat16() if isinstance(a, Tensor) and a.dtype == torch.float32 else a for a in args]
-        named = {
-            k: a.bfloat16() if isinstance(a, Tensor) and a.dtype == torch.float32 else a for k, a in kwargs.items()
-        }
-        return func(*low, **named).float()
+        product = func(*map(lowered, args), **{name: lowered(a) for name, a in kwargs.items()})
+        assert isinstance(product, Tensor)
+        return product.float()
 
 
-def networks_in(precision: str) -> AbstractContextManager[Any]:
+def is_float32(a: object) -> TypeGuard[Tensor]:
+    """Whether an argument is a tensor in single precision."""
+    return isinstance(a, Tensor) and a.dtype == torch.float32
+
+
+def lowered(a: object) -> object:
+    """An argument in bfloat16, if it is a tensor in single precision."""
+    return a.bfloat16() if is_float32(a) else a
+
+
+def networks_in(precision: str) -> AbstractContextManager[object]:
     """The context in which to run a pair: "float32" changes nothing, "bfloat16" is :class:`bfloat16_networks`."""
     one_of("precision", precision, PRECISIONS)
     return bfloat16_networks() if precision == "bfloat16" else nullcontext()

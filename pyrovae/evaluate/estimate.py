@@ -18,14 +18,14 @@ RELIABLE_K = 0.7
 EQUAL = 1e-3  # relative spread of the weights of a posterior-equal guide, which is rounding only
 
 
-class Figures:
+class Estimate:
     """What estimates of log p(x), one per datum with a standard error each, say of the data as a whole."""
 
     log_prob: Tensor
     std_error: Tensor
 
     @property
-    def _independent(self) -> int:
+    def num_weights(self) -> int:
         """How many independent weights per datum the standard error was estimated from."""
         raise NotImplementedError
 
@@ -37,7 +37,7 @@ class Figures:
         with Student's t, for the standard error is itself estimated from S weights (or chains). It is as right as they
         are: with a Pareto k above 0.7, or chains that have not reached the posterior, it covers less.
         """
-        reach = student.ppf((1 + in_range("level", level, 0.0, 1.0)) / 2, max(self._independent - 1, 1))
+        reach = student.ppf((1 + in_range("level", level, 0.0, 1.0)) / 2, max(self.num_weights - 1, 1))
         dead = torch.isinf(self.std_error)
         width = torch.where(dead | (self.std_error == 0), 0.0, self.std_error * reach)
         return torch.where(dead, -math.inf, self.log_prob - width), torch.where(dead, math.inf, self.log_prob + width)
@@ -61,7 +61,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class LikelihoodEstimate(Figures):
+class LikelihoodEstimate(Estimate):
     r"""Importance-sampling estimates :math:`\log \hat p(x_b) = \log \frac1S \sum_s w_{sb}`, in nats, float64.
 
     ``std_error`` is the delta-method standard error of each :math:`\log \hat p`, ``ess`` the effective sample size
@@ -82,7 +82,7 @@ class LikelihoodEstimate(Figures):
     draws: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
-    def _independent(self) -> int:
+    def num_weights(self) -> int:
         return self.num_samples
 
     @property
@@ -137,7 +137,7 @@ class LikelihoodEstimate(Figures):
 
 
 @dataclass(frozen=True)
-class AISEstimate(Figures):
+class AISEstimate(Estimate):
     r"""Annealed estimates :math:`\log \hat p(x_b) = \log \frac1C \sum_c w_{cb}` in nats, float64, each ``[B]``.
 
     ``std_error`` is the delta-method standard error over chains, ``ess`` the effective number of chains,
@@ -155,7 +155,7 @@ class AISEstimate(Figures):
     path: str = "eager"
 
     @property
-    def _independent(self) -> int:
+    def num_weights(self) -> int:
         return self.num_chains
 
     def __str__(self) -> str:
