@@ -87,7 +87,7 @@ class Layout:
         """One weight per particle and datum, shaped to multiply a value of ``event_dim`` event dimensions."""
         if self.folded:
             return weights.reshape(-1, *[1] * event_dim)
-        if self.num_particles == 1:
+        if self.particle_dim is None:
             weights = weights.squeeze(0)
         dims = [d for d in (self.particle_dim, *self.dims) if d is not None]
         shape = [1] * -min(dims, default=0)

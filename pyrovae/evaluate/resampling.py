@@ -2,10 +2,12 @@ r"""Posterior draws out of weighted particles, kept while the particles of one p
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from pyrovae.engine.particles import Particles
+from pyrovae.engine.particles import Layout, Particles
 from pyrovae.engine.probe import Look
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import frames, latent
@@ -20,10 +22,10 @@ class Resampler:
     Rubin (1988), *Using the SIR algorithm to simulate posterior distributions*.
     """
 
-    def __init__(self, num_draws: int, seed: int | None, pair: Look) -> None:
-        self.num_draws, self.seed = num_draws, seed
-        self.nesting, self.data_dims = pair.nesting, pair.layout.dims
-        sites = latent(pair.model) if num_draws else {}
+    def __init__(self, num_draws: int, seed: int | None, seen: Look) -> None:
+        self.num_draws, self.seed, self.nesting = num_draws, seed, seen.nesting
+        self.layout = replace(seen.layout, num_particles=num_draws, particle_dim=-1 - seen.nesting)
+        sites = latent(seen.model) if num_draws else {}
         self.event_dims = {name: site["fn"].event_dim for name, site in sites.items()}
         self.plates = {name: {dim for _, dim, _ in frames(site)} for name, site in sites.items()}
         self.generator: torch.Generator | None = None
@@ -33,17 +35,16 @@ class Resampler:
 
     def values(self, run: Particles) -> list[Tensor]:
         """The model's latents of one pass, each ``[K, *[size or 1] * nesting, *event]``."""
-        found = []
-        for name, event_dim in self.event_dims.items():
-            value, ndim = run.model[name]["value"], self.nesting + event_dim
-            if run.layout.folded:
-                value = value.unflatten(-1 - event_dim, (run.layout.num_particles, -1)).movedim(-2 - event_dim, 0)
-            elif value.dim() <= ndim:
-                value = value.unsqueeze(0)
-            padding = [1] * (1 + ndim - value.dim())
-            value = value.reshape(len(value), *padding, *value.shape[1:])
-            found.append(value.expand(run.layout.num_particles, *value.shape[1:]))
-        return found
+        return [self.with_all_axes(run.model[name]["value"], n, run.layout) for name, n in self.event_dims.items()]
+
+    def with_all_axes(self, value: Tensor, event_dim: int, layout: Layout) -> Tensor:
+        """A latent with an axis for the particles and for every plate of the programs."""
+        number, missing = layout.num_particles, [1] * (1 + self.nesting + event_dim - value.dim())
+        if layout.folded:
+            value = value.unflatten(-1 - event_dim, (number, -1)).movedim(-2 - event_dim, 0)
+            return value.reshape(number, *missing[1:], *value.shape[1:])
+        value = value.reshape(*missing, *value.shape)
+        return value.expand(number, *value.shape[1:])
 
     def add(self, log_w: Tensor, values: list[Tensor]) -> None:
         """Let a pass in: its log-weights ``[K, *plates]``, and its :meth:`values`."""
@@ -61,20 +62,13 @@ class Resampler:
         )
         self.log_sum = total if self.log_sum is None else torch.logaddexp(self.log_sum, total)
         share = (total - self.log_sum).exp().nan_to_num(1.0).expand(self.num_draws, *total.shape)
-        taken = self._aligned(torch.bernoulli(share, generator=self.generator) == 1)
-        index = self._aligned(chosen.T.reshape(share.shape))
+        taken = torch.bernoulli(share, generator=self.generator) == 1
+        index = chosen.T.reshape(share.shape)
         for (name, event_dim), value in zip(self.event_dims.items(), values, strict=True):
-            at = index.reshape(*index.shape, *[1] * event_dim)
-            fresh = value.gather(0, at.expand(self.num_draws, *value.shape[1:]))
-            new = taken.reshape(*taken.shape, *[1] * event_dim)
+            at = self.layout.spread(index, event_dim).expand(self.num_draws, *value.shape[1:])
+            fresh = value.gather(0, at)
+            new = self.layout.spread(taken, event_dim)
             self.draws[name] = torch.where(new, fresh, self.draws.get(name, fresh))
-
-    def _aligned(self, t: Tensor) -> Tensor:
-        """``[num_draws, *plates]`` with an axis for every plate of the programs."""
-        shape = [1] * self.nesting
-        for dim, size in zip(self.data_dims, t.shape[1:], strict=True):
-            shape[dim] = size
-        return t.reshape(len(t), *shape)
 
     def finish(self) -> None:
         """Close a batch of data."""
@@ -84,12 +78,12 @@ class Resampler:
     def results(self) -> dict[str, Tensor]:
         """The draws of all batches, ``[num_draws, B, *other plates of the site, *event]``; no B for joint weights."""
         found = {}
-        data = [1 + self.nesting + dim for dim in self.data_dims[-1:]]
+        data = self.layout.dims[-1:]
         for name, event_dim in self.event_dims.items():
-            inside = [1 + self.nesting + dim for dim in sorted(self.plates[name])]
-            events = [1 + self.nesting + i for i in range(event_dim)]
-            kept = [0, *data, *(axis for axis in inside if axis not in data), *events]
-            absent = [axis for axis in range(1, 1 + self.nesting) if axis not in kept]  # of size 1
-            parts = [batch[name].permute(*kept, *absent).flatten(len(kept) - 1) for batch in self.done]
-            found[name] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+            kept = sorted(self.plates[name].union(data))
+            absent = tuple(dim - event_dim for dim in range(-self.nesting, 0) if dim not in kept)  # of size 1
+            parts = [batch[name].squeeze(absent) for batch in self.done]
+            found[name] = (
+                torch.cat([part.movedim(1 + kept.index(data[0]), 1) for part in parts], 1) if data else parts[0]
+            )
         return found
