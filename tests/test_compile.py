@@ -33,6 +33,7 @@ from pyrovae.models import CodePrior
 from pyrovae.train import compiled as compiling
 from pyrovae.train import loop as training
 from pyrovae.train import recorded as recording
+from pyrovae.train.batched import Batched
 from pyrovae.train.compiled import Compiled, worthwhile
 from pyrovae.train.plan import Plan
 from pyrovae.train.recorded import Recorded
@@ -672,6 +673,23 @@ def test_a_recorded_step_moves_by_its_own_gradient(what, interpreted, monkeypatc
             losses = [run(pv.ELBO(k), (X[:size],)) for size, k in zip(*STEPS[what], strict=True)]
         results.append([*map(torch.as_tensor, losses), *eager.parameters])
     assert sorted(run.recorded) == sorted(set(STEPS[what][1]))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+def test_the_step_of_several_pairs_is_recorded_as_well(interpreted, monkeypatch):
+    monkeypatch.setattr(recording, "Recording", Emulated)
+    results = []
+    for how in (lambda step: step, Recorded):
+        torch.manual_seed(5)
+        each = [eager_of("vae") for _ in range(2)]
+        gradients = Batched([Compiled(eager, anneals=True) for eager in each], [1.0, 0.5])
+        step = how(Step(gradients, [torch.optim.SGD(eager.parameters, lr=0.1) for eager in each], clip_norm=0.5))
+        with isolated_rng(2):
+            losses = [step(pv.ELBO(2), (X[:size],)) for size in (7, 7, 3, 7)]
+        assert all(loss.shape == (2,) for loss in losses)
+        results.append([*losses, *(p for eager in each for p in eager.parameters)])
+    assert list(step.recorded) == [2]
+    assert step.kind == "replicas"
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 

@@ -126,10 +126,8 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded, setup: Setup, feed
                 losses, metrics = run_epoch(epoch, feed, step, plan)
             for r, trainee in enumerate(trainees):
                 if math.isnan(losses[r]) or not step.finite(r):
-                    raise FloatingPointError(
-                        trainee.blame(feed.first(), epoch + 1) if len(trainees) == 1 else
-                        f"replica {r} became NaN in epoch {epoch + 1}: lower its learning rate, or pass clip_norm"
-                    )  # fmt: skip
+                    alone = len(trainees) == 1
+                    raise FloatingPointError(trainee.blame(feed.first(), epoch + 1, None if alone else r))
                 trainee.add(metrics | step.metrics(r), losses[r].item())
             mean = "" if len(trainees) == 1 else " on average"
             bar.update(epoch + 1, f"{-losses.mean():.2f} nats{mean}, {metrics['images_per_second']:,.0f} images/s")

@@ -98,8 +98,10 @@ class Trainee:
         self.log.close(self.result)
         return self.result
 
-    def blame(self, batch: Batch, epoch: int) -> str:
-        """Say where the first value that is not finite came from."""
+    def blame(self, batch: Batch, epoch: int, replica: int | None = None) -> str:
+        """Say which replica is not finite any more; of a pair alone, where the first such value came from."""
+        if replica is not None:
+            return f"replica {replica} became NaN in epoch {epoch}: lower its learning rate, or pass clip_norm"
         seen = look(self.model, self.guide, batch, validate=False)
         where = next(
             (
