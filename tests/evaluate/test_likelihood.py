@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyrovae as pv
 from pyrovae.engine.probe import checked_look
 from pyrovae.engine.weights import Tally, pareto_k, tail_size
-from pyrovae.evaluate import likelihood
 from pyrovae.evaluate.resampling import Resampler
 from pyrovae.memory import WORKING_SET, PeakBytes
 
@@ -56,22 +55,28 @@ def columns(estimate):
 
 
 @pytest.mark.parametrize(("num", "chunk"), [(1, None), (7, 3), (100, 100), (101, 50), (5, 1000), (1000, None)])
-def test_exactly_the_number_asked_for_is_used(monkeypatch, num, chunk):
-    weights = []
-    measure = likelihood.measure
+def test_exactly_the_number_asked_for_is_used(num, chunk):
+    draws = []
 
-    def recorded(particles, *args):
-        weights.append(measure(particles, *args))
-        return weights[-1]
+    def recorded(x):
+        guide(x)
+        draws.append(None)
 
-    monkeypatch.setattr(likelihood, "measure", recorded)
-    estimate = pv.log_likelihood(model, guide, X, num_samples=num, chunk_size=chunk, seed=0)
-    log_w = weights.pop()
-    while len(log_w) < num:  # what was drawn before are trials, of one particle and of two
-        assert len(weights[-1]) <= (chunk or num)
-        log_w = torch.cat([weights.pop(), log_w])
-    assert [len(part) for part in weights] == [2, 1]
-    assert len(log_w) == num == estimate.num_samples
+    def weighed(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), x.new_ones(())))
+            pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+        draws[-1] = z.expand(*z.shape[:-1], 3).reshape(-1, 3)
+
+    estimate = pv.log_likelihood(weighed, recorded, X, num_samples=num, chunk_size=chunk, seed=0)
+    z = draws.pop()
+    while len(z) < num:  # what was drawn before are trials, of one particle and of two
+        assert len(draws[-1]) <= (chunk or num)
+        z = torch.cat([draws.pop(), z])
+    assert max(map(len, draws)) <= 2
+    assert len(z) == num == estimate.num_samples
+    log_w = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, NOISE).log_prob(X)
+    log_w = log_w - dist.Normal(0.4 * X + 0.1, 0.9).log_prob(z)
     w = log_w.exp()
     torch.testing.assert_close(estimate.log_prob, w.mean(0).log())
     torch.testing.assert_close(estimate.ess, w.sum(0) ** 2 / (w**2).sum(0))
@@ -401,40 +406,38 @@ def test_networks_run_in_eval_mode_and_nothing_else_changes(closure):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+def limited(error, particles, runs=math.inf):
+    """The exact guide on a device for so many particles, so many times; and how many it has drawn."""
+    sizes = []
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            mean, scale = x / (1 + NOISE**2), math.sqrt(NOISE**2 / (1 + NOISE**2))
+            z = pyro.sample("z", dist.Normal(mean, x.new_tensor(scale)))
+        if z.numel() // len(x) > particles or len(sizes) >= runs:
+            raise error
+        sizes.append(z.numel() // len(x))
+
+    return guide, sizes
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_running_out_of_memory_halves_the_pass(monkeypatch, error):
-    run, sizes = likelihood.run, []
-
-    def small(*args, num_particles, **kwargs):
-        if num_particles > 6:
-            raise error
-        sizes.append(num_particles)
-        return run(*args, num_particles=num_particles, **kwargs)
-
-    monkeypatch.setattr(likelihood, "run", small)
-    estimate = pv.log_likelihood(model, posterior, X, num_samples=50, chunk_size=40)
-    assert sizes == [2, *[5] * 10]
+def test_running_out_of_memory_halves_the_pass(error):
+    guide, sizes = limited(error, 6)
+    estimate = pv.log_likelihood(model, guide, X, num_samples=50, chunk_size=40)
+    assert sizes == [1, 2, *[5] * 10]
     torch.testing.assert_close(estimate.ess, torch.full((3,), 50.0))
-
-    def never(*args, num_particles, **kwargs):
-        if sizes and num_particles != 2:
-            raise error
-        return run(*args, num_particles=num_particles, **kwargs)
-
-    monkeypatch.setattr(likelihood, "run", never)
     with pytest.raises(type(error)):
-        pv.log_likelihood(model, posterior, X, num_samples=1)
+        pv.log_likelihood(model, limited(error, 6, runs=2)[0], X, num_samples=1)
 
 
-def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch):
-    def failing(*args, num_particles, **kwargs):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    monkeypatch.setattr(likelihood, "run", failing)
+def test_other_errors_are_not_taken_for_want_of_memory():
+    guide, sizes = limited(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 6)
     with pytest.raises(RuntimeError, match="mat1"):
-        pv.log_likelihood(model, guide, X, num_samples=5)
+        pv.log_likelihood(model, guide, X, num_samples=50, chunk_size=40)
+    assert sizes == [1, 2]
 
 
 @pytest.mark.parametrize(("megabytes", "size", "num"), [(40, 20, 500), (2048, 10, 5000)])
