@@ -144,18 +144,6 @@ def test_generation_follows_the_prior(prior):
     assert ((z.mean(0) - mean).abs() < 5 * z.std(0) / 4000**0.5).all()
 
 
-@pytest.mark.parametrize("prior", RICH)
-def test_training_and_diagnostics(prior):
-    torch.set_default_dtype(torch.float32)
-    vae = VAE((6,), 3, (4,), prior=prior, **SMALL[prior])
-    x = torch.rand(200, 6).round()
-    vae.initialise(x)
-    assert pv.fit(vae.model, vae.guide, x, objective=pv.ELBO(2, free_bits=0.1), epochs=1, compile=False).history
-    result = pv.fit(vae.model, vae.guide, x, objective=pv.ELBO(), epochs=2, precision="bfloat16", compile=False)
-    assert len(result.history[-1]["kl_per_unit"]["z"]) == 1  # the prior is not independent over units
-    assert pv.active_units(vae.guide, x)["z"].variances.shape == (3,)
-
-
 def test_the_plain_prior_is_unchanged():
     """The default draws the same weights and holds the same parameters as without the choice."""
     vae = VAE((6,), 3, (4,))
