@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import pyro
 import pytest
+import torch
+from sklearn.datasets import load_digits
 
 from tests.state import double_precision
 
@@ -31,3 +33,9 @@ def known_state(request: pytest.FixtureRequest) -> Iterator[None]:
     pyro.set_rng_seed(*seed.args if seed else (0,))
     yield
     pyro.clear_param_store()
+
+
+@pytest.fixture(scope="session")
+def digits() -> torch.Tensor:
+    """1,797 grey digits, ``[N, 1, 8, 8]``."""
+    return torch.tensor(load_digits().images / 16, dtype=torch.float32).unsqueeze(1)

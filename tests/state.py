@@ -41,3 +41,16 @@ def interpreting(patch: Any) -> list[Any]:
 
     patch.setattr(checked, "capture", graphs.capture_once)
     return counting(patch, lambda module: module)
+
+
+def scrambled(module: torch.nn.Module, std: float = 0.3) -> Any:
+    """A module far from its start, where a flow is the identity."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return module
+
+
+def grid(limit: float = 30.0, number: int = 601) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points of a square in the plane, and the area of a cell."""
+    axis = torch.linspace(-limit, limit, number)
+    return torch.cartesian_prod(axis, axis), (axis[1] - axis[0]) ** 2

@@ -9,6 +9,7 @@ import torch
 from torch.autograd.functional import jacobian
 
 from pyrovae.parts import Autoregressive, Coupling, FlowNormal
+from tests.state import grid, scrambled
 
 pytestmark = pytest.mark.double(7)
 
@@ -19,13 +20,6 @@ STEPS = {
 each_step = pytest.mark.parametrize("kind", STEPS)
 
 
-def scrambled(module, std=0.3):
-    """A module far from its start, where a flow is the identity."""
-    for p in module.parameters():
-        torch.nn.init.normal_(p, std=std)
-    return module
-
-
 def flow(kind, dim=3, batch=(5,), context=4, steps=3):
     """A flow of a batch, with a context of each of its data; all of its parameters."""
     modules = scrambled(torch.nn.ModuleList(STEPS[kind](dim, context, i % 2 == 1) for i in range(steps)))
@@ -33,12 +27,6 @@ def flow(kind, dim=3, batch=(5,), context=4, steps=3):
     log_scale = (0.3 * torch.randn(*batch, dim)).requires_grad_()
     q = FlowNormal(dist.Normal(loc, log_scale.exp()).to_event(1), modules, h)
     return q, [loc, log_scale, h, *modules.parameters()]
-
-
-def grid(limit=30.0, number=601):
-    axis = torch.linspace(-limit, limit, number)
-    points = torch.cartesian_prod(axis, axis)
-    return points, (axis[1] - axis[0]) ** 2
 
 
 def gradients(value, parameters, **options):

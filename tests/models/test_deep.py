@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from pyro import poutine
-from sklearn.datasets import load_digits
 
 import pyrovae as pv
 from pyrovae.data import DataError
@@ -163,11 +162,6 @@ def test_a_code_of_another_layer_is_refused():
 
 
 # --- use -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return torch.tensor(load_digits().images / 16, dtype=torch.float32).unsqueeze(1)
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,12 @@ import pyro
 import pytest
 import torch
 from pyro import poutine
-from sklearn.datasets import load_digits
 
 import pyrovae as pv
 from pyrovae.models import HierarchicalVAE
 from pyrovae.models.hierarchical import GUIDES, product
 
 each_guide = pytest.mark.parametrize("guide", GUIDES)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return torch.tensor(load_digits().images / 16, dtype=torch.float32).unsqueeze(1)
 
 
 def small(shape=(1, 8, 8), **variant):

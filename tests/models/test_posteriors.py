@@ -7,18 +7,13 @@ from torch.distributions import MultivariateNormal
 import pyrovae as pv
 from pyrovae.models import VAE
 from pyrovae.parts import POSTERIORS, PRIORS, centre, make_posterior, share_options
+from tests.state import scrambled
 
 pytestmark = pytest.mark.double(3)
 
 FLOWS = ("flow", "iaf")
 each_flow = pytest.mark.parametrize("posterior", FLOWS)
 SCALE = 0.7
-
-
-def scrambled(module, std=0.3):
-    for p in module.parameters():
-        torch.nn.init.normal_(p, std=std)
-    return module
 
 
 def linear_vae(posterior, **options):

@@ -11,6 +11,7 @@ from torch.distributions import MultivariateNormal
 import pyrovae as pv
 from pyrovae.models import VAE
 from pyrovae.parts import POSTERIORS, PRIORS, NormalMixture, StandardNormal, make_prior
+from tests.state import grid, scrambled
 
 pytestmark = pytest.mark.double(3)
 
@@ -20,21 +21,10 @@ SCALE = 0.7
 SMALL = {"mixture": {"components": 4}, "vamp": {"components": 4}, "flow": {"flows": 3, "flow_hidden": [8]}}
 
 
-def scrambled(module, std=0.5):
-    for p in module.parameters():
-        torch.nn.init.normal_(p, std=std)
-    return module
-
-
 def vae_with(prior, shape=(4,), dim=2, hidden=(), **arguments):
     """A Gaussian VAE with that prior, far from its start."""
     options = SMALL.get(prior, {}) | arguments
-    return scrambled(VAE(shape, dim, hidden, "gaussian", SCALE, prior=prior, **options))
-
-
-def grid(limit=30.0, number=601):
-    axis = torch.linspace(-limit, limit, number)
-    return torch.cartesian_prod(axis, axis), (axis[1] - axis[0]) ** 2
+    return scrambled(VAE(shape, dim, hidden, "gaussian", SCALE, prior=prior, **options), 0.5)
 
 
 def mixture(count=4, dim=3):
@@ -92,7 +82,7 @@ def test_a_density_integrates_to_one_and_draws_have_it(prior):
 
 
 def test_a_mixture_in_one_dimension():
-    p = scrambled(make_prior("mixture", 1, components=3)).distribution(torch.zeros(()))
+    p = scrambled(make_prior("mixture", 1, components=3), 0.5).distribution(torch.zeros(()))
     axis = torch.linspace(-20, 20, 4001)
     assert (p.log_prob(axis.unsqueeze(-1)).exp().sum() * 0.01).item() == pytest.approx(1, abs=1e-6)
 

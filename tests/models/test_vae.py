@@ -6,15 +6,9 @@ import math
 import pytest
 import torch
 from scipy.linalg import subspace_angles
-from sklearn.datasets import load_digits
 
 import pyrovae as pv
 from pyrovae.models import VAE
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return torch.tensor(load_digits().images / 16, dtype=torch.float32).unsqueeze(1)
 
 
 def small(shape=(1, 8, 8), **variant):
