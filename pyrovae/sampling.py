@@ -15,7 +15,7 @@ from pyrovae.engine.generate import Redraw, generate, program_of
 from pyrovae.engine.programs import Program, evaluating, roots
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import Site
-from pyrovae.engine.unwrap import innermost
+from pyrovae.engine.unwrap import finite_mean, innermost
 
 
 def sample(
@@ -78,16 +78,16 @@ def sample(
     with torch.no_grad(), evaluating(program), nullcontext() if seed is None else isolated_rng(seed):
         while sum(map(len, parts)) < n:
             _, found = generate(program, (x, *args), kwargs, redraw)
-            parts.append(_with_rows(found["value"] if returns == "draws" else _mean(found), found["name"]))
+            parts.append(with_rows(found["value"] if returns == "draws" else mean_of(found), found["name"]))
     return torch.cat(parts)[:n]
 
 
-def blank(program: Program, n: int, like: Any) -> Tensor:
+def blank(program: Program, n: int, like: object) -> Tensor:
     """Zeros ``[n, *event]`` of the dtype and on the device that the model works with."""
     modules = roots(program)
     parameter = next((p for m in modules for p in m.parameters() if p.is_floating_point()), None)
     if like is not None:
-        example = _example(like)
+        example = example_of(like)
         device = example.device if parameter is None else parameter.device
         return example.new_zeros((n, *example.shape), device=device)
     for module in modules:
@@ -100,7 +100,7 @@ def blank(program: Program, n: int, like: Any) -> Tensor:
     )
 
 
-def _example(like: Any) -> Tensor:
+def example_of(like: object) -> Tensor:
     """One datum of ``like``, its labels aside."""
     if isinstance(like, Tensor):
         if not like.dim():
@@ -112,18 +112,17 @@ def _example(like: Any) -> Tensor:
     return x[0] if isinstance(source, DataLoader) else x
 
 
-def _mean(site: Site) -> Tensor:
-    try:
-        mean = site["fn"].mean
-    except (NotImplementedError, AttributeError):
-        mean = None
-    if mean is None or not torch.isfinite(mean).all():
+def mean_of(site: Site) -> Tensor:
+    """The mean of a site's distribution."""
+    mean = finite_mean(site["fn"])
+    if mean is None:
         kind = type(innermost(site["fn"])).__name__
         raise ValueError(f'site "{site["name"]}" is a {kind}, which has no finite mean: ask for returns="draws"')
     return mean
 
 
-def _with_rows(value: Tensor, name: str) -> Tensor:
+def with_rows(value: Tensor, name: str) -> Tensor:
+    """A value that has a row for each datum."""
     if not value.dim() or not len(value):
         raise ValueError(
             f'site "{name}" has shape {tuple(value.shape)}, no row for each datum: '

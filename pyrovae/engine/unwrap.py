@@ -56,6 +56,15 @@ def elementwise(fn: Distribution) -> Distribution | None:
     return inner if fn.event_shape and not inner.event_shape else None
 
 
+def finite_mean(fn: Distribution) -> Tensor | None:
+    """The mean of a distribution, if it has one in closed form that is finite."""
+    try:
+        mean = fn.mean
+    except (NotImplementedError, AttributeError):
+        return None
+    return mean if torch.isfinite(mean).all() else None
+
+
 # --- constraints -----------------------------------------------------------------------------------------------------
 
 

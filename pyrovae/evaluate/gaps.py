@@ -12,7 +12,7 @@ from torch import Tensor
 from pyrovae.arguments import positive_int
 from pyrovae.engine.programs import Batch, Program, device_of, graph_leaves, protected_buffers
 from pyrovae.engine.run import log_weights
-from pyrovae.engine.sites import Record, Sites, counts, latent, log_prob
+from pyrovae.engine.sites import Sites, counted, latent, log_prob, record
 from pyrovae.engine.weights import log_mean_exp
 from pyrovae.evaluate.measuring import Batches, RunningMean, measuring
 from pyrovae.evaluate.proposals import refine
@@ -187,21 +187,18 @@ class Parameters(NamedTuple):
     guide: list[Tensor]
 
 
-def parameters_of(model: Program, guide: Program, args: Batch, kwargs: Mapping[str, Any]) -> Parameters:
+def parameters_of(model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]) -> Parameters:
     """The parameters of a pair, by who depends on them, while it runs once."""
-    with Record() as drawn:
-        guide(*args, **kwargs)
-    values = {
-        n: s["value"].detach() if isinstance(s["value"], Tensor) else s["value"] for n, s in latent(drawn.sites).items()
-    }
-    with Record(values) as joint:
-        model(*args, **kwargs)
+    proposed = record(guide, args, kwargs)
+    values = {name: site["value"] for name, site in latent(proposed).items()}
+    fixed = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
+    joint = record(model, args, kwargs, fixed)
 
     def leaves(sites: Sites, in_guide: bool) -> list[Tensor]:
-        terms = [log_prob(s, in_guide=in_guide).sum() for s in sites.values() if counts(s)]
+        terms = [log_prob(s, in_guide=in_guide).sum() for s in counted(sites)]
         live = [t for t in terms if t.requires_grad]
         return graph_leaves(torch.stack(live).sum()) if live else []
 
-    own = leaves(drawn.sites, True)
+    own = leaves(proposed, True)
     known = {id(p) for p in own}
-    return Parameters([p for p in leaves(joint.sites, False) if id(p) not in known], own)
+    return Parameters([p for p in leaves(joint, False) if id(p) not in known], own)

@@ -17,7 +17,7 @@ from pyrovae.engine.probe import check_fold, checked_look
 from pyrovae.engine.programs import Batch, Program, device_of, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.run import measure, run
-from pyrovae.engine.sites import latent
+from pyrovae.engine.sites import Site, latent
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.weights import Tally
 from pyrovae.evaluate.estimate import LikelihoodEstimate
@@ -168,7 +168,7 @@ class Sampler:
             num_particles=num_particles, nesting=self.nesting, fold=self.fold, scaled=False,
         )  # fmt: skip
 
-    def weights(self, size: int, *batch: Any) -> list[Tensor]:
+    def weights(self, size: int, *batch: object) -> list[Tensor]:
         """The log-weights of one pass, ``[size, B]``, and what the resampler wants of it."""
         particles = self.run(batch, size)
         return [measure(particles), *self.resampler.values(particles)]
@@ -224,13 +224,13 @@ class SameSubsample(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.drawn: dict[str, Any] = {}
+        self.drawn: dict[str, Tensor] = {}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:  # type: ignore[override]
         if msg["name"] in self.drawn:
             msg["value"] = self.drawn[msg["name"]]
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Site) -> None:  # type: ignore[override]
         plate = msg["fn"]  # a folded plate is of another size where fewer particles are left, and has nothing to keep
         if type(plate).__name__ == "_Subsample" and plate.subsample_size not in (None, plate.size):
             self.drawn[msg["name"]] = msg["value"]

@@ -17,7 +17,8 @@ from torch.distributions import Distribution, constraints
 from pyrovae.arguments import in_range, positive_int
 from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.engine.sites import Record, Site, counts, latent
+from pyrovae.engine.sites import Site, Sites, counts, latent, record
+from pyrovae.engine.unwrap import plain
 from pyrovae.evaluate.measuring import measuring
 from pyrovae.objectives.elbo import ELBO
 
@@ -34,7 +35,7 @@ class Refined:
     def __init__(self, guide: Program, shifts: dict[str, Tensor], log_scales: dict[str, Tensor]) -> None:
         self.guide, self.shifts, self.log_scales = guide, shifts, log_scales
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         with Affine(self.shifts, self.log_scales):
             return self.guide(*args, **kwargs)
 
@@ -90,7 +91,7 @@ class Inflated:
     def __init__(self, guide: Program, factor: float, weight: float) -> None:
         self.guide, self.factor, self.weight = guide, factor, weight
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         with Wider(self.factor, self.weight):
             return self.guide(*args, **kwargs)
 
@@ -207,17 +208,14 @@ def refine(
     return refined
 
 
-def movable(guide: Program, args: Batch, kwargs: Mapping[str, Any]) -> dict[str, Site]:
+def movable(guide: Program, args: Batch, kwargs: Mapping[str, object]) -> Sites:
     """The guide's latent sites, if each can be moved by an affine map."""
-    with torch.no_grad(), isolated_rng(), protected_buffers(), Record() as record:
-        guide(*args, **kwargs)
-    sites = latent(record.sites)
+    with torch.no_grad(), isolated_rng(), protected_buffers():
+        sites = latent(record(guide, args, kwargs))
     if not sites:
         raise ValueError("there is nothing to refine: the guide draws nothing")
     for name, site in sites.items():
-        support = site["fn"].support
-        while isinstance(support, constraints.independent):
-            support = support.base_constraint
+        support = plain(site["fn"].support)
         if not site["fn"].has_rsample or support not in (constraints.real, constraints.real_vector):
             raise ValueError(
                 f'guide site "{name}" ({type(site["fn"]).__name__}) cannot be refined: it must be reparameterised, and '

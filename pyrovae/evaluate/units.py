@@ -15,8 +15,8 @@ from pyrovae.arguments import in_range, positive_int
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.programs import Batch, Program, device_of
 from pyrovae.engine.run import run
-from pyrovae.engine.sites import Record, Site, Sites, frames, latent
-from pyrovae.engine.unwrap import elementwise, point_mass
+from pyrovae.engine.sites import Site, frames, latent, record
+from pyrovae.engine.unwrap import elementwise, finite_mean, point_mass
 from pyrovae.evaluate.measuring import Batches, RunningMean, measuring
 
 DRAWS = 64  # where a site's mean is not known in closed form
@@ -96,19 +96,13 @@ def posterior_means(guide: Program, batch: Batch) -> dict[str, Tensor]:
 
 def mean_draws(guide: Program, batch: Batch, samples: int) -> dict[str, RunningMean]:
     """For each latent site the average of its means over ``samples`` draws, data first."""
-
-    def drawn() -> Sites:
-        with Record() as record:
-            guide(*batch)
-        return latent(record.sites)
-
-    sites = drawn()
+    sites = latent(record(guide, batch, {}))
     auxiliary = any(site["infer"].get("is_auxiliary") for site in sites.values())
     names = [name for name, site in sites.items() if per_datum(site)]
     unknown = [name for name in names if closed_form_mean(sites[name], auxiliary) is None]
     averages = {name: RunningMean() for name in names}
     for draw in range(max(samples, DRAWS) if unknown else samples):
-        sites = drawn() if draw else sites
+        sites = latent(record(guide, batch, {})) if draw else sites
         for name in names if draw < samples else unknown:
             site = sites[name]
             value = site["value"] if name in unknown else site["fn"].mean
@@ -125,11 +119,7 @@ def closed_form_mean(site: Site, auxiliary: bool) -> Tensor | None:
     """The mean of a site given its parents, if it has one; that of a Delta that transforms another draw is not it."""
     if auxiliary and isinstance(point_mass(site["fn"]), Delta):
         return None
-    try:
-        mean = site["fn"].mean
-    except (NotImplementedError, AttributeError):
-        return None
-    return mean if torch.isfinite(mean).all() else None
+    return finite_mean(site["fn"])
 
 
 class Information(NamedTuple):
