@@ -83,6 +83,7 @@ def test_batch_never_leaves_the_device(grey, binarization):
     assert any("rand_like" in str(node.target) for node in graph.graph.nodes) == (binarization == "dynamic")
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_batches_without_sync_and_fixed_to_the_same_bits(grey):
     images = Images(grey, binarization="dynamic")

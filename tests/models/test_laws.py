@@ -88,6 +88,21 @@ def test_k_particles_are_k_runs(variant: Variant):
     assert not pyro.get_param_store().keys()
 
 
+@each(lambda variant: variant.family in ("vae", "conditional"))
+def test_programs_are_made_of_their_parts(variant: Variant):
+    """Labels given are observed as they are, and cost nothing."""
+    pair, (x, *labels) = variant.used(), variant.batch()
+    q = scored(pair.guide, (x, *labels))
+    z, code = q.nodes["z"]["value"], [pair.labels.encode(y, x) for y in labels]
+    p = scored(pair.model, (x, *labels), z=z)
+    torch.testing.assert_close(q.nodes["z"]["log_prob"], pair.posterior(x, *code).log_prob(z))
+    torch.testing.assert_close(p.nodes["z"]["log_prob"], pair.prior(*code or [x]).log_prob(z))
+    torch.testing.assert_close(p.nodes["x"]["log_prob"], pair.likelihood(z, *code).log_prob(x))
+    for y in labels:
+        assert p.nodes["y"]["value"] is y
+        assert not p.nodes["y"]["log_prob"].any()
+
+
 @each()
 def test_weights_are_of_the_data_s_dtype(variant: Variant):
     pair, (x, *labels) = variant.used(), variant.batch()
@@ -167,6 +182,7 @@ def test_codes_of_any_leading_dimensions(variant: Variant):
     wide = pair.encode(x.expand(2, *x.shape), *labels)
     torch.testing.assert_close(wide, code.expand(2, *code.shape))
     torch.testing.assert_close(pair.decode(wide, *labels)[1], pair.decode(code, *labels))
+    torch.testing.assert_close(pair.reconstruct(x, *labels), pair.decode(code, *labels))
 
 
 @each()

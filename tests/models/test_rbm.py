@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import softplus
 
 import pyrovae as pv
+from pyrovae import runs
 from pyrovae.data import DataError
 from pyrovae.models import RBM, partition
 from pyrovae.models.contrastive import epoch_metrics
@@ -432,6 +433,16 @@ def test_verbs(rbm):
         rbm.interpolate(a, b, path="spherical")
     with pytest.raises(ValueError, match="RBM has no traverse: its hidden units are 0 or 1"):
         rbm.traverse(a[:1])
+
+
+def test_where_annealing_starts_comes_back_from_a_run(tmp_path):
+    rbm = random_rbm((1, 5, 5), 22, scale=0.1, ais_steps=10).float()
+    rbm.base_visible += 0.3
+    x = torch.rand(4, 1, 5, 5).round()
+    run = runs.Run(tmp_path / "rbm")
+    run.start({"model": runs.describe(rbm)})
+    run.save("last", rbm.state_dict())
+    assert torch.equal(pv.load(run.path).log_prob(x), rbm.log_prob(x))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
