@@ -19,8 +19,7 @@ from pyrovae.engine.programs import evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import counts, record_pair
 from pyrovae.engine.unwrap import is_boolean
-from pyrovae.models.base import Pair
-from pyrovae.models.own import as_pair
+from pyrovae.models.base import Pair, as_pair
 from pyrovae.parts.labels import hide_labels
 
 

@@ -13,8 +13,7 @@ from torch import nn
 from pyrovae import models, objectives, runs
 from pyrovae.arguments import lookup, one_of
 from pyrovae.configured import Configured
-from pyrovae.models.base import Pair
-from pyrovae.models.hooks import Rule
+from pyrovae.models.base import Pair, Rule
 from pyrovae.objectives.base import Objective
 
 FIT_KEYS = ("schedule", "kl_warmup", "clip_norm", "patience", "num_workers", "particles", "compile", "precision")

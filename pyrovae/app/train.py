@@ -15,7 +15,7 @@ from pyrovae.app.settings import Settings, keywords
 from pyrovae.app.tables import print_results
 from pyrovae.arguments import pick_device, positive_int
 from pyrovae.engine.randomness import rng_snapshot
-from pyrovae.models.hooks import Rule
+from pyrovae.models.base import Rule
 from pyrovae.train.log import Fit
 from pyrovae.train.loop import fit
 

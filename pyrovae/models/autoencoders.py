@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict, Unpack
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
@@ -106,30 +105,17 @@ class Autoencoder(CodeDensity):
         self.code = nn.Identity()
         self.hold_density(positive_int("density_components", density_components))
 
-    def model(self, x: Tensor) -> Tensor:
-        """The decoder's p(x | z) over the plate ``"data"``, with ``x`` observed, and the prior of the codes."""
-        self.check(x)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", FittedPrior(self))
-            return pyro.sample("x", self.likelihood(z), obs=x)
+    def prior(self, like: Tensor) -> TorchDistribution:
+        """Flat, or the penalty of codes; its draws are those of :meth:`density`."""
+        return FittedPrior(self)
 
-    def guide(self, x: Tensor) -> Tensor:
-        """The code of ``x`` as a Delta, over the plate ``"data"``."""
-        self.check(x)
-        with pyro.plate("data", len(x)):
-            return pyro.sample("z", dist.Delta(self.encode(x), event_dim=1))
-
-    def likelihood(self, z: Tensor) -> TorchDistribution:
-        """p(x | z) of codes ``[..., latent_dim]``."""
-        return self.observation.distribution(self.decoder(z))
+    def posterior(self, x: Tensor) -> TorchDistribution:  # type: ignore[override]
+        """The code of ``x`` as a Delta."""
+        return dist.Delta(self.encode(x), event_dim=1)
 
     def encode(self, x: Tensor) -> Tensor:
         """The code, ``[..., *input_shape]`` to ``[..., latent_dim]``."""
         return self.code(self.encoder(x))
-
-    def decode(self, z: Tensor) -> Tensor:
-        """The likelihood's mean, ``[..., latent_dim]`` to ``[..., *input_shape]``."""
-        return self.likelihood(z).mean
 
     def activity(self, data: object) -> Activity:
         r"""How sparse the codes of data are.

@@ -1,21 +1,53 @@
-"""What the families of the zoo share: checks, and the verbs for using a trained model."""
+"""What the families of the zoo share: checks, hooks, the verbs for using a trained model; modules of one's own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyrovae.arguments import DataError, in_range, one_of, positive_int, sizes
 from pyrovae.configured import Configured
-from pyrovae.models.hooks import Hooks
 from pyrovae.nn.conv import Decoder
 from pyrovae.nn.residual import PatchDecoder, ResidualDecoder
 from pyrovae.parts.likelihoods import Likelihood
 
-P = TypeVar("P", bound="Pair")
+Rule = Callable[..., list[dict[str, float]]]  # trains on data, with options by name; the history
+
+
+class Hooks:
+    """What a job must know of the model that it trains and measures; a family overrides what is otherwise with it."""
+
+    #: Whether the programs take labels after x.
+    conditional: bool = False
+    #: What ``log_likelihood`` finds: "estimate", "bound", "exact", or "annealed" (exact but for a partition function
+    #: that is estimated); None for what is not a generative model.
+    likelihood_is: str | None = "estimate"
+    #: Whether the data must be bits; None, as the observed site says.
+    observes_bits: bool | None = None
+    #: Whether unknown labels are summed over, so that log p(x) is measured without them.
+    sums_over_labels: bool = False
+    #: Trains the pair by a rule of its own, as ``train_on(data, **options)``; None where :func:`pyrovae.fit` does.
+    train_on: ClassVar[Rule | None] = None
+
+    def metrics(self, x: Tensor, *labels: Any) -> dict[str, object]:
+        """What is worth knowing of a batch beside the bound, by name."""
+        return {}
+
+    def score_labels(self, x: Tensor, labels: Tensor) -> dict[str, float]:
+        """How well the labels of data ``[N, *input_shape]`` are predicted, by name."""
+        return {}
+
+    def log_prob_error(self) -> float:
+        """Standard error, in nats, of a log p(x) that is no estimate by importance sampling."""
+        return 0.0
+
+    def after_training(self, data: object) -> bool:
+        """Do what follows training on ``data``; whether it changed the weights."""
+        return False
 
 
 class Pair(Hooks, Configured, nn.Module):
@@ -46,6 +78,10 @@ class Pair(Hooks, Configured, nn.Module):
     def guide(self, x: Tensor, *labels: Any) -> object:
         """The inference program."""
         raise NotImplementedError(f"{type(self).__name__} has no guide")
+
+    def likelihood(self, z: Tensor, *code: Tensor) -> TorchDistribution:
+        """p(x | z) of latents ``[..., latent_dim]``, given encoded labels where the decoder reads some."""
+        return self.observation.distribution(self.decoder(z, *code))
 
     # --- verbs ---------------------------------------------------------------------------------------------------
 
@@ -124,7 +160,7 @@ class Pair(Hooks, Configured, nn.Module):
     # --- the rest ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def initialise(self: P, x: Tensor) -> P:
+    def initialise(self, x: Tensor) -> Self:
         r"""Start the decoder's output bias at the mean of the data ``[N, *input_shape]``; returns the model itself.
 
         For a Bernoulli the bias is :math:`\mathrm{logit}(\mathrm{clip}(\bar x, .001, .999))`, as in the IWAE paper's
@@ -156,6 +192,56 @@ class Pair(Hooks, Configured, nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items() if value is not None)
+
+
+#: What a module may have beside its two programs, each as :class:`Pair` has it.
+OPTIONAL = (
+    "encode", "decode", "initialise", "metrics", "score_labels", "log_prob_error", "after_training", "conditional",
+    "likelihood_is", "observes_bits", "sums_over_labels", "config",
+)  # fmt: skip
+
+
+class OwnPair(Pair):
+    """A module with ``.model`` and ``.guide``, dressed as a pair: what it does not have is as in general.
+
+    :param owner: the module, with any of :data:`OPTIONAL`.
+    :raises ValueError: for a module without the two programs.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.owner, self.config = owner, {}
+        for program in ("model", "guide"):
+            if not callable(getattr(owner, program, None)):
+                raise ValueError(f"{type(owner).__name__} has no .{program}(x): a model class needs .model and .guide")
+        # Not by setattr, for which a program that is a module would be a part of this one.
+        has = [name for name in ("model", "guide", *OPTIONAL) if hasattr(owner, name)]
+        vars(self).update({name: getattr(owner, name) for name in has})
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself."""
+        return self.owner
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has a ``.decode``."""
+        return "decode" in vars(self)
+
+    def initialise(self, x: Tensor) -> Self:
+        """Nothing, unless the module has this itself."""
+        return self
+
+
+def as_pair(module: nn.Module) -> Pair:
+    """A module as a :class:`Pair`: the zoo's as they are, any other with ``.model`` and ``.guide`` dressed as one.
+
+    >>> pair = nn.Module()
+    >>> pair.model = pair.guide = lambda x: None
+    >>> as_pair(pair).conditional, as_pair(pair).likelihood_is
+    (False, 'estimate')
+    """
+    return module if isinstance(module, Pair) else OwnPair(module)
 
 
 def layer_number(layer: int, count: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Self
 
 import pyro.distributions as dist
 import torch
@@ -14,22 +14,19 @@ from torch import Tensor, nn
 from pyrovae import data as datasets
 from pyrovae.arguments import DataError
 from pyrovae.engine.programs import evaluating
-from pyrovae.models.base import Pair
+from pyrovae.models.vae import OneLatent
 from pyrovae.parts.annotations import Constraints, Shape
 
-C = TypeVar("C", bound="CodeDensity")
 MOST_CODES = 10_000  # that a density is fitted to: enough for its parameters, and a matter of seconds
 
 
-class CodeDensity(Pair):
+class CodeDensity(OneLatent):
     """A family whose codes get a density after training; it makes codes to decode, and is no part of the model.
 
     :ivar encoder: from data to outputs ``[..., latent_dim]``.
     :ivar code: from outputs to codes, ``[..., latent_dim]`` both.
     """
 
-    latent_dim: int
-    encoder: Callable[[Tensor], Tensor]
     code: nn.Module
     density_weights: Tensor
     density_means: Tensor
@@ -45,7 +42,7 @@ class CodeDensity(Pair):
         """Minus the penalty of codes ``[..., latent_dim]``, ``[...]`` in nats: none here."""
         return z.new_zeros(z.shape[:-1])
 
-    def fit_density(self: C, data: object, *, seed: int = 0) -> C:
+    def fit_density(self, data: object, *, seed: int = 0) -> Self:
         r"""Fit a mixture of Gaussians to the codes of ``data``, for ``pv.sample``; returns the model itself.
 
         .. math:: p(a) = \sum_c \pi_c N(a; \mu_c, \Sigma_c), \qquad z = \mathrm{code}(a)

@@ -12,7 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyrovae.arguments import DataError, positive_int, sizes
-from pyrovae.models.base import Pair
+from pyrovae.models.vae import OneLatent
 from pyrovae.nn.conv import networks
 from pyrovae.nn.mlp import MLP
 from pyrovae.parts.labels import Attributes, Classes, Labels
@@ -29,7 +29,7 @@ class Options(TypedDict, total=False):
     flow_hidden: Sequence[int] | None
 
 
-class ConditionalVAE(Pair):
+class ConditionalVAE(OneLatent):
     r"""Variational autoencoder of data given labels: :math:`\log p(x \mid y)`.
 
     .. math:: z \sim N(0, I), \qquad x \mid z, y \sim p(x; f_\theta(z, c(y))), \qquad
@@ -138,14 +138,6 @@ class ConditionalVAE(Pair):
         if self.prior_network is not None:
             return DiagonalNormal(self.latent_dim)(self.prior_network(code))
         return dist.Normal(code.new_zeros(self.latent_dim), code.new_ones(self.latent_dim)).to_event(1)
-
-    def likelihood(self, z: Tensor, code: Tensor) -> TorchDistribution:
-        """p(x | z, y) of latents ``[..., latent_dim]`` and encoded labels ``[..., width]``."""
-        return self.observation.distribution(self.decoder(z, code))
-
-    def posterior(self, x: Tensor, code: Tensor) -> TorchDistribution:
-        """q(z | x, y) of data ``[..., *input_shape]`` and encoded labels ``[..., width]``."""
-        return self.posterior_family(self.encoder(x, code))
 
     def encode(self, x: Tensor, y: Labels | None = None) -> Tensor:  # type: ignore[override]
         """The posterior's centre, ``[..., *input_shape]`` and labels ``[...]`` to ``[..., latent_dim]``."""

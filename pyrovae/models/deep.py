@@ -202,7 +202,7 @@ class DeepVAE(Pair):
             return path
         return fold(lambda h: interpolate(self.rise[finer](h), scale_factor=2.0), path, 3)
 
-    def likelihood(self, path: Tensor, z: Tensor) -> TorchDistribution:
+    def likelihood(self, path: Tensor, z: Tensor) -> TorchDistribution:  # type: ignore[override]
         """p(x | h_0), of the path above the first layer and that layer's latents."""
         return self.observation.distribution(self.decoder(self.below(1, path, z)))
 

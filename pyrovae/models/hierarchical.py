@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Self
 
 import pyro
 import pyro.distributions as dist
@@ -21,10 +21,6 @@ from pyrovae.parts.posteriors import POSTERIORS, DiagonalNormal, centre, make_po
 from pyrovae.parts.priors import PRIORS, make_prior
 
 GUIDES = ("bottom_up", "top_down")
-
-
-H = TypeVar("H", bound="HierarchicalVAE")
-
 
 Draw = Callable[[int, TorchDistribution], Tensor]
 
@@ -130,13 +126,9 @@ class HierarchicalVAE(Pair):
         self.reads_data = self.top_down or len(dims) == 1
         # Last, as for the VAE.
         self.prior_family = make_prior(
-            prior,
-            dims[-1],
-            posterior=self.last_posterior,
-            pseudo_shape=shape if self.reads_data else dims[-2:-1],
-            bounded=self.reads_data and likelihood != "gaussian",
-            **of_prior,
-        )
+            prior, dims[-1], posterior=self.last_posterior, pseudo_shape=shape if self.reads_data else dims[-2:-1],
+            bounded=self.reads_data and likelihood != "gaussian", **of_prior,
+        )  # fmt: skip
 
     @property
     def num_layers(self) -> int:
@@ -169,10 +161,6 @@ class HierarchicalVAE(Pair):
     def layer_prior(self, layer: int, above: Tensor) -> TorchDistribution:
         """p(z_layer | z_layer+1), of the layer above, ``[..., latent_dims[layer]]``."""
         return self.normals[layer - 1](self.generative[layer - 1](above))
-
-    def likelihood(self, z: Tensor) -> TorchDistribution:
-        """p(x | z_1) of first layers ``[..., latent_dims[0]]``."""
-        return self.observation.distribution(self.decoder(z))
 
     def posterior(self, layer: int, below: Tensor) -> TorchDistribution:
         """Bottom-up q(z_layer | z_layer-1), where the layer below the first is x."""
@@ -221,7 +209,7 @@ class HierarchicalVAE(Pair):
         return self.likelihood(z).mean
 
     @torch.no_grad()
-    def initialise(self: H, x: Tensor) -> H:
+    def initialise(self, x: Tensor) -> Self:
         """Start the decoder's bias, and the pseudo-inputs of a VampPrior, from data; returns the model itself."""
         super().initialise(x)
         below = None if self.reads_data else partial(self.encode, layer=self.num_layers - 1)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
@@ -17,12 +16,13 @@ from pyrovae.arguments import DataError, pick_device, positive_int
 from pyrovae.data.feed import as_dataset, batches
 from pyrovae.data.support import check_support
 from pyrovae.models.base import Pair
+from pyrovae.models.vae import OneLatent
 from pyrovae.parts.pixels import Gaussian
 
 NOTHING = 1e-12  # share of the variance outside the components that is rounding only
 
 
-class PCA(Pair):
+class PCA(OneLatent):
     r"""Principal component analysis: the linear Gaussian model with its exact posterior and its exact log p(x).
 
     .. math:: z \sim N(0, I), \qquad x \mid z \sim N(W z + \mu, \sigma^2 I), \qquad
@@ -128,31 +128,16 @@ class PCA(Pair):
         """Nothing: :meth:`fit` starts from no weights."""
         return self
 
-    # --- the pair ------------------------------------------------------------------------------------------------
-
-    def model(self, x: Tensor) -> Tensor:
-        """p(z) p(x | z) over the plate ``"data"``, with ``x`` observed."""
-        self.check(x)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self.prior())
-            return pyro.sample("x", self.likelihood(z), obs=x)
-
-    def guide(self, x: Tensor) -> Tensor:
-        """The exact p(z | x) over the plate ``"data"``."""
-        self.check(x)
-        with pyro.plate("data", len(x)):
-            return pyro.sample("z", self.posterior(x))
-
-    def prior(self) -> TorchDistribution:
+    def prior(self, like: Tensor | None = None) -> TorchDistribution:
         """p(z)."""
         return dist.Normal(torch.zeros_like(self.explained_variance), 1.0).to_event(1)
 
-    def likelihood(self, z: Tensor) -> TorchDistribution:
+    def likelihood(self, z: Tensor) -> TorchDistribution:  # type: ignore[override]
         """p(x | z) of latents ``[..., latent_dim]``."""
         mean = (z @ self.loading.T + self.mean).unflatten(-1, self.input_shape)
         return Gaussian(mean, self.noise_variance.sqrt()).to_event(len(self.input_shape))
 
-    def posterior(self, x: Tensor) -> TorchDistribution:
+    def posterior(self, x: Tensor) -> TorchDistribution:  # type: ignore[override]
         """p(z | x) of data ``[..., *input_shape]``."""
         mean = self.centred(x) @ self.loading / self.explained_variance
         return dist.Normal(mean, (self.noise_variance / self.explained_variance).sqrt()).to_event(1)
@@ -205,10 +190,6 @@ class PCA(Pair):
         """The code that reconstructs best, ``[..., *input_shape]`` to ``[..., latent_dim]``."""
         signal = self.signal
         return self.centred(x) @ self.loading * torch.where(signal > 0, 1 / signal, 0.0)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """The likelihood's mean, ``[..., latent_dim]`` to ``[..., *input_shape]``."""
-        return self.likelihood(z).mean
 
 
 class Components(NamedTuple):

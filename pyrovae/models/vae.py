@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import pyro
 import torch
@@ -12,15 +12,44 @@ from torch import Tensor
 
 from pyrovae.arguments import positive_int, sizes
 from pyrovae.models.base import Pair
-from pyrovae.nn.conv import networks
+from pyrovae.nn.conv import Encoder, networks
+from pyrovae.nn.residual import ResidualEncoder
 from pyrovae.parts.likelihoods import make_likelihood
-from pyrovae.parts.posteriors import POSTERIORS, centre, make_posterior, share_options
+from pyrovae.parts.posteriors import POSTERIORS, DiagonalNormal, centre, make_posterior, share_options
 from pyrovae.parts.priors import PRIORS, make_prior
 
-V = TypeVar("V", bound="VAE")
+
+class OneLatent(Pair):
+    """A family with one latent, ``"z"``; a subclass gives its ``prior``, of the dtype and device of a tensor."""
+
+    latent_dim: int
+    prior: Callable[..., TorchDistribution]
+    encoder: Encoder | ResidualEncoder
+    posterior_family: DiagonalNormal
+
+    def model(self, x: Tensor) -> Tensor:
+        """p(z) p(x | z) over the plate ``"data"``, with ``x`` observed."""
+        self.check(x)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior(x))
+            return pyro.sample("x", self.likelihood(z), obs=x)
+
+    def guide(self, x: Tensor) -> Tensor:
+        """q(z | x) over the plate ``"data"``."""
+        self.check(x)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", self.posterior(x))
+
+    def posterior(self, x: Tensor, *code: Tensor) -> TorchDistribution:
+        """q(z | x) of data ``[..., *input_shape]``, given encoded labels where the encoder reads some."""
+        return self.posterior_family(self.encoder(x, *code))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The likelihood's mean, ``[..., latent_dim]`` to ``[..., *input_shape]``."""
+        return self.likelihood(z).mean
 
 
-class VAE(Pair):
+class VAE(OneLatent):
     r"""Variational autoencoder with one stochastic layer.
 
     .. math:: z \sim N(0, I), \qquad x \mid z \sim p(x; f_\theta(z)), \qquad
@@ -98,49 +127,20 @@ class VAE(Pair):
         self.posterior_family.start_(self.encoder.output)
         # Last: means drawn first would be the very noise of whoever uses the same seed again.
         self.prior_family = make_prior(
-            prior,
-            self.latent_dim,
-            posterior=self.posterior,
-            pseudo_shape=shape,
-            bounded=likelihood != "gaussian",
-            **of_prior,
-        )
-
-    def model(self, x: Tensor) -> Tensor:
-        """p(z) p(x | z) over the plate ``"data"``, with ``x`` observed."""
-        self.check(x)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self.prior(x))
-            return pyro.sample("x", self.likelihood(z), obs=x)
-
-    def guide(self, x: Tensor) -> Tensor:
-        """q(z | x) over the plate ``"data"``."""
-        self.check(x)
-        with pyro.plate("data", len(x)):
-            return pyro.sample("z", self.posterior(x))
+            prior, self.latent_dim, posterior=self.posterior, pseudo_shape=shape,
+            bounded=likelihood != "gaussian", **of_prior,
+        )  # fmt: skip
 
     def prior(self, like: Tensor) -> TorchDistribution:
         """p(z), of the tensor's dtype and device."""
         return self.prior_family.distribution(like)
 
-    def likelihood(self, z: Tensor) -> TorchDistribution:
-        """p(x | z) of latents ``[..., latent_dim]``."""
-        return self.observation.distribution(self.decoder(z))
-
-    def posterior(self, x: Tensor) -> TorchDistribution:
-        """q(z | x) of data ``[..., *input_shape]``."""
-        return self.posterior_family(self.encoder(x))
-
     def encode(self, x: Tensor) -> Tensor:
         """The posterior's mean (of a flow its :func:`centre`), ``[..., *input_shape]`` to ``[..., latent_dim]``."""
         return centre(self.posterior(x))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """The likelihood's mean, ``[..., latent_dim]`` to ``[..., *input_shape]``."""
-        return self.likelihood(z).mean
-
     @torch.no_grad()
-    def initialise(self: V, x: Tensor) -> V:
+    def initialise(self, x: Tensor) -> Self:
         """Start the decoder's bias, and the pseudo-inputs of a VampPrior, from data; returns the model itself."""
         super().initialise(x)
         self.prior_family.start_(x)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pyrovae.arguments import DataError
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.models.base import Pair
 from pyrovae.models.code_prior import CodePrior
+from pyrovae.models.vae import OneLatent
 from pyrovae.nn.residual import ResidualDecoder, ResidualEncoder, code_grid
 from pyrovae.parts.codes import CodebookPrior
 from pyrovae.parts.likelihoods import make_likelihood
@@ -24,7 +24,7 @@ from pyrovae.parts.quantizer import VectorQuantizer
 START = 16  # vectors per code that a start from the data chooses from, at most
 
 
-class VQVAE(Pair):
+class VQVAE(OneLatent):
     r"""Vector-quantised VAE: an image as a grid of codes, each a row of a learned codebook.
 
     .. math:: z_{ij} \sim U(e_1, \dots, e_K), \qquad x \mid z \sim p(x; f_\theta(z)), \qquad
@@ -109,13 +109,6 @@ class VQVAE(Pair):
         if prior is not None:
             self.with_prior(CodePrior(**prior))
 
-    def model(self, x: Tensor) -> Tensor:
-        """p(z) p(x | z) over the plate ``"data"``, with ``x`` observed."""
-        self.check(x)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", self.prior())
-            return pyro.sample("x", self.likelihood(z), obs=x)
-
     def guide(self, x: Tensor) -> Tensor:
         """The codebook's rows for x over the plate ``"data"``; in training mode with the factor ``"vq"``."""
         self.check(x)
@@ -125,12 +118,12 @@ class VQVAE(Pair):
                 pyro.factor("vq", self.quantizer.loss(found).sum((-2, -1)), has_rsample=True)
             return pyro.sample("z", dist.Delta(found.z_q, event_dim=3))
 
-    def prior(self) -> CodebookPrior:
+    def prior(self, like: Tensor | None = None) -> CodebookPrior:
         """p(z): uniform in training mode, the learned prior, where there is one, in eval mode."""
         learned = None if self.training or self.code_prior is None else self.code_prior.distribution()
         return CodebookPrior(self.quantizer, self.grid, learned)
 
-    def likelihood(self, z: Tensor) -> TorchDistribution:
+    def likelihood(self, z: Tensor) -> TorchDistribution:  # type: ignore[override]
         """p(x | z) of vectors ``[..., h, w, code_dim]``."""
         return self.observation.distribution(self.decoder(z.movedim(-1, -3)))
 
