@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import platform
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -23,14 +25,8 @@ from torch import Tensor, nn
 from pyrovae.arguments import DataError, one_line
 from pyrovae.engine.randomness import isolated_rng
 
-CONFIG, METRICS, RESULTS, WEIGHTS, STATE = (
-    "config.json",
-    "metrics.jsonl",
-    "results.json",
-    "weights.safetensors",
-    "state.pt",
-)
-
+CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
+WEIGHTS, STATE = "weights.safetensors", "state.pt"  # of a checkpoint
 
 #: How to build an object again: its class as ``module:Class``, and its constructor's arguments.
 Described = TypedDict("Described", {"class": str, "arguments": dict[str, object]})
@@ -43,16 +39,8 @@ class Config(TypedDict, total=False):
     objective: Described | None
     versions: dict[str, str]
     training: dict[str, object]
-    settings: dict[str, object]
-    data: DataConfig
-
-
-class DataConfig(TypedDict, total=False):
-    """The data that a run was made on."""
-
-    name: str
-    shape: list[int]
-    binarization: str
+    settings: dict[str, Any]
+    data: dict[str, Any]  # their name, the shape of a datum, the binarization
 
 
 class State(TypedDict):
@@ -95,9 +83,9 @@ def as_json(content: object) -> Any:
         return float(content) if math.isfinite(content) else None
     if content is None or isinstance(content, str | int):
         return content
-    return (
-        str(content) if isinstance(content, os.PathLike) else getattr(content, "__qualname__", type(content).__name__)
-    )
+    if isinstance(content, os.PathLike):
+        return str(content)
+    return getattr(content, "__qualname__", type(content).__name__)
 
 
 class Run:
@@ -113,8 +101,6 @@ class Run:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-
-    # --- config and metrics --------------------------------------------------------------------------------------
 
     @property
     def exists(self) -> bool:
@@ -159,15 +145,10 @@ class Run:
         """The metrics of every epoch; a last line cut short by a crash is left out."""
         path = self.path / METRICS
         rows = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if not isinstance(row, dict):
-                break
-            rows.append(row)
-        return rows
+        with suppress(json.JSONDecodeError):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+                rows.append(json.loads(line))
+        return list(itertools.takewhile(lambda row: isinstance(row, dict), rows))
 
     def rewind(self, epoch: int) -> list[dict[str, Any]]:
         """Forget the metrics of epochs after ``epoch``, which a resumed run will log again."""
@@ -179,8 +160,6 @@ class Run:
             )
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
-
-    # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def save(self, name: str, weights: Mapping[str, Tensor], state: Mapping[str, object] | None = None) -> None:
         """Write the checkpoint ``name`` ("last" or "best") aside, then swap it in."""
@@ -331,11 +310,9 @@ def restore(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, whe
     missing, extra = sorted(targets.keys() - weights.keys()), sorted(weights.keys() - targets.keys())
     shapes = [n for n in targets.keys() & weights.keys() if targets[n].shape != weights[n].shape]
     if missing or extra or shapes:
-        differences = (
-            f"missing {shortened(missing)}, unknown {shortened(extra)}, of other shape {shortened(sorted(shapes))}"
-        )
         raise DataError(
-            f'the weights of "{where}" are of another model: {differences}; pass the model they were saved from'
+            f'the weights of "{where}" are of another model: missing {shortened(missing)}, unknown {shortened(extra)}, '
+            f"of other shape {shortened(sorted(shapes))}; pass the model they were saved from"
         )
     with torch.no_grad():
         for name, tensor in targets.items():

@@ -78,7 +78,7 @@ def sample(
     with torch.no_grad(), evaluating(program), nullcontext() if seed is None else isolated_rng(seed):
         while sum(map(len, parts)) < n:
             _, found = generate(program, (x, *args), kwargs, redraw)
-            parts.append(with_rows(found["value"] if returns == "draws" else mean_of(found), found["name"]))
+            parts.append(rows_of(found, returns))
     return torch.cat(parts)[:n]
 
 
@@ -112,17 +112,12 @@ def example_of(like: object) -> Tensor:
     return x[0] if isinstance(source, DataLoader) else x
 
 
-def mean_of(site: Site) -> Tensor:
-    """The mean of a site's distribution."""
-    mean = finite_mean(site["fn"])
-    if mean is None:
+def rows_of(site: Site, returns: str) -> Tensor:
+    """A site's draws or means, a row for each datum."""
+    name, value = site["name"], site["value"] if returns == "draws" else finite_mean(site["fn"])
+    if value is None:
         kind = type(innermost(site["fn"])).__name__
-        raise ValueError(f'site "{site["name"]}" is a {kind}, which has no finite mean: ask for returns="draws"')
-    return mean
-
-
-def with_rows(value: Tensor, name: str) -> Tensor:
-    """A value that has a row for each datum."""
+        raise ValueError(f'site "{name}" is a {kind}, which has no finite mean: ask for returns="draws"')
     if not value.dim() or not len(value):
         raise ValueError(
             f'site "{name}" has shape {tuple(value.shape)}, no row for each datum: '

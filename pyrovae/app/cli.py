@@ -26,14 +26,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
 out = Console(soft_wrap=True)
-
 DataDir = Annotated[str | None, typer.Option(help="Folder of the data sets; else $PYROVAE_DATA, else a cache folder.")]
 Device = Annotated[str, typer.Option(help='"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...')]
-
-
+Checkpoint = Annotated[str, typer.Option(help='"last" or "best".')]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
+SampleSeed = Annotated[int, typer.Option(help="Of the samples.")]
 INTERRUPTED = 130
 
 
@@ -85,12 +83,12 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run: RunFolder,
     samples: Annotated[int, typer.Option(help="Importance samples per test image.")] = 5000,
-    checkpoint: Annotated[str, typer.Option(help='"last" or "best".')] = "last",
+    checkpoint: Checkpoint = "last",
     data_dir: DataDir = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seed: SampleSeed = 0,
     ais: Annotated[bool, typer.Option("--ais", help="Anneal 100 test images as well.")] = False,
     diagnostics: Annotated[
         bool, typer.Option("--diagnostics", help="What each unit carries, and where the bound is lost.")
@@ -105,7 +103,7 @@ def evaluate(
 
 @app.command()
 def sample(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run: RunFolder,
     number: Annotated[int, typer.Option("--number", "-n", help="How many.")] = 64,
     draws: Annotated[
         bool, typer.Option("--draws", help="Draw the pixels too, instead of showing their means.")
@@ -115,8 +113,8 @@ def sample(
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the latents; below 1 keeps to the prior's modes.")] = 1.0,
     output: Annotated[Path | None, typer.Option(help="PNG to write; samples.png in the run by default.")] = None,
-    checkpoint: Annotated[str, typer.Option(help='"last" or "best".')] = "last",
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    checkpoint: Checkpoint = "last",
+    seed: SampleSeed = 0,
 ) -> None:
     """Draw new data from a run's model into a picture."""
     path = pictures.sample(
@@ -139,8 +137,7 @@ def list_() -> None:
         table.add_column(style="cyan", no_wrap=True)
         for name, line in rows.items():
             table.add_row(name, line)
-        out.print(table)
-        out.print()
+        out.print(table, "")
 
 
 def main(arguments: list[str] | None = None) -> None:

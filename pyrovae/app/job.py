@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrovae import data as datasets
 from pyrovae import models, runs
 from pyrovae.app.settings import CODES, Parts, Settings, keywords, own_rule
-from pyrovae.arguments import one_of
+from pyrovae.arguments import DataError, one_of
 from pyrovae.data.images import Images
 from pyrovae.engine.programs import evaluating
 from pyrovae.engine.randomness import isolated_rng
@@ -36,10 +36,10 @@ class Task:
     def of(cls, job: Settings, *, run: Path | None = None) -> Task:
         """Read the data and build the pair; no class is taken from ``run``."""
         parts = Parts.of(job, run=run)
-        splits = load_data(job, parts)
+        splits = load_data(job, parts, None)
         pair = build(parts, splits.train, job.seed, source_of_codes(job))
         if observes_bits(pair, as_seen_by(pair, splits.train)):
-            splits = load_data(job, parts, binarization="dynamic")
+            splits = load_data(job, parts, None, "dynamic")
         return cls(job, parts, pair, splits)
 
     @property
@@ -48,40 +48,24 @@ class Task:
         return type(self.pair.module).__name__
 
     @property
-    def method(self) -> str:
-        """What the pair is trained by."""
-        return str(self.parts.objective) if self.pair.train_on is None else "its own rule"
-
-    @property
     def training(self) -> Images:
         """The training data as the pair takes them."""
         return as_seen_by(self.pair, self.splits.train)
 
-    @property
-    def validation(self) -> Images | None:
-        """The validation data as the pair takes them, if there are any."""
-        return None if self.splits.validation is None else as_seen_by(self.pair, self.splits.validation)
-
     def config(self) -> dict[str, object]:
         """Settings and data, as a run's config holds them."""
-        data = {
-            "name": self.job.data,
-            "shape": list(self.training.event_shape),
-            "binarization": self.training.binarization,
-        }
+        shape, binarization = list(self.training.event_shape), self.training.binarization
+        data = {"name": self.job.data, "shape": shape, "binarization": binarization}
         return {"settings": asdict(self.job), "data": data}
 
 
-def load_data(
-    job: Settings, parts: Parts, root: str | None = None, *, binarization: str | None = None
-) -> datasets.Splits:
+def load_data(job: Settings, parts: Parts, root: str | None, binarization: str | None = None) -> datasets.Splits:
     """The data set of an experiment, labelled where it has labels; grey, unless asked otherwise."""
-    root = root or job.data_dir
     if job.data.startswith(CODES):
-        return encode_data(job.data.removeprefix(CODES), root)
+        return encode_data(job.data.removeprefix(CODES), root or job.data_dir)
     options = ({} if binarization is None else {"binarization": binarization}) | parts.data
     kept = cast(int | None, options.pop("labels_per_class", None))
-    splits = datasets.load(job.data, root, labels=None, seed=job.seed, **options)  # type: ignore[arg-type]
+    splits = datasets.load(job.data, root or job.data_dir, labels=None, seed=job.seed, **options)  # type: ignore[arg-type]
     if kept is None:
         return splits
     labels = hide_labels(cast(Tensor, as_labelled(splits.train).labels), kept, job.seed)
@@ -148,9 +132,7 @@ def as_seen_by(pair: Pair, images: Images) -> Images:
 def as_labelled(images: Images) -> Images:
     """The data, if they have labels."""
     if images.labels is None:
-        raise datasets.DataError(
-            f"labels are needed, which {images.name!r} lacks: take labelled data, or another model"
-        )
+        raise DataError(f"labels are needed, which {images.name!r} lacks: take labelled data, or another model")
     return images
 
 
@@ -174,8 +156,7 @@ def example(folder: Path) -> Tensor:
 def reopen_with_data(folder: Path, root: str | None = None, checkpoint: str = "last") -> tuple[Pair, datasets.Splits]:
     """The trained pair of a run, and the data that it was trained and is to be measured on."""
     pair, job, parts = reopen(folder, checkpoint)
-    binarization = runs.Run(folder).config()["data"].get("binarization", "none")
-    return pair, load_data(job, parts, root, binarization=binarization)
+    return pair, load_data(job, parts, root, runs.Run(folder).config()["data"].get("binarization", "none"))
 
 
 def reopen(folder: Path, checkpoint: str = "last") -> tuple[Pair, Settings, Parts]:
@@ -184,11 +165,10 @@ def reopen(folder: Path, checkpoint: str = "last") -> tuple[Pair, Settings, Part
     config = runs.Run(folder).config()
     if "settings" not in config:
         raise ValueError(f'the run "{folder}" was not made by pyrovae train: load it in Python with pyrovae.load')
-    job = Settings.recorded(config["settings"])
+    job = Settings(**config["settings"])
     parts = Parts.of(job, run=folder)
-    built = None
-    if config.get("model") is None:  # a class without .config: its arguments are the settings
-        built = build(parts, Images(example(folder)), job.seed).module
+    # The arguments of a class without .config are the settings.
+    built = None if config.get("model") else build(parts, Images(example(folder)), job.seed).module
     return as_pair(runs.load(folder, pair=built, checkpoint=checkpoint)), job, parts
 
 

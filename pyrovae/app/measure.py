@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pyrovae import runs
 from pyrovae.app.job import as_seen_by, reopen_with_data
-from pyrovae.app.results import Diagnostics, Results
-from pyrovae.app.tables import print_results
+from pyrovae.app.tables import Diagnostics, Results, print_results
 from pyrovae.arguments import pick_device, positive_int
 from pyrovae.data.images import Images
 from pyrovae.engine.programs import Batch, device_of, evaluating
@@ -36,39 +35,34 @@ def measure(pair: Pair, test: Images, *, samples: int, seed: int) -> Results:
     """
     place = device_of(pair.model) or test.x.device
     seen = test.unlabelled() if pair.sums_over_labels else as_seen_by(pair, test)  # log p(x), not log p(x, y)
-    results = Results(
-        likelihood_is=pair.likelihood_is,
-        num_images=len(seen),
-        parameters=sum(p.numel() for p in pair.parameters()),
-        reconstruction_error=reconstruction_error(pair, seen, seed=seed),
-        seed=seed,
-    )
+    results: Results = {
+        "likelihood_is": pair.likelihood_is,
+        "num_images": len(seen),
+        "parameters": sum(p.numel() for p in pair.parameters()),
+        "reconstruction_error": reconstruction_error(pair, seen, seed),
+        "seed": seed,
+    }
     if pair.likelihood_is is not None:
-        results |= measure_nll(pair, seen, samples, seed)
+        sampled = pair.likelihood_is == "estimate"
+        count = samples if sampled else 1
+        estimate = log_likelihood(pair.model, pair.guide, seen, num_samples=count, seed=seed, progress=None)
+        results |= {
+            "nll": estimate.nll,
+            "nll_std_error": estimate.nll_std_error if sampled else pair.log_prob_error(),
+            "nll_data_std_error": estimate.nll_data_std_error,
+            "bits_per_dim": estimate.nll / (seen.event_shape.numel() * math.log(2)),
+            "num_samples": count,
+            "median_ess": estimate.ess.median().item(),
+            "unreliable": estimate.unreliable,
+            "warning": estimate.warning() if sampled else None,
+            "precision": estimate.dtype,
+        }
     if test.labels is not None:
         results |= pair.score_labels(test.x.to(place), test.labels)  # type: ignore[typeddict-item]
     results |= pair.metrics(seen.subset(slice(0, MONITORED)).x.to(place))  # type: ignore[typeddict-item]
     units = {} if "perplexity" in results else active_units(pair.guide, seen)  # codes are no units
     results["active_units"] = {name: {"active": u.count, "of": u.variances.numel()} for name, u in units.items()}
     return results
-
-
-def measure_nll(pair: Pair, test: Images, samples: int, seed: int) -> Results:
-    """The NLL with its errors, over the data and of the estimate."""
-    sampled = pair.likelihood_is == "estimate"
-    count = samples if sampled else 1
-    estimate = log_likelihood(pair.model, pair.guide, test, num_samples=count, seed=seed, progress=None)
-    return {
-        "nll": estimate.nll,
-        "nll_std_error": estimate.nll_std_error if sampled else pair.log_prob_error(),
-        "nll_data_std_error": estimate.nll_data_std_error,
-        "bits_per_dim": estimate.nll / (test.event_shape.numel() * math.log(2)),
-        "num_samples": count,
-        "median_ess": estimate.ess.median().item(),
-        "unreliable": estimate.unreliable,
-        "warning": estimate.warning() if sampled else None,
-        "precision": estimate.dtype,
-    }
 
 
 def evaluate(
@@ -113,10 +107,7 @@ def diagnose(pair: Pair, test: Images, few: Images, *, samples: int, seed: int) 
     gap = posterior_gap(pair.model, pair.guide, few, num_samples=max(samples, 64), refine_steps=200, seed=seed)
     lost = {"gap": gap.gap, "amortisation": gap.amortisation, "approximation": gap.approximation}
     return {
-        "information": {
-            name: {figure: of_units.tolist() for figure, of_units in site._asdict().items()}
-            for name, site in found.items()
-        },
+        "information": {name: {k: v.tolist() for k, v in site._asdict().items()} for name, site in found.items()},
         "active_units_averaged": {name: u.count for name, u in averaged.items()},
         "posterior_gap": gap._asdict() | lost | {"num_images": len(few)},
     }
@@ -138,7 +129,7 @@ def anneal(pair: Pair, few: Images, *, samples: int, seed: int) -> dict[str, flo
     }
 
 
-def reconstruct(pair: Pair, batch: Batch, *, seed: int = 0) -> Tensor | None:
+def reconstruct(pair: Pair, batch: Batch, seed: int) -> Tensor | None:
     """Mean of p(x' | z) at one draw z from q(z | x); None where no latent is drawn, or x has no mean."""
     x = batch[0]
     place = device_of(pair.model) or x.device
@@ -151,12 +142,12 @@ def reconstruct(pair: Pair, batch: Batch, *, seed: int = 0) -> Tensor | None:
         return None
 
 
-def reconstruction_error(pair: Pair, test: Images, *, seed: int = 0, batch_size: int = 500) -> float | None:
+def reconstruction_error(pair: Pair, test: Images, seed: int) -> float | None:
     """Squared distance of data to their reconstructions, summed over a datum and averaged over data; or None."""
     total, fixed = 0.0, test.fixed(seed)
-    for index in torch.arange(len(fixed)).split(batch_size):
+    for index in torch.arange(len(fixed)).split(500):
         batch = fixed.subset(index).columns
-        rebuilt = reconstruct(pair, batch, seed=seed)
+        rebuilt = reconstruct(pair, batch, seed)
         if rebuilt is None:
             return None
         total += (batch[0] - rebuilt).square().sum(dtype=torch.float64).item()

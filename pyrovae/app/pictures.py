@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import plots
-from pyrovae.app.job import example, reopen
+from pyrovae.app.job import as_seen_by, example, reopen
 from pyrovae.app.measure import reconstruct
 from pyrovae.arguments import positive_int
 from pyrovae.data.images import Images
@@ -24,27 +24,20 @@ PLANE_POINTS = 5000
 
 
 def pictures(
-    pair: Pair,
-    test: Images,
-    classes: Tensor | None,
-    history: Sequence[Mapping[str, object]],
-    folder: Path,
-    *,
-    seed: int = 0,
+    pair: Pair, test: Images, history: Sequence[Mapping[str, object]], folder: Path, *, seed: int
 ) -> list[Path]:
     """Curves, samples, reconstructions and the latent plane (and, for two units, the manifold) as PNG.
 
-    :param test: data as the pair takes them.
-    :param classes: labels to colour by, whether the pair takes them or not.
+    Labels colour the plane, whether the pair takes them or not.
     """
     drawn = [plots.curves(history, folder / "curves.png")] if has_curves(history) else []
-    test = test.fixed(seed)
+    classes, test = test.labels, as_seen_by(pair, test).fixed(seed)
     shown = plots.is_image(test.event_shape)
     if shown:
         if (generated := generate(pair, test, seed)) is not None:
             drawn.append(plots.image_grid(generated, folder / "samples.png", columns=columns_for(pair)))
         few = test.subset(slice(0, 16))
-        if (rebuilt := reconstruct(pair, few.columns, seed=seed)) is not None:
+        if (rebuilt := reconstruct(pair, few.columns, seed)) is not None:
             drawn.append(plots.reconstructions(few.x, rebuilt, folder / "reconstructions.png"))
     some = test.subset(slice(0, PLANE_POINTS)).to(device_of(pair.model) or test.x.device)
     with torch.no_grad(), isolated_rng(seed), evaluating(pair.model, pair.guide):
@@ -78,12 +71,12 @@ def labels_for(pair: Pair, number: int, label: str | None = None) -> tuple[Tenso
         if label is not None:
             raise ValueError(f"{type(pair.module).__name__} is not conditional, got label {label}: leave the label out")
         return ()
-    classes = pair.config.get("num_classes")
+    classes = pair.num_classes
     if classes is None:
         try:
             row = [float(v) for v in (label or "").split(",")]
         except ValueError as error:
-            count = pair.config.get("num_attributes", "as many as the model takes")
+            count = pair.num_attributes or "as many as the model takes"
             raise ValueError(f"label must be {count} numbers, got {label!r}: write such as 0.5,-1") from error
         return (torch.tensor(row).expand(number, -1),)
     if label is None:
@@ -95,9 +88,7 @@ def labels_for(pair: Pair, number: int, label: str | None = None) -> tuple[Tenso
 
 def columns_for(pair: Pair, label: str | None = None) -> int | None:
     """A column for every class, where samples go through the classes in turn; None for a square grid."""
-    if not pair.conditional or label is not None:
-        return None
-    return pair.config.get("num_classes")
+    return pair.num_classes if pair.conditional and label is None else None
 
 
 def sample(

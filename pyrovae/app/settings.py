@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,11 +40,6 @@ class Settings:
     seed: int = 0
     samples: int = 5000
     settings: dict[str, object] = field(default_factory=dict)
-
-    @classmethod
-    def recorded(cls, given: Mapping[str, object]) -> Settings:
-        """Settings from a run's config."""
-        return cls(**given)  # type: ignore[arg-type]
 
     def further(self) -> dict[str, object]:
         """What the constructors and ``fit`` are given beyond the settings that every job has."""

@@ -1,4 +1,4 @@
-"""Results as tables."""
+"""Results: what is measured of a run, and as tables."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TypedDict, cast
 
 from rich.console import Console
 from rich.table import Table
 
 from pyrovae import data as datasets
 from pyrovae import models, objectives, runs
-from pyrovae.app.results import Diagnostics, Results
+from pyrovae.app.settings import CODES
 
 #: How an NLL was found, where it is no estimate by importance sampling.
 KINDS = {
@@ -25,16 +25,51 @@ KINDS = {
 Row = tuple[str, str]
 
 
+class Diagnostics(TypedDict):
+    """What the latents carry, each site's figures by unit, and where the bound is lost."""
+
+    information: dict[str, dict[str, list[float]]]
+    active_units_averaged: dict[str, int]
+    posterior_gap: dict[str, float | None]
+
+
+class Results(TypedDict, total=False):
+    """What results.json holds: what ``train`` and ``evaluate`` measure, in nats per datum, and the model's metrics.
+
+    Without log p(x) there is no figure of it.
+    """
+
+    likelihood_is: str | None
+    num_images: int
+    parameters: int
+    reconstruction_error: float | None
+    seed: int
+    nll: float
+    nll_std_error: float
+    nll_data_std_error: float | None
+    bits_per_dim: float
+    num_samples: int
+    median_ess: float
+    unreliable: float
+    warning: str | None
+    precision: str
+    accuracy: float
+    perplexity: float | list[float]
+    active_units: dict[str, dict[str, int]]  # of each site those active, and of how many
+    timings: dict[str, object]
+    seconds_per_epoch: float
+    checkpoint: str
+    diagnostics: Diagnostics
+    ais: dict[str, float]
+
+
 def print_results(results: Results, out: Console) -> None:
     """Test NLL with its standard error, active units, and a warning where the figure cannot be trusted."""
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
-    rows = [*likelihood_rows(results), *latent_rows(results)]
-    if "diagnostics" in results:
-        rows += diagnosed_rows(results["diagnostics"])
-    if "ais" in results:
-        rows += annealed_rows(results["ais"])
-    for row in rows:
+    diagnosed = diagnosed_rows(results["diagnostics"]) if "diagnostics" in results else []
+    annealed = annealed_rows(results["ais"]) if "ais" in results else []
+    for row in (*likelihood_rows(results), *latent_rows(results), *diagnosed, *annealed):
         table.add_row(*row)
     out.print(table)
     if results.get("warning"):
@@ -54,12 +89,8 @@ def likelihood_rows(results: Results) -> list[Row]:
     ]
     if kind in KINDS:
         return [*rows, ("measured", f"{KINDS[kind]}, {counted}")]
-    reliability = f"Pareto k > 0.7 for {results['unreliable']:.1%} of images"
-    return [
-        *rows,
-        ("measured with", f"{results['num_samples']:,} samples, {counted}"),
-        ("", f"median ESS {results['median_ess']:.0f}, {reliability}"),
-    ]
+    reliability = f"median ESS {results['median_ess']:.0f}, Pareto k > 0.7 for {results['unreliable']:.1%} of images"
+    return [*rows, ("measured with", f"{results['num_samples']:,} samples, {counted}"), ("", reliability)]
 
 
 def latent_rows(results: Results) -> list[Row]:
@@ -71,9 +102,8 @@ def latent_rows(results: Results) -> list[Row]:
         rows.append(("accuracy", f"{results['accuracy']:.2%}"))
     if results.get("perplexity") is not None:
         rows.append(("perplexity", f"{perplexity(results)} of the codes"))
-    for name, units in results["active_units"].items():
-        rows.append(("active units", f'{units["active"]} of {units["of"]} at "{name}"'))
-    return rows
+    units = results["active_units"]
+    return rows + [("active units", f'{found["active"]} of {found["of"]} at "{name}"') for name, found in units.items()]
 
 
 def diagnosed_rows(found: Diagnostics) -> list[Row]:
@@ -85,12 +115,10 @@ def diagnosed_rows(found: Diagnostics) -> list[Row]:
     averaged = ", ".join(f'{count} at "{name}"' for name, count in found["active_units_averaged"].items())
     gap = found["posterior_gap"]
     lost = f"approximation {gap['approximation']:.2f}, amortisation {gap['amortisation']:.2f}"
-    return [
-        *rows,
-        ("active, averaged", f"{averaged} (means over 64 draws of their parents)"),
-        ("posterior gap", f"{gap['gap']:.2f}: L_{gap['num_particles']} {gap['iwae']:.2f}, log p {gap['log_p']:.2f}"),
-        ("", f"log p - ELBO: {lost} nats ({gap['num_images']} images)"),
-    ]
+    bounds = f"L_{gap['num_particles']} {gap['iwae']:.2f}, log p {gap['log_p']:.2f}"
+    rows.append(("active, averaged", f"{averaged} (means over 64 draws of their parents)"))
+    rows.append(("posterior gap", f"{gap['gap']:.2f}: {bounds}"))
+    return [*rows, ("", f"log p - ELBO: {lost} nats ({gap['num_images']} images)")]
 
 
 def annealed_rows(found: Mapping[str, float]) -> list[Row]:
@@ -138,27 +166,18 @@ def compare(folders: Sequence[Path], out: Console) -> None:
         config, results = run.config(), cast(Results, run.results())
         if not results:
             raise datasets.DataError(f'the run "{folder}" has no {runs.RESULTS}: run pyrovae evaluate {folder}')
+        data = config.get("data", {})
         error, seconds = results.get("reconstruction_error"), results.get("seconds_per_epoch")
+        # Grey images are not bits: their NLL may be a density, and no figure of one compares with the other's.
+        grey = data.get("binarization") == "none" and not str(data.get("name")).startswith(CODES)
+        active = "+".join(str(units["active"]) for _, units in sorted(results["active_units"].items()))
         table.add_row(
-            str(folder.absolute().relative_to(base)), name_of_data(config.get("data", {})),
+            str(folder.absolute().relative_to(base)), f"{data.get('name', '?')}{', grey' if grey else ''}",
             f"{results.get('parameters', 0):,}",
             "" if seconds is None else f"{seconds:.1f}", "" if error is None else f"{error:.1f}", nll(results),
-            in_use(results),
+            active if results.get("perplexity") is None else f"{perplexity(results)} codes",
         )  # fmt: skip
     out.print(table)
-
-
-def name_of_data(data: Mapping[str, object]) -> str:
-    """Grey images are not bits: their NLL may be a density, and no figure of one compares with the other's."""
-    grey = data.get("binarization") == "none" and not str(data.get("name")).startswith("codes:")
-    return f"{data.get('name', '?')}{', grey' if grey else ''}"
-
-
-def in_use(results: Results) -> str:
-    """Active units of every layer, or the perplexity of the codes."""
-    if results.get("perplexity") is not None:
-        return f"{perplexity(results)} codes"
-    return "+".join(str(units["active"]) for _, units in sorted(results["active_units"].items()))
 
 
 def catalogue() -> dict[str, dict[str, str]]:

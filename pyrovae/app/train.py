@@ -28,21 +28,28 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
     folder = run_folder(job, run_dir, resume)
     run = runs.Run(folder)
     if resume and run.exists:
-        job = as_begun(job, run, explicit)
+        given = {name: value for name, value in dataclasses.asdict(job).items() if name in explicit}
+        job = Settings(**run.config().get("settings", dataclasses.asdict(job)) | given)
     positive_int("samples", job.samples)
     pick_device(job.device)
     task = Task.of(job, run=folder if resume else None)
     pair, test = task.pair, task.splits.test
-    out.print(f"{task.title} on {job.data} ({len(task.training):,} images), {task.method}, run in {folder}")
-    if (rule := pair.train_on) is None:
-        result = train_by_objective(task, run, resume)
+    rule, held_out = pair.train_on, task.splits.validation
+    method = str(task.parts.objective) if rule is None else "its own rule"
+    out.print(f"{task.title} on {job.data} ({len(task.training):,} images), {method}, run in {folder}")
+    if rule is None:
+        result = fit(
+            pair.model, pair.guide, task.training, objective=task.parts.objective, epochs=job.epochs,
+            batch_size=job.batch_size, lr=job.lr, device=job.device, seed=job.seed, run_dir=folder, resume=resume,
+            validation=None if held_out is None else as_seen_by(pair, held_out), config=task.config(),
+            **task.parts.fit,  # type: ignore[arg-type]
+        )  # fmt: skip
     else:
         result = train_by_rule(rule, task, run, resume, explicit)
     if run.results():
         out.print(f'the run "{folder}" is finished; its results are in {runs.RESULTS}')
         return
-    if result.timings.get("steps"):
-        t = result.timings
+    if (t := result.timings).get("steps"):
         speed = f"{t['ms_per_step']:.2f} ms a step, {t['path']}"
         out.print(f"trained {len(result.history)} epochs in {t['seconds']:.1f} s ({speed})")
     results = measure(pair, test, samples=job.samples, seed=job.seed)
@@ -50,31 +57,12 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
         run.save("last", pair.module.state_dict(), run.state())
     if (joined := join_prior(task, folder / "vqvae")) is not None:
         out.print(f'the VQ-VAE with this prior is the run "{joined}": pyrovae evaluate {joined}')
-    drawn = pictures(pair, as_seen_by(pair, test), test.labels, result.history, folder, seed=job.seed)
+    drawn = pictures(pair, test, result.history, folder, seed=job.seed)
     seconds = sum(row["seconds"] for row in result.history) / max(len(result.history), 1)
     results |= {"timings": result.timings, "seconds_per_epoch": seconds, "checkpoint": "last"}
     runs.write_json(folder / runs.RESULTS, results)
     print_results(results, out)
     out.print(f"pictures in {folder}: " + ", ".join(path.name for path in drawn))
-
-
-def as_begun(job: Settings, run: runs.Run, explicit: set[str]) -> Settings:
-    """The settings that a run began with, but for those that are given explicitly."""
-    if (begun := run.config().get("settings")) is None:
-        return job
-    return Settings.recorded(
-        begun | {name: value for name, value in dataclasses.asdict(job).items() if name in explicit}
-    )
-
-
-def train_by_objective(task: Task, run: runs.Run, resume: bool) -> Fit:
-    """Train a pair on the objective, by :func:`pyrovae.fit`."""
-    job, pair = task.job, task.pair
-    return fit(
-        pair.model, pair.guide, task.training, objective=task.parts.objective, epochs=job.epochs,
-        batch_size=job.batch_size, lr=job.lr, device=job.device, seed=job.seed, run_dir=run.path, resume=resume,
-        validation=task.validation, config=task.config(), **task.parts.fit,  # type: ignore[arg-type]
-    )  # fmt: skip
 
 
 def train_by_rule(rule: Rule, task: Task, run: runs.Run, resume: bool, explicit: set[str]) -> Fit:
@@ -87,15 +75,14 @@ def train_by_rule(rule: Rule, task: Task, run: runs.Run, resume: bool, explicit:
     if run.exists and (state := run.state()) is not None and state["finished"]:
         runs.restore(dict(pair.state_dict(keep_vars=True)), run.weights(), where=str(run.path))
         return Fit(run.history(), finished=True)
-    default, takes = dataclasses.asdict(Settings()), keywords(rule)
+    default, takes, place = Settings(), keywords(rule), pick_device(job.device)
     common = {"epochs": job.epochs, "batch_size": job.batch_size, "lr": job.lr}
-    changed = {name: value for name, value in common.items() if value != default[name]}
+    changed = {name: value for name, value in common.items() if value != getattr(default, name)}
     for name, value in changed.items():
         if name not in takes:
             raise ValueError(f"{task.title} has no {name}, got {value!r}: leave it out")
-    run.start({"model": runs.describe(pair), "objective": None, "versions": runs.versions()} | task.config())
-    place = pick_device(job.device)
     always = {name: value for name, value in (("seed", job.seed), ("device", place)) if name in takes}
+    run.start({"model": runs.describe(pair), "objective": None, "versions": runs.versions()} | task.config())
     pair.to(place)
     history = rule(task.training, **changed, **always, **task.parts.fit)
     for row in history:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,11 @@ def batches(
     [2, 2, 1]
     """
     if len(args) == 1 and isinstance(args[0], Dataset | DataLoader):
-        loaded = batches_of(as_dataset(args[0]), batch_size or 100, seed)
+        source, size = as_dataset(args[0]), batch_size or 100
+        loaded: Iterable[object] = source if isinstance(source, DataLoader) else DataLoader(source, batch_size=size)
+        if isinstance(source, Images):
+            fixed = source.fixed(seed)
+            loaded = map(fixed.batch, torch.arange(len(fixed), device=fixed.x.device).split(size))
         yield from (batch if device is None else on_device(batch, device) for batch in map(as_tuple, loaded))
     elif batch_size is None:
         yield tuple(args)
@@ -75,16 +79,6 @@ def batches(
         for i in range(0, size, batch_size):
             cut = slice(i, i + batch_size)
             yield tuple(a[cut] if isinstance(a, Tensor) and a.dim() and len(a) == size else a for a in args)
-
-
-def batches_of(source: Source, batch_size: int, seed: int) -> Iterator[object]:
-    """A data set's batches in order, a dynamic set drawn once."""
-    if isinstance(source, DataLoader):
-        return iter(source)
-    if isinstance(source, Images):
-        fixed = source.fixed(seed)
-        return (fixed.batch(index) for index in torch.arange(len(fixed), device=fixed.x.device).split(batch_size))
-    return iter(DataLoader(source, batch_size=batch_size))
 
 
 def as_tuple(batch: object) -> Batch:
@@ -142,13 +136,21 @@ class Feed:
 
         A dynamic set is drawn once here, to the same bits every time.
         """
-        if self.images is None:
-            if self._first is None:
-                self._first = self.first_loaded()
-            return self._first
-        index = torch.arange(min(count or self.batch_size, len(self.images)), device=self.device)
-        some = self.images.subset(index).fixed()
-        return as_tuple(some.batch(torch.arange(len(some), device=self.device)))
+        if self.images is not None:
+            index = torch.arange(min(count or self.batch_size, len(self.images)), device=self.device)
+            return self.images.subset(index).fixed().columns
+        if self._first is None:
+            batch = next(iter(self.loader), None)  # type: ignore[arg-type]
+            if batch is None:
+                raise DataError("there are no data to train on: the DataLoader is empty")
+            moved = self.moved(batch)
+            if not (moved and isinstance(moved[0], Tensor) and moved[0].dim()):
+                kind = type(batch).__name__
+                raise TypeError(
+                    f"batches must be tensors [B, ...], or tuples that begin with one, got a {kind}: convert them"
+                )
+            self._first = moved
+        return self._first
 
     def check(self, position: int, support: Constraint | None, site: str, shape: torch.Size) -> None:
         """Check that what the site observes, argument ``position``, lies in its support: all of it, if held here."""
@@ -156,19 +158,6 @@ class Feed:
         redrawn = position == 0 and self.images is not None and self.images.binarization == "dynamic"
         x: Any = self.first()[position] if redrawn or position >= len(held) else held[position]
         check_support(x.reshape(-1, *shape) if shape.numel() == x[0].numel() else x, support, site=site)
-
-    def first_loaded(self) -> Batch:
-        """The first batch of the loader, after checks."""
-        batch = next(iter(self.loader), None)  # type: ignore[arg-type]
-        if batch is None:
-            raise DataError("there are no data to train on: the DataLoader is empty")
-        moved = self.moved(batch)
-        if not (moved and isinstance(moved[0], Tensor) and moved[0].dim()):
-            kind = type(batch).__name__
-            raise TypeError(
-                f"batches must be tensors [B, ...], or tuples that begin with one, got a {kind}: convert them"
-            )
-        return moved
 
     def moved(self, batch: object) -> Batch:
         """What the loader gives, as arguments on the device."""

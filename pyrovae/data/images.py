@@ -47,7 +47,16 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
             raise TypeError(f"x must be a real tensor [N, ...], received {type(x).__name__}: use torch.as_tensor(x)")
         one_of("binarization", binarization, BINARIZATIONS)
         x = x.detach() if x.is_floating_point() else x.detach().to(torch.get_default_dtype())
-        check_values(x, name, unit=binarization != "none")
+        if not x.dim() or not x.numel():
+            raise DataError(
+                f"data must be [N, ...] with N >= 1, {name!r} has shape {list(x.shape)}: pass at least one datum"
+            )
+        if (bad := first_outside(x, torch.isfinite)) is not None:
+            raise DataError(f"{at(name, bad, x[bad])}: data must be finite; {DROP}")
+        if binarization != "none" and (bad := first_outside(x, constraints.unit_interval.check)) is not None:
+            raise DataError(
+                f"{at(name, bad, x[bad])}: binarization needs values in [0, 1]; {BY_255}, or pass binarization='none'"
+            )
         self.x = binarized(x, binarization, seed)
         self.labels = None if labels is None else checked_labels(labels, x, name)
         self.binarization, self.name = binarization, name
@@ -134,20 +143,6 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
         other = copy.copy(self)
         other.__dict__.update(attributes)
         return other
-
-
-def check_values(x: Tensor, name: str, unit: bool) -> None:
-    """Refuse data that are none, not finite, or outside [0, 1] where they must lie there."""
-    if not x.dim() or not x.numel():
-        raise DataError(
-            f"data must be [N, ...] with N >= 1, {name!r} has shape {list(x.shape)}: pass at least one datum"
-        )
-    if (bad := first_outside(x, torch.isfinite)) is not None:
-        raise DataError(f"{at(name, bad, x[bad])}: data must be finite; {DROP}")
-    if unit and (bad := first_outside(x, constraints.unit_interval.check)) is not None:
-        raise DataError(
-            f"{at(name, bad, x[bad])}: binarization needs values in [0, 1]; {BY_255}, or pass binarization='none'"
-        )
 
 
 def checked_labels(labels: Tensor, x: Tensor, name: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Readers: one for each format, from files to the parts of a data set.
 
 A reader takes a folder (or the path after ``folder:`` or ``npz:``) and whether it may download; it returns the parts
-"train", "test" and "validation" that the set has, each as raw values and labels.
+"train", "test" and "validation" that the set has, each as raw values and labels. A new set is a row of :data:`SOURCES`.
 """
 
 from __future__ import annotations
@@ -74,33 +74,30 @@ def read_omniglot28(root: Path, download: bool) -> Parts:
 
     path = find_file("omniglot28", root, "omniglot28/chardata.mat", "chardata.mat")
     with reading(path, "replace it by the IWAE paper's chardata.mat (arrays data and testdata, 784 x N)"):
-        mat = loadmat(path)
-        return {part: characters(mat, key) for part, key in (("train", ""), ("test", "test"))}
-
-
-def characters(mat: dict[str, np.ndarray], key: str) -> Part:
-    """Drawings and labels of one part of chardata.mat."""
-    # MATLAB counts down the columns, so that a transpose sets the drawings upright.
-    x = as_tensor(mat[f"{key}data"].T, f"{key}data").reshape(-1, 1, 28, 28).mT.contiguous()
-    labels = mat.get(f"{key}targetchar")
-    return x, None if labels is None else torch.from_numpy(labels.astype(np.int64)).flatten()
+        mat, parts = loadmat(path), Parts()
+        for part, key in (("train", ""), ("test", "test")):
+            # MATLAB counts down the columns, so that a transpose sets the drawings upright.
+            x = as_tensor(mat[f"{key}data"].T, f"{key}data").reshape(-1, 1, 28, 28).mT.contiguous()
+            labels = mat.get(f"{key}targetchar")
+            parts[part] = x, None if labels is None else torch.from_numpy(labels.astype(np.int64)).flatten()
+    return parts
 
 
 def read_binarized_mnist(root: Path, download: bool) -> Parts:
-    """Larochelle's MNIST, which has a validation part of its own."""
-    files = {"train": "train", "validation": "valid", "test": "test"}
-    return {part: (read_amat(root, f"binarized_mnist_{file}.amat"), None) for part, file in files.items()}
-
-
-def read_amat(root: Path, file: str) -> Tensor:
-    """Lines of 784 bits in text, as images."""
-    path = find_file("binarized_mnist", root, f"binarized_mnist/{file}", file)
-    text = np.frombuffer(path.read_bytes(), np.uint8)
-    bits = text[(text == ord("0")) | (text == ord("1"))] - ord("0")
-    lines = int((text == ord("\n")).sum()) + (len(text) > 0 and text[-1] != ord("\n"))
-    if not lines or not np.isin(text, np.frombuffer(b"01 \t\r\n", np.uint8)).all() or len(bits) != 784 * lines:
-        raise DataError(f"{path} must have 784 values 0 or 1 on each of its lines, but has not: fetch the file again")
-    return torch.from_numpy(bits).to(torch.get_default_dtype()).reshape(-1, 1, 28, 28)
+    """Larochelle's MNIST, which has a validation part of its own: lines of 784 bits in text."""
+    parts = Parts()
+    for part, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
+        file = f"binarized_mnist_{name}.amat"
+        path = find_file("binarized_mnist", root, f"binarized_mnist/{file}", file)
+        text = np.frombuffer(path.read_bytes(), np.uint8)
+        bits = text[(text == ord("0")) | (text == ord("1"))] - ord("0")
+        lines = int((text == ord("\n")).sum()) + (len(text) > 0 and text[-1] != ord("\n"))
+        if not lines or not np.isin(text, np.frombuffer(b"01 \t\r\n", np.uint8)).all() or len(bits) != 784 * lines:
+            raise DataError(
+                f"{path} must have 784 values 0 or 1 on each of its lines, but has not: fetch the file again"
+            )
+        parts[part] = torch.from_numpy(bits).to(torch.get_default_dtype()).reshape(-1, 1, 28, 28), None
+    return parts
 
 
 def read_npz(path: Path, download: bool) -> Parts:
@@ -129,10 +126,15 @@ def as_pixels(x: Tensor, path: Path) -> Tensor:
 
 
 def read_folder(path: Path, download: bool) -> Parts:
-    """The images below a folder, their classes numbered alike in all parts."""
+    """The images below a folder, one part of all or parts by its subfolders' names; classes are numbered alike."""
     if not path.is_dir():
         raise DataError(f"folder:PATH needs an existing folder, {path} is none: check the path")
-    listed = {part: list_images(folder) for part, folder in part_folders(path).items()}
+    folders = {part: path / part for part in ("train", "val", "valid", "test") if (path / part).is_dir()}
+    if "train" not in folders or len(folders) == 1:
+        folders = {"train": path}
+    held_out = [folders[part] for part in ("test", "val", "valid") if part in folders]
+    named = zip(("train", "test", "validation"), (folders["train"], *held_out), strict=False)
+    listed = {part: list_images(folder) for part, folder in named}
     classes = sorted({c for files in listed.values() for _, c in files if c is not None})
     # Decoded together, so that all parts are held to one size.
     x = decode_images([file for files in listed.values() for file, _ in files])
@@ -142,20 +144,10 @@ def read_folder(path: Path, download: bool) -> Parts:
     return {part: (x, torch.tensor(y) if y else None) for part, x, y in zip(listed, pixels, labels, strict=True)}
 
 
-def part_folders(path: Path) -> dict[str, Path]:
-    """The folders of the parts: subfolders by their names, or all in one."""
-    folders = {part: path / part for part in ("train", "val", "valid", "test") if (path / part).is_dir()}
-    if "train" not in folders or len(folders) == 1:
-        return {"train": path}
-    held_out = [folders[part] for part in ("test", "val", "valid") if part in folders]
-    return dict(zip(("train", "test", "validation"), (folders["train"], *held_out), strict=False))
-
-
 def list_images(folder: Path) -> list[tuple[Path, str | None]]:
     """The images of ``folder``, each with its class: the name of its subfolder, None in a flat folder."""
     found = sorted(path for path in walk(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
-    inner = [(path, path.relative_to(folder).parts) for path in found]
-    files = [(path, parts[0] if len(parts) > 1 else None) for path, parts in inner]
+    files = [(path, None if path.parent == folder else path.relative_to(folder).parts[0]) for path in found]
     if not files:
         raise DataError(f"folder:PATH needs images, {folder} has none: put {', '.join(sorted(IMAGE_SUFFIXES))} there")
     if len({label is None for _, label in files}) > 1:
@@ -234,10 +226,8 @@ def torchvision(
 
         put = f"put {files} into {root / folder}, or {OTHER_ROOT}"
         with reading(root / folder, f"its files are damaged; delete them and {put}"):
-            opened = [
-                open_set(partial(getattr(datasets, kind), root, **{argument: v}), kind, root, put, download)
-                for v in values
-            ]
+            makes = [partial(getattr(datasets, kind), root, **{argument: value}) for value in values]
+            opened = [open_set(make, kind, root, put, download) for make in makes]
             return dict(zip(("train", "test"), map(arrays, opened), strict=True))
 
     return read
@@ -257,3 +247,28 @@ def open_set(make: Callable[..., VisionSet], kind: str, root: Path, put: str, do
         except Exception as error:
             why = f"the download failed ({one_line(f'{type(error).__name__}: {error}')})"
     raise DataError(f"{kind} is not under {root} and {why}: {put}")
+
+
+IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
+ZIPS = "images_background.zip and images_evaluation.zip, with their unpacked folders,"
+BATCHES = "data_batch_1 to data_batch_5, test_batch and batches.meta"
+MATS = "train_32x32.mat and test_32x32.mat"
+SOURCES: dict[str, tuple[str, Reader]] = {
+    "digits": ("scikit-learn's 1,797 digits, 8x8 grey; needs no files", read_digits),
+    "mnist": ("70,000 digits, 28x28 grey", torchvision("MNIST", "MNIST/raw", IDX)),
+    "fashion_mnist": ("70,000 pieces of clothing, 28x28 grey", torchvision("FashionMNIST", "FashionMNIST/raw", IDX)),
+    "kmnist": ("70,000 cursive Japanese characters, 28x28 grey", torchvision("KMNIST", "KMNIST/raw", IDX)),
+    "omniglot": (
+        "32,460 drawings of 1,623 characters, 105x105 black and white, new alphabets in test",
+        torchvision("Omniglot", "omniglot-py", ZIPS, omniglot_strokes, background=(True, False)),
+    ),
+    "omniglot28": ("OMNIGLOT in the IWAE paper's 28x28 form, from chardata.mat", read_omniglot28),
+    "binarized_mnist": ("Larochelle's fixed binarisation of MNIST, from its .amat files", read_binarized_mnist),
+    "cifar10": (
+        "60,000 photographs of 10 classes, 32x32 colour",
+        torchvision("CIFAR10", "cifar-10-batches-py", BATCHES),
+    ),
+    "svhn": ("99,289 house numbers, 32x32 colour", torchvision("SVHN", "", MATS, split=("train", "test"))),
+    "folder:PATH": ("a folder of images of one size, one subfolder per class or none", read_folder),
+    "npz:PATH": ("arrays x and, where present, y, x_test, y_test of a NumPy archive", read_npz),
+}

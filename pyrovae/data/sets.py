@@ -1,4 +1,4 @@
-"""Named data sets: where their files are, and how they are cut. A new set is one row of :data:`SOURCES`."""
+"""Named data sets: where their files are, and how they are cut."""
 
 from __future__ import annotations
 
@@ -10,48 +10,7 @@ import torch
 
 from pyrovae.arguments import DataError, one_of
 from pyrovae.data.images import BINARIZATIONS, Images
-from pyrovae.data.readers import (
-    Part,
-    Reader,
-    omniglot_strokes,
-    permutation,
-    read_binarized_mnist,
-    read_digits,
-    read_folder,
-    read_npz,
-    read_omniglot28,
-    torchvision,
-)
-
-IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
-ZIPS = "images_background.zip and images_evaluation.zip, with their unpacked folders,"
-BATCHES = "data_batch_1 to data_batch_5, test_batch and batches.meta"
-MATS = "train_32x32.mat and test_32x32.mat"
-
-
-SOURCES: dict[str, tuple[str, Reader]] = {
-    "digits": ("scikit-learn's 1,797 digits, 8x8 grey; needs no files", read_digits),
-    "mnist": ("70,000 digits, 28x28 grey", torchvision("MNIST", "MNIST/raw", IDX)),
-    "fashion_mnist": (
-        "70,000 pieces of clothing, 28x28 grey",
-        torchvision("FashionMNIST", "FashionMNIST/raw", IDX),
-    ),
-    "kmnist": ("70,000 cursive Japanese characters, 28x28 grey", torchvision("KMNIST", "KMNIST/raw", IDX)),
-    "omniglot": (
-        "32,460 drawings of 1,623 characters, 105x105 black and white, new alphabets in test",
-        torchvision("Omniglot", "omniglot-py", ZIPS, omniglot_strokes, background=(True, False)),
-    ),
-    "omniglot28": ("OMNIGLOT in the IWAE paper's 28x28 form, from chardata.mat", read_omniglot28),
-    "binarized_mnist": ("Larochelle's fixed binarisation of MNIST, from its .amat files", read_binarized_mnist),
-    "cifar10": (
-        "60,000 photographs of 10 classes, 32x32 colour",
-        torchvision("CIFAR10", "cifar-10-batches-py", BATCHES),
-    ),
-    "svhn": ("99,289 house numbers, 32x32 colour", torchvision("SVHN", "", MATS, split=("train", "test"))),
-    "folder:PATH": ("a folder of images of one size, one subfolder per class or none", read_folder),
-    "npz:PATH": ("arrays x and, where present, y, x_test, y_test of a NumPy archive", read_npz),
-}
-
+from pyrovae.data.readers import SOURCES, Reader, permutation
 
 DATASETS: dict[str, str] = {name: description for name, (description, _) in SOURCES.items()}
 """The names that :func:`load` knows, each with a line about it."""
@@ -123,8 +82,19 @@ def load(
         )
     parts = read(location, download)
     if validation and "validation" in parts:
-        parts["train"] = joined(parts["train"], parts.pop("validation"))
-    sets = {k: as_images(p, labels, name=name, binarization=binarization, seed=seed) for k, p in parts.items()}
+        (x, y), (more, of_more) = parts["train"], parts.pop("validation")
+        parts["train"] = torch.cat([x, more]), None if y is None or of_more is None else torch.cat([y, of_more])
+    sets = {}
+    for part, (x, y) in parts.items():
+        if labels and y is None:
+            raise DataError(
+                f"labels=True needs labels in every part of a set, {name!r} lacks them: load it without labels"
+            )
+        scaled = x.to(torch.get_default_dtype()).contiguous()
+        if x.dtype == torch.uint8:
+            scaled.div_(255)
+        y = None if labels is False else y
+        sets[part] = Images(scaled, y, name=name, binarization=binarization, seed=seed)
     if "test" not in sets:
         sets["train"], sets["test"] = cut(sets["train"], 0.1, seed=0)
     if validation:
@@ -136,17 +106,6 @@ def load(
     return Splits(sets["train"], held_out, sets["test"].fixed(seed))
 
 
-def as_images(part: Part, labels: bool | None, *, name: str, binarization: str, seed: int) -> Images:
-    """A part as it was read, its 8-bit values in [0, 1]."""
-    x, y = part
-    if labels and y is None:
-        raise DataError(f"labels=True needs labels in every part of a set, {name!r} lacks them: load it without labels")
-    scaled = x.to(torch.get_default_dtype()).contiguous()
-    if x.dtype == torch.uint8:
-        scaled.div_(255)
-    return Images(scaled, None if labels is False else y, name=name, binarization=binarization, seed=seed)
-
-
 def cut(images: Images, amount: int | float, seed: int) -> tuple[Images, Images]:
     """A random part of ``amount`` (count or fraction) and the rest before it."""
     total = len(images)
@@ -156,9 +115,3 @@ def cut(images: Images, amount: int | float, seed: int) -> tuple[Images, Images]
         raise error(f"{count} of {total} data cannot be set aside from {images.name!r}: at least one must be left")
     order = permutation(total, seed)
     return images.subset(order[count:]), images.subset(order[:count])
-
-
-def joined(a: Part, b: Part) -> Part:
-    """Two parts as one, labelled where both are."""
-    y = None if a[1] is None or b[1] is None else torch.cat([a[1], b[1]])
-    return torch.cat([a[0], b[0]]), y

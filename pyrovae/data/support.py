@@ -14,11 +14,7 @@ from pyrovae.arguments import DataError
 from pyrovae.engine.unwrap import is_boolean, widest
 
 CHUNK_BYTES = 64 * 2**20
-
-
 DROP = "drop or replace such data, for instance with torch.nan_to_num"
-
-
 BY_255 = "divide values from 0 to 255 by 255"
 
 

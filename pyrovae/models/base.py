@@ -23,6 +23,9 @@ class Hooks:
 
     #: Whether the programs take labels after x.
     conditional: bool = False
+    #: How many classes the labels are of, or how many attributes a label has; None for what they are not.
+    num_classes: int | None = None
+    num_attributes: int | None = None
     #: What ``log_likelihood`` finds: "estimate", "bound", "exact", or "annealed" (exact but for a partition function
     #: that is estimated); None for what is not a generative model.
     likelihood_is: str | None = "estimate"
@@ -197,7 +200,7 @@ class Pair(Hooks, Configured, nn.Module):
 #: What a module may have beside its two programs, each as :class:`Pair` has it.
 OPTIONAL = (
     "encode", "decode", "initialise", "metrics", "score_labels", "log_prob_error", "after_training", "conditional",
-    "likelihood_is", "observes_bits", "sums_over_labels", "config",
+    "num_classes", "num_attributes", "likelihood_is", "observes_bits", "sums_over_labels", "config",
 )  # fmt: skip
 
 
@@ -211,6 +214,8 @@ class OwnPair(Pair):
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         self.owner, self.config = owner, {}
+        if isinstance(given := getattr(owner, "config", None), dict):
+            self.num_classes, self.num_attributes = given.get("num_classes"), given.get("num_attributes")
         for program in ("model", "guide"):
             if not callable(getattr(owner, program, None)):
                 raise ValueError(f"{type(owner).__name__} has no .{program}(x): a model class needs .model and .guide")

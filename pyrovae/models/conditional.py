@@ -99,6 +99,7 @@ class ConditionalVAE(OneLatent):
         if (num_classes is None) == (num_attributes is None):
             both = "neither" if num_classes is None else "both"
             raise ValueError(f"labels are classes or attributes, got {both}: give num_classes or num_attributes")
+        self.num_classes, self.num_attributes = num_classes, num_attributes
         self.labels: Classes | Attributes
         if num_attributes is not None:
             self.labels = Attributes(num_attributes)

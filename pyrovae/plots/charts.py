@@ -40,9 +40,8 @@ def curves(history: Sequence[Mapping[str, object]], path: StrPath) -> Path:
     figure = new_figure(3.6 * columns, 2.6 * rows)
     for i, (title, lines) in enumerate(panels):
         axes = dress(figure.add_subplot(rows, columns, i + 1), title=title, x="epoch")
-        for (name, x, y), colour in zip(
-            lines, [BLUE, ORANGE] if len(lines) <= 2 else class_colours(len(lines)), strict=False
-        ):
+        colours = [BLUE, ORANGE] if len(lines) <= 2 else class_colours(len(lines))
+        for (name, x, y), colour in zip(lines, colours, strict=False):
             axes.plot(x, y, color=colour, linewidth=1.6, label=name, marker="o" if len(x) < 3 else None, markersize=4)
         fit_axis(axes, title, lines)
         if len(lines) > 1:
@@ -125,8 +124,6 @@ PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("reconstruction, squared error", {"reconstruction_error": ""}),
     ("gradient norm", {"grad_norm": ""}),
 )
-
-
 Line = tuple[str, list[float], list[float]]
 
 

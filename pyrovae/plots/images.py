@@ -114,15 +114,8 @@ def write_pixels(
     if title:
         figure.text(2 / full_width, 1 - 14 / full_height, title, fontsize=10, color=INK, va="center")
     for y, label in labels:
-        figure.text(
-            (left - 7) / full_width,
-            1 - (top + y) / full_height,
-            label,
-            fontsize=8,
-            color=MUTED,
-            ha="right",
-            va="center",
-        )
+        x, y = (left - 7) / full_width, 1 - (top + y) / full_height
+        figure.text(x, y, label, fontsize=8, color=MUTED, ha="right", va="center")
     return save(figure, path)
 
 
