@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -59,7 +60,7 @@ class PeakBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.holders: dict[int, int] = {}
+        self.holders: Counter[int] = Counter()
 
     def __torch_dispatch__(
         self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Any = None
@@ -69,17 +70,12 @@ class PeakBytes(TorchDispatchMode):
         for tensor in tree_leaves(out):
             pointer = tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
             if pointer and (pointer in self.holders or pointer not in given):  # not a view of a parameter, say
-                self.hold(tensor)
+                size = tensor.untyped_storage().nbytes()
+                self.now += 0 if self.holders[pointer] else size
+                self.holders[pointer] += 1
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor, self.release, pointer, size)
         return out
-
-    def hold(self, tensor: Tensor) -> None:
-        """Count a tensor's memory, until nobody holds it."""
-        storage = tensor.untyped_storage()
-        pointer, size = storage.data_ptr(), storage.nbytes()
-        self.now += 0 if self.holders.get(pointer) else size
-        self.holders[pointer] = self.holders.get(pointer, 0) + 1
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(tensor, self.release, pointer, size)
 
     def release(self, pointer: int, size: int) -> None:
         """One tensor less that holds this memory."""

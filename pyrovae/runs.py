@@ -271,9 +271,9 @@ def lies_in(folder: Path, module: str) -> bool:
         if spec is None:
             return False
         places = [spec.origin] if spec.has_location and spec.origin else []
-        for place in map(Path, [*places, *(spec.submodule_search_locations or ())]):
-            if folder in (place.resolve(), *place.resolve().parents):
-                return True
+        places += spec.submodule_search_locations or ()
+        if any(Path(place).resolve().is_relative_to(folder) for place in places):
+            return True
     return False
 
 

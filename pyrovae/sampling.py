@@ -90,10 +90,9 @@ def blank(program: Program, n: int, like: object) -> Tensor:
         example = example_of(like)
         device = example.device if parameter is None else parameter.device
         return example.new_zeros((n, *example.shape), device=device)
-    for module in modules:
-        if hasattr(module, "input_shape"):
-            known = torch.empty(0) if parameter is None else parameter
-            return known.new_zeros((n, *sizes("input_shape", module.input_shape)))
+    shapes = [sizes("input_shape", module.input_shape) for module in modules if hasattr(module, "input_shape")]
+    if shapes:
+        return (torch.empty(0) if parameter is None else parameter).new_zeros((n, *shapes[0]))
     raise ValueError(
         "the shape of a datum is not known, as the model belongs to no module with an input_shape: "
         "pass like=, data as the model takes them, such as torch.zeros(1, 784)"

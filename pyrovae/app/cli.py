@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import OutOfMemoryError
 
+from pyrovae import plots, runs
 from pyrovae.app import measure, pictures, tables
 from pyrovae.app import train as training
+from pyrovae.app.job import as_seen_by, example, reopen, reopen_with_data
 from pyrovae.app.settings import Settings, parse_settings
-from pyrovae.arguments import DataError, one_line
+from pyrovae.arguments import DataError, one_line, pick_device, positive_int
 from pyrovae.memory import keep_freed_memory
+from pyrovae.sampling import sample as draw
 
 app = typer.Typer(
     help="Variational autoencoders as Pyro programs: train a pair, measure log p(x), swap the objective.",
@@ -95,10 +98,27 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure a run's test NLL with its standard error, and its active units; writes results.json."""
-    measure.evaluate(
-        run, samples=samples, checkpoint=checkpoint, data_dir=data_dir, device=device, seed=seed, ais=ais,
-        diagnostics=diagnostics, out=out,
-    )  # fmt: skip
+    positive_int("samples", samples)
+    place = pick_device(device)
+    pair, splits = reopen_with_data(run, data_dir, checkpoint)
+    pair, test = pair.to(place), splits.test
+    if (ais or diagnostics) and pair.likelihood_is != "estimate":
+        raise ValueError(
+            f"{type(pair.module).__name__} has nothing to anneal or diagnose, its log p(x) is no estimate: leave --ais "
+            "and --diagnostics out"
+        )
+    results = measure.measure(pair, test, samples=samples, seed=seed)
+    results["checkpoint"] = checkpoint
+    before = runs.Run(run).results()
+    results |= {name: before[name] for name in ("timings", "seconds_per_epoch") if name in before}  # type: ignore[typeddict-item]
+    seen = as_seen_by(pair, test)
+    few = seen.subset(slice(0, measure.CLOSER))
+    if diagnostics:
+        results["diagnostics"] = measure.diagnose(pair, seen, few, samples=samples, seed=seed)
+    if ais:
+        results["ais"] = measure.anneal(pair, few, samples=samples, seed=seed)
+    runs.write_json(run / runs.RESULTS, results)
+    tables.print_results(results, out)
 
 
 @app.command()
@@ -117,9 +137,13 @@ def sample(
     seed: SampleSeed = 0,
 ) -> None:
     """Draw new data from a run's model into a picture."""
-    path = pictures.sample(
-        run, number, draws=draws, output=output, checkpoint=checkpoint, seed=seed, label=label, temperature=temperature
-    )
+    number = positive_int("number", number)
+    pair, _, _ = reopen(run, checkpoint)
+    images = draw(
+        pair.module, number, *pictures.labels_for(pair, number, label),
+        returns="draws" if draws else "means", temperature=temperature, seed=seed, like=example(run),
+    )  # fmt: skip
+    path = plots.image_grid(images, output or run / "samples.png", columns=pictures.columns_for(pair, label))
     out.print(f"wrote {path}")
 
 

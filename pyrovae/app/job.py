@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae import models, runs
-from pyrovae.app.settings import CODES, Parts, Settings, keywords, own_rule
+from pyrovae.app.settings import CODES, Parts, Settings, keywords
 from pyrovae.arguments import DataError, one_of
 from pyrovae.data.images import Images
 from pyrovae.engine.programs import evaluating
@@ -31,21 +31,19 @@ class Task:
     parts: Parts
     pair: Pair
     splits: datasets.Splits
+    vqvae: models.VQVAE | None  # whose codes the data are
 
     @classmethod
     def of(cls, job: Settings, *, run: Path | None = None) -> Task:
         """Read the data and build the pair; no class is taken from ``run``."""
         parts = Parts.of(job, run=run)
         splits = load_data(job, parts, None)
-        pair = build(parts, splits.train, job.seed, source_of_codes(job))
+        source = reopen(Path(job.data.removeprefix(CODES)))[0] if job.data.startswith(CODES) else None
+        vqvae = cast(models.VQVAE | None, source)
+        pair = build(parts, splits.train, job.seed, vqvae)
         if observes_bits(pair, as_seen_by(pair, splits.train)):
             splits = load_data(job, parts, None, "dynamic")
-        return cls(job, parts, pair, splits)
-
-    @property
-    def title(self) -> str:
-        """The model's name."""
-        return type(self.pair.module).__name__
+        return cls(job, parts, pair, splits, vqvae)
 
     @property
     def training(self) -> Images:
@@ -87,13 +85,6 @@ def encode_data(folder: str, root: str | None) -> datasets.Splits:
     with torch.no_grad():
         held_out = None if splits.validation is None else encoded(splits.validation)
         return datasets.Splits(encoded(splits.train), held_out, encoded(splits.test))
-
-
-def source_of_codes(job: Settings) -> models.VQVAE | None:
-    """The VQ-VAE whose codes the data are; None for any other data."""
-    if not job.data.startswith(CODES):
-        return None
-    return cast(models.VQVAE, reopen(Path(job.data.removeprefix(CODES)))[0])
 
 
 def observes_bits(pair: Pair, images: Images) -> bool:
@@ -138,7 +129,7 @@ def as_labelled(images: Images) -> Images:
 
 def join_prior(task: Task, folder: Path) -> Path | None:
     """A code prior's VQ-VAE, with that prior, as a run of its own, made of the run it comes from; None for others."""
-    vqvae, prior = source_of_codes(task.job), task.pair
+    vqvae, prior = task.vqvae, task.pair
     if vqvae is None or not isinstance(prior, models.CodePrior):
         return None
     source, run = runs.Run(task.job.data.removeprefix(CODES)), runs.Run(folder)
@@ -177,7 +168,8 @@ def run_folder(job: Settings, run_dir: Path | None, resume: bool) -> Path:
     if run_dir is not None:
         return run_dir
     words = [job.model.rpartition(":")[2], Path(job.data.rpartition(":")[2]).stem]
-    words += [job.objective] if own_rule(models.MODELS.get(job.model, Pair)) is None else []
+    model_class = cast(type[Pair], models.MODELS.get(job.model, Pair))
+    words += [job.objective] if model_class.train_on is None else []
     base = Path("runs") / "-".join(words).lower()
     taken = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))]
     free = next(i for i, path in enumerate(taken) if not runs.Run(path).exists)

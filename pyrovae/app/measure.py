@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from pyrovae import runs
-from pyrovae.app.job import as_seen_by, reopen_with_data
-from pyrovae.app.tables import Diagnostics, Results, print_results
-from pyrovae.arguments import pick_device, positive_int
+from pyrovae.app.job import as_seen_by
+from pyrovae.app.tables import Diagnostics, Results
 from pyrovae.data.images import Images
 from pyrovae.engine.programs import Batch, device_of, evaluating
 from pyrovae.engine.randomness import isolated_rng
@@ -63,41 +59,6 @@ def measure(pair: Pair, test: Images, *, samples: int, seed: int) -> Results:
     units = {} if "perplexity" in results else active_units(pair.guide, seen)  # codes are no units
     results["active_units"] = {name: {"active": u.count, "of": u.variances.numel()} for name, u in units.items()}
     return results
-
-
-def evaluate(
-    folder: Path,
-    *,
-    samples: int,
-    checkpoint: str,
-    data_dir: str | None,
-    device: str,
-    seed: int,
-    out: Console,
-    ais: bool = False,
-    diagnostics: bool = False,
-) -> None:
-    """Measure a run again and write its results.json; if asked, by annealing, and with what its latents carry."""
-    positive_int("samples", samples)
-    place = pick_device(device)
-    pair, splits = reopen_with_data(folder, data_dir, checkpoint)
-    pair, test = pair.to(place), splits.test
-    if (ais or diagnostics) and pair.likelihood_is != "estimate":
-        raise ValueError(
-            f"{type(pair.module).__name__} has nothing to anneal or diagnose, its log p(x) is no estimate: leave --ais "
-            "and --diagnostics out"
-        )
-    results = measure(pair, test, samples=samples, seed=seed)
-    results["checkpoint"] = checkpoint
-    before = runs.Run(folder).results()
-    results |= {name: before[name] for name in ("timings", "seconds_per_epoch") if name in before}  # type: ignore[typeddict-item]
-    few = as_seen_by(pair, test.subset(slice(0, CLOSER)))
-    if diagnostics:
-        results["diagnostics"] = diagnose(pair, as_seen_by(pair, test), few, samples=samples, seed=seed)
-    if ais:
-        results["ais"] = anneal(pair, few, samples=samples, seed=seed)
-    runs.write_json(folder / runs.RESULTS, results)
-    print_results(results, out)
 
 
 def diagnose(pair: Pair, test: Images, few: Images, *, samples: int, seed: int) -> Diagnostics:

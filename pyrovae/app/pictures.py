@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pyrovae import plots
-from pyrovae.app.job import as_seen_by, example, reopen
+from pyrovae.app.job import as_seen_by
 from pyrovae.app.measure import reconstruct
-from pyrovae.arguments import positive_int
 from pyrovae.data.images import Images
 from pyrovae.engine.programs import device_of, evaluating
 from pyrovae.engine.randomness import isolated_rng
@@ -89,25 +88,3 @@ def labels_for(pair: Pair, number: int, label: str | None = None) -> tuple[Tenso
 def columns_for(pair: Pair, label: str | None = None) -> int | None:
     """A column for every class, where samples go through the classes in turn; None for a square grid."""
     return pair.num_classes if pair.conditional and label is None else None
-
-
-def sample(
-    folder: Path,
-    number: int,
-    *,
-    draws: bool,
-    output: Path | None,
-    checkpoint: str,
-    seed: int,
-    label: str | None = None,
-    temperature: float = 1.0,
-) -> Path:
-    """Draw new data from a run's model into a picture."""
-    number = positive_int("number", number)
-    pair, _, _ = reopen(folder, checkpoint)
-    labels = labels_for(pair, number, label)
-    images = draw(
-        pair.module, number, *labels,
-        returns="draws" if draws else "means", temperature=temperature, seed=seed, like=example(folder),
-    )  # fmt: skip
-    return plots.image_grid(images, output or folder / "samples.png", columns=columns_for(pair, label))

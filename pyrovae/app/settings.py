@@ -13,7 +13,7 @@ from torch import nn
 from pyrovae import models, objectives, runs
 from pyrovae.arguments import lookup, one_of
 from pyrovae.configured import Configured
-from pyrovae.models.base import Pair, Rule
+from pyrovae.models.base import Pair
 from pyrovae.objectives.base import Objective
 
 FIT_KEYS = ("schedule", "kl_warmup", "clip_norm", "patience", "num_workers", "particles", "compile", "precision")
@@ -40,11 +40,6 @@ class Settings:
     seed: int = 0
     samples: int = 5000
     settings: dict[str, object] = field(default_factory=dict)
-
-    def further(self) -> dict[str, object]:
-        """What the constructors and ``fit`` are given beyond the settings that every job has."""
-        shorthand = {"latent_dim": self.latent_dim, "num_particles": self.particles, "num_groups": self.groups}
-        return self.settings | {name: value for name, value in shorthand.items() if value is not None}
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, object]:
@@ -89,7 +84,7 @@ class Parts:
         own = ":" in job.model
         model_class = runs.find_class(job.model, outside=run) if own else lookup("model", job.model, models.MODELS)
         objective_class = lookup("objective", job.objective.lower(), objectives.OBJECTIVES)
-        rule = own_rule(model_class)
+        rule = model_class.train_on if issubclass(model_class, Pair) else None
         known: dict[str, Iterable[str]] = {
             "model": keywords(model_class, but=["input_shape"]),
             "objective": objective_class.defaults() if rule is None else (),
@@ -97,14 +92,10 @@ class Parts:
             "data": DATA_KEYS,
         }
         owner = {key: part for part, keys in reversed(known.items()) for key in keys}  # the first part that knows it
-        given = job.further()
+        shorthand = {"latent_dim": job.latent_dim, "num_particles": job.particles, "num_groups": job.groups}
+        given = job.settings | {name: value for name, value in shorthand.items() if value is not None}
         for key in given:
             one_of(f"setting of {job.model}, {job.objective}, training and data", key, sorted(owner))
         sorted_ = {part: {k: v for k, v in given.items() if owner[k] == part} for part in known}
         objective = objective_class(**sorted_.pop("objective"))  # type: ignore[arg-type]
         return cls(model_class, objective, **sorted_)
-
-
-def own_rule(model_class: type[nn.Module]) -> Rule | None:
-    """The training rule of a model that has one of its own, and no objective."""
-    return model_class.train_on if issubclass(model_class, Pair) else None

@@ -67,9 +67,19 @@ def print_results(results: Results, out: Console) -> None:
     """Test NLL with its standard error, active units, and a warning where the figure cannot be trusted."""
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
-    diagnosed = diagnosed_rows(results["diagnostics"]) if "diagnostics" in results else []
-    annealed = annealed_rows(results["ais"]) if "ais" in results else []
-    for row in (*likelihood_rows(results), *latent_rows(results), *diagnosed, *annealed):
+    rows, units = likelihood_rows(results), results["active_units"]
+    if results["reconstruction_error"] is not None:
+        rows.append(("reconstruction", f"squared error {results['reconstruction_error']:.3g} per image"))
+    if results.get("accuracy") is not None:
+        rows.append(("accuracy", f"{results['accuracy']:.2%}"))
+    if results.get("perplexity") is not None:
+        rows.append(("perplexity", f"{perplexity(results)} of the codes"))
+    rows += [("active units", f'{found["active"]} of {found["of"]} at "{name}"') for name, found in units.items()]
+    if "diagnostics" in results:
+        rows += diagnosed_rows(results["diagnostics"])
+    if "ais" in results:
+        rows += annealed_rows(results["ais"])
+    for row in rows:
         table.add_row(*row)
     out.print(table)
     if results.get("warning"):
@@ -91,19 +101,6 @@ def likelihood_rows(results: Results) -> list[Row]:
         return [*rows, ("measured", f"{KINDS[kind]}, {counted}")]
     reliability = f"median ESS {results['median_ess']:.0f}, Pareto k > 0.7 for {results['unreliable']:.1%} of images"
     return [*rows, ("measured with", f"{results['num_samples']:,} samples, {counted}"), ("", reliability)]
-
-
-def latent_rows(results: Results) -> list[Row]:
-    """What is known of the codes: how well they rebuild the data, and how much of them is in use."""
-    rows = []
-    if results["reconstruction_error"] is not None:
-        rows.append(("reconstruction", f"squared error {results['reconstruction_error']:.3g} per image"))
-    if results.get("accuracy") is not None:
-        rows.append(("accuracy", f"{results['accuracy']:.2%}"))
-    if results.get("perplexity") is not None:
-        rows.append(("perplexity", f"{perplexity(results)} of the codes"))
-    units = results["active_units"]
-    return rows + [("active units", f'{found["active"]} of {found["of"]} at "{name}"') for name, found in units.items()]
 
 
 def diagnosed_rows(found: Diagnostics) -> list[Row]:

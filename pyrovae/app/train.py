@@ -36,7 +36,8 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
     pair, test = task.pair, task.splits.test
     rule, held_out = pair.train_on, task.splits.validation
     method = str(task.parts.objective) if rule is None else "its own rule"
-    out.print(f"{task.title} on {job.data} ({len(task.training):,} images), {method}, run in {folder}")
+    name = type(pair.module).__name__
+    out.print(f"{name} on {job.data} ({len(task.training):,} images), {method}, run in {folder}")
     if rule is None:
         result = fit(
             pair.model, pair.guide, task.training, objective=task.parts.objective, epochs=job.epochs,
@@ -80,7 +81,7 @@ def train_by_rule(rule: Rule, task: Task, run: runs.Run, resume: bool, explicit:
     changed = {name: value for name, value in common.items() if value != getattr(default, name)}
     for name, value in changed.items():
         if name not in takes:
-            raise ValueError(f"{task.title} has no {name}, got {value!r}: leave it out")
+            raise ValueError(f"{type(pair.module).__name__} has no {name}, got {value!r}: leave it out")
     always = {name: value for name, value in (("seed", job.seed), ("device", place)) if name in takes}
     run.start({"model": runs.describe(pair), "objective": None, "versions": runs.versions()} | task.config())
     pair.to(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -71,7 +72,7 @@ def batches(
         if isinstance(source, Images):
             fixed = source.fixed(seed)
             loaded = map(fixed.batch, torch.arange(len(fixed), device=fixed.x.device).split(size))
-        yield from (batch if device is None else on_device(batch, device) for batch in map(as_tuple, loaded))
+        yield from (as_batch(batch, device) for batch in loaded)
     elif batch_size is None:
         yield tuple(args)
     else:
@@ -81,14 +82,12 @@ def batches(
             yield tuple(a[cut] if isinstance(a, Tensor) and a.dim() and len(a) == size else a for a in args)
 
 
-def as_tuple(batch: object) -> Batch:
-    """What a data set gives, as arguments of the programs."""
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-
-
-def on_device(batch: Batch, device: torch.device, *, non_blocking: bool = False) -> Batch:
-    """A batch with its tensors on a device."""
-    return tuple(a.to(device, non_blocking=non_blocking) if isinstance(a, Tensor) else a for a in batch)
+def as_batch(batch: object, device: torch.device | None = None, *, non_blocking: bool = False) -> Batch:
+    """What a data set gives, as arguments of the programs, its tensors on the device if one is named."""
+    arguments = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    if device is None:
+        return arguments
+    return tuple(a.to(device, non_blocking=non_blocking) if isinstance(a, Tensor) else a for a in arguments)
 
 
 class Feed:
@@ -101,7 +100,8 @@ class Feed:
     def __init__(self, data: object, batch_size: int, device: torch.device, num_workers: int | None = None) -> None:
         source = as_dataset(data)
         self.device, self.batch_size = device, batch_size
-        self.images = source.to(device) if isinstance(source, Images) and fits(source, device) else None
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        self.images = source.to(device) if isinstance(source, Images) and source.x.nbytes <= free / 2 else None
         self.loader: DataLoader[Any] | None = None
         if self.images is None:
             if length(source) == 0:
@@ -118,10 +118,9 @@ class Feed:
 
     def __iter__(self) -> Iterator[Batch]:
         if self.images is None:
-            yield from map(self.moved, self.loader)  # type: ignore[arg-type]
-            return
-        for (index,) in self.indices():
-            yield as_tuple(self.images.batch(index))
+            yield from (as_batch(batch, self.device, non_blocking=True) for batch in self.loader)  # type: ignore[union-attr]
+        else:
+            yield from (as_batch(self.images.batch(index)) for (index,) in self.indices())
 
     def indices(self) -> Iterator[tuple[Tensor]]:
         """An epoch of data that live on the device, as the indices of its batches, in a new order."""
@@ -143,7 +142,7 @@ class Feed:
             batch = next(iter(self.loader), None)  # type: ignore[arg-type]
             if batch is None:
                 raise DataError("there are no data to train on: the DataLoader is empty")
-            moved = self.moved(batch)
+            moved = as_batch(batch, self.device, non_blocking=True)
             if not (moved and isinstance(moved[0], Tensor) and moved[0].dim()):
                 kind = type(batch).__name__
                 raise TypeError(
@@ -159,10 +158,6 @@ class Feed:
         x: Any = self.first()[position] if redrawn or position >= len(held) else held[position]
         check_support(x.reshape(-1, *shape) if shape.numel() == x[0].numel() else x, support, site=site)
 
-    def moved(self, batch: object) -> Batch:
-        """What the loader gives, as arguments on the device."""
-        return on_device(as_tuple(batch), self.device, non_blocking=True)
-
 
 def length(sized: object) -> int | None:
     """The number of data or batches, where it is known."""
@@ -170,11 +165,6 @@ def length(sized: object) -> int | None:
         return len(sized)  # type: ignore[arg-type]
     except TypeError:  # an iterable data set
         return None
-
-
-def fits(images: Images, device: torch.device) -> bool:
-    """Whether data fill at most half of the free memory of a CUDA device."""
-    return device.type != "cuda" or images.x.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
 
 
 def stream(source: Dataset[Any], batch_size: int, device: torch.device, num_workers: int | None) -> DataLoader[Any]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,22 +192,13 @@ def decode_image(path: Path) -> Tensor:
     return pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
-class VisionSet(Protocol):
-    """What is read of a data set of torchvision, which has labels under either name."""
-
-    data: Tensor | np.ndarray
-    targets: Tensor | list[int]
-    labels: np.ndarray
-    target_folder: str
-
-
-def arrays_of(dataset: VisionSet) -> Part:
-    """Values and labels of a data set that holds them as arrays."""
+def arrays_of(dataset: Any) -> Part:
+    """Values and labels of a data set of torchvision that holds them as arrays, the labels under either name."""
     labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
     return channels_first(torch.as_tensor(dataset.data)), torch.as_tensor(labels)
 
 
-def omniglot_strokes(dataset: VisionSet) -> Part:
+def omniglot_strokes(dataset: Any) -> Part:
     """Omniglot's drawings, black on white, as strokes of 1 on 0."""
     # torchvision numbers the characters in the order of os.listdir, which differs between machines.
     files = sorted(Path(dataset.target_folder).glob("*/*/*.png"))
@@ -216,7 +207,7 @@ def omniglot_strokes(dataset: VisionSet) -> Part:
 
 
 def torchvision(
-    kind: str, folder: str, files: str, arrays: Callable[[VisionSet], Part] = arrays_of, **splits: tuple[object, object]
+    kind: str, folder: str, files: str, arrays: Callable[[Any], Part] = arrays_of, **splits: tuple[object, object]
 ) -> Reader:
     """A reader of ``torchvision.datasets.<kind>``; ``splits``: its split argument, with the train and test values."""
     [(argument, values)] = (splits or {"train": (True, False)}).items()
@@ -233,7 +224,7 @@ def torchvision(
     return read
 
 
-def open_set(make: Callable[..., VisionSet], kind: str, root: Path, put: str, download: bool) -> VisionSet:
+def open_set(make: Callable[..., object], kind: str, root: Path, put: str, download: bool) -> object:
     """A data set of torchvision from its files, which are fetched where that is allowed."""
     try:
         return make(download=False)
