@@ -182,10 +182,8 @@ class Run:
 
     def checkpoint(self, name: str = "last") -> Path | None:
         """The folder of a complete checkpoint, or None. A crash between two renames leaves it under the old name."""
-        for candidate in (self.path / name, self.path / f"{name}.old"):
-            if (candidate / WEIGHTS).is_file():
-                return candidate
-        return None
+        places = self.path / name, self.path / f"{name}.old"
+        return next((place for place in places if (place / WEIGHTS).is_file()), None)
 
     def weights(self, name: str = "last") -> dict[str, Tensor]:
         """The tensors of a checkpoint."""

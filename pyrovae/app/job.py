@@ -31,6 +31,7 @@ class Task:
     parts: Parts
     pair: Pair
     splits: datasets.Splits
+    training: Images  # as the pair takes them
     vqvae: models.VQVAE | None  # whose codes the data are
 
     @classmethod
@@ -43,12 +44,7 @@ class Task:
         pair = build(parts, splits.train, job.seed, vqvae)
         if observes_bits(pair, as_seen_by(pair, splits.train)):
             splits = load_data(job, parts, None, "dynamic")
-        return cls(job, parts, pair, splits, vqvae)
-
-    @property
-    def training(self) -> Images:
-        """The training data as the pair takes them."""
-        return as_seen_by(self.pair, self.splits.train)
+        return cls(job, parts, pair, splits, as_seen_by(pair, splits.train), vqvae)
 
     def config(self) -> dict[str, object]:
         """Settings and data, as a run's config holds them."""
@@ -125,18 +121,6 @@ def as_labelled(images: Images) -> Images:
     if images.labels is None:
         raise DataError(f"labels are needed, which {images.name!r} lacks: take labelled data, or another model")
     return images
-
-
-def join_prior(task: Task, folder: Path) -> Path | None:
-    """A code prior's VQ-VAE, with that prior, as a run of its own, made of the run it comes from; None for others."""
-    vqvae, prior = task.vqvae, task.pair
-    if vqvae is None or not isinstance(prior, models.CodePrior):
-        return None
-    source, run = runs.Run(task.job.data.removeprefix(CODES)), runs.Run(folder)
-    vqvae.with_prior(prior)
-    run.start(source.config() | {"model": runs.describe(vqvae)})
-    run.save("last", vqvae.state_dict())
-    return folder
 
 
 def example(folder: Path) -> Tensor:

@@ -8,13 +8,14 @@ from pathlib import Path
 from rich.console import Console
 
 from pyrovae import runs
-from pyrovae.app.job import Task, as_seen_by, join_prior, run_folder
+from pyrovae.app.job import Task, as_seen_by, run_folder
 from pyrovae.app.measure import measure
 from pyrovae.app.pictures import pictures
-from pyrovae.app.settings import Settings, keywords
+from pyrovae.app.settings import CODES, Settings, keywords
 from pyrovae.app.tables import print_results
 from pyrovae.arguments import pick_device, positive_int
 from pyrovae.engine.randomness import rng_snapshot
+from pyrovae.models import CodePrior
 from pyrovae.models.base import Rule
 from pyrovae.train.log import Fit
 from pyrovae.train.loop import fit
@@ -56,8 +57,13 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
     results = measure(pair, test, samples=job.samples, seed=job.seed)
     if pair.after_training(task.training):
         run.save("last", pair.module.state_dict(), run.state())
-    if (joined := join_prior(task, folder / "vqvae")) is not None:
-        out.print(f'the VQ-VAE with this prior is the run "{joined}": pyrovae evaluate {joined}')
+    if task.vqvae is not None and isinstance(pair, CodePrior):
+        joined = runs.Run(folder / "vqvae")
+        task.vqvae.with_prior(pair)
+        source = runs.Run(job.data.removeprefix(CODES))
+        joined.start(source.config() | {"model": runs.describe(task.vqvae)})
+        joined.save("last", task.vqvae.state_dict())
+        out.print(f'the VQ-VAE with this prior is the run "{joined.path}": pyrovae evaluate {joined.path}')
     drawn = pictures(pair, test, result.history, folder, seed=job.seed)
     seconds = sum(row["seconds"] for row in result.history) / max(len(result.history), 1)
     results |= {"timings": result.timings, "seconds_per_epoch": seconds, "checkpoint": "last"}

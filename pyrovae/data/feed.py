@@ -106,7 +106,13 @@ class Feed:
         if self.images is None:
             if length(source) == 0:
                 raise DataError("there are no data to train on: pass at least one datum")
-            self.loader = source if isinstance(source, DataLoader) else stream(source, batch_size, device, num_workers)
+            if not isinstance(source, DataLoader):
+                shuffle = not isinstance(source, torch.utils.data.IterableDataset)
+                most = 4 if shuffle else 1  # several workers would each deliver the whole of a stream
+                workers = min(most, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
+                pinned = device.type == "cuda"
+                source = DataLoader(source, batch_size, shuffle=shuffle, num_workers=workers, pin_memory=pinned)
+            self.loader = source
         self._first: Batch | None = None
         size = self.size
         self.steps = -(-size // batch_size) if self.images is not None and size else length(self.loader)
@@ -165,13 +171,3 @@ def length(sized: object) -> int | None:
         return len(sized)  # type: ignore[arg-type]
     except TypeError:  # an iterable data set
         return None
-
-
-def stream(source: Dataset[Any], batch_size: int, device: torch.device, num_workers: int | None) -> DataLoader[Any]:
-    """A loader that shuffles, where it can."""
-    shuffle = not isinstance(source, torch.utils.data.IterableDataset)
-    most = 4 if shuffle else 1  # several workers would each deliver the whole of a stream
-    workers = min(most, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
-    return DataLoader(
-        source, batch_size=batch_size, shuffle=shuffle, num_workers=workers, pin_memory=device.type == "cuda"
-    )

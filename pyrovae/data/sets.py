@@ -10,21 +10,10 @@ import torch
 
 from pyrovae.arguments import DataError, one_of
 from pyrovae.data.images import BINARIZATIONS, Images
-from pyrovae.data.readers import SOURCES, Reader, permutation
+from pyrovae.data.readers import SOURCES, permutation
 
 DATASETS: dict[str, str] = {name: description for name, (description, _) in SOURCES.items()}
 """The names that :func:`load` knows, each with a line about it."""
-
-
-def resolve(name: str, root: str | os.PathLike[str] | None) -> tuple[Reader, Path]:
-    """The reader of the set ``name``, and the folder or file to give it."""
-    scheme, colon, path = str(name).partition(":")
-    key = f"{scheme}:PATH" if colon else name
-    one_of("data set", key if key in SOURCES else name, SOURCES)
-    if colon and not path:
-        raise ValueError(f"{key} needs a path, received {name!r}: write it after the colon")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pyrovae"
-    return SOURCES[key][1], Path(path if colon else root or os.environ.get("PYROVAE_DATA") or cache).expanduser()
 
 
 class Splits(NamedTuple):
@@ -74,13 +63,19 @@ def load(
     >>> len(train), len(validation), len(test), train.event_shape
     (1293, 144, 360, torch.Size([1, 8, 8]))
     """
-    read, location = resolve(name, root)
+    scheme, colon, path = str(name).partition(":")
+    key = f"{scheme}:PATH" if colon else name
+    one_of("data set", key if key in SOURCES else name, SOURCES)
+    if colon and not path:
+        raise ValueError(f"{key} needs a path, received {name!r}: write it after the colon")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pyrovae"
+    location = Path(path if colon else root or os.environ.get("PYROVAE_DATA") or cache).expanduser()
     one_of("binarization", binarization, BINARIZATIONS)
     if isinstance(validation, bool) or validation < 0 or (isinstance(validation, float) and not validation < 1):
         raise ValueError(
             f"validation must be a count or a fraction in [0, 1), received {validation}: pass such as 1000"
         )
-    parts = read(location, download)
+    parts = SOURCES[key][1](location, download)
     if validation and "validation" in parts:
         (x, y), (more, of_more) = parts["train"], parts.pop("validation")
         parts["train"] = torch.cat([x, more]), None if y is None or of_more is None else torch.cat([y, of_more])

@@ -172,7 +172,7 @@ def scatter(axes: Axes, points: np.ndarray, classes: np.ndarray | None) -> None:
     across, along = (
         f"unit {i} (variance {variances[i]:#.2g})" if len(variances) > 2 else f"unit {i}" for i in (first, second)
     )
-    title = f"the two of {len(variances)} units that vary most" if len(variances) > 2 else None
+    title = f"the two of {len(variances)} units that vary most" if len(variances) > 2 else ""
     dress(axes, title=title, x=across, y=along)
     axes.set_aspect("equal", adjustable="datalim")
     size = float(np.clip(12_000 / len(points), 1.5, 14))
@@ -220,14 +220,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
-def dress(
-    axes: Axes,
-    *,
-    title: str | None = None,
-    x: str | None = None,
-    y: str | None = None,
-    grid: Literal["both", "y", ""] = "both",
-) -> Axes:
+def dress(axes: Axes, *, title: str = "", x: str = "", y: str = "", grid: Literal["both", "y", ""] = "both") -> Axes:
     """Thin grey lines, small muted type, no box."""
     for side, spine in axes.spines.items():
         spine.set_visible(bool(grid) and side in ("left", "bottom"))
@@ -238,8 +231,8 @@ def dress(
         axes.grid(axis=grid, color=LINES, linewidth=0.7)
     if title:
         axes.set_title(title, fontsize=9, color=INK, loc="left")
-    axes.set_xlabel(x or "", fontsize=9, color=MUTED)
-    axes.set_ylabel(y or "", fontsize=9, color=MUTED)
+    axes.set_xlabel(x, fontsize=9, color=MUTED)
+    axes.set_ylabel(y, fontsize=9, color=MUTED)
     return axes
 
 
