@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class Captured(NamedTuple):
     changed: list[Tensor]  # the tensors that it changes in place, as it leaves them
 
 
+@dataclass(eq=False)
 class Checked:
     """A function of tensors, called through one compiled graph that was found to give what the function gives.
 
@@ -48,21 +50,18 @@ class Checked:
     :param reason: why it cannot be compiled, where that is known beforehand.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., list[Tensor]],
-        state: Sequence[Tensor],
-        *,
-        changes: Sequence[Tensor] = (),
-        untouched: Callable[[], AbstractContextManager[None]] = nullcontext,
-        precision: str = "float32",
-        seed: int = 0,
-        wanted: bool = True,
-        reason: str | None = None,
-    ) -> None:
-        self.function, self.state, self.changes = function, list(state), list(changes)
-        self.untouched, self.precision, self.seed = untouched, precision, seed
-        self.kind, self.reason = "compiled" if wanted else "eager", reason
+    function: Callable[..., list[Tensor]]
+    state: Sequence[Tensor]
+    _: KW_ONLY
+    changes: list[Tensor] = field(default_factory=list)
+    untouched: Callable[[], AbstractContextManager[None]] = nullcontext
+    precision: str = "float32"
+    seed: int = 0
+    wanted: InitVar[bool] = True
+    reason: str | None = None
+
+    def __post_init__(self, wanted: bool) -> None:
+        self.kind = "compiled" if wanted else "eager"
         self.compiled: Callable[..., list[Tensor]] | None = None
         self.signature: tuple[object, ...] = ()
 

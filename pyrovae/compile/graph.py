@@ -98,7 +98,8 @@ def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) 
         reparameterisation, or the two runs differ.
     """
     first, second = (capture_once(function, inputs) for _ in range(2))
-    if first.key != second.key or not all(map(same_values, first.constants, second.constants)):
+    pairs = zip(first.constants, second.constants, strict=True)
+    if first.key != second.key or any(a is not b and (a.dtype != b.dtype or not torch.equal(a, b)) for a, b in pairs):
         raise CannotCompile("the program does something else at every call (it changes Python state as it runs)")
     return first
 
@@ -108,9 +109,14 @@ def capture_once(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tens
     if len({id(tensor) for tensor in inputs}) != len(inputs):
         raise CannotCompile("a tensor is given twice")
     draws = Draws()
+
+    def traced(*_: Tensor) -> list[Tensor]:
+        with Traceable():
+            return list(function())
+
     with isolated_rng(), constant_python_rng(), reasons(), draws, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        module = make_fx(lambda *_: Traceable.run(function))(*inputs)
+        module = make_fx(traced)(*inputs)
     refuse_dynamic_shapes(module)
     constants = lift_constants(module)
     noise = lift_noise(module, draws.made)
@@ -156,11 +162,6 @@ def refuse_dynamic_shapes(module: fx.GraphModule) -> None:
         raise CannotCompile(f'"{node.target}" gives a shape that depends on values')
 
 
-def same_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, or one."""
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
-
-
 class Traceable(TorchFunctionMode):
     """Refuse what reads a traced tensor's values unnoticed; write what reads them needlessly in another way."""
 
@@ -177,12 +178,6 @@ class Traceable(TorchFunctionMode):
         if func in self.READS and args[0].numel():
             args[0].detach().reshape(-1)[0].item()  # a tensor that depends on the inputs refuses this
         return one_hot(*args, **kwargs) if func is torch.nn.functional.one_hot else func(*args, **kwargs)
-
-    @classmethod
-    def run(cls, function: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-        """What a function gives inside."""
-        with cls():
-            return list(function())
 
 
 def one_hot(labels: Tensor, num_classes: int = -1) -> Tensor:

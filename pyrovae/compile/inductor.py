@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -57,11 +56,11 @@ def through_inductor(module: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
     import torch._inductor.config
 
     example = [empty_like_of(v) for v in placeholders(module)]
+    logger = logging.getLogger("torch.utils.cpp_extension")  # it warns of a CUDA toolkit without a device, for one
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        with (
-            torch.no_grad(), warnings.catch_warnings(), without_warnings("torch.utils.cpp_extension"),
-            torch._inductor.config.patch(OPTIONS),
-        ):  # fmt: skip
+        with torch.no_grad(), warnings.catch_warnings(), torch._inductor.config.patch(OPTIONS):
             warnings.simplefilter("ignore")
             module = channels_last(module, example)
             return torch._inductor.standalone_compile(module, list(example), dynamic_shapes="from_example_inputs")
@@ -69,16 +68,6 @@ def through_inductor(module: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
         if "CxxCompiler" in type(error).__name__ or "compiler" in str(error).lower():
             raise CannotCompile("there is no working C++ compiler: install g++ or clang, or set CXX") from error
         raise CannotCompile(f"Inductor failed with {type(error).__name__}: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def without_warnings(name: str) -> Iterator[None]:
-    """Without a logger's warnings (of a CUDA toolkit without a device, for one)."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
     finally:
         logger.setLevel(level)
 

@@ -7,9 +7,7 @@ compared on the same noise; :func:`lift_noise` then takes the drawing out of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -20,14 +18,9 @@ aten = torch.ops.aten
 
 READS = "the program reads a tensor's value on the host (.item(), if, float)"
 
-Rewrite = Callable[..., object]
-
 
 class CannotCompile(Exception):
     """Why a function cannot become a static graph; the message completes "cannot compile: ..."."""
-
-
-# --- random operations as functions of noise -------------------------------------------------------------------------
 
 
 def uniform(x: Tensor) -> Tensor:
@@ -70,19 +63,13 @@ def dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
     return kept * x * (1 / (1 - p) if p < 1 else 0.0), kept
 
 
-def made_like(
-    make: Callable[..., Tensor],
-    x: Tensor,
-    size: Sequence[int] | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-    **_: object,
-) -> Tensor:
+def made_like(make: Callable[..., Tensor], x: Tensor, size: Sequence[int] | None = None, **given: object) -> Tensor:
     """A tensor of the kind of ``x``, from a function of nothing but size, dtype and device."""
-    return make(x.shape if size is None else size, dtype=dtype or x.dtype, device=device or x.device)
+    kind = {name: given.get(name) or getattr(x, name) for name in ("dtype", "device")}
+    return make(x.shape if size is None else size, **kind)
 
 
-REWRITES: dict[OpOverload, Rewrite] = {
+REWRITES: dict[OpOverload, Callable[..., object]] = {
     aten.bernoulli.default: bernoulli,
     aten.bernoulli.p: bernoulli_like,
     aten.multinomial.default: multinomial,
@@ -111,16 +98,6 @@ class rewritten(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# --- noise as an input -----------------------------------------------------------------------------------------------
-
-
-class Draw(NamedTuple):
-    """A random operation that a program ran, and the state of the generators that it drew from."""
-
-    function: OpOverload
-    state: bytes
-
-
 class Draws(rewritten):
     """Notes every random operation with the state it drew from, for a draw that is replayed is the same draw.
 
@@ -129,7 +106,7 @@ class Draws(rewritten):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[Draw] = []
+        self.made: list[tuple[OpOverload, bytes]] = []
         self.scalars: list[Tensor] = []  # that the function made itself; it may read them
 
     def __torch_dispatch__(
@@ -142,7 +119,7 @@ class Draws(rewritten):
                 state = torch.get_rng_state().numpy().tobytes()
                 if torch.cuda.is_initialized():
                     state += torch.cuda.get_rng_state().numpy().tobytes()
-            self.made.append(Draw(func, state))
+            self.made.append((func, state))
         if func is aten._local_scalar_dense.default and not any(args[0] is made for made in self.scalars):
             raise CannotCompile(READS)
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -156,78 +133,43 @@ def is_random(target: object) -> bool:
     return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
-def lift_noise(module: fx.GraphModule, made: Sequence[Draw]) -> fx.GraphModule:
+def lift_noise(module: fx.GraphModule, made: Sequence[tuple[OpOverload, bytes]]) -> fx.GraphModule:
     """Replace random operations by inputs, one for each different draw, and return the module that draws them."""
     nodes = [node for node in module.graph.nodes if is_random(node.target)]
-    if [node.target for node in nodes] != [draw.function for draw in made]:
+    if [node.target for node in nodes] != [function for function, _ in made]:
         raise CannotCompile("its random operations do not all appear in the graph")
-    source, inputs = NoiseSource(), {}
-    for node, draw in zip(nodes, made, strict=True):
-        refuse_shared_fill(node, draw.function)
-        same = (draw, settings(node), node.meta["val"].shape, node.meta["val"].dtype)
-        if same not in inputs:
-            source.add(node, name_of(draw.function))
-            inputs[same] = new_placeholder(module.graph, "noise", node.meta["val"])
-        node.replace_all_uses_with(unused(inputs[same]))
-    for node in reversed(nodes):
-        module.graph.erase_node(node)
-    return source.module()
+    source, drawn, inputs = fx.Graph(), [], {}
+    copies: dict[fx.Node, fx.Node] = {}
 
-
-@dataclass
-class NoiseSource:
-    """A graph of its own for what is drawn: the random operations of another, and what these are computed from."""
-
-    graph: fx.Graph = field(default_factory=fx.Graph)
-    copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    drawn: list[fx.Node] = field(default_factory=list)
-
-    def add(self, node: fx.Node, name: str) -> None:
-        """Draw one more, by the operation called ``name``."""
-        self.drawn.append(self.copy(node, name))
-
-    def copy(self, node: fx.Node, name: str) -> fx.Node:
+    def copy(node: fx.Node, name: str) -> fx.Node:
         """A node, with all that it is computed from."""
         if node.op != "call_function":
             raise CannotCompile(f'"{name}" draws from a distribution whose noise depends on its parameters')
-        if node not in self.copies:
+        if node not in copies:
             for parent in node.all_input_nodes:
-                self.copy(parent, name)
-            self.copies[node] = self.graph.node_copy(node, lambda n: self.copies[n])
-        return self.copies[node]
+                copy(parent, name)
+            copies[node] = source.node_copy(node, copies.__getitem__)
+        return copies[node]
 
-    def module(self) -> fx.GraphModule:
-        """What draws them all."""
-        self.graph.output(tuple(self.drawn))
-        return fx.GraphModule({}, self.graph)
-
-
-def name_of(function: OpOverload) -> str:
-    """An operation's name for a message."""
-    return function.name().removeprefix("aten::")
-
-
-def settings(node: fx.Node) -> str:
-    """The arguments of an operation that are no tensors."""
-    return repr([a for a in (*node.args, *node.kwargs.values()) if not isinstance(a, fx.Node)])
-
-
-def refuse_shared_fill(node: fx.Node, function: OpOverload) -> None:
-    """Refuse a draw into a tensor that holds something, or that is used before."""
-    if not function._schema.is_mutable:
-        return
-    (filled, *_) = node.args
-    if isinstance(filled, fx.Node) and (filled.all_input_nodes or len(filled.users) > 1):
-        raise CannotCompile(f'"{name_of(function)}" fills a tensor that is used elsewhere as well')
-
-
-def unused(noise: fx.Node) -> fx.Node:
-    """An input of noise for one more draw: the first may change it in place."""
-    if not noise.users:
-        return noise
-    graph = noise.graph
-    with graph.inserting_before(next(n for n in graph.nodes if n.op == "call_function")):
-        return graph.call_function(aten.clone.default, (noise,))
+    for node, (function, state) in zip(nodes, made, strict=True):
+        name = function.name().removeprefix("aten::")
+        filled = node.args[0] if function._schema.is_mutable else None
+        if isinstance(filled, fx.Node) and (filled.all_input_nodes or len(filled.users) > 1):
+            raise CannotCompile(f'"{name}" fills a tensor that is used elsewhere as well')
+        numbers = repr([a for a in (*node.args, *node.kwargs.values()) if not isinstance(a, fx.Node)])
+        same = (function, state, numbers, node.meta["val"].shape, node.meta["val"].dtype)
+        if same not in inputs:
+            drawn.append(copy(node, name))
+            inputs[same] = new_placeholder(module.graph, "noise", node.meta["val"])
+        noise = inputs[same]
+        if noise.users:  # the first draw may change it in place
+            with module.graph.inserting_before(next(n for n in module.graph.nodes if n.op == "call_function")):
+                noise = module.graph.call_function(aten.clone.default, (noise,))
+        node.replace_all_uses_with(noise)
+    for node in reversed(nodes):
+        module.graph.erase_node(node)
+    source.output(tuple(drawn))
+    return fx.GraphModule({}, source)
 
 
 def stacked_noise(sources: Sequence[Callable[[], tuple[Tensor, ...]]]) -> Callable[[], tuple[Tensor, ...]]:

@@ -89,9 +89,6 @@ class Tally:
         return self.merged, k.view_as(self.merged.log_sum)
 
 
-_DATA_PER_PASS = 512  # bounds the [data, grid, tail] array of the fit
-
-
 def tail_size(num_samples: int) -> int:
     """The number of largest weights that the Pareto fit looks at."""
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
@@ -119,7 +116,7 @@ def pareto_k(largest: Tensor, num_samples: int) -> Tensor:
     for n in lengths.unique().tolist():  # one length, unless weights are tied
         if n > 4:
             rows = (lengths == n).nonzero().squeeze(1)
-            for part in rows.split(_DATA_PER_PASS):
+            for part in rows.split(512):  # bounds the [data, grid, tail] array of the fit
                 tail = x[part, :n].flip(1).exp() - cutoff[part].exp()
                 k[part] = generalized_pareto_shape(tail)
     return k

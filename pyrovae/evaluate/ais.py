@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from pyrovae.arguments import in_range, one_of, positive_int, rising_betas
 from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
 from pyrovae.engine.generate import Redraw, generate, program_of
-from pyrovae.engine.particles import Layout, Particles
+from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import look
 from pyrovae.engine.programs import Batch, Program, device_of
 from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, latent, quoted
@@ -84,19 +84,17 @@ def ais_log_likelihood(
     Neal (2001), *Annealed importance sampling*; Wu et al. (2017), *On the quantitative analysis of decoder-based
     generative models*.
     """
-    settings = Settings.checked(num_chains, num_temperatures, leapfrog_steps, schedule, target_acceptance, compile)
+    annealer = Annealer(num_chains, num_temperatures, leapfrog_steps, schedule, target_acceptance, compile)
     batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
     program = program_of(model)
     programs = (program, guide) if guide else (program,)
     data = Batches(args, batch_size, seed=seed, device=device_of(program), title="AIS", progress=progress)
-    parts, annealer = [], None
-    with measuring(*programs, seed=seed), data:
+    parts: list[tuple[Tensor, Tensor]] = []
+    with measuring(*programs, seed=seed), data.bar:
         for batch in data:
-            if annealer is None:
-                annealer = Annealer(Tempered(program, guide, batch, kwargs, settings.num_chains), settings)
-                annealer.prepare(rows(batch), data.total or rows(batch))
+            if not parts:
+                annealer.prepare(program, guide, batch, kwargs, data.total or rows(batch))
             parts.append(annealer(batch))
-    assert annealer is not None
     return annealer.estimate(parts, seed)
 
 
@@ -140,45 +138,16 @@ def bdmc(
 
     Grosse, Ghahramani and Adams (2015), *Sandwiching the marginal likelihood using bidirectional Monte Carlo*.
     """
-    settings = Settings.checked(num_chains, num_temperatures, leapfrog_steps, schedule, target_acceptance, compile)
+    annealer = Annealer(num_chains, num_temperatures, leapfrog_steps, schedule, target_acceptance, compile)
     program = program_of(model)
     with measuring(program, seed=seed):
         redraw = Redraw(blank(program, positive_int("n", n), like))
         simulated, data = generate(program, (redraw.x, *args), kwargs, redraw)
         batch = (data["value"], *args)
         truth = {name: site["value"] for name, site in latent(simulated).items() if name != redraw.site}
-        annealer = Annealer(Tempered(program, None, batch, kwargs, settings.num_chains), settings)
-        annealer.prepare(n, 2 * n)
+        annealer.prepare(program, None, batch, kwargs, 2 * n)
         lower, upper = annealer(batch), annealer(batch, truth)
     return Bracket(annealer.estimate([lower], seed), annealer.estimate([upper], seed, sign=-1))
-
-
-class Settings(NamedTuple):
-    """Of annealing, as checked."""
-
-    num_chains: int
-    betas: list[float]
-    leapfrog_steps: int
-    target: float
-    compile: bool | str
-
-    @classmethod
-    def checked(
-        cls,
-        num_chains: int,
-        num_temperatures: int,
-        leapfrog_steps: int,
-        schedule: str | Sequence[float],
-        target: float,
-        compile: bool | str,
-    ) -> Settings:
-        """What the arguments of the same names say."""
-        num_chains = positive_int("num_chains", num_chains, minimum=2)
-        leapfrog_steps = positive_int("leapfrog_steps", leapfrog_steps)
-        check_compile(compile)
-        target = in_range("target_acceptance", target, 0.01, 0.99)
-        betas = make_betas(schedule, positive_int("num_temperatures", num_temperatures))
-        return cls(num_chains, betas, leapfrog_steps, target, compile)
 
 
 def make_betas(schedule: str | Sequence[float], temperatures: int) -> list[float]:
@@ -198,13 +167,22 @@ class Tempered:
     def __init__(
         self, model: Program, guide: Program | None, batch: Batch, kwargs: Mapping[str, object], num_chains: int
     ) -> None:
-        self.model, self.guide, self.source = model, guide or no_guide, guide or model
+        self.model, self.guide, self.source = model, guide or (lambda *_, **__: None), guide or model
         self.kwargs, self.num_chains = kwargs, num_chains
         seen = look(model, self.guide, batch, kwargs)
-        sites = latent(seen.model)
-        check_latents(sites)
-        if guide:
-            check_start(latent(seen.guide), sites)
+        sites, drawn = latent(seen.model), latent(seen.guide)
+        if not sites:
+            raise ValueError("the model has no latents to anneal: its log p(x) is exact, use pyrovae.log_likelihood")
+        for name, site in sites.items():
+            if site["fn"].support.is_discrete:
+                raise ValueError(f'latent site "{name}" is discrete, and HMC moves continuous ones only: enumerate it')
+            if point_mass(site["fn"]) is not None or site["mask"] is not None or is_masked(site["fn"]):
+                raise ValueError(f'latent site "{name}" has no prior density: the model has no log p(x)')
+        if guide and (drawn.keys() != sites.keys() or any(point_mass(s["fn"]) is not None for s in drawn.values())):
+            raise ValueError(
+                f"to start from a guide it must draw {quoted(sites)} from densities, and nothing else; it has "
+                f"{quoted(drawn)}: leave guide out to start from the prior"
+            )
         self.nesting, self.tensors = seen.nesting, tensors_of(seen.modules)
         maps = {name: unconstrained(site["fn"].support) for name, site in sites.items()}
         self.maps = {name: transform for name, transform in maps.items() if transform is not None}
@@ -218,10 +196,6 @@ class Tempered:
         with pyro.validation_enabled(False), Record(values) as record, plate:
             program(*batch, **self.kwargs)
         return record.sites
-
-    def layout(self, batch: Batch) -> Layout:
-        """Where chains and data lie in the tensors of a run."""
-        return self.particles({}, self.run(self.model, batch, {})).layout
 
     def particles(self, guide: Sites, model: Sites) -> Particles:
         """A run of all chains from its sites."""
@@ -258,52 +232,40 @@ class Tempered:
         return [tempered.detach(), joint.detach() - start.detach(), *gradients]
 
 
-def no_guide(*args: object, **kwargs: object) -> None:
-    """A guide that draws nothing."""
-
-
-def check_latents(sites: Sites) -> None:
-    """Refuse latents that cannot be annealed."""
-    if not sites:
-        raise ValueError("the model has no latents to anneal: its log p(x) is exact, use pyrovae.log_likelihood")
-    for name, site in sites.items():
-        if site["fn"].support.is_discrete:
-            raise ValueError(f'latent site "{name}" is discrete, and HMC moves continuous ones only: enumerate it')
-        if point_mass(site["fn"]) is not None or site["mask"] is not None or is_masked(site["fn"]):
-            raise ValueError(f'latent site "{name}" has no prior density: the model has no log p(x)')
-
-
-def check_start(drawn: Sites, wanted: Sites) -> None:
-    """Refuse a guide to start from that does not draw the model's latents from densities."""
-    if drawn.keys() != wanted.keys() or any(point_mass(site["fn"]) is not None for site in drawn.values()):
-        raise ValueError(
-            f"to start from a guide it must draw {quoted(wanted)} from densities, and nothing else; it has "
-            f"{quoted(drawn)}: leave guide out to start from the prior"
-        )
-
-
 class Annealer:
     """Chains that go through the temperatures, batch by batch."""
 
-    def __init__(self, densities: Tempered, settings: Settings) -> None:
-        self.densities, self.settings = densities, settings
-        self.last = len(settings.betas) - 1
-        self.dtype = torch.float32
+    def __init__(
+        self,
+        num_chains: int,
+        num_temperatures: int,
+        leapfrog_steps: int,
+        schedule: str | Sequence[float],
+        target: float,
+        compile: bool | str,
+    ) -> None:
+        self.num_chains = positive_int("num_chains", num_chains, minimum=2)
+        self.leapfrog_steps = positive_int("leapfrog_steps", leapfrog_steps)
+        check_compile(compile)
+        self.compile, self.target = compile, in_range("target_acceptance", target, 0.01, 0.99)
+        self.betas = make_betas(schedule, positive_int("num_temperatures", num_temperatures))
+        self.last, self.dtype = len(self.betas) - 1, torch.float32
 
-    def prepare(self, batch_size: int, number: int) -> None:
-        """Decide, where it is "auto", from counts alone whether the gradients of ``number`` data are compiled."""
-        weights = sum(t.numel() for t in self.densities.tensors)
-        each = HANDLERS + SAVED * self.settings.num_chains * batch_size * weights
-        evaluations = (self.last + 1) * (self.settings.leapfrog_steps + 1) * -(-number // batch_size)
-        compiles = wanted(self.settings.compile, evaluations * each)
-        self.slope = Checked(self.densities.slope, self.densities.tensors, wanted=compiles)
+    def prepare(
+        self, model: Program, guide: Program | None, batch: Batch, kwargs: Mapping[str, object], number: int
+    ) -> None:
+        """Look at the programs; decide, where it is "auto", from counts alone whether gradients are compiled."""
+        self.densities = densities = Tempered(model, guide, batch, kwargs, self.num_chains)
+        each = HANDLERS + SAVED * self.num_chains * rows(batch) * sum(t.numel() for t in densities.tensors)
+        evaluations = (self.last + 1) * (self.leapfrog_steps + 1) * -(-number // rows(batch))
+        self.slope = Checked(densities.slope, densities.tensors, wanted=wanted(self.compile, evaluations * each))
 
     def __call__(self, batch: Batch, truth: State | None = None) -> tuple[Tensor, Tensor]:
         """Anneal upwards from q_0: log w ``[C, *plates]`` in float64, and the mean acceptance ``[*plates]``.
 
         From ``truth``, the latents that made the data, chains go downwards, and what comes back is log w'.
         """
-        betas, order = self.settings.betas, list(range(self.last + 1))
+        order = list(range(self.last + 1))
         hmc, density, steps = self.pilot(batch)
         u = self.densities.start(batch)
         if truth is not None:
@@ -313,7 +275,7 @@ class Annealer:
         ratio, log_w = joint - start, torch.zeros_like(joint, dtype=torch.float64)
         accepted = torch.zeros_like(log_w[0])
         for before, now in pairwise(order):
-            log_w = log_w + (betas[now] - betas[before]) * ratio.double()
+            log_w = log_w + (self.betas[now] - self.betas[before]) * ratio.double()
             if now != order[-1]:  # where the chains end does not matter
                 u, ratio, accept = hmc.transition(density(now), u, steps[now - 1])
                 accepted = accepted + accept.double().mean(0)
@@ -321,13 +283,15 @@ class Annealer:
 
     def pilot(self, batch: Batch) -> tuple[HMC, Callable[[int], LogDensity], Tensor]:
         """Transitions for a batch, the density at each temperature, and the step sizes there, found by a pilot run."""
-        hmc = HMC(self.densities.layout(batch), self.densities.event_dims, self.settings.leapfrog_steps)
-        u = self.densities.start(batch)
-        _, joint, _ = self.densities.ends(batch, u)
+        densities = self.densities
+        layout = densities.particles({}, densities.run(densities.model, batch, {})).layout
+        hmc = HMC(layout, densities.event_dims, self.leapfrog_steps)
+        u = densities.start(batch)
+        _, joint, _ = densities.ends(batch, u)
         self.dtype = joint.dtype
 
         def density(t: int) -> LogDensity:
-            beta = joint.new_tensor(self.settings.betas[t])
+            beta = joint.new_tensor(self.betas[t])
 
             def at(u: State) -> Evaluated:
                 log_density, ratio, *gradients = self.slope(tuple(u), beta, *u.values(), *batch)
@@ -336,13 +300,13 @@ class Annealer:
             return at
 
         first = torch.full_like(joint[:1], math.log(FIRST_STEP))
-        return hmc, density, hmc.pilot(density, self.last, u, first, self.settings.target)
+        return hmc, density, hmc.pilot(density, self.last, u, first, self.target)
 
     def estimate(self, parts: list[tuple[Tensor, Tensor]], seed: int | None, sign: int = 1) -> AISEstimate:
         """What the weights of all batches say."""
         sums = Sums.of(torch.cat([log_w for log_w, _ in parts], -1))
         acceptance = torch.cat([accepted.reshape(-1) for _, accepted in parts])
         return AISEstimate(
-            sign * sums.log_mean, sums.std_error, sums.ess, acceptance, self.settings.num_chains, self.last, seed,
+            sign * sums.log_mean, sums.std_error, sums.ess, acceptance, self.num_chains, self.last, seed,
             str(self.dtype).removeprefix("torch."), self.slope.kind,
         )  # fmt: skip

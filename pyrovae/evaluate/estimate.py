@@ -13,8 +13,6 @@ from torch import Tensor
 from pyrovae.arguments import in_range
 
 RELIABLE_K = 0.7
-
-
 EQUAL = 1e-3  # relative spread of the weights of a posterior-equal guide, which is rounding only
 
 
@@ -55,9 +53,8 @@ class Estimate:
     @property
     def nll_data_std_error(self) -> float:
         """Standard error of :attr:`nll` over the data, as a sample of a population (NaN for a single datum)."""
-        return (
-            (self.log_prob.std() / math.sqrt(self.log_prob.numel())).item() if self.log_prob.numel() > 1 else math.nan
-        )
+        number = self.log_prob.numel()
+        return (self.log_prob.std() / math.sqrt(number)).item() if number > 1 else math.nan
 
 
 @dataclass(frozen=True)
@@ -124,13 +121,10 @@ class LikelihoodEstimate(Estimate):
         kept = {name: value.unsqueeze(0).cpu().numpy() for name, value in self.draws.items()}
         local = {name: ["datum"] for name in kept if self.log_prob.dim() == 1}
         groups = {"posterior": arviz.dict_to_dataset(kept, dims=local)} if kept else {}
+        seed = "" if self.seed is None else self.seed
         return arviz.InferenceData(
             **groups,
-            attrs={
-                "num_samples": self.num_samples,
-                "seed": "" if self.seed is None else self.seed,
-                "dtype": self.dtype,
-            },
+            attrs={"num_samples": self.num_samples, "seed": seed, "dtype": self.dtype},
             log_likelihood=table(log_prob=self.log_prob),
             sample_stats=table(std_error=self.std_error, ess=self.ess, pareto_k=self.pareto_k),
         )

@@ -157,8 +157,8 @@ def gradient_snr(
     """
     repetitions = positive_int("repetitions", repetitions, minimum=2)
     with measuring(model, guide, seed=seed), protected_buffers(), torch.enable_grad():
-        theirs = parameters_of(model, guide, args, kwargs)
-        parameters = [p for group in theirs for p in group]
+        of_model, of_guide = parameters_of(model, guide, args, kwargs)
+        parameters = [*of_model, *of_guide]
         if not parameters:
             raise ValueError("the pair has no parameters: there is no gradient to measure")
         means = [RunningMean() for _ in parameters]
@@ -167,28 +167,21 @@ def gradient_snr(
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             for mean, gradient in zip(means, gradients, strict=True):
                 mean.add(gradient)
-    number = len(theirs.model)
+    number = len(of_model)
     return GradientSNR(root_mean_square_snr(means[:number]), root_mean_square_snr(means[number:]))
 
 
 def root_mean_square_snr(means: list[RunningMean]) -> float:
     """The root of the mean squared ratio over all elements that are random; NaN where there is none."""
-    signal = [mean.mean.square() - mean.noise for mean in means]
-    parts = [
-        torch.where(m.variance > 0, s / m.variance, math.nan).flatten() for m, s in zip(means, signal, strict=True)
-    ]
+    ratios = ((m.variance, (m.mean.square() - m.noise) / m.variance) for m in means)
+    parts = [torch.where(variance > 0, ratio, math.nan).flatten() for variance, ratio in ratios]
     return torch.cat(parts).nanmean().clamp(min=0).sqrt().item() if parts else math.nan
 
 
-class Parameters(NamedTuple):
-    """Those that the guide's draws depend on, and the others that the model depends on."""
-
-    model: list[Tensor]
-    guide: list[Tensor]
-
-
-def parameters_of(model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]) -> Parameters:
-    """The parameters of a pair, by who depends on them, while it runs once."""
+def parameters_of(
+    model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that the guide's draws depend on, behind the others that the model depends on."""
     proposed = record(guide, args, kwargs)
     values = {name: site["value"] for name, site in latent(proposed).items()}
     fixed = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
@@ -201,4 +194,4 @@ def parameters_of(model: Program, guide: Program, args: Batch, kwargs: Mapping[s
 
     own = leaves(proposed, True)
     known = {id(p) for p in own}
-    return Parameters([p for p in leaves(joint, False) if id(p) not in known], own)
+    return [p for p in leaves(joint, False) if id(p) not in known], own

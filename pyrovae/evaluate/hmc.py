@@ -43,14 +43,6 @@ class Evaluated(NamedTuple):
 LogDensity = Callable[[State], Evaluated]
 
 
-class Moved(NamedTuple):
-    """The chains after a transition, what they carry, and which of them were accepted."""
-
-    state: State
-    carried: Tensor
-    accepted: Tensor
-
-
 @dataclass(frozen=True)
 class HMC:
     """Transitions of chains in unconstrained space.
@@ -64,8 +56,11 @@ class HMC:
     event_dims: dict[str, int]
     leapfrog_steps: int
 
-    def transition(self, density: LogDensity, u: State, step: Tensor) -> Moved:
-        """Leave ``density`` invariant, with steps of the sizes ``step``, one for each datum."""
+    def transition(self, density: LogDensity, u: State, step: Tensor) -> tuple[State, Tensor, Tensor]:
+        """Leave ``density`` invariant, with steps of the sizes ``step``, one for each datum.
+
+        :return: the chains afterwards, what they carry, and which of them were accepted.
+        """
         sizes = {name: self.spread(step, name) for name in u}
         p = {name: torch.randn_like(point) for name, point in u.items()}
         before = at = density(u)
@@ -79,7 +74,7 @@ class HMC:
         log_ratio = (at.log_density - self.kinetic(p) - energy).nan_to_num(-math.inf)
         accepted = torch.rand_like(log_ratio).log() < log_ratio
         state = {name: torch.where(self.spread(accepted, name), moved[name], u[name]) for name in u}
-        return Moved(state, torch.where(accepted, at.carried, before.carried), accepted)
+        return state, torch.where(accepted, at.carried, before.carried), accepted
 
     def kicked(self, momentum: State, sizes: State, at: Evaluated) -> State:
         """The momentum after half a step along the gradient."""
@@ -114,10 +109,5 @@ class HMC:
             found.append(log_step)
         at = torch.tensor(visited, device=log_step.device)
         index = torch.searchsorted(at, torch.arange(1, number + 1, device=at.device))
-        return smoothed(torch.stack(found))[index].exp()
-
-
-def smoothed(table: Tensor) -> Tensor:
-    """Each row averaged with those before and after it: the pilot's steps scatter."""
-    ends = ((max(0, i - WINDOW), i + WINDOW + 1) for i in range(len(table)))
-    return torch.stack([table[low:high].mean(0) for low, high in ends])
+        around = [found[max(0, i - WINDOW) : i + WINDOW + 1] for i in range(len(found))]
+        return torch.stack([torch.stack(rows).mean(0) for rows in around])[index].exp()

@@ -95,7 +95,7 @@ def log_likelihood(
     data = Batches(args, batch_size, seed=seed, device=device_of(model, guide), title="log p(x)", progress=progress)
     results: list[tuple[Tensor, ...]] = []
     sampler = None
-    with measuring(model, guide, seed=seed), data:
+    with measuring(model, guide, seed=seed), data.bar:
         for batch in data:
             proposal = refine(model, guide, *batch, steps=refine_steps, **kwargs) if refine_steps else guide
             if sampler is None:
@@ -148,7 +148,7 @@ class Sampler:
         self.nesting, self.joint, self.tensors = seen.nesting, seen.joint, tensors_of(seen.modules)
         self.exact = not latent(seen.guide) and not latent(seen.model)
         self.subsampled = bool(subsampled) or seen.layout.oversampling != 1.0
-        self.resampler = Resampler(num_draws, seed, seen)
+        self.resampler, self.subsample = Resampler(num_draws, seed, seen), SameSubsample()
         with protected_buffers(), isolated_rng(), PeakBytes() as used:
             refuse_without_density(self.run(batch, 2))
         self.dtype = measure(seen.particles).dtype
@@ -163,10 +163,11 @@ class Sampler:
 
     def run(self, batch: Batch, num_particles: int) -> Particles:
         """One run of the pair, every scale ignored."""
-        return run(
-            self.model, self.guide, batch, self.kwargs,
-            num_particles=num_particles, nesting=self.nesting, fold=self.fold, scaled=False,
-        )  # fmt: skip
+        with self.subsample:
+            return run(
+                self.model, self.guide, batch, self.kwargs,
+                num_particles=num_particles, nesting=self.nesting, fold=self.fold, scaled=False,
+            )  # fmt: skip
 
     def weights(self, size: int, *batch: object) -> list[Tensor]:
         """The log-weights of one pass, ``[size, B]``, and what the resampler wants of it."""
@@ -175,13 +176,8 @@ class Sampler:
 
     def __call__(self, batch: Batch, first: int) -> tuple[Tensor, ...]:
         """log_prob, std_error, ess and pareto_k of one batch, which begins with datum ``first``."""
-        tally, subsample = Tally(self.num_samples), SameSubsample()
-
-        def weigh(size: int) -> list[Tensor]:
-            with subsample:
-                return self.weigh(size, *batch)
-
-        for log_w, *values in self.passes(self.num_samples, weigh):
+        tally, self.subsample = Tally(self.num_samples), SameSubsample()
+        for log_w, *values in self.passes(self.num_samples, lambda size: self.weigh(size, *batch)):
             tally.add(log_w)
             self.resampler.add(log_w, values)
             del values  # or two passes would be held at a time

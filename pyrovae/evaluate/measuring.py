@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ def measuring(*programs: Program, seed: int | None) -> Iterator[None]:
 
 
 class Batches:
-    """What an evaluation passes to the programs, batch by batch and in order, with a bar of the progress.
+    """What an evaluation passes to the programs, batch by batch and in order, with a ``bar`` of the progress.
 
     :param args: as :func:`pyrovae.data.batches` takes them, with ``batch_size``, ``seed`` and ``device``.
     :param title: of the bar, which is shown as ``progress`` says.
@@ -46,15 +45,6 @@ class Batches:
         self.total = len(args[0]) if len(args) == 1 and isinstance(args[0], datasets.Images) else None
         self.done = 0
         self.bar = ProgressBar(title, self.total, progress)
-
-    def __enter__(self) -> Batches:
-        self.bar.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.__exit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[Batch]:
         batch = None

@@ -3,7 +3,6 @@ r"""Better proposals for importance sampling, made of a guide: wider ones, and o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -15,9 +14,9 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyrovae.arguments import in_range, positive_int
-from pyrovae.engine.programs import Batch, Program, protected_buffers
+from pyrovae.engine.programs import Program, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.engine.sites import Site, Sites, counts, latent, record
+from pyrovae.engine.sites import Site, counts, latent, record
 from pyrovae.engine.unwrap import plain
 from pyrovae.evaluate.measuring import measuring
 from pyrovae.objectives.elbo import ELBO
@@ -25,26 +24,26 @@ from pyrovae.objectives.elbo import ELBO
 Size = torch.Size | list[int] | tuple[int, ...]
 
 
-class Refined:
-    r"""A guide whose latents are moved for each datum: :math:`z'_u = a_{bu} + e^{s_{bu}} z_u`, with z from the guide.
+class Proposal(Messenger):
+    """A guide that is run inside a messenger: a program like any other."""
 
-    For a normal guide that is every normal of the same covariance structure. A program like any other, for the batch
-    that it was made for.
-    """
+    def __init__(self, guide: Program) -> None:
+        super().__init__()
+        self.guide = guide
 
-    def __init__(self, guide: Program, shifts: dict[str, Tensor], log_scales: dict[str, Tensor]) -> None:
-        self.guide, self.shifts, self.log_scales = guide, shifts, log_scales
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        with Affine(self.shifts, self.log_scales):
+    def __call__(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
+        with self:
             return self.guide(*args, **kwargs)
 
 
-class Affine(Messenger):
-    """Moves the latents named, while a guide runs."""
+class Refined(Proposal):
+    r"""A guide whose latents are moved for each datum: :math:`z'_u = a_{bu} + e^{s_{bu}} z_u`, with z from the guide.
 
-    def __init__(self, shifts: dict[str, Tensor], log_scales: dict[str, Tensor]) -> None:
-        super().__init__()
+    For a normal guide that is every normal of the same covariance structure. It is for the batch that it was made for.
+    """
+
+    def __init__(self, guide: Program, shifts: dict[str, Tensor], log_scales: dict[str, Tensor]) -> None:
+        super().__init__(guide)
         self.shifts, self.log_scales = shifts, log_scales
 
     def _pyro_sample(self, msg: Site) -> None:
@@ -85,22 +84,11 @@ def inflate(guide: Program, factor: float = 1.2, *, weight: float = 1.0) -> Infl
     return Inflated(guide, in_range("factor", factor, 1e-6), weight)
 
 
-class Inflated:
+class Inflated(Proposal):
     """A guide with wider normals; see :func:`inflate`."""
 
     def __init__(self, guide: Program, factor: float, weight: float) -> None:
-        self.guide, self.factor, self.weight = guide, factor, weight
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        with Wider(self.factor, self.weight):
-            return self.guide(*args, **kwargs)
-
-
-class Wider(Messenger):
-    """Widens every normal latent, while a guide runs."""
-
-    def __init__(self, factor: float, weight: float) -> None:
-        super().__init__()
+        super().__init__(guide)
         self.factor, self.weight = factor, weight
 
     def _pyro_sample(self, msg: Site) -> None:
@@ -191,7 +179,17 @@ def refine(
     steps, lr = positive_int("steps", steps), in_range("lr", lr, 0.0)
     num_particles = positive_int("num_particles", num_particles)
     with measuring(model, guide, seed=seed):
-        sites = movable(guide, args, kwargs)
+        with isolated_rng(), protected_buffers():
+            sites = latent(record(guide, args, kwargs))
+        if not sites:
+            raise ValueError("there is nothing to refine: the guide draws nothing")
+        for name, site in sites.items():
+            support = plain(site["fn"].support)
+            if not site["fn"].has_rsample or support not in (constraints.real, constraints.real_vector):
+                raise ValueError(
+                    f'guide site "{name}" ({type(site["fn"]).__name__}) cannot be refined: it must be reparameterised, '
+                    "and on the whole real line"
+                )
         shifts, log_scales = ({n: torch.zeros_like(s["value"]) for n, s in sites.items()} for _ in range(2))
         free = [t.requires_grad_() for t in (*shifts.values(), *log_scales.values())]
         refined, objective = Refined(guide, shifts, log_scales), ELBO(num_particles, gradient="stl")
@@ -206,19 +204,3 @@ def refine(
     for t in free:
         t.requires_grad_(False)
     return refined
-
-
-def movable(guide: Program, args: Batch, kwargs: Mapping[str, object]) -> Sites:
-    """The guide's latent sites, if each can be moved by an affine map."""
-    with torch.no_grad(), isolated_rng(), protected_buffers():
-        sites = latent(record(guide, args, kwargs))
-    if not sites:
-        raise ValueError("there is nothing to refine: the guide draws nothing")
-    for name, site in sites.items():
-        support = plain(site["fn"].support)
-        if not site["fn"].has_rsample or support not in (constraints.real, constraints.real_vector):
-            raise ValueError(
-                f'guide site "{name}" ({type(site["fn"]).__name__}) cannot be refined: it must be reparameterised, and '
-                "on the whole real line"
-            )
-    return sites

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyrovae.engine.particles import Layout, Particles
+from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import frames, latent
@@ -35,16 +35,17 @@ class Resampler:
 
     def values(self, run: Particles) -> list[Tensor]:
         """The model's latents of one pass, each ``[K, *[size or 1] * nesting, *event]``."""
-        return [self.with_all_axes(run.model[name]["value"], n, run.layout) for name, n in self.event_dims.items()]
-
-    def with_all_axes(self, value: Tensor, event_dim: int, layout: Layout) -> Tensor:
-        """A latent with an axis for the particles and for every plate of the programs."""
-        number, missing = layout.num_particles, [1] * (1 + self.nesting + event_dim - value.dim())
-        if layout.folded:
-            value = value.unflatten(-1 - event_dim, (number, -1)).movedim(-2 - event_dim, 0)
-            return value.reshape(number, *missing[1:], *value.shape[1:])
-        value = value.reshape(*missing, *value.shape)
-        return value.expand(number, *value.shape[1:])
+        found, number = [], run.layout.num_particles
+        for name, event_dim in self.event_dims.items():
+            value = run.model[name]["value"]
+            missing = [1] * (1 + self.nesting + event_dim - value.dim())
+            if run.layout.folded:
+                value = value.unflatten(-1 - event_dim, (number, -1)).movedim(-2 - event_dim, 0)
+                found.append(value.reshape(number, *missing[1:], *value.shape[1:]))
+            else:
+                value = value.reshape(*missing, *value.shape)
+                found.append(value.expand(number, *value.shape[1:]))
+        return found
 
     def add(self, log_w: Tensor, values: list[Tensor]) -> None:
         """Let a pass in: its log-weights ``[K, *plates]``, and its :meth:`values`."""
@@ -71,19 +72,17 @@ class Resampler:
             self.draws[name] = torch.where(new, fresh, self.draws.get(name, fresh))
 
     def finish(self) -> None:
-        """Close a batch of data."""
         self.done.append(self.draws)
         self.draws, self.log_sum = {}, None
 
     def results(self) -> dict[str, Tensor]:
         """The draws of all batches, ``[num_draws, B, *other plates of the site, *event]``; no B for joint weights."""
-        found = {}
-        data = self.layout.dims[-1:]
+        found, data = {}, self.layout.dims[-1:]
         for name, event_dim in self.event_dims.items():
             kept = sorted(self.plates[name].union(data))
             absent = tuple(dim - event_dim for dim in range(-self.nesting, 0) if dim not in kept)  # of size 1
             parts = [batch[name].squeeze(absent) for batch in self.done]
-            found[name] = (
-                torch.cat([part.movedim(1 + kept.index(data[0]), 1) for part in parts], 1) if data else parts[0]
-            )
+            if data:
+                parts = [torch.cat([part.movedim(1 + kept.index(data[0]), 1) for part in parts], 1)]
+            found[name] = parts[0]
         return found

@@ -15,7 +15,7 @@ from pyrovae.arguments import in_range, positive_int
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.programs import Batch, Program, device_of
 from pyrovae.engine.run import run
-from pyrovae.engine.sites import Site, frames, latent, record
+from pyrovae.engine.sites import frames, latent, record
 from pyrovae.engine.unwrap import elementwise, finite_mean, point_mass
 from pyrovae.evaluate.measuring import Batches, RunningMean, measuring
 
@@ -97,29 +97,18 @@ def posterior_means(guide: Program, batch: Batch) -> dict[str, Tensor]:
 def mean_draws(guide: Program, batch: Batch, samples: int) -> dict[str, RunningMean]:
     """For each latent site the average of its means over ``samples`` draws, data first."""
     sites = latent(record(guide, batch, {}))
-    auxiliary = any(site["infer"].get("is_auxiliary") for site in sites.values())
-    names = [name for name, site in sites.items() if per_datum(site)]
-    unknown = [name for name in names if closed_form_mean(sites[name], auxiliary) is None]
+    auxiliary = {name for name, site in sites.items() if site["infer"].get("is_auxiliary")}
+    names = [n for n in sites if n not in auxiliary and any(dim == -1 for _, dim, _ in frames(sites[n]))]
+    # the mean of a Delta that transforms another draw is not the site's own
+    moved = [name for name in names if auxiliary and isinstance(point_mass(sites[name]["fn"]), Delta)]
+    unknown = [name for name in names if name in moved or finite_mean(sites[name]["fn"]) is None]
     averages = {name: RunningMean() for name in names}
     for draw in range(max(samples, DRAWS) if unknown else samples):
         sites = latent(record(guide, batch, {})) if draw else sites
         for name in names if draw < samples else unknown:
-            site = sites[name]
-            value = site["value"] if name in unknown else site["fn"].mean
-            averages[name].add(value.movedim(-1 - len(site["fn"].event_shape), 0))
+            value, fn = sites[name]["value"], sites[name]["fn"]
+            averages[name].add((value if name in unknown else fn.mean).movedim(-1 - len(fn.event_shape), 0))
     return averages
-
-
-def per_datum(site: Site) -> bool:
-    """Whether a site lies in a data plate, and is no auxiliary draw."""
-    return not site["infer"].get("is_auxiliary") and any(dim == -1 for _, dim, _ in frames(site))
-
-
-def closed_form_mean(site: Site, auxiliary: bool) -> Tensor | None:
-    """The mean of a site given its parents, if it has one; that of a Delta that transforms another draw is not it."""
-    if auxiliary and isinstance(point_mass(site["fn"]), Delta):
-        return None
-    return finite_mean(site["fn"])
 
 
 class Information(NamedTuple):
