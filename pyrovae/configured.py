@@ -40,8 +40,25 @@ class Configured:
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         init = vars(cls).get("__init__")
-        if init is not None and inspect.getfullargspec(init).varargs is None:
-            cls.__init__ = remembering(cls, init)  # type: ignore[method-assign]
+        if init is None or inspect.getfullargspec(init).varargs is not None:
+            return
+
+        @functools.wraps(init)
+        def remembers(self: Configured, *args: object, **kwargs: object) -> None:
+            if "config" not in vars(self):  # else the constructor of a subclass has noted its own
+                try:
+                    bound = Signature(parameters(cls)).bind(*args, **kwargs)
+                except TypeError as error:
+                    raise TypeError(f"{cls.__qualname__}.__init__() {error}") from None
+                bound.apply_defaults()
+                given = dict(bound.arguments)
+                for p in bound.signature.parameters.values():
+                    if p.kind is p.VAR_KEYWORD:
+                        given |= given.pop(p.name)
+                vars(self)["config"] = plain(given)
+            init(self, *args, **kwargs)
+
+        cls.__init__ = remembers  # type: ignore[assignment, method-assign]
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
@@ -52,27 +69,6 @@ class Configured:
     def positional(cls) -> list[str]:
         """The arguments that the constructor takes by position."""
         return [p.name for p in parameters(cls) if p.kind is p.POSITIONAL_OR_KEYWORD]
-
-
-def remembering(cls: type[Configured], init: Callable[..., None]) -> Callable[..., None]:
-    """A class's constructor that first notes its arguments, unless that of a subclass has noted its own."""
-
-    @functools.wraps(init)
-    def remembers(self: Configured, *args: object, **kwargs: object) -> None:
-        if "config" not in vars(self):
-            try:
-                bound = Signature(parameters(cls)).bind(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(f"{cls.__qualname__}.__init__() {error}") from None
-            bound.apply_defaults()
-            given = dict(bound.arguments)
-            for p in bound.signature.parameters.values():
-                if p.kind is p.VAR_KEYWORD:
-                    given |= given.pop(p.name)
-            vars(self)["config"] = plain(given)
-        init(self, *args, **kwargs)
-
-    return remembers
 
 
 def parameters(cls: type[Configured]) -> list[Parameter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypedDict, Unpack
 
 import pyro.distributions as dist
@@ -231,28 +231,8 @@ class SparseAutoencoder(Autoencoder):
         return (-self.weight * kl.sum(-1, keepdim=True)).expand(z.shape[:-1])
 
 
-def add_noise(x: Tensor, level: float) -> Tensor:
-    """Normal noise of deviation ``level`` on top."""
-    return x + level * torch.randn_like(x)
-
-
-def mask_out(x: Tensor, level: float) -> Tensor:
-    """A share ``level`` of the pixels at 0."""
-    return torch.where(torch.rand_like(x) < level, 0.0, x)
-
-
-def salt_and_pepper(x: Tensor, level: float) -> Tensor:
-    """A share ``level`` of the pixels at 0 or 1, with equal chances."""
-    chance = torch.rand_like(x)
-    return torch.where(chance < level, (chance < level / 2).to(x.dtype), x)
-
-
 #: Ways to corrupt data, and the largest level of each.
-CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
-    "gaussian": (add_noise, math.inf),
-    "masking": (mask_out, 1.0),
-    "salt_and_pepper": (salt_and_pepper, 1.0),
-}
+CORRUPTIONS = {"gaussian": math.inf, "masking": 1.0, "salt_and_pepper": 1.0}
 
 
 class DenoisingAutoencoder(Autoencoder):
@@ -291,12 +271,16 @@ class DenoisingAutoencoder(Autoencoder):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(input_shape, latent_dim, hidden, likelihood, scale, **options)
-        self.corruption, largest = lookup("noise", noise, CORRUPTIONS)
+        self.noise, largest = noise, lookup("noise", noise, CORRUPTIONS)
         self.level = in_range("level", level, 0.0, largest)
 
     def corrupt(self, x: Tensor) -> Tensor:
         """Data with the noise of training, drawn anew."""
-        return self.corruption(x, self.level)
+        if self.noise == "gaussian":
+            return x + self.level * torch.randn_like(x)
+        chance = torch.rand_like(x)
+        put = 0.0 if self.noise == "masking" else (chance < self.level / 2).to(x.dtype)
+        return torch.where(chance < self.level, put, x)
 
     def guide(self, x: Tensor) -> Tensor:
         """The code of ``x``, corrupted first in training mode, as a Delta over the plate ``"data"``."""

@@ -86,8 +86,6 @@ class Pair(Hooks, Configured, nn.Module):
         """p(x | z) of latents ``[..., latent_dim]``, given encoded labels where the decoder reads some."""
         return self.observation.distribution(self.decoder(z, *code))
 
-    # --- verbs ---------------------------------------------------------------------------------------------------
-
     def encode(self, x: Tensor, *labels: Any) -> Tensor:
         """The code of data ``[N, *input_shape]``."""
         self.refuse("encode", "it has no code of a datum")
@@ -159,8 +157,6 @@ class Pair(Hooks, Configured, nn.Module):
     def refuse(self, verb: str, why: str) -> NoReturn:
         """Say that a verb has no meaning for this family."""
         raise ValueError(f"{type(self).__name__} has no {verb}: {why}")
-
-    # --- the rest ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> Self:

@@ -49,12 +49,7 @@ class CodePrior(Pair):
     likelihood_is = "exact"
 
     def __init__(
-        self,
-        input_shape: Sequence[int],
-        num_codes: int,
-        channels: int = 64,
-        num_layers: int = 6,
-        kernel_size: int = 3,
+        self, input_shape: Sequence[int], num_codes: int, channels: int = 64, num_layers: int = 6, kernel_size: int = 3
     ) -> None:
         super().__init__()
         grid = self.set_shape(input_shape)

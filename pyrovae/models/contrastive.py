@@ -13,7 +13,7 @@ from pyrovae.arguments import in_range, pick_device, positive_int
 from pyrovae.data.feed import Feed
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.models.base import Pair
-from pyrovae.models.energy import Energy, bits
+from pyrovae.models.partition import Energy, bits
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Schedule, make_schedule
 
@@ -21,13 +21,8 @@ PROBE = 1000  # data on which an epoch's metrics are measured
 
 
 class ContrastiveDivergence(Pair):
-    """A layer of visible and a layer of hidden bits, trained by contrastive divergence.
+    """A layer of visible and a layer of hidden bits, trained by contrastive divergence; see :class:`RBM`.
 
-    :ivar weight: ``[num_visible, num_hidden]``.
-    :ivar visible_bias: ``[num_visible]``.
-    :ivar hidden_bias: ``[num_hidden]``.
-    :ivar base_visible: logits of the data's mean, ``[num_visible]``; 0 before :meth:`fit`.
-    :ivar base_hidden: logits of the mean of P(h = 1 | v) over data, ``[num_hidden]``, likewise.
     :ivar chains: states of the persistent chains, ``[C, num_visible]``.
     """
 
@@ -51,7 +46,10 @@ class ContrastiveDivergence(Pair):
     @torch.no_grad()
     def gibbs(self, v: Tensor, steps: int = 1) -> Tensor:
         """Draw h given v and v given h, ``steps`` times over: ``[..., *input_shape]`` to the same."""
-        return self.energy.gibbs(self.flat(v), positive_int("steps", steps)).unflatten(-1, self.input_shape)
+        v = self.flat(v)
+        for _ in range(positive_int("steps", steps)):
+            v = bits(self.energy.visible_logits(bits(self.energy.hidden_logits(v).sigmoid())).sigmoid())
+        return v.unflatten(-1, self.input_shape)
 
     def contrastive_divergence(self, v: Tensor, start: Tensor | None = None, steps: int = 1) -> tuple[Tensor, Tensor]:
         r"""A scalar whose gradient is that of CD-k, and the chains' new states ``[C, *input_shape]``.
@@ -136,7 +134,10 @@ class ContrastiveDivergence(Pair):
             if validation is not None:
                 probes.append(self.feed(validation, batch_size, place).first(PROBE)[0])
             self.to(place)
-            self.base_visible.copy_(clipped_logit(mean_of(feed)))
+            total, number_of_data = 0.0, 0
+            for v, *_ in feed:
+                total, number_of_data = total + v.flatten(1).sum(0, dtype=torch.float64), number_of_data + len(v)
+            self.base_visible.copy_(clipped_logit(torch.as_tensor(total / number_of_data)))
             if persistent and len(self.chains) != number:
                 self.chains = bits(self.base_visible.sigmoid().expand(number, -1))
             for epoch in range(epochs):
@@ -187,14 +188,6 @@ def epoch_metrics(machine: ContrastiveDivergence, v: Tensor, held_out: Tensor | 
     if held_out is not None:
         found["free_energy_gap"] = (free(machine.flat(held_out)).mean() - free(flat[: len(held_out)]).mean()).item()
     return found
-
-
-def mean_of(feed: Feed) -> Tensor:
-    """The data's mean, ``[num_visible]``, in float64."""
-    total, number = 0.0, 0
-    for v, *_ in feed:
-        total, number = total + v.flatten(1).sum(0, dtype=torch.float64), number + len(v)
-    return torch.as_tensor(total / number)
 
 
 def clipped_logit(mean: Tensor) -> Tensor:

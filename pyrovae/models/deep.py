@@ -20,8 +20,6 @@ from pyrovae.nn.residual import PatchDecoder, PyramidEncoder, ResidualBlock
 from pyrovae.parts.likelihoods import make_likelihood
 
 LIMIT = 5.0  # of log sigma, and of its change by the data
-
-
 Draw = Callable[[int, Tensor], Tensor]
 
 
@@ -57,7 +55,7 @@ class StochasticLayer(nn.Module):
     def prior(self, path: Tensor) -> TorchDistribution:
         """p(z | h)."""
         mean, raw = fold(self.prior_head, self.activation(path), 3).chunk(2, -3)
-        return normal(mean, soft_clamp(raw))
+        return dist.Normal(mean, soft_clamp(raw).exp()).to_event(3)
 
     def posterior(self, path: Tensor, features: Tensor) -> TorchDistribution:
         """q(z | h, x), of the encoder's features ``[..., channels, h, w]``."""
@@ -66,16 +64,11 @@ class StochasticLayer(nn.Module):
         # Both parts by themselves: the features of a datum are the same for all of its particles.
         joint = fold(self.path_head, h, 3) + fold(self.data_head, features, 3)
         shift, stretch = fold(self.change, self.activation(joint), 3).chunk(2, -3)
-        return normal(mean + shift, soft_clamp(raw) + soft_clamp(stretch))
+        return dist.Normal(mean + shift, (soft_clamp(raw) + soft_clamp(stretch)).exp()).to_event(3)
 
     def forward(self, path: Tensor, z: Tensor) -> Tensor:
         """The path below this layer."""
         return fold(self.block, path + fold(self.enter, z, 3), 3)
-
-
-def normal(mean: Tensor, log_sigma: Tensor) -> TorchDistribution:
-    """Of grids, by the logarithm of its deviation."""
-    return dist.Normal(mean, log_sigma.exp()).to_event(3)
 
 
 def soft_clamp(raw: Tensor) -> Tensor:
@@ -110,6 +103,7 @@ class DeepVAE(Pair):
     ``likelihood``, ``scale`` and ``levels`` are those of :class:`VAE`.
 
     :ivar config: the arguments, as JSON can hold them.
+    :ivar num_layers: L, the number of stochastic layers.
     :raises TypeError, ValueError: at construction, for arguments that are out of range, unknown or do not go together,
         and for a height or width that the scales do not divide.
     :raises DataError: from the programs, for data of another shape.
@@ -147,21 +141,15 @@ class DeepVAE(Pair):
         self.decoder = PatchDecoder(widths[0], shape, patch, self.observation.outputs)
         #: The scale of each layer, the layer next to the data first.
         self.scales = [i for i, count in enumerate(counts) for _ in range(count)]
+        self.num_layers = len(self.scales)
         self.layers = module_list(StochasticLayer(widths[i], self.latent_channels[i], sum(counts)) for i in self.scales)
         self.rise = module_list(glorot(nn.Conv2d(b, a, 1)) for a, b in pairwise(widths))
         self.start = nn.Parameter(torch.zeros(widths[-1], *self.encoder.grids[-1]))
-
-    @property
-    def num_layers(self) -> int:
-        """L, the number of stochastic layers."""
-        return len(self.scales)
 
     def layer_shape(self, layer: int) -> tuple[int, int, int]:
         """Shape of the grid of latents of one layer."""
         scale = self.scales[layer_number(layer, self.num_layers) - 1]
         return (self.latent_channels[scale], *self.encoder.grids[scale])
-
-    # --- the two programs ----------------------------------------------------------------------------------------
 
     def model(self, x: Tensor) -> Tensor:
         """p(z_L) ... p(z_1 | h_1) p(x | h_0) over the plate ``"data"``, with ``x`` observed."""
@@ -176,8 +164,6 @@ class DeepVAE(Pair):
         with pyro.plate("data", len(x)):
             features = self.encoder(x)
             self.descend(lambda layer, path: pyro.sample(f"z{layer}", self.posterior(layer, path, features)))
-
-    # --- their parts ---------------------------------------------------------------------------------------------
 
     def descend(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """Come down the path; ``draw(layer, path)`` gives each layer's latents. The path above z_1, and z_1."""
@@ -205,8 +191,6 @@ class DeepVAE(Pair):
     def likelihood(self, path: Tensor, z: Tensor) -> TorchDistribution:  # type: ignore[override]
         """p(x | h_0), of the path above the first layer and that layer's latents."""
         return self.observation.distribution(self.decoder(self.below(1, path, z)))
-
-    # --- verbs ---------------------------------------------------------------------------------------------------
 
     def encode(self, x: Tensor, layer: int = 1) -> Tensor:
         """The posterior's means from the highest layer down to ``layer``, each given those above, ``[..., units]``."""

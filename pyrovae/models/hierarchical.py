@@ -65,6 +65,7 @@ class HierarchicalVAE(Pair):
     The other arguments are those of :class:`VAE`.
 
     :ivar config: the arguments, as JSON can hold them.
+    :ivar num_layers: L, the number of stochastic layers.
     :raises TypeError, ValueError: at construction, for arguments that are out of range, unknown or do not go together.
     :raises DataError: from the programs, for data of another shape.
 
@@ -100,7 +101,8 @@ class HierarchicalVAE(Pair):
         super().__init__()
         shape, dims = self.set_shape(input_shape), sizes("latent_dims", latent_dims)
         widths = layer_widths(hidden, dims)
-        self.latent_dims, layers = dims, range(1, len(dims))  # above the first
+        self.latent_dims, self.num_layers = dims, len(dims)
+        layers = range(1, len(dims))  # above the first
         self.top_down = one_of("guide", guide, GUIDES) == "top_down"
         make_encoder, make_decoder = networks(network, activation, channels)
         self.observation = make_likelihood(likelihood, shape, scale, levels)
@@ -130,13 +132,6 @@ class HierarchicalVAE(Pair):
             bounded=self.reads_data and likelihood != "gaussian", **of_prior,
         )  # fmt: skip
 
-    @property
-    def num_layers(self) -> int:
-        """L, the number of stochastic layers."""
-        return len(self.latent_dims)
-
-    # --- the two programs ----------------------------------------------------------------------------------------
-
     def model(self, x: Tensor) -> Tensor:
         """p(z_L) ... p(z_1 | z_2) p(x | z_1) over the plate ``"data"``, with ``x`` observed."""
         self.check(x)
@@ -151,8 +146,6 @@ class HierarchicalVAE(Pair):
         self.check(x)
         with pyro.plate("data", len(x)):
             return self.infer(x, lambda layer, q: pyro.sample(f"z{layer}", q))
-
-    # --- their parts ---------------------------------------------------------------------------------------------
 
     def prior(self, like: Tensor) -> TorchDistribution:
         """p(z_L), of the tensor's dtype and device."""
@@ -192,8 +185,6 @@ class HierarchicalVAE(Pair):
                 q = product(q, self.layer_prior(layer, values[layer + 1]))
             values[layer] = draw(layer, q)
         return values
-
-    # --- verbs ---------------------------------------------------------------------------------------------------
 
     def encode(self, x: Tensor, layer: int = 1) -> Tensor:
         """The posterior's mean of a layer, its parents at theirs, ``[..., *input_shape]`` to ``[..., units]``.

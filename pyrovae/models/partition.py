@@ -1,4 +1,4 @@
-r"""The partition function of a restricted Boltzmann machine: by enumeration, and by annealed importance sampling.
+r"""The energy of visible and hidden bits, and its partition function: by enumeration, and by annealing.
 
 .. math:: Z = \sum_{v, h} \exp(b^\top v + c^\top h + v^\top W h)
 
@@ -19,10 +19,41 @@ from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.models.energy import Energy, bits
 
 LARGEST = 20  # units of the smaller side that are enumerated
 CHUNK = 2**22  # numbers held at a time
+
+
+def bits(probabilities: Tensor) -> Tensor:
+    """Independent Bernoulli draws, of the dtype of their probabilities."""
+    return torch.rand_like(probabilities).lt(probabilities).to(probabilities.dtype)
+
+
+class Energy(NamedTuple):
+    r""":math:`E(v, h) = -b^\top v - c^\top h - v^\top W h`.
+
+    Shapes: v is ``[..., V]``, h ``[..., H]``.
+
+    :ivar weight: W, ``[V, H]``.
+    :ivar visible: b, ``[V]``.
+    :ivar hidden: c, ``[H]``.
+    """
+
+    weight: Tensor
+    visible: Tensor
+    hidden: Tensor
+
+    def hidden_logits(self, v: Tensor) -> Tensor:
+        """Of P(h = 1 | v)."""
+        return v @ self.weight + self.hidden
+
+    def visible_logits(self, h: Tensor) -> Tensor:
+        """Of P(v = 1 | h)."""
+        return h @ self.weight.T + self.visible
+
+    def free(self, v: Tensor) -> Tensor:
+        r""":math:`F(v) = -\log \sum_h e^{-E(v, h)}`, ``[...]``."""
+        return -(v @ self.visible) - softplus(self.hidden_logits(v)).sum(-1)
 
 
 def enumerate_states(weight: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
@@ -56,13 +87,7 @@ class Annealed(NamedTuple):
 
 @torch.no_grad()
 def anneal(
-    weight: Tensor,
-    visible: Tensor,
-    hidden: Tensor,
-    base_visible: Tensor,
-    base_hidden: Tensor,
-    chains: int,
-    steps: int,
+    weight: Tensor, visible: Tensor, hidden: Tensor, base_visible: Tensor, base_hidden: Tensor, chains: int, steps: int
 ) -> Annealed:
     r"""log Z by annealed importance sampling from independent units with biases ``base_visible`` and ``base_hidden``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
 import torch
@@ -18,6 +18,9 @@ from pyrovae.data.support import check_support
 from pyrovae.models.base import Pair
 from pyrovae.models.vae import OneLatent
 from pyrovae.parts.pixels import Gaussian
+
+if TYPE_CHECKING:
+    from sklearn.decomposition import PCA as Decomposition
 
 NOTHING = 1e-12  # share of the variance outside the components that is rounding only
 
@@ -83,8 +86,6 @@ class PCA(OneLatent):
         self.register_buffer("explained_variance", torch.zeros(self.latent_dim))
         self.register_buffer("noise_variance", torch.tensor(math.nan))
 
-    # --- fitting -------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def fit(self, data: object, *, seed: int = 0, device: str | torch.device = "auto") -> list[dict[str, float]]:
         """Find the components of the data, in float64 by scikit-learn: exact, and in one pass.
@@ -105,22 +106,16 @@ class PCA(OneLatent):
         began, place = time.perf_counter(), pick_device(device)
         x = all_data(self, data, seed)
         number, dim = x.shape
-        found = find_components(x, self.latent_dim)
-        self.mean.copy_(found.mean)
-        self.components.copy_(found.directions)
-        self.explained_variance.copy_(found.variances)
-        self.noise_variance.fill_(found.left / (dim - self.latent_dim))
+        found, total, left = find_components(x, self.latent_dim)
+        self.mean.copy_(torch.from_numpy(found.mean_))
+        self.components.copy_(torch.from_numpy(found.components_))
+        self.explained_variance.copy_(torch.from_numpy(found.explained_variance_))
+        self.noise_variance.fill_(left / (dim - self.latent_dim))
         self.to(place)
-        return [
-            {
-                "epoch": 1,
-                "seconds": time.perf_counter() - began,
-                # Variances of N - 1: each squared coordinate over its own is on average 1 - 1/N.
-                "bound": self.log_density(self.mean.new_tensor(dim * (1 - 1 / number))).item(),
-                "explained_variance_ratio": 1 - found.left / found.total,
-                "noise_variance": self.noise_variance.item(),
-            }
-        ]
+        row = {"epoch": 1, "seconds": time.perf_counter() - began}
+        # Variances of N - 1: each squared coordinate over its own is on average 1 - 1/N.
+        row["bound"] = self.log_density(self.mean.new_tensor(dim * (1 - 1 / number))).item()
+        return [row | {"explained_variance_ratio": 1 - left / total, "noise_variance": self.noise_variance.item()}]
 
     train_on = fit
 
@@ -162,8 +157,6 @@ class PCA(OneLatent):
         """Data ``[..., *input_shape]`` less their mean, ``[..., d]``."""
         return x.flatten(-len(self.input_shape)).to(self.mean.dtype) - self.mean
 
-    # --- what it is for ------------------------------------------------------------------------------------------
-
     def log_prob(self, x: Tensor) -> Tensor:
         r"""The exact log p(x) of data ``[N, *input_shape]``, in nats of density, ``[N]``.
 
@@ -192,22 +185,8 @@ class PCA(OneLatent):
         return self.centred(x) @ self.loading * torch.where(signal > 0, 1 / signal, 0.0)
 
 
-class Components(NamedTuple):
-    """Principal components: the data's mean ``[d]``, directions ``[k, d]`` and variances ``[k]`` along them.
-
-    :ivar total: the variance of the data.
-    :ivar left: what of it lies outside of the components.
-    """
-
-    mean: Tensor
-    directions: Tensor
-    variances: Tensor
-    total: float
-    left: float
-
-
-def find_components(x: Tensor, number: int) -> Components:
-    """The leading components of data ``[N, d]`` in float64, by scikit-learn.
+def find_components(x: Tensor, number: int) -> tuple[Decomposition, float, float]:
+    """Scikit-learn's decomposition of data ``[N, d]``, the variance of the data, and what of it lies outside.
 
     :raises DataError: for fewer data than components, and data without any variance outside of them.
     """
@@ -215,18 +194,16 @@ def find_components(x: Tensor, number: int) -> Components:
 
     if number >= len(x):
         raise DataError(f"{number} components need more data than that, got {len(x)}: lower latent_dim")
-    total, left = x.var(0).sum().item(), 0.0
+    solver = "covariance_eigh" if len(x) >= x.shape[1] else "full"  # the default for large data is approximate
+    found, total, left = Decomposition(number, svd_solver=solver), x.var(0).sum().item(), 0.0
     if total > 0:
-        solver = "covariance_eigh" if len(x) >= x.shape[1] else "full"  # the default for large data is approximate
-        found = Decomposition(number, svd_solver=solver).fit(x.numpy())
-        left = total - float(found.explained_variance_.sum())
+        left = total - float(found.fit(x.numpy()).explained_variance_.sum())
     if left <= NOTHING * total:
         raise DataError(
             f"the data have no variance outside of {number} components (of {total:.3g} in all): their "
             "density would be infinite; lower latent_dim, or pass data that vary"
         )
-    mean, directions, variances = map(torch.from_numpy, (found.mean_, found.components_, found.explained_variance_))
-    return Components(mean, directions, variances, total, left)
+    return found, total, left
 
 
 def all_data(pair: Pair, data: object, seed: int) -> Tensor:

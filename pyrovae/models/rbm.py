@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from pyrovae.arguments import DataError, one_of, positive_int, sizes
 from pyrovae.data.support import check_support
 from pyrovae.models.contrastive import ContrastiveDivergence, clipped_logit
-from pyrovae.models.energy import bits
-from pyrovae.models.partition import LARGEST, LogPartition
+from pyrovae.models.partition import LARGEST, LogPartition, bits
 from pyrovae.parts.annotations import Constraints, Shape
 
 
@@ -93,8 +92,6 @@ class RBM(ContrastiveDivergence):
         self.register_buffer("base_hidden", torch.zeros(self.num_hidden))
         self.register_buffer("chains", torch.zeros(0, self.num_visible), persistent=False)
         self.known_partition = LogPartition()
-
-    # --- the distribution ----------------------------------------------------------------------------------------
 
     def free_energy(self, v: Tensor) -> Tensor:
         """F(v), ``[..., *input_shape]`` to ``[...]``."""
@@ -174,8 +171,6 @@ class RBM(ContrastiveDivergence):
         """The standard error of log Z, which is that of every log p(v)."""
         return self.log_partition(return_std_error=True)[1].item()
 
-    # --- the pair ------------------------------------------------------------------------------------------------
-
     def model(self, x: Tensor) -> Tensor:
         """p(x) over the plate ``"data"``, with ``x`` observed."""
         self.check(x)
@@ -193,8 +188,6 @@ class RBM(ContrastiveDivergence):
         self.base_visible.copy_(clipped_logit(x.flatten(1).mean(0, dtype=torch.float64)))
         self.visible_bias.copy_(self.base_visible)
         return self
-
-    # --- verbs ---------------------------------------------------------------------------------------------------
 
     def encode(self, x: Tensor) -> Tensor:
         """P(h = 1 | v), ``[..., *input_shape]`` to ``[..., num_hidden]``."""

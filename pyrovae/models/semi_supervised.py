@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, TypedDict, Unpack
 
 import pyro
@@ -116,8 +115,6 @@ class SemiSupervisedVAE(ConditionalVAE):
         make_classifier, _ = networks(own["network"], own["activation"], own["channels"])
         self.classifier = make_classifier(self.input_shape, sizes("hidden", own["hidden"]), num_classes)
 
-    # --- programs ------------------------------------------------------------------------------------------------
-
     def model(self, x: Tensor, y: Labels | None = None) -> Tensor:
         """p(y) p(z) p(x | z, y) over the plate ``"data"``, with ``x`` observed and y where it is known."""
         self.check(x)
@@ -132,7 +129,7 @@ class SemiSupervisedVAE(ConditionalVAE):
             if not self.training:
                 z = pyro.sample("z", self.prior(probs))
                 return pyro.sample("x", self.likelihood(z, probs), obs=x)
-            with self.classes():
+            with pyro.plate("classes", self.labels.size, dim=-2):
                 every, weight = self.every_class(x), self.weights(probs)
                 z = pyro.sample("z", Weighted(self.prior(every), weight))
                 return pyro.sample("x", Weighted(self.likelihood(z, every), weight), obs=x)
@@ -148,7 +145,7 @@ class SemiSupervisedVAE(ConditionalVAE):
                 return pyro.sample("z", self.posterior(x, drawn))
             q = logits.exp()
             probs = pyro.sample("y", dist.Delta(q, log_density=(q * logits).sum(-1), event_dim=1))
-            with self.classes():
+            with pyro.plate("classes", self.labels.size, dim=-2):
                 return pyro.sample("z", Weighted(self.posterior(x, self.every_class(x)), self.weights(probs)))
 
     def known(self, x: Tensor, y: Labels | None) -> tuple[Tensor, Tensor]:
@@ -157,10 +154,6 @@ class SemiSupervisedVAE(ConditionalVAE):
         known = given != UNKNOWN
         some = torch.where(known, given, given.new_zeros(()))
         return known, self.labels.encode(self.checked(some, x, x.shape[:1]), x)
-
-    def classes(self) -> AbstractContextManager[object]:
-        """The plate of all classes."""
-        return pyro.plate("classes", self.labels.size, dim=-2)
 
     def every_class(self, like: Tensor) -> Tensor:
         """The codes of all classes, along the dim of their plate."""
@@ -173,8 +166,6 @@ class SemiSupervisedVAE(ConditionalVAE):
     def log_class_probs(self, x: Tensor) -> Tensor:
         """log q(y | x), ``[..., *input_shape]`` to ``[..., num_classes]``."""
         return log_softmax(self.classifier(x), -1)
-
-    # --- verbs ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def classify(self, x: Tensor) -> Tensor:

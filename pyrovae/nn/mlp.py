@@ -16,6 +16,8 @@ from pyrovae.arguments import lookup, positive_int, sizes
 Convolution = TypeVar("Convolution", nn.Conv2d, nn.ConvTranspose2d)
 M = TypeVar("M", bound=nn.Module)
 Activation = str | Callable[[], nn.Module]
+Sizes = Sequence[int]
+Heads = int | Sequence[int]  # the size of an output, or of several side by side
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
@@ -49,13 +51,13 @@ def fold(function: Callable[[Tensor], Tensor], x: Tensor, event_ndim: int) -> Te
 
 
 @torch.no_grad()
-def glorot_(weight: Tensor, heads: Sequence[int], dim: int = 0) -> None:
+def glorot_(weight: Tensor, heads: Sizes, dim: int = 0) -> None:
     """Glorot's bound for each head by itself, as if heads that share one product were separate layers."""
     for head in weight.split(list(heads), dim):
         nn.init.xavier_uniform_(head)
 
 
-def glorot_linear(in_features: int, heads: Sequence[int]) -> nn.Linear:
+def glorot_linear(in_features: int, heads: Sizes) -> nn.Linear:
     """A dense layer, started as every layer here, its outputs as several heads side by side."""
     layer = nn.Linear(in_features, sum(heads))
     glorot_(layer.weight, heads)
@@ -89,13 +91,7 @@ class MLP(nn.Sequential):
     torch.Size([5, 20, 50])
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        hidden: Sequence[int],
-        out_features: int | Sequence[int],
-        activation: Activation = "tanh",
-    ) -> None:
+    def __init__(self, in_features: int, hidden: Sizes, out_features: Heads, activation: Activation = "tanh") -> None:
         heads = sizes("out_features", [out_features] if isinstance(out_features, int) else out_features)
         widths = (positive_int("in_features", in_features), *sizes("hidden", hidden))
         layers: list[nn.Module] = []
@@ -140,12 +136,7 @@ class DenseEncoder(MLP):
     """
 
     def __init__(
-        self,
-        input_shape: Sequence[int],
-        hidden: Sequence[int],
-        out_features: int | Sequence[int],
-        activation: Activation = "tanh",
-        context: int = 0,
+        self, input_shape: Sizes, hidden: Sizes, out_features: Heads, activation: Activation = "tanh", context: int = 0
     ) -> None:
         shape = sizes("input_shape", input_shape)
         super().__init__(math.prod(shape) + context, hidden, out_features, activation)
@@ -168,12 +159,7 @@ class DenseDecoder(MLP):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        hidden: Sequence[int],
-        output_shape: Sequence[int],
-        activation: Activation = "tanh",
-        heads: int = 1,
+        self, in_features: int, hidden: Sizes, output_shape: Sizes, activation: Activation = "tanh", heads: int = 1
     ) -> None:
         first, *rest = sizes("output_shape", output_shape)
         super().__init__(in_features, hidden, [first * math.prod(rest)] * heads, activation)

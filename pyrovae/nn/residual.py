@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from pyrovae.arguments import positive_int, sizes
-from pyrovae.nn.mlp import Activation, fold, glorot, make_activation, zero
+from pyrovae.nn.mlp import Activation, Sizes, fold, glorot, make_activation, zero
 
 
-def code_grid(shape: Sequence[int], num_downsamplings: int) -> tuple[int, int]:
+def code_grid(shape: Sizes, num_downsamplings: int) -> tuple[int, int]:
     """Height and width of an image after ``num_downsamplings`` convolutions of stride 2.
 
     :raises ValueError: the image is no ``(channels, height, width)``, or its sides cannot be halved that often.
@@ -84,7 +83,7 @@ class ResidualEncoder(nn.Module):
 
     def __init__(
         self,
-        input_shape: Sequence[int],
+        input_shape: Sizes,
         out_channels: int,
         channels: int = 256,
         residual_layers: int = 2,
@@ -127,7 +126,7 @@ class ResidualDecoder(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        output_shape: Sequence[int],
+        output_shape: Sizes,
         channels: int = 256,
         residual_layers: int = 2,
         num_downsamplings: int = 2,
@@ -149,7 +148,7 @@ class ResidualDecoder(nn.Module):
         return fold(self.layers, z, 3) + self.output_bias
 
 
-def pyramid(shape: Sequence[int], num_scales: int, patch: int) -> list[tuple[int, int]]:
+def pyramid(shape: Sizes, num_scales: int, patch: int) -> list[tuple[int, int]]:
     """Heights and widths of the scales of an image: patches of pixels, and each scale half of the one before.
 
     >>> pyramid((3, 32, 48), 3, patch=2)
@@ -190,12 +189,7 @@ class PyramidEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        input_shape: Sequence[int],
-        channels: Sequence[int],
-        blocks: Sequence[int],
-        patch: int = 2,
-        activation: Activation = "silu",
+        self, input_shape: Sizes, channels: Sizes, blocks: Sizes, patch: int = 2, activation: Activation = "silu"
     ) -> None:
         super().__init__()
         shape, channels = sizes("input_shape", input_shape), sizes("channels", channels)
@@ -227,12 +221,7 @@ class PatchDecoder(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        output_shape: Sequence[int],
-        patch: int = 2,
-        heads: int = 1,
-        activation: Activation = "silu",
+        self, in_channels: int, output_shape: Sizes, patch: int = 2, heads: int = 1, activation: Activation = "silu"
     ) -> None:
         super().__init__()
         first, *rest = sizes("output_shape", output_shape)

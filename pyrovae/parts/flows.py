@@ -71,30 +71,23 @@ class Coupling(Step):
         self.network = MLP(kept + context, hidden, (moved, moved), "elu")
         start_as_identity(self.network.output)
 
-    def shift_and_log_scale(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of the half that moves, as the other says."""
-        if context is not None:
-            kept = torch.cat([kept, context.expand(*kept.shape[:-1], -1)], -1)
-        shift, raw = self.network(kept).chunk(2, -1)
-        return shift, bounded(raw)
-
-    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The half that stays, and the half that moves."""
+    def read(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The half that stays, the half that moves, and what the first says of the second: shift and log-scale."""
         first, second = x.tensor_split((self.split,), -1)
-        return (second, first) if self.flip else (first, second)
+        kept, moved = (second, first) if self.flip else (first, second)
+        seen = kept if context is None else torch.cat([kept, context.expand(*kept.shape[:-1], -1)], -1)
+        shift, raw = self.network(seen).chunk(2, -1)
+        return kept, moved, shift, bounded(raw)
 
     def join(self, kept: Tensor, moved: Tensor) -> Tensor:
-        """The vector of two halves."""
         return torch.cat([moved, kept] if self.flip else [kept, moved], -1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, moved = self.halves(x)
-        shift, log_scale = self.shift_and_log_scale(kept, context)
+        kept, moved, shift, log_scale = self.read(x, context)
         return self.join(kept, shift + log_scale.exp() * moved), log_scale.sum(-1)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, moved = self.halves(y)
-        shift, log_scale = self.shift_and_log_scale(kept, context)
+        kept, moved, shift, log_scale = self.read(y, context)
         return self.join(kept, (moved - shift) * (-log_scale).exp()), log_scale.sum(-1)
 
 

@@ -101,6 +101,7 @@ class ScaledLikelihood(Likelihood):
     options: ClassVar[tuple[str, ...]] = ("scale",)
     first: float
     floor: float
+    per_channel: ClassVar[bool] = False  # whether a learned scale of images is
 
     def __init__(self, event_shape: Sequence[int], scale: float | str = "learned") -> None:
         super().__init__(event_shape)
@@ -113,11 +114,8 @@ class ScaledLikelihood(Likelihood):
         self.scale = scale
         self.outputs = 2 if scale == "per_pixel" else 1
         if scale == "learned":
-            self.raw_scale = nn.Parameter(torch.zeros(self.scale_shape()))
-
-    def scale_shape(self) -> tuple[int, ...]:
-        """Shape of a learned scale."""
-        return ()
+            wide = self.per_channel and len(self.event_shape) == 3
+            self.raw_scale = nn.Parameter(torch.zeros((self.event_shape[0], 1, 1) if wide else ()))
 
     def positive(self, raw: Tensor | None) -> Tensor | float:
         """The scale, from the decoder's second output where there is one."""
@@ -159,14 +157,12 @@ class DiscretizedLogisticLikelihood(ScaledLikelihood):
 
     options: ClassVar[tuple[str, ...]] = ("scale", "levels")
     first = 0.1
+    per_channel = True
 
     def __init__(self, event_shape: Sequence[int], scale: float | str = "learned", levels: int = 256) -> None:
         super().__init__(event_shape, scale)
         self.levels = positive_int("levels", levels, minimum=2)
         self.floor = 1 / (8 * (self.levels - 1))
-
-    def scale_shape(self) -> tuple[int, ...]:
-        return (self.event_shape[0], 1, 1) if len(self.event_shape) == 3 else ()
 
     def pixel(self, mean: Tensor, raw: Tensor | None = None) -> TorchDistribution:  # type: ignore[override]
         return DiscretizedLogistic(mean, self.positive(raw), self.levels)

@@ -134,10 +134,7 @@ class Gaussian(_PixelDistribution):
     tensor([-0.9189, -2.9189])
     """
 
-    arg_constraints: ClassVar[Constraints] = {
-        "loc": constraints.real,
-        "scale": constraints.positive,
-    }
+    arg_constraints: ClassVar[Constraints] = {"loc": constraints.real, "scale": constraints.positive}
     support = constraints.real
     has_rsample = True
 
@@ -230,10 +227,7 @@ class DiscretizedLogistic(_PixelDistribution):
     *PixelCNN++*, 2017.
     """
 
-    arg_constraints: ClassVar[Constraints] = {
-        "loc": constraints.real,
-        "scale": constraints.positive,
-    }
+    arg_constraints: ClassVar[Constraints] = {"loc": constraints.real, "scale": constraints.positive}
     support = constraints.unit_interval
 
     def __init__(

@@ -112,27 +112,23 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("ema_sum", start.clone())
 
     def forward(self, z_e: Tensor) -> Quantized:
-        with full_precision(z_e):
+        with torch.autocast(z_e.device.type, enabled=False):
             start = left = self.flat(z_e)
             each = []
             for codebook in self.codebooks():
                 each.append(self.quantise(left, codebook))
-                left = each[-1].left
-            found = over_codebooks(each)
-            z_q = found.row + (start - start.detach())
-            leading = z_e.shape[:-1]
+                left = each[-1][1]
+            rows, _, numbers, codebook_losses, commitment_losses, perplexities = zip(*each, strict=True)
+            z_q, codes, leading = summed(rows) + (start - start.detach()), stacked(numbers, -1), z_e.shape[:-1]
+            codebook_loss, commitment_loss = summed(codebook_losses), summed(commitment_losses)
             return Quantized(
-                z_q.view(*leading, self.code_dim),
-                found.codes.view(*leading, *found.codes.shape[1:]),
-                found.codebook_losses.mean(),
-                found.commitment_losses.mean(),
-                found.perplexity,
-                found.codebook_losses.view(leading),
-                found.commitment_losses.view(leading),
-            )
+                z_q.view(*leading, self.code_dim), codes.view(*leading, *codes.shape[1:]), codebook_loss.mean(),
+                commitment_loss.mean(), stacked(perplexities, 0), codebook_loss.view(leading),
+                commitment_loss.view(leading),
+            )  # fmt: skip
 
-    def quantise(self, vectors: Tensor, codebook: Codebook) -> NearestRow:
-        """The nearest row of one codebook for each of ``vectors``; in training its averages move on."""
+    def quantise(self, vectors: Tensor, codebook: Codebook) -> tuple[Tensor, ...]:
+        """Nearest rows, what is left, codes, both losses, perplexity; in training its averages move on."""
         fixed, rows = vectors.detach(), codebook.rows.to(vectors.dtype)
         codes = nearest(fixed, rows.detach())
         row = embedding(codes, rows)
@@ -141,7 +137,7 @@ class VectorQuantizer(nn.Module):
             codebook.update(fixed, codes, count, self.ema_decay, self.revive_below)
         left = vectors - row.detach()
         losses = (row - fixed).square().sum(-1), left.square().sum(-1)
-        return NearestRow(row.detach(), left, codes, *losses, perplexity_of(count))
+        return row.detach(), left, codes, *losses, perplexity_of(count)
 
     def loss(self, found: Quantized) -> Tensor:
         """Codebook loss + commitment_weight * commitment loss of each vector, ``[...]``."""
@@ -150,7 +146,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, z_e: Tensor) -> Tensor:
         """The codes of vectors ``[..., code_dim]``, as of :class:`Quantized`; the codebook stays where it is."""
-        with full_precision(z_e):
+        with torch.autocast(z_e.device.type, enabled=False):
             left = self.flat(z_e)
             each = []
             for codebook in self.codebooks():
@@ -248,24 +244,6 @@ class Codebook(NamedTuple):
             self.counts.copy_(torch.where(which, count, self.counts))
 
 
-class NearestRow(NamedTuple):
-    """What one codebook makes of vectors ``[n, code_dim]``, and what it leaves over; see :class:`Quantized`."""
-
-    row: Tensor
-    left: Tensor
-    codes: Tensor
-    codebook_losses: Tensor
-    commitment_losses: Tensor
-    perplexity: Tensor
-
-
-def over_codebooks(each: Sequence[NearestRow]) -> NearestRow:
-    """What several codebooks make of vectors, each of what the ones before left over."""
-    rows, left, codes, codebook_losses, commitment_losses, perplexities = zip(*each, strict=True)
-    losses = summed(codebook_losses), summed(commitment_losses)
-    return NearestRow(summed(rows), left[-1], stacked(codes, -1), *losses, stacked(perplexities, 0))
-
-
 def summed(each: Sequence[Tensor]) -> Tensor:
     """The sum over codebooks."""
     total = each[0]
@@ -277,11 +255,6 @@ def summed(each: Sequence[Tensor]) -> Tensor:
 def stacked(each: Sequence[Tensor], dim: int) -> Tensor:
     """What there is for each codebook, along an axis of its own where there are several."""
     return torch.stack(list(each), dim) if len(each) > 1 else each[0]
-
-
-def full_precision(like: Tensor) -> torch.autocast:
-    """No autocast where ``like`` is."""
-    return torch.autocast(like.device.type, enabled=False)
 
 
 def nearest(vectors: Tensor, rows: Tensor) -> Tensor:
