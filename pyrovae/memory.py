@@ -55,7 +55,7 @@ WORKING_SET = {"cpu": 48 * 2**20, "cuda": 2**30}  # larger passes gain nothing: 
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside held at one time."""
+    """The most bytes that tensors made inside held at one time; memory counts until no tensor holds it any more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,6 @@ class PeakBytes(TorchDispatchMode):
         return out
 
     def release(self, pointer: int, size: int) -> None:
-        """One tensor less that holds this memory."""
         self.holders[pointer] -= 1
         if not self.holders[pointer]:
             del self.holders[pointer]

@@ -25,5 +25,4 @@ class ProgressBar:
         self.bar.stop()
 
     def update(self, done: int, note: str = "") -> None:
-        """Say that ``done`` are done."""
         self.bar.update(self.task, completed=done, note=note)

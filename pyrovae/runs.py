@@ -28,20 +28,6 @@ from pyrovae.engine.randomness import isolated_rng
 CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
 WEIGHTS, STATE = "weights.safetensors", "state.pt"  # of a checkpoint
 
-#: How to build an object again: its class as ``module:Class``, and its constructor's arguments.
-Described = TypedDict("Described", {"class": str, "arguments": dict[str, object]})
-
-
-class Config(TypedDict, total=False):
-    """What a run was made of; it may hold more."""
-
-    model: Described | None
-    objective: Described | None
-    versions: dict[str, str]
-    training: dict[str, object]
-    settings: dict[str, Any]
-    data: dict[str, Any]  # their name, the shape of a datum, the binarization
-
 
 class State(TypedDict):
     """The training loop's state at a checkpoint."""
@@ -113,8 +99,11 @@ class Run:
         (self.path / METRICS).unlink(missing_ok=True)
         write_json(self.path / CONFIG, config)
 
-    def config(self) -> Config:
-        """The run's config, its classes by their paths of today; a DataError where there is none, or it is not JSON."""
+    def config(self) -> dict[str, Any]:
+        """What the run was made of, its classes by their paths of today; a DataError where that is not to be read.
+
+        By name: model and objective (class and arguments, or None), versions, training, settings and data, or more.
+        """
         try:
             config = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
             if not isinstance(config, dict):
@@ -122,7 +111,7 @@ class Run:
             for described in (config.get("model"), config.get("objective")):
                 if isinstance(described, dict) and "class" in described:
                     described["class"] = public_path(str(described["class"]))
-            return cast(Config, config)
+            return config
         except (OSError, ValueError) as error:
             raise DataError(
                 f'"{self.path}" holds no run: {CONFIG} is absent or unreadable ({reason(error)}); pass the folder that '
@@ -187,8 +176,7 @@ class Run:
 
     def weights(self, name: str = "last") -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
-        folder = self.checkpoint(name)
-        if folder is None:
+        if (folder := self.checkpoint(name)) is None:
             raise DataError(f'"{self.path}" has no checkpoint "{name}": train at least one epoch, or pass another run')
         try:
             return load_file(folder / WEIGHTS)
@@ -197,8 +185,7 @@ class Run:
 
     def state(self) -> State | None:
         """The loop's state at the last checkpoint, or None before the first."""
-        folder = self.checkpoint("last")
-        if folder is None:
+        if (folder := self.checkpoint()) is None:
             return None
         try:
             state = torch.load(folder / STATE, weights_only=True)
@@ -231,7 +218,7 @@ def public_path(path: str) -> str:
     return re.sub(r"^(pyrovae\.(?:models|objectives))\.[\w.]+:", r"\1:", path)
 
 
-def describe(owner: object) -> Described | None:
+def describe(owner: object) -> dict[str, object] | None:
     """How to build a model object again: its class and its arguments, or None if it does not say (no ``.config``)."""
     arguments = getattr(owner, "config", None)
     if owner is None or not isinstance(arguments, dict):

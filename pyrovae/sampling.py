@@ -86,29 +86,24 @@ def blank(program: Program, n: int, like: object) -> Tensor:
     """Zeros ``[n, *event]`` of the dtype and on the device that the model works with."""
     modules = roots(program)
     parameter = next((p for m in modules for p in m.parameters() if p.is_floating_point()), None)
-    if like is not None:
-        example = example_of(like)
-        device = example.device if parameter is None else parameter.device
-        return example.new_zeros((n, *example.shape), device=device)
-    shapes = [sizes("input_shape", module.input_shape) for module in modules if hasattr(module, "input_shape")]
-    if shapes:
-        return (torch.empty(0) if parameter is None else parameter).new_zeros((n, *shapes[0]))
-    raise ValueError(
-        "the shape of a datum is not known, as the model belongs to no module with an input_shape: "
-        "pass like=, data as the model takes them, such as torch.zeros(1, 784)"
-    )
-
-
-def example_of(like: object) -> Tensor:
-    """One datum of ``like``, its labels aside."""
+    if like is None:
+        shape = next((module.input_shape for module in modules if hasattr(module, "input_shape")), None)
+        if shape is None:
+            raise ValueError(
+                "the shape of a datum is not known, as the model belongs to no module with an input_shape: "
+                "pass like=, data as the model takes them, such as torch.zeros(1, 784)"
+            )
+        return (torch.empty(0) if parameter is None else parameter).new_zeros((n, *sizes("input_shape", shape)))
     if isinstance(like, Tensor):
         if not like.dim():
             raise ValueError("like must be data [N, *event], got a tensor without dimensions: pass like.unsqueeze(0)")
-        return like.new_empty(like.shape[1:])
-    source = as_dataset(like)
-    item = next(iter(source)) if isinstance(source, DataLoader) else source[0]
-    x = torch.as_tensor(item[0] if isinstance(item, tuple | list) else item)
-    return x[0] if isinstance(source, DataLoader) else x
+        example = like.new_empty(like.shape[1:])
+    else:
+        source = as_dataset(like)
+        item = next(iter(source)) if isinstance(source, DataLoader) else source[0]
+        x = torch.as_tensor(item[0] if isinstance(item, tuple | list) else item)
+        example = x[0] if isinstance(source, DataLoader) else x
+    return example.new_zeros((n, *example.shape), device=example.device if parameter is None else parameter.device)
 
 
 def rows_of(site: Site, returns: str) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import OutOfMemoryError
 
 from pyrovae import plots, runs
@@ -156,12 +155,7 @@ def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help
 @app.command(name="list")
 def list_() -> None:
     """What there is: models, objectives and data sets, with one line each."""
-    for title, rows in tables.catalogue().items():
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
-        table.add_column(style="cyan", no_wrap=True)
-        for name, line in rows.items():
-            table.add_row(name, line)
-        out.print(table, "")
+    tables.catalogue(out)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,11 +10,10 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrovae import data as datasets
 from pyrovae import models, runs
 from pyrovae.app.settings import CODES, Parts, Settings, keywords
 from pyrovae.arguments import DataError, one_of
-from pyrovae.data.images import Images
+from pyrovae.data import Images, Splits, load
 from pyrovae.engine.programs import evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import counts, record_pair
@@ -30,7 +29,7 @@ class Task:
     job: Settings
     parts: Parts
     pair: Pair
-    splits: datasets.Splits
+    splits: Splits
     training: Images  # as the pair takes them
     vqvae: models.VQVAE | None  # whose codes the data are
 
@@ -53,20 +52,20 @@ class Task:
         return {"settings": asdict(self.job), "data": data}
 
 
-def load_data(job: Settings, parts: Parts, root: str | None, binarization: str | None = None) -> datasets.Splits:
+def load_data(job: Settings, parts: Parts, root: str | None, binarization: str | None = None) -> Splits:
     """The data set of an experiment, labelled where it has labels; grey, unless asked otherwise."""
     if job.data.startswith(CODES):
         return encode_data(job.data.removeprefix(CODES), root or job.data_dir)
     options = ({} if binarization is None else {"binarization": binarization}) | parts.data
     kept = cast(int | None, options.pop("labels_per_class", None))
-    splits = datasets.load(job.data, root or job.data_dir, labels=None, seed=job.seed, **options)  # type: ignore[arg-type]
+    splits = load(job.data, root or job.data_dir, labels=None, seed=job.seed, **options)  # type: ignore[arg-type]
     if kept is None:
         return splits
     labels = hide_labels(cast(Tensor, as_labelled(splits.train).labels), kept, job.seed)
     return splits._replace(train=splits.train.relabelled(labels))
 
 
-def encode_data(folder: str, root: str | None) -> datasets.Splits:
+def encode_data(folder: str, root: str | None) -> Splits:
     """The data of a VQ-VAE's run as the codes that it gives them, ``[N, h, w]``."""
     pair, splits = reopen_with_data(Path(folder), root)
     if not isinstance(pair, models.VQVAE):
@@ -80,7 +79,7 @@ def encode_data(folder: str, root: str | None) -> datasets.Splits:
 
     with torch.no_grad():
         held_out = None if splits.validation is None else encoded(splits.validation)
-        return datasets.Splits(encoded(splits.train), held_out, encoded(splits.test))
+        return Splits(encoded(splits.train), held_out, encoded(splits.test))
 
 
 def observes_bits(pair: Pair, images: Images) -> bool:
@@ -128,7 +127,7 @@ def example(folder: Path) -> Tensor:
     return torch.zeros(1, *runs.Run(folder).config()["data"]["shape"])
 
 
-def reopen_with_data(folder: Path, root: str | None = None, checkpoint: str = "last") -> tuple[Pair, datasets.Splits]:
+def reopen_with_data(folder: Path, root: str | None = None, checkpoint: str = "last") -> tuple[Pair, Splits]:
     """The trained pair of a run, and the data that it was trained and is to be measured on."""
     pair, job, parts = reopen(folder, checkpoint)
     return pair, load_data(job, parts, root, runs.Run(folder).config()["data"].get("binarization", "none"))

@@ -13,11 +13,7 @@ from pyrovae.data.images import Images
 from pyrovae.engine.programs import Batch, device_of, evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import counts, latent, record_pair
-from pyrovae.evaluate import information
-from pyrovae.evaluate.ais import ais_log_likelihood
-from pyrovae.evaluate.gaps import posterior_gap
-from pyrovae.evaluate.likelihood import log_likelihood
-from pyrovae.evaluate.units import active_units
+from pyrovae.evaluate import active_units, ais_log_likelihood, information, log_likelihood, posterior_gap
 from pyrovae.models.base import Pair
 from pyrovae.train.monitor import MONITORED
 
@@ -79,15 +75,10 @@ def anneal(pair: Pair, few: Images, *, samples: int, seed: int) -> dict[str, flo
     annealed = ais_log_likelihood(pair.model, few, seed=seed, progress=None)
     sampled = log_likelihood(pair.model, pair.guide, few, num_samples=samples, seed=seed)
     return {
-        "nll": annealed.nll,
-        "nll_std_error": annealed.nll_std_error,
-        "acceptance": annealed.acceptance.mean().item(),
-        "num_chains": annealed.num_chains,
-        "num_temperatures": annealed.num_temperatures,
-        "num_images": len(few),
-        "importance_nll": sampled.nll,
-        "importance_nll_std_error": sampled.nll_std_error,
-    }
+        "nll": annealed.nll, "nll_std_error": annealed.nll_std_error, "acceptance": annealed.acceptance.mean().item(),
+        "num_chains": annealed.num_chains, "num_temperatures": annealed.num_temperatures, "num_images": len(few),
+        "importance_nll": sampled.nll, "importance_nll_std_error": sampled.nll_std_error,
+    }  # fmt: skip
 
 
 def reconstruct(pair: Pair, batch: Batch, seed: int) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -33,35 +34,27 @@ def pictures(
     classes, test = test.labels, as_seen_by(pair, test).fixed(seed)
     shown = plots.is_image(test.event_shape)
     if shown:
-        if (generated := generate(pair, test, seed)) is not None:
-            drawn.append(plots.image_grid(generated, folder / "samples.png", columns=columns_for(pair)))
+        columns = columns_for(pair)
+        number = (columns or 8) * max(1, 64 // (columns or 8))  # 64, or as many whole rows of all classes
+        with suppress(ValueError):  # the pair may need more than that to generate
+            means = draw(pair.module, number, *labels_for(pair, number), returns="means", seed=seed, like=test.x[:1])
+            drawn.append(plots.image_grid(means, folder / "samples.png", columns=columns))
         few = test.subset(slice(0, 16))
         if (rebuilt := reconstruct(pair, few.columns, seed)) is not None:
             drawn.append(plots.reconstructions(few.x, rebuilt, folder / "reconstructions.png"))
     some = test.subset(slice(0, PLANE_POINTS)).to(device_of(pair.model) or test.x.device)
     with torch.no_grad(), isolated_rng(seed), evaluating(pair.model, pair.guide):
-        means = posterior_means(pair.guide, some.columns)
-    vectors = [mean for mean in means.values() if mean.dim() == 2]
+        codes = posterior_means(pair.guide, some.columns)
+    vectors = [mean for mean in codes.values() if mean.dim() == 2]
     if vectors:
         labels = None if classes is None else classes[:PLANE_POINTS]
         drawn.append(plots.latent_plane(vectors[0].cpu(), folder / "latent_plane.png", labels=labels))
         # The plane is laid out by the prior of a pair with this one latent, and decoded without labels.
-        planar = len(means) == 1 and vectors[0].shape[1] == 2 and pair.likelihood_is is not None
+        planar = len(codes) == 1 and vectors[0].shape[1] == 2 and pair.likelihood_is is not None
         if shown and planar and pair.decodes and not pair.conditional:
             path = folder / "manifold.png"
             drawn.append(plots.manifold(pair.decode, path, latent_dim=2, event_shape=test.event_shape))
     return drawn
-
-
-def generate(pair: Pair, test: Images, seed: int) -> Tensor | None:
-    """64 samples, or as many whole rows of all classes; None where the pair needs more than that to generate."""
-    columns = columns_for(pair) or 8
-    number = columns * max(1, 64 // columns)
-    try:
-        labels = labels_for(pair, number)
-        return draw(pair.module, number, *labels, returns="means", seed=seed, like=test.x[:1])
-    except ValueError:
-        return None
 
 
 def labels_for(pair: Pair, number: int, label: str | None = None) -> tuple[Tensor, ...]:

@@ -74,11 +74,15 @@ def print_results(results: Results, out: Console) -> None:
         rows.append(("accuracy", f"{results['accuracy']:.2%}"))
     if results.get("perplexity") is not None:
         rows.append(("perplexity", f"{perplexity(results)} of the codes"))
-    rows += [("active units", f'{found["active"]} of {found["of"]} at "{name}"') for name, found in units.items()]
+    rows += [("active units", f'{unit["active"]} of {unit["of"]} at "{name}"') for name, unit in units.items()]
     if "diagnostics" in results:
         rows += diagnosed_rows(results["diagnostics"])
     if "ais" in results:
-        rows += annealed_rows(results["ais"])
+        found = results["ais"]
+        chains = f"{found['num_images']} images, {found['num_chains']} chains"
+        importance = f"by importance sampling {found['importance_nll']:.2f} ± {found['importance_nll_std_error']:.2g}"
+        rows.append(("NLL by AIS", f"{found['nll']:.2f} ± {found['nll_std_error']:.2g}; {importance}"))
+        rows.append(("", f"{chains}, {found['num_temperatures']:,} temperatures, acceptance {found['acceptance']:.2f}"))
     for row in rows:
         table.add_row(*row)
     out.print(table)
@@ -116,16 +120,6 @@ def diagnosed_rows(found: Diagnostics) -> list[Row]:
     rows.append(("active, averaged", f"{averaged} (means over 64 draws of their parents)"))
     rows.append(("posterior gap", f"{gap['gap']:.2f}: {bounds}"))
     return [*rows, ("", f"log p - ELBO: {lost} nats ({gap['num_images']} images)")]
-
-
-def annealed_rows(found: Mapping[str, float]) -> list[Row]:
-    """The NLL by annealing beside that by importance sampling."""
-    chains = f"{found['num_images']} images, {found['num_chains']} chains, {found['num_temperatures']:,} temperatures"
-    importance = f"{found['importance_nll']:.2f} ± {found['importance_nll_std_error']:.2g}"
-    return [
-        ("NLL by AIS", f"{found['nll']:.2f} ± {found['nll_std_error']:.2g}; by importance sampling {importance}"),
-        ("", f"{chains}, acceptance {found['acceptance']:.2f}"),
-    ]
 
 
 def nll(results: Results) -> str:
@@ -177,16 +171,14 @@ def compare(folders: Sequence[Path], out: Console) -> None:
     out.print(table)
 
 
-def catalogue() -> dict[str, dict[str, str]]:
+def catalogue(out: Console) -> None:
     """Models, objectives and data sets, with one line each."""
-    return {
-        "Models": {name: first_line(cls) for name, cls in models.MODELS.items()}
-        | {"my_module:MyPair": "Your own nn.Module with .model(x) and .guide(x)."},
-        "Objectives": {name: first_line(cls) for name, cls in objectives.OBJECTIVES.items()},
-        "Data": dict(datasets.DATASETS),
-    }
-
-
-def first_line(cls: type) -> str:
-    """The first line of a class's docstring."""
-    return (inspect.getdoc(cls) or "").split("\n")[0]
+    zoo = {**models.MODELS, "my_module:MyPair": "Your own nn.Module with .model(x) and .guide(x)."}
+    listed: dict[str, Mapping[str, object]]
+    listed = {"Models": zoo, "Objectives": objectives.OBJECTIVES, "Data": datasets.DATASETS}
+    for title, rows in listed.items():
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+        table.add_column(style="cyan", no_wrap=True)
+        for name, what in rows.items():
+            table.add_row(name, what if isinstance(what, str) else (inspect.getdoc(what) or "").split("\n")[0])
+        out.print(table, "")

@@ -94,7 +94,8 @@ class Feed:
     """Batches of a data set, as tuples of tensors on ``device``.
 
     Data held in tensors live on the device if they fill at most half of its free memory; everything else streams
-    through a DataLoader. The order comes from torch's global generator.
+    through a DataLoader. The order comes from torch's global generator. ``size`` and ``steps``, the numbers of data and
+    of batches, are None where they are not known.
     """
 
     def __init__(self, data: object, batch_size: int, device: torch.device, num_workers: int | None = None) -> None:
@@ -114,13 +115,8 @@ class Feed:
                 source = DataLoader(source, batch_size, shuffle=shuffle, num_workers=workers, pin_memory=pinned)
             self.loader = source
         self._first: Batch | None = None
-        size = self.size
-        self.steps = -(-size // batch_size) if self.images is not None and size else length(self.loader)
-
-    @property
-    def size(self) -> int | None:
-        """The number of data, where it is known."""
-        return len(self.images) if self.images is not None else length(self.loader.dataset)  # type: ignore[union-attr]
+        self.size = length(self.images if self.loader is None else self.loader.dataset)
+        self.steps = length(range(0, len(self.images), batch_size) if self.images is not None else self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         if self.images is None:

@@ -146,8 +146,14 @@ def read_folder(path: Path, download: bool) -> Parts:
 
 def list_images(folder: Path) -> list[tuple[Path, str | None]]:
     """The images of ``folder``, each with its class: the name of its subfolder, None in a flat folder."""
-    found = sorted(path for path in walk(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
-    files = [(path, None if path.parent == folder else path.relative_to(folder).parts[0]) for path in found]
+    found: list[Path] = []
+    for base, inner, names in os.walk(folder, followlinks=True):
+        # Hidden ones are left out, and links back to a folder that they lie in.
+        above = {path.resolve() for path in (Path(base), *Path(base).parents)}
+        inner[:] = [name for name in inner if name[0] != "." and Path(base, name).resolve() not in above]
+        found += [Path(base, name) for name in names if name[0] != "."]
+    images = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = [(path, None if path.parent == folder else path.relative_to(folder).parts[0]) for path in images]
     if not files:
         raise DataError(f"folder:PATH needs images, {folder} has none: put {', '.join(sorted(IMAGE_SUFFIXES))} there")
     if len({label is None for _, label in files}) > 1:
@@ -155,14 +161,6 @@ def list_images(folder: Path) -> list[tuple[Path, str | None]]:
             f"{folder} has images beside its class folders: move them into a class folder, or all out of them"
         )
     return files
-
-
-def walk(folder: Path) -> Iterator[Path]:
-    """The files below a folder, hidden ones left out, links followed, but for those back to a folder they lie in."""
-    for base, inner, names in os.walk(folder, followlinks=True):
-        above = {path.resolve() for path in (Path(base), *Path(base).parents)}
-        inner[:] = [name for name in inner if name[0] != "." and Path(base, name).resolve() not in above]
-        yield from (Path(base, name) for name in names if name[0] != ".")
 
 
 def decode_images(files: list[Path]) -> Tensor:

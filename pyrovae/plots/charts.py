@@ -270,7 +270,6 @@ def manifold(
     with torch.no_grad(), evaluating(decode):
         images = decode(z.to(parameter.device, parameter.dtype))
     pixels = rgb(images.reshape(len(z), *event_shape), "what decode returns")
-
     figure = new_figure(6.4, 6.4)
     axes = dress(figure.add_subplot(), x="unit 0", y="unit 1", grid="")
     axes.imshow(mosaic(pixels, steps, gap=0), extent=(0, 1, 0, 1), aspect="auto")
