@@ -52,8 +52,7 @@ def pictures(
         # The plane is laid out by the prior of a pair with this one latent, and decoded without labels.
         planar = len(codes) == 1 and vectors[0].shape[1] == 2 and pair.likelihood_is is not None
         if shown and planar and pair.decodes and not pair.conditional:
-            path = folder / "manifold.png"
-            drawn.append(plots.manifold(pair.decode, path, latent_dim=2, event_shape=test.event_shape))
+            drawn.append(plots.manifold(pair.decode, folder / "manifold.png", event_shape=test.event_shape))
     return drawn
 
 

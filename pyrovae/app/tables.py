@@ -154,10 +154,9 @@ def compare(folders: Sequence[Path], out: Console) -> None:
     base = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
     for folder in folders:
         run = runs.Run(folder)
-        config, results = run.config(), cast(Results, run.results())
+        data, results = run.config().get("data", {}), cast(Results, run.results())
         if not results:
             raise datasets.DataError(f'the run "{folder}" has no {runs.RESULTS}: run pyrovae evaluate {folder}')
-        data = config.get("data", {})
         error, seconds = results.get("reconstruction_error"), results.get("seconds_per_epoch")
         # Grey images are not bits: their NLL may be a density, and no figure of one compares with the other's.
         grey = data.get("binarization") == "none" and not str(data.get("name")).startswith(CODES)

@@ -97,7 +97,6 @@ def unit_activity(kl_per_unit: Tensor, variances: Tensor, path: StrPath, *, thre
     order = np.argsort(-kl, kind="stable")
     active = variance[order] > threshold
     floor = max(threshold / 1000, variance.min() / 2)  # where the logarithmic axis ends: a variance may be 0
-    colours = np.where(active, BLUE, IDLE)
     figure = new_figure(7.2, 4.4)
     top, bottom = figure.subplots(2, 1, sharex=True)
     for axes, height, title in (
@@ -105,7 +104,7 @@ def unit_activity(kl_per_unit: Tensor, variances: Tensor, path: StrPath, *, thre
         (bottom, variance[order].clip(floor), f"variance of the posterior mean ({active.sum()} of {len(kl)} active)"),
     ):
         dress(axes, title=title, grid="y").margins(x=0.01)
-        axes.bar(np.arange(len(kl)), height, color=list(colours), width=0.8)
+        axes.bar(np.arange(len(kl)), height, color=list(np.where(active, BLUE, IDLE)), width=0.8)
     bottom.set_yscale("log")
     bottom.set_ylim(bottom=floor)
     bottom.axhline(threshold, color=ORANGE, linewidth=1, linestyle="--")

@@ -39,9 +39,8 @@ def rgb(images: Tensor, name: str) -> np.ndarray:
         raise ValueError(
             f"{name} must be [N, H, W] or [N, C, H, W] with 1 or 3 channels, got {shape}: reshape them into images"
         )
-    x = as_numpy(images)
+    x = np.nan_to_num(as_numpy(images), nan=0.0).clip(0, 1)
     x = x[:, None] if x.ndim == 3 else x
-    x = np.nan_to_num(x, nan=0.0).clip(0, 1)
     return np.broadcast_to((255 * x).round().astype(np.uint8), (len(x), 3, *x.shape[2:])).transpose(0, 2, 3, 1)
 
 
