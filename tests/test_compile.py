@@ -32,12 +32,11 @@ from pyrovae.engine.randomness import isolated_rng
 from pyrovae.models import CodePrior
 from pyrovae.train import compiled as compiling
 from pyrovae.train import loop as training
-from pyrovae.train import recorded as recording
-from pyrovae.train.batched import Batched
+from pyrovae.train import step as stepping
 from pyrovae.train.compiled import Compiled, worthwhile
 from pyrovae.train.plan import Plan
-from pyrovae.train.recorded import Recorded
-from pyrovae.train.step import Eager, Step
+from pyrovae.train.replicas import Batched
+from pyrovae.train.step import Eager, Recorded, Step
 from tests.laws.objectives import OBJECTIVES
 from tests.state import counting, double_precision, interpreting
 from tests.zoo import ZOO
@@ -329,7 +328,7 @@ def test_the_replayed_dropout_of_a_guide_that_runs_again_is_drawn_once():
     objective = pv.IWAE(3, gradient="dreg")
     eager = eager_of("two layers")
     with training_mode(eager):
-        graph = Compiled(eager).differentiated(objective).function.capture(eager.example).graph
+        graph = Compiled(eager).differentiated(objective)[0].capture(eager.example).graph
     draws = [tuple(noise.shape) for noise in graph.noise()]
     assert sorted(draws) == sorted([(3, 7, 2), (3, 7, 2), (3, 7, 5), (3, 7, 5)])  # z, u, a dropout each
 
@@ -629,7 +628,7 @@ def test_batches_of_another_size_run_eagerly_and_silently(interpreted):
 # --- recorded steps, as far as they can be without a CUDA device -----------------------------------------------------
 
 
-class Emulated(recording.Recording):
+class Emulated(stepping.Recording):
     """A recording on the CPU: what it computes it writes into the tensors that it made while it was recorded."""
 
     def __init__(self, step, states, optimizers):
@@ -661,7 +660,7 @@ STEPS = {  # the sizes of batches, the numbers of particles
 @pytest.mark.parametrize("what", STEPS)
 def test_a_recorded_step_moves_by_its_own_gradient(what, interpreted, monkeypatch):
     """Also with an optimizer that is not part of the recording, and so finds the gradients in ``.grad``."""
-    monkeypatch.setattr(recording, "Recording", Emulated)
+    monkeypatch.setattr(stepping, "Recording", Emulated)
     results = []
     for how in ("eager", "recorded"):
         torch.manual_seed(5)
@@ -677,7 +676,7 @@ def test_a_recorded_step_moves_by_its_own_gradient(what, interpreted, monkeypatc
 
 
 def test_the_step_of_several_pairs_is_recorded_as_well(interpreted, monkeypatch):
-    monkeypatch.setattr(recording, "Recording", Emulated)
+    monkeypatch.setattr(stepping, "Recording", Emulated)
     results = []
     for how in (lambda step: step, Recorded):
         torch.manual_seed(5)

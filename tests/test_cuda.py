@@ -18,9 +18,8 @@ from pyrovae.engine.randomness import isolated_rng
 from pyrovae.schedules import cosine
 from pyrovae.train import loop as training
 from pyrovae.train.compiled import Compiled
-from pyrovae.train.recorded import Recorded
-from pyrovae.train.step import Eager, Step
-from pyrovae.train.trainee import look_on
+from pyrovae.train.monitor import look_on
+from pyrovae.train.step import Eager, Recorded, Step
 
 pytestmark = [
     pytest.mark.cuda,

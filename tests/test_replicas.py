@@ -16,8 +16,8 @@ from pyrovae.engine.probe import look
 from pyrovae.engine.programs import eval_mode
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.runs import Run
-from pyrovae.train.batched import Batched
 from pyrovae.train.compiled import Compiled
+from pyrovae.train.replicas import Batched
 from pyrovae.train.step import Eager
 from tests.state import double_precision, interpreting
 
@@ -114,7 +114,7 @@ def test_on_the_same_noise_each_has_the_gradients_it_has_alone(what, interpreted
 
     with eval_mode(pairs, training=True):
         replicas = Batched([Compiled(eager(pair), anneals=True) for pair in pairs], factors)
-        source = replicas.each[0].differentiated(objective).function.capture((x,)).graph.noise
+        source = replicas.each[0].differentiated(objective)[0].capture((x,)).graph.noise
         original = graphs.Graph.batched
 
         def batched(self, number, stacked):

@@ -42,8 +42,7 @@ class Recording:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.loss = step()
-        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-        self.gradients = [(p, p.grad) for group in groups for p in group["params"]]
+        self.gradients = [(p, p.grad) for o in optimizers for group in o.param_groups for p in group["params"]]
 
     def replay(self) -> Tensor:
         """Run the step again on what its inputs hold now; the loss, with the gradients in ``.grad``."""

@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import NamedTuple
 
 import pyro.infer
 import torch
@@ -31,25 +30,12 @@ from pyrovae.engine.probe import look
 from pyrovae.engine.programs import Batch, Program
 from pyrovae.objectives.base import Objective
 from pyrovae.train.plan import Plan
-from pyrovae.train.recorded import Recorded
-from pyrovae.train.step import Eager, Gradients, Step
+from pyrovae.train.step import Eager, Recorded, Step
 
 CHECK_SEED = 20
 
 #: Pyro's objectives that have equals here.
-OURS = {
-    "Trace_ELBO": "ELBO",
-    "TraceMeanField_ELBO": "ELBO",
-    "TraceGraph_ELBO": "ELBO",
-    "RenyiELBO": "Renyi",
-}
-
-
-class Differentiated(NamedTuple):
-    """Loss and gradients of a pair as one function of a batch, and the parameters whose gradients follow the loss."""
-
-    function: Checked
-    parameters: list[Tensor]  # known once the function ran
+OURS = {"Trace_ELBO": "ELBO", "TraceMeanField_ELBO": "ELBO", "TraceGraph_ELBO": "ELBO", "RenyiELBO": "Renyi"}
 
 
 class Compiled:
@@ -86,10 +72,7 @@ class Compiled:
         return self.functions[number]
 
     def compile(self, objective: pyro.infer.ELBO) -> None:
-        """Make the graph of an objective.
-
-        :raises CannotCompile: with the reason.
-        """
+        """Make the graph of an objective; a :class:`CannotCompile` says why it cannot be made."""
         function, parameters = self.differentiated(objective)
         run = function.compile(self.example)
 
@@ -100,8 +83,8 @@ class Compiled:
 
         self.functions[objective.num_particles] = gradients
 
-    def differentiated(self, objective: pyro.infer.ELBO) -> Differentiated:
-        """Loss and gradients of an objective as a function that can be compiled."""
+    def differentiated(self, objective: pyro.infer.ELBO) -> tuple[Checked, list[Tensor]]:
+        """Loss and gradients as a function of a batch; once it ran, the parameters whose gradients follow the loss."""
         objective = copy.copy(traceable(objective))
         self.anneal(objective)
         if self.anneals:
@@ -119,7 +102,7 @@ class Compiled:
             loss_and_gradients, self.inputs, changes=self.buffers, untouched=partial(untouched, self.eager.state),
             precision=self.eager.precision, seed=CHECK_SEED,
         )  # fmt: skip
-        return Differentiated(checked, parameters)
+        return checked, parameters
 
     def anneal(self, objective: pyro.infer.ELBO, factor: float = 1.0) -> None:
         """Let the graphs find the objective's kl_weight where it changes."""
@@ -181,13 +164,6 @@ def training_step(
     step = Step(gradients, [optimizer], clip_norm)
     run = Recorded(step) if gradients.eager.parameters[0].is_cuda else step
     return lambda *batch: run(objective, batch)  # type: ignore[return-value]
-
-
-def choose_gradients(compile: bool | str, plan: Plan, eager: Eager, feed: Feed) -> Gradients:
-    """Eager or compiled gradients; for "auto" from counts alone, so that the same call always takes the same path."""
-    if not compile or (compile == "auto" and not worthwhile(plan, eager.parameters, feed)):
-        return eager
-    return Compiled(eager, anneals=bool(plan.kl_warmup))
 
 
 def worthwhile(plan: Plan, parameters: Iterable[Tensor], feed: Feed) -> bool:

@@ -5,28 +5,34 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from pathlib import Path
 
 import pyro.infer
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyrovae.arguments import DataError
+from pyrovae import runs
+from pyrovae.arguments import DataError, positive_int
+from pyrovae.compile.checked import check_compile
+from pyrovae.compile.recording import uncapturable
 from pyrovae.data.feed import Feed
-from pyrovae.engine.programs import Program, eval_mode
-from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.probe import check_pair, look
+from pyrovae.engine.programs import Program, eval_mode, roots
+from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
+from pyrovae.engine.sites import counted, counts, log_prob
 from pyrovae.memory import memory_advice
+from pyrovae.objectives.base import Objective
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Schedule
-from pyrovae.train.compiled import choose_gradients
-from pyrovae.train.log import Fit
-from pyrovae.train.plan import Plan
-from pyrovae.train.recorded import Recorded, on_device
-from pyrovae.train.setup import Setup, check_options, optimizer_maker
-from pyrovae.train.step import Step
-from pyrovae.train.trainee import Trainee
+from pyrovae.train.compiled import Compiled, worthwhile
+from pyrovae.train.log import Fit, check_same, describe_objective
+from pyrovae.train.monitor import Monitor, Validation, look_on
+from pyrovae.train.plan import MakeOptimizer, Plan, Setup, optimizer_maker
+from pyrovae.train.step import Eager, Gradients, Recorded, Step, on_device
 
 
 def fit(
@@ -100,51 +106,55 @@ def fit(
         precision=precision, device=device, seed=seed, progress=progress,
     )  # fmt: skip
     maker = optimizer_maker(optimizer, lr)
-    check_options(validation, patience, compile, run_dir, resume)
+    if patience is not None:
+        if validation is None:
+            raise ValueError("patience needs data to validate on: pass validation, or leave patience out")
+        positive_int("patience", patience)
+    check_compile(compile)
+    if resume and run_dir is None:
+        raise ValueError("resume=True needs the folder of the run to go on with: pass run_dir")
 
     with isolated_rng(setup.seed):
         feed = Feed(data, setup.batch_size, setup.device, num_workers)
         trainee = Trainee(model, guide, objective, setup, feed, maker)
-        gradients = choose_gradients(compile, setup.plan, trainee.eager, feed)
+        gradients: Gradients = trainee.eager
+        if compile and (compile != "auto" or worthwhile(setup.plan, trainee.eager.parameters, feed)):
+            gradients = Compiled(trainee.eager, anneals=bool(setup.plan.kl_warmup))
         step = on_device(Step(gradients, [trainee.optimizer], setup.clip_norm), feed)
-        held_out = None if validation is None else Feed(validation, setup.batch_size, setup.device, num_workers)
-        if held_out is not None:
-            trainee.validate_on(held_out, setup.plan.final, patience)
-        training = trainee.describe(setup, feed) | {
-            "patience": patience, "compile": compile, "num_validation": None if held_out is None else held_out.size,
-        }  # fmt: skip
-        trainee.open(run_dir, training, config or {}, resume=resume)
-        return train([trainee], step, setup, feed)[0]
+        training = {"patience": patience, "compile": compile, "num_validation": None}
+        if validation is not None:
+            held_out = Feed(validation, setup.batch_size, setup.device, num_workers)
+            trainee.validation, trainee.patience = Validation(model, guide, held_out, setup.plan.final), patience
+            training["num_validation"] = held_out.size
+        if run_dir is not None:
+            trainee.open(run_dir, training, config or {}, resume)
+        return train([trainee], step)[0]
 
 
-def train(trainees: Sequence[Trainee], step: Step | Recorded, setup: Setup, feed: Feed) -> list[Fit]:
-    """All epochs of all pairs, from where their runs are."""
-    plan, first = setup.plan, trainees[0]
-    with train_mode(trainees), ProgressBar("epoch", plan.epochs, setup.progress) as bar:
+def train(trainees: Sequence[Trainee], step: Step | Recorded) -> list[Fit]:
+    """All epochs of all pairs, from where their runs are, with networks in train mode."""
+    first, alone = trainees[0], len(trainees) == 1
+    setup, plan = first.setup, first.setup.plan
+    modules = (module for state in step.gradients.states for module in state.modules)
+    with eval_mode(modules, training=True), ProgressBar("epoch", plan.epochs, setup.progress) as bar:
         for epoch in range(len(first.result.history), 0 if first.result.finished else plan.epochs):
-            with memory_advice(lambda: setup.advice(first.log.checkpoint)):
-                losses, metrics = run_epoch(epoch, feed, step, plan)
+            with memory_advice(lambda: setup.advice(first.checkpoint)):
+                losses, metrics = run_epoch(epoch, first.feed, step, plan)
             for r, trainee in enumerate(trainees):
                 if math.isnan(losses[r]) or not step.finite(r):
-                    alone = len(trainees) == 1
-                    raise FloatingPointError(trainee.blame(feed.first(), epoch + 1, None if alone else r))
+                    raise FloatingPointError(trainee.blame(epoch + 1, None if alone else r))
                 trainee.add(metrics | step.metrics(r), losses[r].item())
-            mean = "" if len(trainees) == 1 else " on average"
+            mean = "" if alone else " on average"
             bar.update(epoch + 1, f"{-losses.mean():.2f} nats{mean}, {metrics['images_per_second']:,.0f} images/s")
             if all(trainee.result.finished for trainee in trainees):
                 break
-    return [trainee.close(step, setup) for trainee in trainees]
-
-
-def train_mode(trainees: Sequence[Trainee]) -> AbstractContextManager[None]:
-    """Networks in train mode; each one's own mode comes back afterwards."""
-    return eval_mode((module for trainee in trainees for module in trainee.eager.state.modules), training=True)
+    return [trainee.close(step) for trainee in trainees]
 
 
 def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan) -> tuple[Tensor, dict[str, float]]:
     """One pass over the data: each pair's mean loss, read back once at its end, and what the epoch was."""
     total: Tensor | float = 0.0
-    began, steps, data = time.perf_counter() - step.compile_seconds, 0, 0
+    began, steps, data = time.perf_counter() - step.gradients.compile_seconds, 0, 0
     for batch in feed.indices() if step.takes_index else feed:
         now = epoch + (steps / feed.steps if feed.steps else 0.0)
         step.set_lr(plan.factor(now))
@@ -155,12 +165,135 @@ def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan) -> tupl
     if not data:
         raise DataError("there are no data to train on: the data set is empty")
     losses = torch.as_tensor(total / data).cpu().reshape(-1)
-    seconds = time.perf_counter() - step.compile_seconds - began
+    seconds = time.perf_counter() - step.gradients.compile_seconds - began
     return losses, {
-        "epoch": epoch + 1,
-        "kl_weight": float(getattr(plan.at(now), "kl_weight", 1.0)),
-        "num_particles": plan.at(now).num_particles,
-        "seconds": seconds,
-        "steps": steps,
+        "epoch": epoch + 1, "kl_weight": float(getattr(plan.at(now), "kl_weight", 1.0)),
+        "num_particles": plan.at(now).num_particles, "seconds": seconds, "steps": steps,
         "images_per_second": data / seconds,
-    }
+    }  # fmt: skip
+
+
+class Trainee:
+    """A pair that is made ready: its data are checked against its observed sites, and it is where they are.
+
+    :param maker: the learning rate, where it is known, and what makes the optimizer.
+    :param kl_factor: of the objective's kl_weight, where the pair has one of its own.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        objective: pyro.infer.ELBO,
+        setup: Setup,
+        feed: Feed,
+        maker: tuple[float | None, MakeOptimizer],
+        kl_factor: float = 1.0,
+    ) -> None:
+        self.model, self.guide, self.objective, self.kl_factor = model, guide, objective, kl_factor
+        self.setup, self.feed, self.result = setup, feed, Fit()
+        seen = look_on(feed, model, guide)
+        self.monitor: Monitor | None = None
+        try:
+            check_pair(seen)
+        except Exception as error:  # for instance a latent that only Pyro's enumeration knows; training may go on
+            reason = " ".join(str(error).split())
+            warnings.warn(f"KL and active units will not be logged: {reason}", stacklevel=3)
+        else:
+            self.monitor = Monitor(model, guide, seen, feed)
+            if isinstance(setup.plan.current, Objective):
+                setup.plan.current.meet(model, guide, seen)
+        sites = (*counted(seen.guide), *counted(seen.model))
+        plates = [f for site in sites for f in site["cond_indep_stack"]]
+        subsampled = any(f.full_size and f.full_size > f.size for f in plates)
+        if feed.steps != 1 and seen.joint and plates and not subsampled:
+            warnings.warn(
+                "latents outside the data plate are shared by all data, but each batch will count as all of them: pass "
+                'batch_size=len(data), or give the plate its full size, pyro.plate("data", N, subsample_size=...)',
+                stacklevel=3,
+            )
+        seen.state.to(feed.device)
+        self.eager = Eager(model, guide, seen, feed.first(), precision=setup.precision)
+        self.rate, make = maker
+        self.optimizer = make(self.eager.parameters)
+        self.run: runs.Run | None = None
+        self.validation: Validation | None = None
+        self.patience: int | None = None
+
+    def open(
+        self, run_dir: str | os.PathLike[str], training: Mapping[str, object], more: Mapping[str, object], resume: bool
+    ) -> None:
+        """Start its run, or take up its last checkpoint; its config.json says ``training`` of that, and ``more``."""
+        self.run = run = runs.Run(run_dir)
+        if run.exists and not resume:
+            raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
+        owners = roots(self.model, self.guide)  # one object, where both are programs of one
+        own = {"lr": self.rate, "optimizer": type(self.optimizer).__name__}
+        config = {
+            "model": runs.describe(owners[0] if len(owners) == 1 else None),
+            "objective": describe_objective(self.objective), "versions": runs.versions(),
+            "training": {**self.setup.describe(self.feed), **own, **training}, **more,
+        }  # fmt: skip
+        saved = run.state() if run.exists else None
+        if saved is None:
+            run.start(config)
+            return
+        check_same(run, config)
+        history = run.rewind(saved["epoch"])
+        runs.restore(self.eager.state.tensors, run.weights(), where=str(run.path))
+        self.optimizer.load_state_dict(saved["optimizer"])
+        uncapturable(self.optimizer)
+        restore_rng(saved["rng"])
+        self.result = Fit(history, best_epoch=saved["best_epoch"], finished=saved["finished"])
+
+    def add(self, metrics: Mapping[str, float], loss: float) -> None:
+        """Take in an epoch: measure, log and save it."""
+        own = {"bound": -loss, "kl_weight": metrics["kl_weight"] * self.kl_factor}
+        row = {**metrics, **own, **(self.monitor() if self.monitor is not None else {})}
+        if self.validation is not None:
+            row["validation_bound"] = self.validation()
+        self.result.add(row, self.patience)
+        if self.run is not None:
+            self.run.log(row)
+            if self.result.best_epoch == len(self.result.history):
+                self.run.save("best", self.eager.state.tensors)
+            self.save(self.run)
+
+    def save(self, run: runs.Run) -> None:
+        """Write the last checkpoint."""
+        result = self.result
+        state = {
+            "epoch": len(result.history), "best_epoch": result.best_epoch, "finished": result.finished,
+            "optimizer": self.optimizer.state_dict(), "rng": rng_snapshot(),
+        }  # fmt: skip
+        run.save("last", self.eager.state.tensors, state)
+
+    def close(self, step: Step | Recorded) -> Fit:
+        """What came of it; its run is marked as finished."""
+        self.result.finish(step, self.setup.precision, self.setup.device)
+        already, self.result.finished = self.result.finished, True
+        if self.run is not None and not already:
+            self.save(self.run)
+        return self.result
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last checkpoint, if there is one."""
+        return None if self.run is None else self.run.checkpoint()
+
+    def blame(self, epoch: int, replica: int | None) -> str:
+        """Say which replica is not finite any more; of a pair alone, where the first such value came from."""
+        if replica is not None:
+            return f"replica {replica} became NaN in epoch {epoch}: lower its learning rate, or pass clip_norm"
+        seen = look(self.model, self.guide, self.feed.first(), validate=False)
+        where = next(
+            (
+                f'{role} site "{name}" has the first value or log-probability that is not finite'
+                for role, sites in (("guide", seen.guide), ("model", seen.model))
+                for name, s in sites.items()
+                if counts(s) and not (torch.isfinite(log_prob(s)).all() and torch.isfinite(s["value"]).all())
+            ),
+            "every site is finite on the first batch",
+        )
+        kept = "" if self.checkpoint is None else f'; the last good checkpoint is in "{self.checkpoint}"'
+        return f"the loss or a parameter became NaN in epoch {epoch}: {where}{kept}; lower lr, or pass clip_norm"

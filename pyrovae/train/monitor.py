@@ -1,19 +1,20 @@
-"""What is logged about a pair after each epoch, so that collapse is seen while it happens; the validation bound."""
+"""What is seen of a pair: on the first data, checked against its sites; after each epoch, so that collapse shows."""
 
 from __future__ import annotations
 
 import pyro.infer
 import torch
+from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.data.feed import Feed
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.particles import Particles, combine
-from pyrovae.engine.probe import Look
-from pyrovae.engine.programs import Program, eval_mode, roots
+from pyrovae.engine.probe import Look, look
+from pyrovae.engine.programs import Batch, Program, device_of, eval_mode, roots
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.run import run
-from pyrovae.engine.sites import latent
+from pyrovae.engine.sites import Sites, counts, latent
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.evaluate.units import mean_variances
 from pyrovae.train.step import first_loss
@@ -64,7 +65,8 @@ class Monitor:
 class Validation:
     """The bound on held-out data, in nats per datum, in eval mode and on the same noise every time."""
 
-    def __init__(self, model: Program, guide: Program, seen: Look, feed: Feed, objective: pyro.infer.ELBO) -> None:
+    def __init__(self, model: Program, guide: Program, feed: Feed, objective: pyro.infer.ELBO) -> None:
+        seen = look_on(feed, model, guide)
         self.model, self.guide, self.modules, self.feed, self.objective = model, guide, seen.modules, feed, objective
         self.full_size = seen.full_size
 
@@ -77,3 +79,26 @@ class Validation:
                 total -= loss / (self.full_size or len(batch[0])) * len(batch[0])
                 count += len(batch[0])
         return total / count
+
+
+def look_on(feed: Feed, model: Program, guide: Program) -> Look:
+    """A look at a pair on the first of the data, which are checked against its observed sites."""
+    home = device_of(model, guide)
+    batch = tuple(a.to(home) if home and isinstance(a, Tensor) else a for a in feed.first())
+    try:
+        seen = look(model, guide, batch)
+    except ValueError:  # by Pyro's checks; where the data are at fault, they are told of in plainer words
+        check_observed(look(model, guide, batch, validate=False).model, batch, feed)
+        raise
+    check_observed(seen.model, batch, feed)
+    return seen
+
+
+def check_observed(sites: Sites, batch: Batch, feed: Feed) -> None:
+    """Check that the data lie where the sites that observe them have their support."""
+    for name, site in sites.items():
+        if not (counts(site) and site["is_observed"] and site["value"].numel()):
+            continue
+        for position, argument in enumerate(batch):
+            if isinstance(argument, Tensor) and argument.data_ptr() == site["value"].data_ptr():
+                feed.check(position, site["fn"].support, name, site["fn"].event_shape)

@@ -1,17 +1,25 @@
-"""What changes while training: the learning rate, the number of particles, the weight of the KL."""
+"""How pairs are to be trained: what changes while they are, and the other arguments of fit and fit_replicas."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pyro.infer
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
-from pyrovae.arguments import in_range, positive_int, sizes
+from pyrovae.arguments import in_range, one_of, pick_device, positive_int, sizes
+from pyrovae.compile.precision import PRECISIONS
+from pyrovae.data.feed import Feed
 from pyrovae.objectives.base import Objective
 from pyrovae.schedules import Schedule, make_schedule
+
+MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -56,36 +64,18 @@ class Plan:
         called = schedule if isinstance(schedule, str) else "custom"
         return cls(objective, copy.copy(objective), epochs, make_schedule(schedule), stages, warmup, called)
 
-    def describe(self) -> dict[str, object]:
-        """As JSON can hold it."""
-        return {
-            "epochs": self.epochs, "schedule": self.schedule_name, "particles": self.particles,
-            "kl_warmup": self.kl_warmup,
-        }  # fmt: skip
-
     @property
     def final(self) -> pyro.infer.ELBO:
         """The objective as it is once everything has grown, as an object of its own."""
-        return copy.copy(self.at(self.epochs, warm=True))
+        return copy.copy(self.at(max(self.epochs, self.kl_warmup)))
 
-    def stages(self) -> list[pyro.infer.ELBO]:
-        """An objective for each number of particles there will be."""
-        found = []
-        for number in dict.fromkeys(self.particles or (self.objective.num_particles,)):
-            found.append(copy.copy(self.at(0)))
-            found[-1].num_particles = number
-        return found
-
-    def at(self, epoch: float, *, warm: bool = False) -> pyro.infer.ELBO:
-        """The objective after ``epoch`` epochs (a fraction counts): one object, so that it checks its pair only once.
-
-        With ``warm`` the KL's warm-up counts as over.
-        """
+    def at(self, epoch: float) -> pyro.infer.ELBO:
+        """The objective after ``epoch`` epochs (a fraction counts): one object, so that it looks at its pair once."""
         if self.particles is not None:
             stage = min(int(epoch * len(self.particles) / self.epochs), len(self.particles) - 1)
             self.current.num_particles = self.particles[stage]
         if self.kl_warmup:
-            factor = 1.0 if warm else min(epoch / self.kl_warmup, 1.0)
+            factor = min(epoch / self.kl_warmup, 1.0)
             # A tensor even where it is 0: the KL's parameters get gradients of 0 then, compiled or not, and never none.
             self.current.kl_weight = torch.as_tensor(self.objective.kl_weight * factor, dtype=torch.float64)  # type: ignore[attr-defined]
         return self.current
@@ -93,3 +83,66 @@ class Plan:
     def factor(self, epoch: float) -> float:
         """The factor of the learning rate after ``epoch`` epochs."""
         return self.schedule(epoch / self.epochs)
+
+
+class Setup:
+    """What all pairs of one training share, besides their data."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        batch_size: int,
+        clip_norm: float | None,
+        precision: str,
+        device: str | torch.device,
+        seed: int,
+        progress: bool | None,
+    ) -> None:
+        self.plan = plan
+        self.batch_size = positive_int("batch_size", batch_size)
+        self.clip_norm = None if clip_norm is None else in_range("clip_norm", clip_norm, 1e-12)
+        self.precision: str = one_of("precision", precision, PRECISIONS)
+        self.device = pick_device(device)
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+            raise ValueError(f"seed must be an integer, got {seed!r}: pass one, and another one for another run")
+        self.seed, self.progress = int(seed), progress
+
+    def describe(self, feed: Feed) -> dict[str, object]:
+        """As JSON can hold it."""
+        plan = self.plan
+        return {
+            "epochs": plan.epochs, "schedule": plan.schedule_name, "particles": plan.particles,
+            "kl_warmup": plan.kl_warmup, "batch_size": self.batch_size, "clip_norm": self.clip_norm,
+            "precision": self.precision, "device": str(self.device), "seed": self.seed,
+            "threads": torch.get_num_threads(), "num_data": feed.size,
+        }  # fmt: skip
+
+    def advice(self, checkpoint: Path | None) -> str:
+        """What to lower where memory runs out."""
+        particles = getattr(self.plan.current, "total_particles", 1)
+        bfloat = "" if self.precision == "bfloat16" else ', or pass precision="bfloat16"'
+        kept = "" if checkpoint is None else f'; the last checkpoint is in "{checkpoint}"'
+        return f"asked for batch_size={self.batch_size} with {particles} particles; lower either{bfloat}{kept}"
+
+
+def optimizer_maker(make: MakeOptimizer | None, lr: float | None) -> tuple[float | None, MakeOptimizer]:
+    """The learning rate, where it is ours to know, and what makes the optimizer."""
+    if make is None:
+        rate = 1e-3 if lr is None else in_range("lr", lr, 0.0)
+        return rate, lambda parameters: torch.optim.Adam(parameters, lr=rate, fused=True)
+    if lr is not None:
+        raise ValueError(f"lr={lr} belongs to the default optimizer: set it in optimizer=, or leave optimizer out")
+    if isinstance(make, Optimizer) or not callable(make):
+        raise TypeError(
+            f"optimizer must be a function of the parameters, got {type(make).__name__}: "
+            "pass, for instance, lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
+
+    def checked(parameters: Iterable[Tensor]) -> Optimizer:
+        made = make(parameters)
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"optimizer must return a torch.optim optimizer, got {type(made).__name__}: return one")
+        return made
+
+    return None, checked

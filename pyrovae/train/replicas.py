@@ -1,38 +1,39 @@
 r"""Many models at once: R pairs of the same programs, trained side by side in one batched step.
 
-Each replica follows in law exactly what :func:`pyrovae.fit` alone would do, and is saved as a run of its own.
+Each replica follows in law exactly what :func:`pyrovae.fit` alone would do, and is saved as a run of its own. A small
+network leaves most of a device idle; with the flat graph of one pair's loss and gradients batched over R sets of
+parameters, buffers and noise, a step of R models costs little more than a step of one.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
+import pyro.infer
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from pyrovae import runs
 from pyrovae.arguments import in_range
-from pyrovae.compile.noise import CannotCompile
+from pyrovae.compile.checked import compare, signature, tensors, untouched
+from pyrovae.compile.noise import CannotCompile, stacked_noise
 from pyrovae.data.feed import Feed
-from pyrovae.engine.programs import Program
+from pyrovae.engine.programs import Batch, Program, eval_mode
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective
 from pyrovae.schedules import Schedule
-from pyrovae.train.batched import Batched
-from pyrovae.train.compiled import Compiled
+from pyrovae.train.compiled import CHECK_SEED, Compiled, put, traceable
 from pyrovae.train.log import Fit
-from pyrovae.train.loop import fit, train, train_mode
-from pyrovae.train.plan import Plan
-from pyrovae.train.recorded import on_device
-from pyrovae.train.setup import Setup, optimizer_maker
-from pyrovae.train.step import Step
-from pyrovae.train.trainee import Trainee
+from pyrovae.train.loop import Trainee, fit, train
+from pyrovae.train.plan import Plan, Setup, optimizer_maker
+from pyrovae.train.step import Step, on_device
 
 
 def fit_replicas(
@@ -93,16 +94,24 @@ def fit_replicas(
             Trainee(*replica.pair, replica.weighted(objective), setup, feed, maker, replica.kl_factor)
             for replica, maker in zip(replicas, makers, strict=True)
         ]
+        anneals = bool(kl_warmup) or any(replica.kl_factor != 1.0 for replica in replicas)
+        each = [Compiled(trainee.eager, anneals=anneals) for trainee in trainees]
+        gradients = Batched(each, [replica.kl_factor for replica in replicas])
+        cleanup.callback(gradients.separate)
         try:
-            gradients = cleanup.enter_context(at_once(trainees, setup.plan))
+            with eval_mode((module for state in gradients.states for module in state.modules), training=True):
+                for number in dict.fromkeys(setup.plan.particles or (objective.num_particles,)):
+                    stage = setup.plan.at(0)
+                    stage.num_particles = number
+                    gradients.static(stage)
         except CannotCompile as error:
             warnings.warn(f"cannot train replicas at once: {error}; training one after the other", stacklevel=2)
         else:
             step = on_device(Step(gradients, [trainee.optimizer for trainee in trainees], setup.clip_norm), feed)
             for r, (replica, trainee) in enumerate(zip(replicas, trainees, strict=True)):
-                training = trainee.describe(setup, feed) | {"replica": r, "of": len(replicas)}
-                trainee.open(replica.run_dir, training, {})
-            return train(trainees, step, setup, feed)
+                if replica.run_dir is not None:
+                    trainee.open(replica.run_dir, {"replica": r, "of": len(replicas)}, {}, resume=False)
+            return train(trainees, step)
     return [
         fit(
             *replica.pair, data, objective=replica.weighted(objective), epochs=epochs, batch_size=batch_size,
@@ -150,24 +159,6 @@ def replicas_of(
     return [Replica(*own) for own in zip(programs, rates, weights, folders, strict=True)]
 
 
-@contextmanager
-def at_once(trainees: Sequence[Trainee], plan: Plan) -> Iterator[Batched]:
-    """The gradients of all pairs in one function, compiled for every number of particles there will be.
-
-    :raises CannotCompile: with the reason.
-    """
-    anneals = bool(plan.kl_warmup) or any(trainee.kl_factor != 1.0 for trainee in trainees)
-    each = [Compiled(trainee.eager, anneals=anneals) for trainee in trainees]
-    gradients = Batched(each, [trainee.kl_factor for trainee in trainees])
-    try:
-        with train_mode(trainees):
-            for stage in plan.stages():
-                gradients.static(stage)
-        yield gradients
-    finally:
-        gradients.separate()
-
-
 def programs_of(pair: object) -> tuple[Program, Program]:
     """Model and guide of an object that has both, or that is both."""
     if isinstance(pair, tuple) and len(pair) == 2:
@@ -176,3 +167,91 @@ def programs_of(pair: object) -> tuple[Program, Program]:
     if callable(model) and callable(guide):
         return model, guide
     raise TypeError(f"a pair is an object with .model and .guide, or a tuple (model, guide), got {type(pair).__name__}")
+
+
+class Batched:
+    """The gradients of several pairs at once: one pair's flat graph, batched over parameters, buffers and noise.
+
+    The pairs live on in the rows of one stack for each tensor; :meth:`separate` gives them tensors of their own again.
+
+    :param factors: for each pair a factor of the objective's kl_weight.
+    :raises ValueError: where the pairs differ in shape, or share a parameter or buffer.
+    """
+
+    def __init__(self, each: Sequence[Compiled], factors: Sequence[float]) -> None:
+        self.each, self.factors, self.example = list(each), factors, each[0].example
+        self.states = [own.eager.state for own in each]
+        self.kind, self.compile_seconds = "replicas", 0.0
+        self.functions: dict[int, Callable[[Batch], Tensor]] = {}
+        self.objectives: list[Objective] = []
+        self.tensors = [own.inputs for own in each]
+        shapes = [[(t.shape, t.dtype) for t in own] for own in self.tensors]
+        if any(own != shapes[0] for own in shapes):
+            raise ValueError("replicas must be one program, but their parameters differ in shape: build them alike")
+        if len({id(t) for own in self.tensors for t in own}) < sum(map(len, self.tensors)):
+            raise ValueError("replicas share a parameter or buffer: give each pair networks of its own")
+        self.stacks = [torch.stack([t.detach() for t in same]) for same in zip(*self.tensors, strict=True)]
+        for stack, same in zip(self.stacks, zip(*self.tensors, strict=True), strict=True):
+            for row, tensor in zip(stack, same, strict=True):
+                tensor.data = row
+
+    def separate(self) -> None:
+        for own in self.tensors:
+            for tensor in own:
+                tensor.data = tensor.data.clone()
+
+    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor:
+        if signature(batch) == self.each[0].signature:
+            return self.static(objective)(batch)
+        own = zip(self.each, self.weighted(objective), strict=True)  # the last batch, of another size
+        return torch.stack([torch.as_tensor(one.eager(weighted, batch)) for one, weighted in own])
+
+    def static(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Tensor]:
+        """What computes the gradients of an objective, compiled once for a number of particles."""
+        number = objective.num_particles
+        if number not in self.functions:
+            began = time.perf_counter()
+            self.functions[number] = self.compile(objective)
+            self.compile_seconds += time.perf_counter() - began
+        for one, factor in zip(self.each, self.factors, strict=True):
+            one.anneal(objective, factor)
+        return self.functions[number]
+
+    def weighted(self, objective: pyro.infer.ELBO) -> list[Objective]:
+        """Every pair's own objective; one object each, so that it looks at its pair only once."""
+        ours = traceable(objective)
+        self.objectives = self.objectives or [copy.copy(ours) for _ in self.each]
+        for own, factor in zip(self.objectives, self.factors, strict=True):
+            own.num_particles, own.kl_weight = ours.num_particles, ours.kl_weight * factor
+        return self.objectives
+
+    def compile(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Tensor]:
+        """One function for all pairs, after a check of each against its own eager results on the same noise."""
+
+        def same_noise() -> tuple[Tensor, ...]:
+            torch.manual_seed(CHECK_SEED)
+            return single.noise()
+
+        own = [one.differentiated(w) for one, w in zip(self.each, self.weighted(objective), strict=True)]
+        captured = [function.capture(self.example) for function, _ in own]
+        single = captured[0].graph
+        for r, (graph, *_) in enumerate(captured):
+            if graph.key != single.key or not all(map(torch.equal, graph.constants, single.constants)):
+                raise ValueError(f"replica {r} is not the same program as replica 0: build them alike, but for weights")
+        stacked = [True] * len(self.stacks) + [False] * len(tensors(self.example))
+        compiled = single.batched(len(self.each), stacked).compiled()
+        with isolated_rng(), ExitStack() as undo:
+            for state in self.states:
+                undo.enter_context(untouched(state))
+            got = compiled(*self.stacks, *tensors(self.example), noise=stacked_noise([same_noise] * len(own)))
+            for r, ((function, _), (_, expected, changed)) in enumerate(zip(own, captured, strict=True)):
+                compare(expected, [g[r] for g in got], function.precision)
+                compare(changed, function.changes, function.precision)
+
+        def gradients(batch: Batch) -> Tensor:
+            losses, *found = compiled(*self.stacks, *tensors(batch))
+            for r, (one, (_, parameters)) in enumerate(zip(self.each, own, strict=True)):
+                put(one.eager.parameters, {p: g[r] for p, g in zip(parameters, found, strict=True)})
+            return losses
+
+        return gradients

@@ -1,7 +1,8 @@
-"""One optimisation step: gradients of one pair or several, and the optimizers that follow them."""
+"""One step: gradients of one pair or several, the optimizers that follow them, and on CUDA both as one graph."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -12,7 +13,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from pyrovae.compile.checked import signature, tensors
 from pyrovae.compile.precision import networks_in
+from pyrovae.compile.recording import Recording, capturable
+from pyrovae.data.feed import Feed, as_batch
+from pyrovae.data.images import Images
 from pyrovae.engine.probe import Look, PairState
 from pyrovae.engine.programs import Batch, Program
 
@@ -23,7 +28,7 @@ class Gradients(Protocol):
     """What fills the parameters' ``.grad``: of one pair eagerly or compiled, or of several at once."""
 
     kind: str  # "eager", "compiled" or "replicas"
-    compile_seconds: float
+    compile_seconds: float  # what compiling and recording have taken so far
     example: Batch  # of the kind that it is made for
     states: list[PairState]  # of each pair
 
@@ -55,7 +60,6 @@ class Eager:
             raise ValueError(
                 "the pair has no parameters to train: use modules, pyro.param or tensors that require grad"
             )
-        self.announcing_model = announcing(model, self.parameters[0])
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
         for parameter in self.parameters:
@@ -66,7 +70,7 @@ class Eager:
             return loss.detach()
         size, loss_and_grads = self.size(batch), objective.loss_and_grads  # type: ignore[attr-defined]
         with networks_in(self.precision):
-            found = first_loss(loss_and_grads(self.announcing_model, self.guide, *batch))
+            found = first_loss(loss_and_grads(self.announced, self.guide, *batch))
         torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], size)
         return found / size
 
@@ -78,6 +82,11 @@ class Eager:
         with networks_in(self.precision):
             loss = objective.differentiable_loss(self.model, self.guide, *batch)  # type: ignore[attr-defined]
             return loss / self.size(batch)
+
+    def announced(self, *args: object, **kwargs: object) -> object:
+        """The model with one param site in front; without any, Pyro's ``loss_and_grads`` omits the backward pass."""
+        effectful(lambda: self.parameters[0], type="param")(name="pyrovae.parameters")
+        return self.model(*args, **kwargs)
 
     def size(self, batch: Batch) -> int:
         """What a loss summed over data is divided by."""
@@ -133,11 +142,6 @@ class Step:
         """How it runs: "eager", "compiled" or "replicas"."""
         return self.gradients.kind
 
-    @property
-    def compile_seconds(self) -> float:
-        """What compiling has taken so far."""
-        return self.gradients.compile_seconds
-
     def metrics(self, number: int = 0) -> dict[str, float]:
         """``grad_norm``, the 2-norm of a pair's last gradient (after clipping), and its ``learning_rate``."""
         norm = get_total_norm([p.grad for p in self.parameters[number] if p.grad is not None])
@@ -148,17 +152,71 @@ class Step:
         return all(torch.isfinite(p).all().item() for p in self.parameters[number])
 
 
+class Recorded:
+    """A step recorded whole as one CUDA graph: gather, binarisation, loss, gradients, clipping, optimizer.
+
+    Batches of another size, and what has no static gradients, take the step itself.
+
+    :param images: the data, if they live on the device; a step then takes the index of its batch and gathers (and
+        binarises) it within the graph.
+    """
+
+    def __init__(self, step: Step, images: Images | None = None) -> None:
+        self.step, self.gradients, self.images = step, step.gradients, images
+        self.takes_index, example = images is not None, step.gradients.example
+        self.whole = all(map(capturable, step.optimizers))
+        self.recorded: dict[int, Recording] = {}
+        if images is None:
+            self.slots: Batch = tuple(a.clone() if isinstance(a, Tensor) else a for a in example)
+        else:
+            self.slots = (torch.arange(len(example[0]), device=images.x.device),)
+        self.set_lr, self.metrics, self.finite = step.set_lr, step.metrics, step.finite
+
+    @property
+    def kind(self) -> str:
+        """How it runs: as the step does, but "cuda graph" where that is compiled."""
+        return "cuda graph" if self.step.kind == "compiled" else self.step.kind
+
+    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
+        """One step on a batch, or on the index of one where the data live on the device."""
+        same = signature(batch) == signature(self.slots)
+        gradients = self.gradients.static(objective) if same else None
+        if gradients is None:
+            return self.step(objective, self.gathered(batch))
+        for slot, given in zip(tensors(self.slots), tensors(batch), strict=True):
+            slot.copy_(given, non_blocking=True)
+        if objective.num_particles not in self.recorded:
+            self.recorded[objective.num_particles] = self.record(gradients)
+        losses = self.recorded[objective.num_particles].replay()
+        if not self.whole:
+            self.step.update()
+        return losses
+
+    def record(self, gradients: Callable[[Batch], Tensor]) -> Recording:
+        """The step on what the slots hold, without its optimizers where they read on the host."""
+
+        def body() -> Tensor:
+            self.step.clear()
+            losses = gradients(self.gathered(self.slots))
+            if self.whole:
+                self.step.update()
+            return losses
+
+        began = time.perf_counter()
+        recording = Recording(body, self.gradients.states, self.step.optimizers)
+        self.gradients.compile_seconds += time.perf_counter() - began
+        return recording
+
+    def gathered(self, batch: Batch) -> Batch:
+        """A batch of data from its index, where the data live on the device; else the batch as it is."""
+        return batch if self.images is None else as_batch(self.images.batch(batch[0]))
+
+
+def on_device(step: Step, feed: Feed) -> Step | Recorded:
+    """The step as a job takes it: recorded where there is a CUDA device, and gradients that are compiled."""
+    return Recorded(step, feed.images) if feed.device.type == "cuda" and step.kind != "eager" else step
+
+
 def first_loss(loss: T | tuple[T, ...]) -> T:
     """A loss; the model's, where an objective gives one each for model and guide (Pyro's ReweightedWakeSleep)."""
     return loss[0] if isinstance(loss, tuple) else loss
-
-
-def announcing(model: Program, parameter: Tensor) -> Program:
-    """The model with one param site in front; without any, Pyro's ``loss_and_grads`` leaves out the backward pass."""
-    announce = effectful(lambda: parameter, type="param")
-
-    def announced(*args: object, **kwargs: object) -> object:
-        announce(name="pyrovae.parameters")
-        return model(*args, **kwargs)
-
-    return announced
