@@ -103,7 +103,10 @@ class Autoencoder(CodeDensity):
         self.encoder = make_encoder(shape, widths, self.latent_dim)
         self.decoder = make_decoder(self.latent_dim, widths[::-1], shape, heads=self.observation.outputs)
         self.code = nn.Identity()
-        self.hold_density(positive_int("density_components", density_components))
+        count = positive_int("density_components", density_components)
+        self.register_buffer("density_weights", torch.zeros(count))  # that nothing has been fitted
+        self.register_buffer("density_means", torch.zeros(count, self.latent_dim))
+        self.register_buffer("density_scale_tril", torch.zeros(count, self.latent_dim, self.latent_dim))
 
     def prior(self, like: Tensor) -> TorchDistribution:
         """Flat, or the penalty of codes; its draws are those of :meth:`density`."""

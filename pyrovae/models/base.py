@@ -221,12 +221,10 @@ class OwnPair(Pair):
 
     @property
     def module(self) -> nn.Module:
-        """The module itself."""
         return self.owner
 
     @property
     def decodes(self) -> bool:
-        """Whether it has a ``.decode``."""
         return "decode" in vars(self)
 
     def initialise(self, x: Tensor) -> Self:

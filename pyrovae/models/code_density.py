@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Self
+from typing import Self
 
 import pyro.distributions as dist
 import torch
@@ -15,7 +15,7 @@ from pyrovae import data as datasets
 from pyrovae.arguments import DataError
 from pyrovae.engine.programs import evaluating
 from pyrovae.models.vae import OneLatent
-from pyrovae.parts.annotations import Constraints, Shape
+from pyrovae.parts.shared import Broadcasting, Shape
 
 MOST_CODES = 10_000  # that a density is fitted to: enough for its parameters, and a matter of seconds
 
@@ -31,12 +31,6 @@ class CodeDensity(OneLatent):
     density_weights: Tensor
     density_means: Tensor
     density_scale_tril: Tensor
-
-    def hold_density(self, components: int) -> None:
-        """Make room for a mixture; weights of 0 say that nothing has been fitted, which a state_dict holds too."""
-        self.register_buffer("density_weights", torch.zeros(components))
-        self.register_buffer("density_means", torch.zeros(components, self.latent_dim))
-        self.register_buffer("density_scale_tril", torch.zeros(components, self.latent_dim, self.latent_dim))
 
     def log_prior(self, z: Tensor) -> Tensor:
         """Minus the penalty of codes ``[..., latent_dim]``, ``[...]`` in nats: none here."""
@@ -101,22 +95,18 @@ class CodeDensity(OneLatent):
         return torch.cat(found)
 
 
-class FittedPrior(TorchDistribution):
+class FittedPrior(Broadcasting):
     """The prior of codes: their penalty for log p(z), and draws from the density fitted afterwards.
 
     It is improper, as :class:`pyro.distributions.ImproperUniform` is: what scores codes and what draws them are
     unrelated, and neither makes log p(x) exist.
     """
 
-    arg_constraints: ClassVar[Constraints] = {}
     support = constraints.real_vector
 
     def __init__(self, owner: CodeDensity, batch_shape: Sequence[int] = (), temperature: float = 1.0) -> None:
         self.owner, self.temperature = owner, temperature
         super().__init__(torch.Size(batch_shape), torch.Size([owner.latent_dim]), validate_args=False)
-
-    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FittedPrior:
-        return FittedPrior(self.owner, batch_shape, self.temperature)
 
     def tempered(self, temperature: float) -> FittedPrior:
         """The same with draws from components whose deviations are ``temperature`` times as large."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pyro
@@ -134,8 +134,14 @@ class DeepVAE(Pair):
     ) -> None:
         super().__init__()
         shape = self.set_shape(input_shape)
-        per_scale = {"channels": channels, "latent_channels": latent_channels, "blocks": blocks}
-        widths, self.latent_channels, counts = by_scale(per_scale)
+        given = {"channels": channels, "latent_channels": latent_channels, "blocks": blocks}
+        per_scale = {name: sizes(name, value) for name, value in given.items()}
+        if not all(per_scale.values()):
+            raise ValueError(f"channels, latent_channels and blocks need one entry per scale, got {given}: give some")
+        if len({len(value) for value in per_scale.values()}) > 1:
+            got = ", ".join(f"{name}={value}" for name, value in per_scale.items())
+            raise ValueError(f"channels, latent_channels and blocks need one entry per scale, got {got}: give as many")
+        widths, self.latent_channels, counts = per_scale.values()
         self.encoder = PyramidEncoder(shape, widths, counts, patch)
         self.observation = make_likelihood(likelihood, shape, scale, levels)
         self.decoder = PatchDecoder(widths[0], shape, patch, self.observation.outputs)
@@ -219,14 +225,3 @@ class DeepVAE(Pair):
             return given[self.num_layers - current] if current >= layer else self.prior(current, path).mean
 
         return self.likelihood(*self.descend(draw)).mean
-
-
-def by_scale(given: Mapping[str, Sequence[int]]) -> list[tuple[int, ...]]:
-    """Sequences of one entry for every scale."""
-    checked = {name: sizes(name, value) for name, value in given.items()}
-    if not all(checked.values()):
-        raise ValueError(f"channels, latent_channels and blocks need one entry per scale, got {given}: give some")
-    if len({len(value) for value in checked.values()}) > 1:
-        listed = ", ".join(f"{name}={value}" for name, value in checked.items())
-        raise ValueError(f"channels, latent_channels and blocks need one entry per scale, got {listed}: give as many")
-    return list(checked.values())

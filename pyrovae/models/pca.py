@@ -15,7 +15,6 @@ from torch import Tensor
 from pyrovae.arguments import DataError, pick_device, positive_int
 from pyrovae.data.feed import as_dataset, batches
 from pyrovae.data.support import check_support
-from pyrovae.models.base import Pair
 from pyrovae.models.vae import OneLatent
 from pyrovae.parts.pixels import Gaussian
 
@@ -104,7 +103,14 @@ class PCA(OneLatent):
         Pedregosa et al., *Scikit-learn: machine learning in Python*, 2011.
         """
         began, place = time.perf_counter(), pick_device(device)
-        x = all_data(self, data, seed)
+        parts = []
+        for x, *_ in batches((as_dataset(data),), 1000, seed=seed):
+            self.check(x)
+            parts.append(x.flatten(1).double().cpu())
+        if not parts:
+            raise DataError("there are no data to fit: pass at least one datum")
+        x = torch.cat(parts)
+        check_support(x, None)
         number, dim = x.shape
         found, total, left = find_components(x, self.latent_dim)
         self.mean.copy_(torch.from_numpy(found.mean_))
@@ -204,16 +210,3 @@ def find_components(x: Tensor, number: int) -> tuple[Decomposition, float, float
             "density would be infinite; lower latent_dim, or pass data that vary"
         )
     return found, total, left
-
-
-def all_data(pair: Pair, data: object, seed: int) -> Tensor:
-    """All data of a pair, ``[N, d]`` in float64 on the CPU."""
-    parts = []
-    for x, *_ in batches((as_dataset(data),), 1000, seed=seed):
-        pair.check(x)
-        parts.append(x.flatten(1).double().cpu())
-    if not parts:
-        raise DataError("there are no data to fit: pass at least one datum")
-    x = torch.cat(parts)
-    check_support(x, None)
-    return x

@@ -17,7 +17,7 @@ from pyrovae.arguments import DataError, one_of, positive_int, sizes
 from pyrovae.data.support import check_support
 from pyrovae.models.contrastive import ContrastiveDivergence, clipped_logit
 from pyrovae.models.partition import LARGEST, LogPartition, bits
-from pyrovae.parts.annotations import Constraints, Shape
+from pyrovae.parts.shared import Constraints, Shape
 
 
 class RBM(ContrastiveDivergence):
@@ -197,13 +197,11 @@ class RBM(ContrastiveDivergence):
         """P(v = 1 | h), ``[..., num_hidden]`` to ``[..., *input_shape]``; of probabilities, the mean field's."""
         return self.visible(z).mean
 
-    def interpolate(
-        self, a: Tensor, b: Tensor, *labels: Any, steps: int = 9, path: str = "linear", **where: Any
-    ) -> Tensor:
+    def interpolate(self, a: Tensor, b: Tensor, *labels: Any, path: str = "linear", **options: Any) -> Tensor:
         """What lies between pairs of data, by mixing P(h = 1 | v) linearly: the mixtures are probabilities again."""
         if path == "spherical":
             self.refuse("spherical path", "its codes are probabilities, which would leave [0, 1]; use linear")
-        return super().interpolate(a, b, *labels, steps=steps, path=path, **where)
+        return super().interpolate(a, b, *labels, path=path, **options)
 
     def traverse(self, x: Tensor, *labels: Any, **options: Any) -> NoReturn:
         """Refused: hidden units are 0 or 1; decode both."""
@@ -230,14 +228,12 @@ class Marginal(TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """Zeros and ones."""
         return constraints.independent(constraints.boolean, len(self.event_shape))
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Marginal:
         return Marginal(self.rbm, batch_shape, validate_args=self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(v), in nats."""
         if self._validate_args:
             self.rbm.check_bits(value)
         log_p = -self.rbm.energy.free(self.rbm.flat(value)) - self.rbm.log_partition()
@@ -245,7 +241,6 @@ class Marginal(TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Shape = ()) -> Tensor:
-        """One chain per draw."""
         rbm, shape = self.rbm, self._extended_shape(sample_shape)
         v = rbm.gibbs(torch.rand(shape, dtype=rbm.weight.dtype, device=rbm.weight.device).round(), rbm.burn_in)
         self.last = rbm.decode(bits(rbm.encode(v)))
@@ -253,7 +248,6 @@ class Marginal(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """P(v | h) of the chains drawn last."""
         if self.last is None:
             self.sample()
         assert self.last is not None

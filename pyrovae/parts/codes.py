@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import torch
-from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pyrovae.arguments import in_range, positive_int
 from pyrovae.nn.mlp import fold, glorot, module_list
-from pyrovae.parts.annotations import Constraints, Shape
 from pyrovae.parts.quantizer import VectorQuantizer
+from pyrovae.parts.shared import Broadcasting, Shape
 
 
 class GatedLayer(nn.Module):
@@ -119,7 +118,7 @@ class GatedConvolutions(nn.Module):
         return codes
 
 
-class AutoregressiveCodes(TorchDistribution):
+class AutoregressiveCodes(Broadcasting):
     r"""Grids of codes, each code given those before it.
 
     .. math:: \log p(k) = \sum_{ij} \log \mathrm{softmax}(f_{ij}(k_{<ij}) / T)_{k_{ij}}
@@ -131,8 +130,6 @@ class AutoregressiveCodes(TorchDistribution):
     :param temperature: T, by which logits are divided.
     """
 
-    arg_constraints: ClassVar[Constraints] = {}
-
     def __init__(self, network: GatedConvolutions, temperature: float = 1.0, batch_shape: Sequence[int] = ()) -> None:
         self.network, self.temperature = network, temperature
         super().__init__(torch.Size(batch_shape), torch.Size(network.grid))
@@ -140,9 +137,6 @@ class AutoregressiveCodes(TorchDistribution):
     @property
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.integer_interval(0, self.network.embedding.num_embeddings - 1), 2)
-
-    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> AutoregressiveCodes:
-        return AutoregressiveCodes(self.network, self.temperature, batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -178,7 +172,7 @@ class CodebookRows(constraints.Constraint):
         return torch.ones(value.shape[:-3], dtype=torch.bool, device=value.device)
 
 
-class CodebookPrior(TorchDistribution):
+class CodebookPrior(Broadcasting):
     r"""A prior over grids of codes, as a distribution of the vectors that the codes stand for.
 
     .. math:: \log p(z) = -h w \log K \text{ (times the number of codebooks)}, \qquad \text{or} \qquad
@@ -194,7 +188,6 @@ class CodebookPrior(TorchDistribution):
     :param learned: a distribution of codes ``[h, w]``; None is uniform.
     """
 
-    arg_constraints: ClassVar[Constraints] = {}
     support = CodebookRows()
 
     def __init__(
@@ -207,9 +200,6 @@ class CodebookPrior(TorchDistribution):
         self.quantizer, self.grid, self.learned = quantizer, tuple(grid), learned
         event = torch.Size((*self.grid, quantizer.code_dim))
         super().__init__(torch.Size(batch_shape), event, validate_args=False)
-
-    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> CodebookPrior:
-        return CodebookPrior(self.quantizer, self.grid, self.learned, batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(self.batch_shape, value.shape[:-3])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyrovae.arguments import positive_int, sizes
 from pyrovae.nn.mlp import MLP
-from pyrovae.parts.annotations import Constraints, Shape
+from pyrovae.parts.shared import Constraints, Shape
 
 
 class Step(nn.Module):
@@ -187,11 +187,11 @@ class FlowNormal(TorchDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FlowNormal:
         return FlowNormal(self.base.expand(torch.Size(batch_shape)), self.steps, self.context, self._validate_args)
 
-    def push(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
-        """T(x), and the log-determinant there."""
+    def push(self, x: Tensor, back: bool = False) -> tuple[Tensor, Tensor | float]:
+        """T(x), or the x that becomes it, and the log-determinant at x."""
         total: Tensor | float = 0.0
-        for step in self.steps:
-            x, log_det = step(x, self.context)
+        for step in reversed(self.steps) if back else self.steps:
+            x, log_det = step.inverse(x, self.context) if back else step(x, self.context)
             total = total + log_det
         return x, total
 
@@ -215,9 +215,6 @@ class FlowNormal(TorchDistribution):
             # A draw made without gradients, or cut off in place since, has another derivative than it had when drawn.
             if not torch.is_grad_enabled() or (with_graph and value.requires_grad == log_q.requires_grad):
                 return log_q
-        x = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
-        total: Tensor | float = 0.0
-        for step in reversed(self.steps):
-            x, log_det = step.inverse(x, self.context)
-            total = total + log_det
-        return self.base.log_prob(x) - total
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
+        x, log_det = self.push(value.expand(shape), back=True)
+        return self.base.log_prob(x) - log_det

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrovae.arguments import DataError, positive_int
 from pyrovae.data.support import DROP, at, first_outside
-from pyrovae.parts.annotations import Shape
+from pyrovae.parts.shared import Shape
 
 
 class Classes:
@@ -60,7 +60,6 @@ class Attributes:
         self.size = positive_int("num_attributes", number)
 
     def check(self, y: Tensor) -> None:
-        """Their type and shape, known without a look at the values."""
         if not y.is_floating_point() or y.shape[-1:] != (self.size,):
             raise DataError(
                 f"attributes must be real numbers [batch, {self.size}] with num_attributes={self.size}, got "
@@ -133,7 +132,6 @@ class Weighted(TorchDistribution):
         return self.base.sample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The weighted log-density, in nats."""
         return self.weight * self.base.log_prob(value)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions import Independent, TorchDistribution, constraints
+from pyro.distributions import Independent, constraints
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
-from pyrovae.parts.annotations import Constraints, Shape
+from pyrovae.parts.shared import Broadcasting, Constraints, Shape
 
 _FACTORS = 126  # in [1/2, 1], whose product is a normal number of float32
 
@@ -100,21 +99,10 @@ def _langevin(a: Tensor) -> Tensor:
     return torch.where(small, series, a.sign() * (1 / torch.tanh(m) - 1 / m))
 
 
-class _PixelDistribution(TorchDistribution):
-    """A distribution whose parameter ``_wide`` has the batch shape; the others keep their own and broadcast.
+class LocationScale(Broadcasting):
+    """Single pixels of a location and a scale."""
 
-    A scale is often one number, and what depends on it alone is then computed once, not once per pixel.
-    """
-
-    _wide: ClassVar[str] = "loc"
-
-    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> TorchDistribution:
-        new = self._get_checked_instance(type(self), _instance)
-        new.__dict__.update(self.__dict__)
-        setattr(new, self._wide, getattr(self, self._wide).expand(batch_shape))
-        TorchDistribution.__init__(new, torch.Size(batch_shape), validate_args=False)
-        new._validate_args = self._validate_args
-        return new
+    wide = "loc"
 
     def _set_location(self, loc: Tensor, scale: Tensor | float) -> torch.Size:
         self.scale = scale if isinstance(scale, Tensor) else loc.new_full((), scale)
@@ -123,7 +111,7 @@ class _PixelDistribution(TorchDistribution):
         return shape
 
 
-class Gaussian(_PixelDistribution):
+class Gaussian(LocationScale):
     r"""The normal distribution; where the scale is a scalar, in fewer passes over the pixels than Pyro's.
 
     .. math:: \log p(x \mid \mu, s) = -\tfrac12 ((x - \mu) / s)^2 - \log s - \tfrac12 \log 2 \pi
@@ -159,7 +147,7 @@ class Gaussian(_PixelDistribution):
         return self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
 
-class ContinuousBernoulli(_PixelDistribution):
+class ContinuousBernoulli(Broadcasting):
     r"""The continuous Bernoulli on [0, 1], exact in float32 at every logit.
 
     .. math:: p(x \mid l) = \frac{l}{e^l - 1} e^{l x}, \qquad
@@ -177,7 +165,7 @@ class ContinuousBernoulli(_PixelDistribution):
     Loaiza-Ganem and Cunningham, *The continuous Bernoulli: fixing a pervasive error in variational autoencoders*, 2019.
     """
 
-    _wide = "logits"
+    wide = "logits"
     arg_constraints: ClassVar[Constraints] = {"logits": constraints.real}
     support = constraints.unit_interval
     has_rsample = True
@@ -205,7 +193,7 @@ class ContinuousBernoulli(_PixelDistribution):
         return torch.where(small, series, torch.where(self.logits > 0, 1 - falling, falling))
 
 
-class DiscretizedLogistic(_PixelDistribution):
+class DiscretizedLogistic(LocationScale):
     r"""A logistic rounded to the grid :math:`\{0, w, 2w, \dots, 1\}`, :math:`w = 1 / (\text{levels} - 1)`.
 
     The mass of a level is that of the bin of width w around it; the two outer bins extend to infinity. With

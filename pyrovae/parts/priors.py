@@ -16,12 +16,12 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 
 from pyrovae.arguments import positive_int, sizes
-from pyrovae.parts.annotations import Constraints, Shape
 from pyrovae.parts.flows import Coupling, FlowNormal
 from pyrovae.parts.posteriors import make_steps, share_options
+from pyrovae.parts.shared import Broadcasting, Constraints, Shape
 
 
-class NormalMixture(TorchDistribution):
+class NormalMixture(Broadcasting):
     r"""A mixture of diagonal normals, its log-density by two matrix products.
 
     .. math:: p(z) = \sum_c \pi_c\, N(z; \mu_c, \mathrm{diag}\,\sigma_c^2), \qquad
@@ -49,13 +49,6 @@ class NormalMixture(TorchDistribution):
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
         self.logits, self.loc, self.scale = logits, loc, scale
         super().__init__(torch.Size(), loc.shape[-1:], validate_args=validate_args)
-
-    def expand(self, batch_shape: Sequence[int], _instance: NormalMixture | None = None) -> NormalMixture:
-        new = self._get_checked_instance(NormalMixture, _instance)
-        new.__dict__.update(self.__dict__)
-        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value), in nats."""
