@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pyro
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from tests.state import double_precision
+from tests.state import double_precision, interpreting
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +34,12 @@ def known_state(request: pytest.FixtureRequest) -> Iterator[None]:
     pyro.set_rng_seed(*seed.args if seed else (0,))
     yield
     pyro.clear_param_store()
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
+    return interpreting(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -15,6 +14,7 @@ import torch
 import pyrovae as pv
 from pyrovae.arguments import in_range, one_of, pick_device, positive_int, rising_betas, sizes, weight
 from pyrovae.models import MODELS
+from tests.pairs import guide_of, model_of
 from tests.zoo import ZOO
 
 ACTIVATION = partial(one_of, "activation", choices=("tanh", "relu"))
@@ -168,17 +168,8 @@ def test_what_does_not_go_together_is_refused(variant, options, message):
 # --- functions -------------------------------------------------------------------------------------------------------
 
 X = torch.zeros(4)
-
-
-def model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(x, 1.0))
+model = model_of(lambda z: dist.Normal(z, 1.0))
+guide = guide_of(lambda x: dist.Normal(x, 1.0))
 
 
 VAE = pv.models.VAE((1, 2, 2), 2, (3,))

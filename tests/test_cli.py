@@ -30,13 +30,14 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(capsys):
-    """Run the command line; return exit code, standard output and standard error."""
+    """Run the command line, which must end with ``code``; return standard output and standard error."""
 
-    def call(*arguments):
+    def call(*arguments, code=0):
         with pytest.raises(SystemExit) as stop:
             main([str(a) for a in arguments])
         captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
+        assert stop.value.code == code, captured.err
+        return captured
 
     return call
 
@@ -76,19 +77,15 @@ def test_train_without_a_model_name_trains_measures_and_draws(trained):
 
 def test_evaluate_repeats_the_results_of_train(run, tmp_path, a):
     trained = json.loads((tmp_path / "a/results.json").read_text())
-    code, out, _ = run("evaluate", "a", "--samples", 20)
-    evaluated = json.loads((tmp_path / "a/results.json").read_text())
-    assert code == 0
-    assert "test NLL" in out
-    assert evaluated["nll"] == trained["nll"]
+    assert "test NLL" in run("evaluate", "a", "--samples", 20).out
+    assert json.loads((tmp_path / "a/results.json").read_text())["nll"] == trained["nll"]
 
 
 def test_evaluate_in_full(run, tmp_path, monkeypatch, a):
     short = functools.partial(pv.ais_log_likelihood, num_temperatures=10, num_chains=4, leapfrog_steps=2)
     monkeypatch.setattr("pyrovae.app.measure.ais_log_likelihood", short)
     monkeypatch.setattr("pyrovae.app.measure.CLOSER", 10)
-    code, out, err = run("evaluate", "a", "--samples", 70, "--ais", "--diagnostics")
-    assert code == 0, err
+    out = run("evaluate", "a", "--samples", 70, "--ais", "--diagnostics").out
     for words in ("NLL by AIS", "posterior gap", "amortisation", 'units of "z"', "active, averaged"):
         assert words in out
     results = json.loads((tmp_path / "a/results.json").read_text())
@@ -101,9 +98,7 @@ def test_evaluate_in_full(run, tmp_path, monkeypatch, a):
 
 
 def test_sample_writes_a_picture(run, tmp_path, a):
-    code, out, _ = run("sample", "a", "-n", 9, "--output", "nine.png", "--draws")
-    assert code == 0
-    assert "nine.png" in out
+    assert "nine.png" in run("sample", "a", "-n", 9, "--output", "nine.png", "--draws").out
     assert (tmp_path / "nine.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -124,20 +119,15 @@ def test_resume_of_an_interrupted_run_ends_where_an_uninterrupted_one_does(run, 
 
     with monkeypatch.context() as patch:
         patch.setattr(pv.runs.Run, "save", save_once)
-        code, _, err = run("train", *SMALL, "--run-dir", "cut")
-        assert code == 130
-        assert "--resume" in err
-    code, _, _ = run("train", "--resume", "--run-dir", "cut")
-    assert code == 0
+        assert "--resume" in run("train", *SMALL, "--run-dir", "cut", code=130).err
+    run("train", "--resume", "--run-dir", "cut")
     results = [json.loads((tmp_path / name / "results.json").read_text())["nll"] for name in ("a", "cut")]
     assert results[0] == results[1]
 
 
 def test_resume_of_a_finished_run_does_nothing(run, tmp_path, a):
     before = (tmp_path / "a/results.json").read_bytes(), (tmp_path / "a/last/weights.safetensors").read_bytes()
-    code, out, _ = run("train", "--resume", "--run-dir", "a")
-    assert code == 0
-    assert "finished" in out
+    assert "finished" in run("train", "--resume", "--run-dir", "a").out
     assert before == (
         (tmp_path / "a/results.json").read_bytes(),
         (tmp_path / "a/last/weights.safetensors").read_bytes(),
@@ -145,9 +135,7 @@ def test_resume_of_a_finished_run_does_nothing(run, tmp_path, a):
 
 
 def test_resume_refuses_other_settings(run, a):
-    code, _, err = run("train", "--resume", "--run-dir", "a", "--lr", 0.5)
-    assert code == 2
-    assert "begun with" in err
+    assert "begun with" in run("train", "--resume", "--run-dir", "a", "--lr", 0.5, code=2).err
 
 
 def test_a_users_own_class_trains_and_comes_back(run, tmp_path):
@@ -178,10 +166,9 @@ def test_a_users_own_class_trains_and_comes_back(run, tmp_path):
         )
     )
     arguments = ["train", "my_pair:MyPair", "--epochs", 1, "--samples", 10, "--set", "width=4", "--run-dir", "mine"]
-    code, _, err = run(*arguments, "--objective", "iwae", "--particles", 3)
-    assert code == 0, err
-    assert run("evaluate", "mine", "--samples", 10)[0] == 0
-    assert run("sample", "mine", "-n", 4)[0] == 0
+    run(*arguments, "--objective", "iwae", "--particles", 3)
+    run("evaluate", "mine", "--samples", 10)
+    run("sample", "mine", "-n", 4)
 
 
 OWN = """
@@ -247,127 +234,101 @@ class NoGuide(nn.Module):
 
 def test_a_users_own_class_says_what_it_can(run, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
-    code, _, err = run("train", "own:Plain", *TINY, "--run-dir", "p")
-    assert code == 0, err
+    run("train", "own:Plain", *TINY, "--run-dir", "p")
     assert (tmp_path / "p/manifold.png").is_file()
     assert 0 < json.loads((tmp_path / "p/results.json").read_text())["ink"] < 1
     pair = pv.load("p", pair=__import__("own").Plain((1, 8, 8)))
     assert pair.seen.item() == 1437
     rate = pv.data.load("digits").train.x.mean(0).clamp(0.01, 0.99).flatten()
     assert (pair.decoder.bias.sigmoid() - rate).abs().max() < 0.1
-    code, _, err = run("train", "own:Conditional", *TINY, "--run-dir", "c")
-    assert code == 0, err
+    run("train", "own:Conditional", *TINY, "--run-dir", "c")
     assert not (tmp_path / "c/manifold.png").exists()
     assert json.loads((tmp_path / "c/results.json").read_text())["largest"] == 9
-    assert run("sample", "c", "-n", 3, "--label", 9)[0] == 0
-    assert run("evaluate", "c", "--samples", 5)[0] == 0
-    code, _, err = run("train", "own:NoGuide", *TINY, "--run-dir", "n")
-    assert (code, "NoGuide has no .guide(x)" in err) == (2, True)
+    run("sample", "c", "-n", 3, "--label", 9)
+    run("evaluate", "c", "--samples", 5)
+    assert "NoGuide has no .guide(x)" in run("train", "own:NoGuide", *TINY, "--run-dir", "n", code=2).err
 
 
 TINY = ["--epochs", "1", "--samples", "5", "--device", "cpu"]
 
 
 def test_a_conditional_model_is_trained_sampled_and_compared(run, tmp_path):
-    assert run("train", "conditional", *TINY, "--set", "hidden=[8]", "--run-dir", "c")[0] == 0
-    assert run("sample", "c", "-n", 20, "--label", 3, "--temperature", 0.5)[0] == 0
-    assert run("sample", "c", "-n", 20)[0] == 0
-    code, _, err = run("sample", "c", "--label", 12)
-    assert (code, "label must be one of 0 ... 9, got '12'" in err) == (2, True)
+    run("train", "conditional", *TINY, "--set", "hidden=[8]", "--run-dir", "c")
+    run("sample", "c", "-n", 20, "--label", 3, "--temperature", 0.5)
+    run("sample", "c", "-n", 20)
+    assert "label must be one of 0 ... 9, got '12'" in run("sample", "c", "--label", 12, code=2).err
     run("train", "vae", *TINY, "--set", "hidden=[8]", "--run-dir", "v")
-    code, _, err = run("sample", "v", "--label", 1)
-    assert (code, "not conditional" in err) == (2, True)
-    code, out, _ = run("compare", "c", "v")
-    assert code == 0
+    assert "not conditional" in run("sample", "v", "--label", 1, code=2).err
+    out = run("compare", "c", "v").out
     assert [line.split()[:2] for line in out.splitlines()[1:3]] == [["c", "digits"], ["v", "digits"]]
 
 
 def test_a_semi_supervised_model_reports_its_accuracy(run, tmp_path):
     arguments = ["train", "semi_supervised", *TINY, "--set", "hidden=[8]", "--set", "labels_per_class=5"]
-    code, out, err = run(*arguments, "--run-dir", "s")
-    assert code == 0, err
-    assert "accuracy" in out
+    assert "accuracy" in run(*arguments, "--run-dir", "s").out
     assert 0 <= json.loads((tmp_path / "s/results.json").read_text())["accuracy"] <= 1
-    code, _, err = run(*arguments[:-1], "labels_per_class=1000", "--run-dir", "t")
-    assert code == 3
-    assert "per_class=1000 asked for" in err
+    assert "per_class=1000 asked for" in run(*arguments[:-1], "labels_per_class=1000", "--run-dir", "t", code=3).err
 
 
 def test_pca_is_fitted_measured_exactly_and_opened_again(run, tmp_path):
-    code, out, err = run("train", "pca", "--latent-dim", 5, "--run-dir", "p")
-    assert code == 0, err
-    assert "exactly" in out
+    assert "exactly" in run("train", "pca", "--latent-dim", 5, "--run-dir", "p").out
     trained = json.loads((tmp_path / "p/results.json").read_text())
     assert trained["nll_std_error"] == 0
-    code, out, _ = run("train", "pca", "--latent-dim", 5, "--run-dir", "p", "--resume")
-    assert (code, "finished" in out) == (0, True)
-    assert run("evaluate", "p")[0] == 0
+    assert "finished" in run("train", "pca", "--latent-dim", 5, "--run-dir", "p", "--resume").out
+    run("evaluate", "p")
     assert json.loads((tmp_path / "p/results.json").read_text())["nll"] == trained["nll"]
     pca = pv.load("p")
     x = pv.data.load("digits").test.x
     assert -pca.log_prob(x).mean().item() == pytest.approx(trained["nll"])
     for extra, says in ((["--epochs", 3], "PCA has no epochs"), (["--objective", "iwae"], "a rule of its own")):
-        code, _, err = run("train", "pca", *extra, "--run-dir", "q")
-        assert (code, says in err) == (2, True)
+        assert says in run("train", "pca", *extra, "--run-dir", "q", code=2).err
 
 
 def test_an_rbm_trains_on_bits(run, tmp_path):
-    code, out, err = run("train", "rbm", "--epochs", 2, "--set", "num_hidden=5", "--run-dir", "r")
-    assert code == 0, err
-    assert "exactly" in out
+    assert "exactly" in run("train", "rbm", "--epochs", 2, "--set", "num_hidden=5", "--run-dir", "r").out
     config = json.loads((tmp_path / "r/config.json").read_text())
     assert config["data"]["binarization"] == "dynamic"
-    assert run("sample", "r", "-n", 4)[0] == 0
+    run("sample", "r", "-n", 4)
     assert (tmp_path / "r/curves.png").is_file()
     large = ["--set", "num_hidden=21", "--set", "ais_steps=20", "--set", "burn_in=5"]
-    code, out, err = run("train", "rbm", "--epochs", 1, *large, "--run-dir", "l")
-    assert code == 0, err
-    assert "by annealing" in out
+    assert "by annealing" in run("train", "rbm", "--epochs", 1, *large, "--run-dir", "l").out
     assert json.loads((tmp_path / "l/results.json").read_text())["nll_std_error"] > 0
 
 
 def test_an_autoencoder_has_no_log_p_but_samples(run, tmp_path):
-    code, out, err = run("train", "autoencoder", *TINY, "--set", "hidden=[8]", "--latent-dim", 3, "--run-dir", "a")
-    assert code == 0, err
-    assert "not a generative model" in out
+    small = ["--set", "hidden=[8]", "--latent-dim", 3]
+    assert "not a generative model" in run("train", "autoencoder", *TINY, *small, "--run-dir", "a").out
     assert (tmp_path / "a/samples.png").is_file()
-    assert run("sample", "a", "-n", 4)[0] == 0
-    code, _, err = run("evaluate", "a", "--ais")
-    assert (code, "nothing to anneal" in err) == (2, True)
-    assert "none" in run("compare", "a")[1]
+    run("sample", "a", "-n", 4)
+    assert "nothing to anneal" in run("evaluate", "a", "--ais", code=2).err
+    assert "none" in run("compare", "a").out
 
 
 def test_a_vqvae_gets_a_learned_prior(run, tmp_path):
     small = ["--set", "num_codes=4", "--set", "code_dim=2", "--set", "channels=4", "--set", "residual_layers=1"]
-    code, out, err = run("train", "vqvae", *TINY, *small, "--run-dir", "v")
-    assert code == 0, err
+    out = run("train", "vqvae", *TINY, *small, "--run-dir", "v").out
     assert "as a bound" in out
     assert "perplexity" in out
-    code, out, err = run("train", "code_prior", "--data", "codes:v", *TINY, "--set", "channels=4", "--run-dir", "p")
-    assert code == 0, err
-    assert "exactly" in out
-    assert run("evaluate", "p/vqvae", "--samples", 1)[0] == 0
-    assert run("sample", "p/vqvae", "-n", 4)[0] == 0
+    learned = ["train", "code_prior", "--data", "codes:v", *TINY, "--set", "channels=4"]
+    assert "exactly" in run(*learned, "--run-dir", "p").out
+    run("evaluate", "p/vqvae", "--samples", 1)
+    run("sample", "p/vqvae", "-n", 4)
     bounds = [json.loads((tmp_path / f"{name}/results.json").read_text())["nll"] for name in ("v", "p", "p/vqvae")]
     uniform = 4 * math.log(4)
     assert bounds[2] == pytest.approx(bounds[0] - uniform + bounds[1], rel=1e-4)
     run("train", "pca", "--latent-dim", 2, "--run-dir", "q")
-    code, _, err = run("train", "code_prior", "--data", "codes:q", *TINY)
-    assert (code, "needs the run of a VQVAE, got PCA" in err) == (2, True)
+    assert "needs the run of a VQVAE, got PCA" in run("train", "code_prior", "--data", "codes:q", *TINY, code=2).err
 
 
 def test_list_names_every_model_objective_and_data_set(run):
-    code, out, _ = run("list")
-    assert code == 0
+    out = run("list").out
     for name in (*pv.models.MODELS, *pv.objectives.OBJECTIVES, *pv.data.DATASETS):
         assert name in out
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "sample", "list"])
 def test_help(run, command):
-    code, out, _ = run(command, "--help")
-    assert code == 0
-    assert "Usage" in out
+    assert "Usage" in run(command, "--help").out
 
 
 @pytest.mark.parametrize(
@@ -392,8 +353,7 @@ def test_help(run, command):
     ],
 )
 def test_bad_arguments_give_one_line_and_exit_code_2(run, arguments, says, tmp_path):
-    code, _, err = run(*arguments)
-    assert code == 2
+    err = run(*arguments, code=2).err
     assert says.lower() in err.lower()
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -402,9 +362,7 @@ def test_bad_arguments_give_one_line_and_exit_code_2(run, arguments, says, tmp_p
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_cuda_asked_for_and_absent_is_refused(run):
-    code, _, err = run("train", *SMALL[:-2], "--device", "cuda")
-    assert code == 2
-    assert "CUDA" in err
+    assert "CUDA" in run("train", *SMALL[:-2], "--device", "cuda", code=2).err
 
 
 GREY = np.linspace(0, 1, 20 * 16, dtype=np.float32).reshape(20, 1, 4, 4)
@@ -426,8 +384,7 @@ GREY = np.linspace(0, 1, 20 * 16, dtype=np.float32).reshape(20, 1, 4, 4)
 )
 def test_bad_data_give_one_line_and_exit_code_3(run, arrays, settings, says, tmp_path):
     np.savez("data.npz", **arrays)
-    code, _, err = run("train", "--data", "npz:data.npz", *SMALL, *settings)
-    assert code == 3, err
+    err = run("train", "--data", "npz:data.npz", *SMALL, *settings, code=3).err
     assert says.replace('"', "'").lower() in err.replace('"', "'").lower()
     assert err.count("\n") == 1
 
@@ -435,31 +392,25 @@ def test_bad_data_give_one_line_and_exit_code_3(run, arrays, settings, says, tmp
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short"])
 def test_corrupt_file(run, content, tmp_path):
     (tmp_path / "data.npz").write_bytes(content)
-    code, _, err = run("train", "--data", "npz:data.npz", *SMALL)
-    assert code == 3
-    assert "data.npz" in err
+    assert "data.npz" in run("train", "--data", "npz:data.npz", *SMALL, code=3).err
 
 
 def test_absent_files_say_what_to_put_where(run, tmp_path):
-    code, _, err = run("train", "--data", "npz:nowhere.npz", *SMALL)
-    assert (code, "nowhere.npz" in err) == (3, True)
-    code, _, err = run("train", "--data", "omniglot28", "--data-dir", tmp_path, *SMALL)
-    assert (code, "chardata.mat" in err) == (3, True)
+    assert "nowhere.npz" in run("train", "--data", "npz:nowhere.npz", *SMALL, code=3).err
+    assert "chardata.mat" in run("train", "--data", "omniglot28", "--data-dir", tmp_path, *SMALL, code=3).err
 
 
 def test_evaluating_a_folder_without_a_run(run, tmp_path):
-    code, _, err = run("evaluate", tmp_path)
-    assert code == 3
-    assert "holds no run" in err
+    assert "holds no run" in run("evaluate", tmp_path, code=3).err
 
 
 def test_debug_shows_the_traceback(run):
-    assert "Traceback" in run("train", "vea", "--debug")[2]
-    assert "Traceback" not in run("train", "vea")[2]
+    assert "Traceback" in run("train", "vea", "--debug", code=2).err
+    assert "Traceback" not in run("train", "vea", code=2).err
 
 
 def test_python_raises_what_the_command_line_prints(run):
-    _, _, err = run("train", "--objective", "ciwae", "--set", "beta=1.5")
+    err = run("train", "--objective", "ciwae", "--set", "beta=1.5", code=2).err
     with pytest.raises(ValueError) as error:
         pv.CIWAE(1.5)
     assert err == f"error: {error.value}\n"

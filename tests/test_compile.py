@@ -31,14 +31,16 @@ from pyrovae.engine.programs import eval_mode
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.models import CodePrior
 from pyrovae.train import compiled as compiling
-from pyrovae.train import loop as training
+from pyrovae.train import loop
 from pyrovae.train import step as stepping
 from pyrovae.train.compiled import Compiled, worthwhile
 from pyrovae.train.plan import Plan
 from pyrovae.train.replicas import Batched
 from pyrovae.train.step import Eager, Recorded, Step
+from tests import training
 from tests.laws.objectives import OBJECTIVES
-from tests.state import counting, double_precision, interpreting
+from tests.pairs import Noisy, model_of, units
+from tests.state import counting, double_precision
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.double(41)
@@ -47,33 +49,15 @@ GREY = torch.rand(55, 6, generator=torch.Generator().manual_seed(0), dtype=torch
 X = torch.bernoulli(GREY[:7], generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
-    return interpreting(monkeypatch)
-
-
 # --- pairs -----------------------------------------------------------------------------------------------------------
 
 
-class Pair(nn.Module):
-    """A pair with all that a step may meet: dropout, BatchNorm's buffers, a parameter of its own."""
+class Pair(Noisy):
+    """And a parameter that no program uses."""
 
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2))
-        self.decoder = nn.Linear(2, 6)
-        self.log_scale = nn.Parameter(torch.zeros(2))
         self.unused = nn.Parameter(torch.zeros(2))
-
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.encoder(x), self.log_scale.exp()).to_event(1))
 
 
 class TwoLayers(nn.Module):
@@ -138,10 +122,7 @@ def plain_functions():
 def autoguide():
     decoder = nn.Linear(2, 6)
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+    model = model_of(lambda z: dist.Bernoulli(logits=decoder(z)).to_event(1), units(2))
 
     return model, AutoNormal(model, init_scale=0.5)
 
@@ -348,11 +329,7 @@ def test_the_check_before_the_first_step_leaves_no_trace(pair, interpreted):
 
 # --- whole trainings -------------------------------------------------------------------------------------------------
 
-TIMES = ("seconds", "images_per_second")
-SETTINGS = {
-    "objective": pv.IWAE(3), "epochs": 4, "batch_size": 20, "schedule": "cosine", "particles": (1, 4), "kl_warmup": 2,
-    "clip_norm": 1.0, "lr": 1e-2,
-}  # fmt: skip
+SETTINGS = training.SETTINGS | {"lr": 1e-2}
 
 
 def train(make=Pair, data=None, **options):
@@ -367,13 +344,9 @@ def train(make=Pair, data=None, **options):
     return pair, result
 
 
-def rows(result):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in result.history]
-
-
 def assert_same(one, other, **tolerance):
     (pair, result), (there, again) = one, other
-    for row, theirs in zip(rows(result), rows(again), strict=True):
+    for row, theirs in zip(training.rows(result.history), training.rows(again.history), strict=True):
         assert row.keys() == theirs.keys()
         for key, value in row.items():
             if isinstance(value, float):
@@ -413,26 +386,10 @@ def test_an_equal_pair_and_the_pair_itself_share_the_compilation(compiled):
     assert len(made) == 2
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(("epoch", "compile"), [(1, True), (3, True), (1, False)])
-def test_a_compiled_run_that_was_killed_ends_with_the_same_bits(compiled, epoch, compile, tmp_path, monkeypatch):
+def test_a_compiled_run_that_was_killed_ends_with_the_same_bits(compiled, epoch, compile, tmp_path):
     """In either stage of particles; where it goes on eagerly, to rounding."""
-    done = []
-    original = training.run_epoch
-
-    def dying(*args):
-        if len(done) == epoch:
-            raise Killed
-        done.append(args)
-        return original(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "run_epoch", dying)
-        with pytest.raises(Killed):
-            train(compile=True, run_dir=tmp_path)
+    training.dying_at(loop, "run_epoch", epoch + 1, lambda: train(compile=True, run_dir=tmp_path))
     torch.rand(7)
     resumed = train(compile=compile, run_dir=tmp_path, resume=True)
     assert resumed[1].timings["path"] == ("compiled" if compile else "eager")

@@ -16,10 +16,11 @@ from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import look
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.schedules import cosine
-from pyrovae.train import loop as training
+from pyrovae.train import loop
 from pyrovae.train.compiled import Compiled
 from pyrovae.train.monitor import look_on
 from pyrovae.train.step import Eager, Recorded, Step
+from tests.training import dying_at
 
 pytestmark = [
     pytest.mark.cuda,
@@ -310,21 +311,9 @@ def test_the_last_batch_of_another_size_is_a_step_as_well(digits):
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(("began", "ended"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
-def test_a_run_goes_on_on_another_device(began, ended, compile, tmp_path, monkeypatch, digits):
-    done = []
-    original = training.run_epoch
-
-    def dying(*args):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(args)
-        return original(*args)
-
+def test_a_run_goes_on_on_another_device(began, ended, compile, tmp_path, digits):
     settings = {"epochs": 4, "run_dir": tmp_path, "schedule": "cosine", "compile": compile}
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "run_epoch", dying)
-        with pytest.raises(KeyboardInterrupt):
-            fitted(make_vae(), digits, device=began, **settings)
+    dying_at(loop, "run_epoch", 3, lambda: fitted(make_vae(), digits, device=began, **settings))
     vae = make_vae(seed=9)
     result = fitted(vae, digits, device=ended, resume=True, **settings)
     bounds = [row["bound"] for row in result.history]

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import pyrovae as pv
 from pyrovae.arguments import DataError
 from pyrovae.train.monitor import Monitor
+from tests.pairs import guide_of, model_of
 
 pytestmark = pytest.mark.seed(23)
 
@@ -177,13 +178,9 @@ def test_enumerated_latents_train_with_pyros_objective_and_are_not_monitored():
     data = torch.cat([torch.full((300,), -1.0), torch.full((100,), 1.0)]) + 0.3 * _quantiles
     logit = torch.zeros((), requires_grad=True)
 
-    @config_enumerate
-    def model(x):
-        with pyro.plate("data", len(x)):
-            c = pyro.sample("c", dist.Bernoulli(logits=logit))
-            pyro.sample("x", dist.Normal(2 * c - 1, 0.3), obs=x)
+    model = config_enumerate(model_of(lambda c: dist.Normal(2 * c - 1, 0.3), lambda x: dist.Bernoulli(logits=logit)))
 
-    with pytest.warns(UserWarning, match='will not be logged: model site "c"'):
+    with pytest.warns(UserWarning, match='will not be logged: model site "z"'):
         result = pv.fit(
             model, lambda x: None, data, objective=infer.TraceEnum_ELBO(max_plate_nesting=1), epochs=40, lr=0.1
         )
@@ -208,10 +205,7 @@ def test_autoguides_of_global_and_of_local_latents():
     assert guide.scales.w.item() == pytest.approx(precision**-0.5, rel=0.2)
     assert result.history[-1]["kl"] * 400 > 1  # per datum, of one latent that all share
 
-    def local(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    local = model_of(lambda z: dist.Normal(z, 1.0), lambda x: dist.Normal(torch.zeros(len(x)), 1.0))
 
     guide = autoguide.AutoNormal(local, init_scale=0.5)
     result = pv.fit(local, guide, X, objective=pv.ELBO(5), lr=0.1, schedule="cosine", epochs=150, batch_size=400)
@@ -380,14 +374,8 @@ def test_the_monitor_changes_nothing(monkeypatch):
 def test_pyros_own_checks_are_made_before_the_first_step(objective):
     scale = torch.nn.Parameter(torch.tensor(-1.0))
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x, scale))
+    model = model_of(lambda z: dist.Normal(z, 1.0))
+    guide = guide_of(lambda x: dist.Normal(x, scale))
 
     with pytest.raises(ValueError, match="Expected parameter scale"):
         pv.fit(model, guide, torch.zeros(20), objective=objective, epochs=1)

@@ -13,43 +13,34 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from torch import nn
 from torch.utils.data import Dataset
 
 import pyrovae as pv
 from pyrovae import runs
 from pyrovae.arguments import DataError
-from pyrovae.train import loop as training
-from pyrovae.train import monitor
+from pyrovae.train import loop, monitor
 from pyrovae.train.log import describe_objective
+from tests import training
+from tests.pairs import Noisy, guide_of
+from tests.training import dying_at, rows
 
 pytestmark = pytest.mark.seed(31)
 
-TIMES = ("seconds", "images_per_second")
 GREY = torch.rand(55, 6, generator=torch.Generator().manual_seed(0))
 
 
-class Pair(nn.Module):
-    """With everything that a checkpoint must hold: dropout, BatchNorm's buffers, a parameter of its own."""
+class Pair(Noisy):
+    """Always from the same start; it notes in which modes it is run."""
 
     def __init__(self):
-        super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
-            self.encoder = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2))
-            self.decoder = nn.Linear(2, 6)
-        self.log_scale = nn.Parameter(torch.zeros(2))
+            super().__init__()
         self.modes = set()
-
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
 
     def guide(self, x):
         self.modes.add(self.encoder.training)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.encoder(x), self.log_scale.exp()).to_event(1))
+        super().guide(x)
 
 
 class Streamed(Dataset):
@@ -66,10 +57,7 @@ def images():
     return pv.data.Images(GREY, binarization="dynamic")
 
 
-SETTINGS = {
-    "objective": pv.IWAE(3), "epochs": 4, "batch_size": 20, "schedule": "cosine", "particles": (1, 4), "kl_warmup": 2,
-    "clip_norm": 1.0, "validation": pv.data.Images(GREY.round()),
-}  # fmt: skip
+SETTINGS = training.SETTINGS | {"validation": pv.data.Images(GREY.round())}
 
 
 def train(data=None, **options):
@@ -78,15 +66,13 @@ def train(data=None, **options):
     return pair, result
 
 
-def rows(result):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in result.history]
-
-
 def same(a, b):
     """Weights, buffers and history, to the bit."""
     (pair, result), (other, again) = a, b
     theirs = other.state_dict()
-    return rows(result) == rows(again) and all(torch.equal(v, theirs[k]) for k, v in pair.state_dict().items())
+    return rows(result.history) == rows(again.history) and all(
+        torch.equal(v, theirs[k]) for k, v in pair.state_dict().items()
+    )
 
 
 # --- seeds, modes, what changes over the epochs ----------------------------------------------------
@@ -151,9 +137,7 @@ def test_a_pair_runs_once_before_the_first_step_and_once_a_step():
             z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
             pyro.sample("x", dist.Bernoulli(logits=z.unsqueeze(-1) + weight).to_event(1), obs=x)
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x @ weight, 1.0))
+    guide = guide_of(lambda x: dist.Normal(x @ weight, 1.0))
 
     pv.fit(model, guide, images(), **SETTINGS | {"objective": Noting(), "validation": None})
     assert len(runs_before) == 12
@@ -215,7 +199,7 @@ def test_a_run_holds_all_that_matters(tmp_path):
     assert config["objective"] == describe_objective(pv.IWAE(3)) | {"class": "pyrovae.objectives:IWAE"}
     assert (config["training"]["particles"], config["training"]["num_data"]) == ([1, 4], 55)
     assert {"torch", "pyro-ppl", "numpy", "pyrovae", "python"} <= config["versions"].keys()
-    assert [{k: v for k, v in row.items() if k not in TIMES} for row in run.history()] == rows(result)
+    assert rows(run.history()) == rows(result.history)
     assert run.weights().keys() == pair.state_dict().keys()
     assert all(torch.equal(run.weights()[k], v) for k, v in pair.state_dict().items())
     assert sorted(p.name for p in run.path.iterdir()) == ["best", "config.json", "last", "metrics.jsonl"]
@@ -239,32 +223,13 @@ def test_an_objective_of_ones_own_is_described_as_far_as_it_says(tmp_path):
 # --- resume ----------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.fixture(scope="module")
 def uninterrupted():
     return train()
 
 
-def dying_at(monkeypatch, owner, name, call, *, after=False):
-    original, calls = getattr(owner, name), []
-
-    def dying(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == call and not after:
-            raise Killed
-        result = original(*args, **kwargs)
-        if len(calls) == call:
-            raise Killed
-        return result
-
-    monkeypatch.setattr(owner, name, dying)
-
-
 INSTANTS = [
-    *((training, "run_epoch", n, False) for n in (1, 2, 4)),
+    *((loop, "run_epoch", n, False) for n in (1, 2, 4)),
     *((runs.Run, "log", n, after) for n in (1, 3) for after in (False, True)),
     *((runs.Path, "replace", n, after) for n in range(1, 8) for after in (False, True)),
     *((runs.Run, "save", n, True) for n in (1, 2, 4, 6)),
@@ -273,13 +238,8 @@ INSTANTS = [
 
 
 @pytest.mark.parametrize(("owner", "name", "call", "after"), INSTANTS, ids=lambda v: getattr(v, "__name__", str(v)))
-def test_a_run_killed_at_any_instant_ends_with_the_same_bits(
-    tmp_path, monkeypatch, uninterrupted, owner, name, call, after
-):
-    with monkeypatch.context() as patch:
-        dying_at(patch, owner, name, call, after=after)
-        with pytest.raises(Killed):
-            train(run_dir=tmp_path / "run")
+def test_a_run_killed_at_any_instant_ends_with_the_same_bits(tmp_path, uninterrupted, owner, name, call, after):
+    dying_at(owner, name, call, lambda: train(run_dir=tmp_path / "run"), after=after)
     torch.rand(7)  # the process that goes on is another one
     resumed = train(run_dir=tmp_path / "run", resume=True)
     assert same(resumed, uninterrupted)
@@ -313,15 +273,14 @@ def test_a_process_that_is_killed_resumes_to_the_same_bits(tmp_path):
     assert start(tmp_path / "killed").wait() == whole.wait() == 0
     first, second = runs.Run(tmp_path / "whole"), run
     assert all(torch.equal(v, second.weights()[k]) for k, v in first.weights().items())
-    a, b = ([{k: v for k, v in row.items() if k not in TIMES} for row in r.history()] for r in (first, second))
-    assert len(a) == 40
-    assert a == b
+    assert len(first.history()) == 40
+    assert rows(first.history()) == rows(second.history())
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, monkeypatch):
     finished = train(run_dir=tmp_path)
     files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.suffix in (".json", ".pt", ".safetensors")}
-    monkeypatch.setattr(training, "run_epoch", lambda *args: pytest.fail("a finished run was trained"))
+    monkeypatch.setattr(loop, "run_epoch", lambda *args: pytest.fail("a finished run was trained"))
     again = train(run_dir=tmp_path, resume=True)
     assert same(again, finished)
     assert again[1].finished

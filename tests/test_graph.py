@@ -15,7 +15,7 @@ from pyrovae.compile.graph import capture
 from pyrovae.compile.inductor import channels_last
 from pyrovae.compile.noise import CannotCompile, rewritten
 from pyrovae.engine.randomness import isolated_rng, replayed_rng, rng_state
-from tests.state import double_precision
+from tests.state import counting, double_precision
 
 X = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).view(4, 3)
 
@@ -389,10 +389,7 @@ def test_what_looks_like_it_but_is_static_is_captured(what):
 @pytest.fixture
 def compilations(monkeypatch):
     """The graphs that were handed to Inductor, which is replaced by the graph itself."""
-    made = []
-    monkeypatch.setattr(inductor, "through_inductor", lambda module: made.append(module) or module)
-    monkeypatch.setattr(inductor, "_compiled", type(inductor._compiled)())
-    return made
+    return counting(monkeypatch, lambda module: module)
 
 
 def scaled(factor, x, weight):

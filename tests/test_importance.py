@@ -12,6 +12,7 @@ from torch import nn
 
 import pyrovae as pv
 from tests.laws.programs import B, X, lp, normal, plain_guide, plain_model, run_of, seeded_loss, weights_and_values
+from tests.pairs import guide_of, model_of
 
 pytestmark = pytest.mark.double(7)
 
@@ -95,9 +96,7 @@ def test_weights_losses_and_gradients_keep_their_dtype(dtype):
     torch.set_default_dtype(dtype)
     slope = torch.tensor(0.5, requires_grad=True)
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", normal(slope * x, 0.8).to_event(1))
+    guide = guide_of(lambda x: normal(slope * x, 0.8).to_event(1))
 
     assert pv.log_weights(plain_model, guide, X.to(dtype), num_particles=2).dtype == dtype
     for objective in (pv.ELBO(2), pv.IWAE(2, gradient="dreg"), pv.PIWAE(2, 3), pv.ELBO(free_bits=0.1)):
@@ -162,16 +161,9 @@ def test_factors_are_likelihood_in_the_model_and_are_subtracted_in_the_guide():
 def test_enumeration_marks_are_ignored_in_weights_and_refused_in_gradients():
     logit = torch.tensor(0.3, requires_grad=True)
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            c = pyro.sample("c", dist.Bernoulli(0.4))
-            pyro.sample("x", normal(c, 0.7), obs=x)
+    model = model_of(lambda c: normal(c, 0.7), lambda x: dist.Bernoulli(0.4), site="c")
 
-    @pyro.infer.config_enumerate
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("c", dist.Bernoulli(logits=logit * x))
-
+    guide = pyro.infer.config_enumerate(guide_of(lambda x: dist.Bernoulli(logits=logit * x), "c"))
     log_w, seen = weights_and_values(model, guide, X[:, 0])
     c, x = seen["c"], X[:, 0]
     assert log_w.shape == (4, B)
@@ -285,14 +277,8 @@ class OneBatchDimension(nn.Module):
 def test_folded_particles_reach_networks_of_one_batch_dimension(objective):
     network = OneBatchDimension()
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", normal(x.new_zeros(len(x), 2)).to_event(1))
-            pyro.sample("x", normal(network(z)).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", normal(network(x) / 2, 0.5**0.5).to_event(1))
+    model = model_of(lambda z: normal(network(z)).to_event(1), lambda x: normal(x.new_zeros(len(x), 2)).to_event(1))
+    guide = guide_of(lambda x: normal(network(x) / 2, 0.5**0.5).to_event(1))
 
     exact = lp(normal(0.0, 2**0.5), X, 1)
     torch.testing.assert_close(

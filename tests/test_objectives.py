@@ -12,6 +12,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
 import pyrovae as pv
+from tests.pairs import guide_of
 
 pytestmark = pytest.mark.double(11)
 
@@ -310,9 +311,7 @@ def walled(theta, phi, walls):
             pyro.factor("wall", torch.where(z > walls, -math.inf, 0.0))
             pyro.sample("x", dist.Normal(theta * z, 1.0), obs=x)
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(phi * x, 0.7))
+    guide = guide_of(lambda x: dist.Normal(phi * x, 0.7))
 
     return model, guide
 

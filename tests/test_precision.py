@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import pyrovae as pv
 from pyrovae.compile import graph as graphs
-from pyrovae.compile import inductor
 from pyrovae.compile.noise import rewritten
 from pyrovae.compile.precision import bfloat16_networks, full_float32, networks_in
 from pyrovae.engine.probe import look
@@ -23,13 +22,6 @@ from pyrovae.train.step import Eager
 pytestmark = pytest.mark.seed(47)
 
 EPS = torch.finfo(torch.bfloat16).eps
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Graphs run operation by operation instead of through Inductor."""
-    monkeypatch.setattr(inductor, "through_inductor", lambda module: module)
-    monkeypatch.setattr(inductor, "_compiled", type(inductor._compiled)())
 
 
 WEIGHT = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(0))

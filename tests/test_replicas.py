@@ -19,7 +19,8 @@ from pyrovae.runs import Run
 from pyrovae.train.compiled import Compiled
 from pyrovae.train.replicas import Batched
 from pyrovae.train.step import Eager
-from tests.state import double_precision, interpreting
+from tests.pairs import Noisy
+from tests.state import double_precision
 
 pytestmark = pytest.mark.double(43)
 
@@ -28,33 +29,8 @@ CENTRES = torch.tensor([[0.9] * 3 + [0.1] * 3, [0.1] * 3 + [0.9] * 3], dtype=tor
 DATA = torch.bernoulli(CENTRES[torch.arange(205) % 2], generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
-    return interpreting(monkeypatch)
-
-
 def vaes(number=2, **variant):
     return [pv.models.VAE((6,), **{"latent_dim": 2, "hidden": (4,)} | variant) for _ in range(number)]
-
-
-class Noisy(nn.Module):
-    """With dropout and BatchNorm, whose buffers each replica has for itself."""
-
-    def __init__(self, rate=0.3):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(rate), nn.Linear(4, 2))
-        self.decoder = nn.Linear(2, 6)
-        self.log_scale = nn.Parameter(torch.zeros(2))
-
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.encoder(x), self.log_scale.exp()).to_event(1))
 
 
 SETTINGS = {"objective": pv.IWAE(2), "epochs": 4, "batch_size": 50, "lr": 0.02}

@@ -17,6 +17,7 @@ from pyrovae import runs
 from pyrovae.arguments import DataError
 from pyrovae.engine.randomness import restore_rng, rng_snapshot
 from pyrovae.runs import Run
+from tests.training import Killed, dying_at
 
 WEIGHTS = {"a": torch.randn(3, 2), "b": torch.tensor(2, dtype=torch.int64), "c": torch.randn(4, dtype=torch.float64)}
 
@@ -71,10 +72,6 @@ def test_tied_and_strided_tensors_can_be_saved(run):
     assert value_of(run.weights()) == value_of({"a": a, "tied": a, "t": a.T, "part": a[:, 1]})
 
 
-class Killed(BaseException):
-    pass
-
-
 OPERATIONS = [
     (runs.shutil, "rmtree"),
     (runs.Path, "replace"),
@@ -84,7 +81,7 @@ OPERATIONS = [
 ]
 
 
-def dying_at(patch, instant):
+def dying_in(patch, instant):
     """Let the ``instant``-th file operation from now on kill the process, so to say, before it happens."""
     calls = []
 
@@ -109,7 +106,7 @@ def test_no_two_kills_in_saves_lose_the_checkpoint(run, monkeypatch, first, seco
     before = 0
     for attempt, instant in ((1, first), (2, second)):
         with monkeypatch.context() as patch, suppress(Killed):
-            dying_at(patch, instant)
+            dying_in(patch, instant)
             run.save("last", {"v": torch.tensor(attempt)}, state(attempt))
         found = run.weights()["v"].item()
         assert found in (before, attempt)
@@ -279,7 +276,7 @@ OLD_CONFIG = """{
 """
 
 
-def test_a_run_of_an_older_version_is_opened_and_resumed(tmp_path, monkeypatch):
+def test_a_run_of_an_older_version_is_opened_and_resumed(tmp_path):
     x = torch.arange(80.0).view(20, 4) % 2
 
     def train(objective=None, **options):
@@ -288,16 +285,8 @@ def test_a_run_of_an_older_version_is_opened_and_resumed(tmp_path, monkeypatch):
         result = pv.fit(pair.model, pair.guide, x, objective=objective or pv.IWAE(3), epochs=2, device="cpu", **options)
         return pair, [row["bound"] for row in result.history]
 
-    def log_once(self, metrics):
-        if self.history():
-            raise Killed
-        log(self, metrics)
-
     whole, bounds = train()
-    log = Run.log
-    with monkeypatch.context() as patch, suppress(Killed):
-        patch.setattr(Run, "log", log_once)
-        train(run_dir=tmp_path)
+    dying_at(Run, "log", 2, lambda: train(run_dir=tmp_path))
     assert len(Run(tmp_path).history()) == 1
     (tmp_path / runs.CONFIG).write_text(OLD_CONFIG)
     assert value_of(pv.load(tmp_path).state_dict()) == value_of(Run(tmp_path).weights())

@@ -13,6 +13,7 @@ from pyrovae.data import Images
 from pyrovae.engine.generate import tempered
 from pyrovae.models import VAE
 from pyrovae.sampling import sample
+from tests.pairs import guide_of, model_of
 
 Z_LIMIT = 4.9  # of a two-sided test with a false-alarm rate of 1e-6
 W = torch.tensor([[1.0, -2.0], [0.5, 0.0], [0.0, 1.5]])
@@ -199,9 +200,7 @@ def test_dtype_and_like():
     assert sample(linear, 2, like=loader).shape == (2, 3)
 
 
-def nothing(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(0.0, 1.0))
+nothing = guide_of(lambda x: dist.Normal(0.0, 1.0))
 
 
 def several(x):
@@ -219,10 +218,10 @@ def bare(x):
     pyro.sample("x", dist.Normal(0.0, 1.0), obs=x.sum())
 
 
-def student(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.StudentT(5.0, 0.0, 1.0))
-        pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand([*z.shape, 3]).to_event(1), obs=x)
+student = model_of(
+    lambda z: dist.Normal(z.unsqueeze(-1), 1.0).expand([*z.shape, 3]).to_event(1),
+    lambda x: dist.StudentT(5.0, 0.0, 1.0),
+)
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,10 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.compile import checked
 from pyrovae.compile import graph as graphs
-from tests.state import interpreting
 
 pytestmark = pytest.mark.double(53)
 
 X = torch.bernoulli(torch.full((25, 6), 0.4), generator=torch.Generator().manual_seed(0)).double()
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
-    return interpreting(monkeypatch)
 
 
 class Modules(nn.Module):
@@ -133,17 +126,6 @@ def test_discrete_latents_agree_in_law(interpreted):
     assert compiled.path == "compiled"
     error = (eager.std_error**2 + compiled.std_error**2).sqrt()
     assert ((eager.log_prob - compiled.log_prob).abs() < 6 * error).all()
-
-
-def test_nothing_is_left_behind(interpreted):
-    """Generators, modes, buffers and gradients."""
-    made = Modules().train()
-    before, state = {k: v.clone() for k, v in made.state_dict().items()}, torch.get_rng_state()
-    estimate(made, True)
-    assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
-    assert all(module.training for module in made.modules())
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None for p in made.parameters())
 
 
 def test_without_a_seed_it_draws_from_the_global_generator(interpreted):

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pyrovae as pv
 from pyrovae.arguments import DataError
+from tests.pairs import model_of
 
 pytestmark = pytest.mark.seed(5)
 
@@ -131,10 +132,7 @@ def test_a_distribution_without_a_mean_is_averaged_over_draws():
 
 
 def test_autoguides_are_seen_through_and_their_auxiliary_sites_left_out():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.LogNormal(torch.zeros(len(x)), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    model = model_of(lambda z: dist.Normal(z, 1.0), lambda x: dist.LogNormal(torch.zeros(len(x)), 1.0))
 
     guide = autoguide.AutoNormal(model)
     guide(X)

@@ -8,16 +8,14 @@ import pytest
 import torch
 
 import pyrovae as pv
+from tests.pairs import guide_of, model_of, units
 
 pytestmark = pytest.mark.double(4)
 
 SCALE, SHIFT = 0.4, 1.5
 
 
-def model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+model = model_of(lambda z: dist.Normal(z[..., 0], 1.0), units(3))
 
 
 def guide(x):
@@ -44,9 +42,7 @@ def test_units_of_a_gaussian_channel():
 
 
 def test_information_is_at_most_log_n():
-    def sharp(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(torch.stack([x] * 3, -1), 1e-6).to_event(1))
+    sharp = guide_of(lambda x: dist.Normal(torch.stack([x] * 3, -1), 1e-6).to_event(1))
 
     found = pv.information(model, sharp, torch.randn(50))["z"]
     torch.testing.assert_close(found.mutual_information, torch.full((3,), math.log(50)))
@@ -64,10 +60,8 @@ def test_a_site_without_independent_units_counts_as_one():
 
 
 def test_discrete_latents():
-    def bits(x):
-        with pyro.plate("data", len(x)):
-            b = pyro.sample("b", dist.Bernoulli(torch.full((2,), 0.5)).to_event(1))
-            pyro.sample("x", dist.Normal(b[..., 0], 1.0), obs=x)
+    coins = dist.Bernoulli(torch.full((2,), 0.5)).to_event(1)
+    bits = model_of(lambda b: dist.Normal(b[..., 0], 1.0), lambda x: coins, site="b")
 
     def reader(x):
         with pyro.plate("data", len(x)):

@@ -22,6 +22,7 @@ from pyrovae.engine.probe import checked_look
 from pyrovae.engine.weights import Tally, pareto_k, tail_size
 from pyrovae.evaluate.resampling import Resampler
 from pyrovae.memory import WORKING_SET, PeakBytes
+from tests.pairs import guide_of, model_of
 
 pytestmark = pytest.mark.double(17)
 
@@ -29,22 +30,9 @@ X = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
 NOISE = 0.8
 EXACT = dist.Normal(torch.zeros(3, dtype=torch.float64), math.sqrt(1 + NOISE**2)).log_prob(X)
 Z = 4.9  # two-sided false-alarm rate 1e-6
-
-
-def model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(()), x.new_ones(())))
-        pyro.sample("x", dist.Normal(z, NOISE), obs=x)
-
-
-def guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(0.4 * x + 0.1, x.new_tensor(0.9)))
-
-
-def posterior(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(x / (1 + NOISE**2), x.new_tensor(math.sqrt(NOISE**2 / (1 + NOISE**2)))))
+model = model_of(lambda z: dist.Normal(z, NOISE))
+guide = guide_of(lambda x: dist.Normal(0.4 * x + 0.1, x.new_tensor(0.9)))
+posterior = guide_of(lambda x: dist.Normal(x / (1 + NOISE**2), x.new_tensor(math.sqrt(NOISE**2 / (1 + NOISE**2)))))
 
 
 def columns(estimate):
@@ -127,10 +115,7 @@ def test_a_pair_without_latents_is_exact_even_with_one_sample():
 
 
 def test_a_datum_that_cannot_be_is_minus_infinity_and_never_nan():
-    def bounded(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Uniform(z.sigmoid() - 5, z.sigmoid() + 5, validate_args=False), obs=x)
+    bounded = model_of(lambda z: dist.Uniform(z.sigmoid() - 5, z.sigmoid() + 5, validate_args=False))
 
     with pyro.validation_enabled(False):
         estimate = pv.log_likelihood(bounded, guide, torch.tensor([0.0, 50.0]), num_samples=100, seed=0)
@@ -250,16 +235,10 @@ def test_every_pass_weighs_the_same_random_subsample():
 
 
 def test_enumeration_marks_are_ignored():
-    def mixture(x):
-        with pyro.plate("data", len(x)):
-            c = pyro.sample("c", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
-            pyro.sample("x", dist.Normal(2 * c - 1, 1.0), obs=x)
-
-    @config_enumerate
-    def pick(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("c", dist.Bernoulli(0.5))
-
+    mixture = config_enumerate(
+        model_of(lambda c: dist.Normal(2 * c - 1, 1.0), lambda x: dist.Bernoulli(0.3)), "parallel"
+    )
+    pick = config_enumerate(guide_of(lambda x: dist.Bernoulli(0.5)))
     exact = torch.logaddexp(
         math.log(0.3) + dist.Normal(1.0, 1.0).log_prob(X), math.log(0.7) + dist.Normal(-1.0, 1.0).log_prob(X)
     )
@@ -276,9 +255,7 @@ def codes_model(x):
         pyro.sample("x", dist.Normal(z.to(x.dtype), 1.0), obs=x)
 
 
-def delta_guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Delta(0.5 * x))
+delta_guide = guide_of(lambda x: dist.Delta(0.5 * x))
 
 
 def random_delta_guide(x):
@@ -307,9 +284,7 @@ def test_a_bare_delta_on_a_continuous_latent_has_no_density():
 
 
 def test_a_delta_on_a_discrete_code_is_a_bound():
-    def quantized(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(x.round().clamp(0, 3).long()))
+    quantized = guide_of(lambda x: dist.Delta(x.round().clamp(0, 3).long()))
 
     estimate = pv.log_likelihood(codes_model, quantized, X, num_samples=10)
     expected = math.log(0.25) + dist.Normal(X.round().clamp(0, 3), 1.0).log_prob(X)
@@ -375,32 +350,6 @@ def test_the_seed_isolates():
     assert not torch.equal(columns(pv.log_likelihood(model, guide, X, num_samples=10, seed=4)), first)
     pv.log_likelihood(model, guide, X, num_samples=10)
     assert not torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("closure", [True, False])
-def test_networks_run_in_eval_mode_and_nothing_else_changes(closure):
-    class Pair(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1), nn.Dropout(0.9))
-
-        def model(self, x):
-            model(x)
-
-        def guide(self, x):
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Normal(self.net(x.unsqueeze(-1)).squeeze(-1), 1.0))
-
-    pair = Pair()
-    pair.net[0].eval()
-    before, modes = {k: v.clone() for k, v in pair.state_dict().items()}, [m.training for m in pair.modules()]
-    programs = (lambda x: pair.model(x), lambda x: pair.guide(x)) if closure else (pair.model, pair.guide)
-    options = {"num_samples": 20, "seed": 0}
-    found = pv.log_likelihood(*programs, X[:1], **options)  # one datum: BatchNorm in train mode would refuse it
-    assert [m.training for m in pair.modules()] == modes
-    assert all(torch.equal(v, before[k]) for k, v in pair.state_dict().items())
-    pair.eval()
-    assert torch.equal(columns(pv.log_likelihood(*programs, X[:1], **options)), columns(found))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -100,13 +100,6 @@ def test_the_pair_observes_x_with_that_density(rbm):
     assert RBM(21, 21).likelihood_is == "annealed"
 
 
-def test_a_number_of_units_or_a_shape():
-    assert RBM(6, 2).input_shape == (6,)
-    assert RBM((1, 2, 3), 2).input_shape == (1, 2, 3)
-    assert RBM((1, 2, 3), 2).weight.shape == (6, 2)
-    assert repr(RBM((1, 2, 3), 2, burn_in=7)).startswith("RBM(num_visible=[1, 2, 3], num_hidden=2, ")
-
-
 # --- the partition function ------------------------------------------------------------------------------------------
 
 
@@ -423,16 +416,11 @@ def test_initialise_sets_the_visible_biases_and_where_annealing_starts():
 # --- verbs and round trips -------------------------------------------------------------------------------------------
 
 
-def test_verbs(rbm):
-    a, b = V[:5], V[20:25]
-    torch.testing.assert_close(rbm.reconstruct(a), rbm.decode(rbm.encode(a)))
-    between = rbm.interpolate(a, b, steps=3)
-    assert between.shape == (5, 3, *SHAPE)
-    torch.testing.assert_close(between[:, 1], rbm.decode((rbm.encode(a) + rbm.encode(b)) / 2))
+def test_verbs_that_binary_units_have_not(rbm):
     with pytest.raises(ValueError, match="RBM has no spherical path"):
-        rbm.interpolate(a, b, path="spherical")
+        rbm.interpolate(V[:5], V[20:25], path="spherical")
     with pytest.raises(ValueError, match="RBM has no traverse: its hidden units are 0 or 1"):
-        rbm.traverse(a[:1])
+        rbm.traverse(V[:1])
 
 
 def test_where_annealing_starts_comes_back_from_a_run(tmp_path):
