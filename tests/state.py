@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import pytest
 import torch
 
 # Nothing of pyrovae is imported here: the laws' conftest needs this module before a mutation comes in.
@@ -22,6 +23,12 @@ def double_precision(seed: int) -> Iterator[None]:
     finally:
         torch.set_default_dtype(dtype)
         pyro.clear_param_store()
+
+
+def refused(error: type[Exception], match: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Expect this call to fail so."""
+    with pytest.raises(error, match=match):
+        function(*arguments, **options)
 
 
 def counting(patch: Any, compiler: Callable[..., Any]) -> list[Any]:

@@ -718,16 +718,11 @@ def test_as_dataset_refuses(grey):
 @pytest.mark.parametrize(
     "support",
     [
-        constraints.boolean,
-        constraints.independent(constraints.boolean, 3),
-        constraints.unit_interval,
-        constraints.real,
-        constraints.independent(constraints.real, 3),
-        constraints.nonnegative_integer,
-        constraints.dependent,
-        None,
+        constraints.boolean, constraints.independent(constraints.boolean, 3), constraints.unit_interval,
+        constraints.real, constraints.independent(constraints.real, 3), constraints.nonnegative_integer,
+        constraints.dependent, None,
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool])
 def test_bits_are_inside_many_supports(support, dtype):
     check_support(torch.ones(9, 1, 2, 2, dtype=dtype), support)

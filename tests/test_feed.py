@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from pyrovae.arguments import DataError
 from pyrovae.data import Images
 from pyrovae.data.feed import Feed
+from tests.state import refused
 
 CPU = torch.device("cpu")
 X = torch.arange(10.0).unsqueeze(1)
@@ -121,13 +122,11 @@ def test_first_reads_a_loader_once():
     "data", [X[:0], Squares(0), TensorDataset(X[:0]), DataLoader(Squares(0)), np.zeros((0, 2), dtype=np.float32)]
 )
 def test_no_data_is_a_data_error(data):
-    with pytest.raises(DataError, match="at least one"):
-        Feed(data, 4, CPU)
+    refused(DataError, "at least one", Feed, data, 4, CPU)
 
 
 def test_an_empty_stream_is_a_data_error():
-    with pytest.raises(DataError, match="no data"):
-        Feed(Stream(0), 4, CPU, 0).first()
+    refused(DataError, "no data", Feed(Stream(0), 4, CPU, 0).first)
 
 
 @pytest.mark.parametrize("item", [{"x": torch.zeros(2)}, "a string"])
@@ -136,14 +135,12 @@ def test_batches_that_are_no_tensors_are_refused(item):
         def __getitem__(self, i):
             return item
 
-    with pytest.raises(TypeError, match="batches must be tensors"):
-        Feed(Odd(), 4, CPU, 0).first()
+    refused(TypeError, "batches must be tensors", Feed(Odd(), 4, CPU, 0).first)
 
 
 @pytest.mark.parametrize("data", [[1, 2], "mnist", None, {"x": X}])
 def test_what_is_no_data_is_refused(data):
-    with pytest.raises(TypeError, match="data must be"):
-        Feed(data, 4, CPU)
+    refused(TypeError, "data must be", Feed, data, 4, CPU)
 
 
 @pytest.mark.parametrize(("row", "value"), [(0, 0.5), (9, 255.0), (3, -1.0)])
@@ -151,8 +148,7 @@ def test_check_looks_at_every_datum_that_is_held(row, value):
     x = torch.zeros(10, 2)
     x[row, 1] = value
     feed = Feed(x, 4, CPU)
-    with pytest.raises(DataError, match=rf"data\[{row}, 1\] = {value}"):
-        feed.check(0, constraints.boolean, "x", torch.Size([2]))
+    refused(DataError, rf"data\[{row}, 1\] = {value}", feed.check, 0, constraints.boolean, "x", torch.Size([2]))
     feed.check(0, constraints.real, "x", torch.Size([2]))
 
 

@@ -22,6 +22,7 @@ from pyrovae.train import loop, monitor
 from pyrovae.train.log import describe_objective
 from tests import training
 from tests.pairs import Noisy, guide_of
+from tests.state import refused
 from tests.training import dying_at, rows
 
 pytestmark = pytest.mark.seed(31)
@@ -289,8 +290,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, monkeypatch):
 
 def test_a_run_that_is_there_is_not_overwritten(tmp_path):
     train(run_dir=tmp_path, epochs=1)
-    with pytest.raises(ValueError, match="holds a run already: pass resume=True"):
-        train(run_dir=tmp_path)
+    refused(ValueError, "holds a run already: pass resume=True", train, run_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -306,8 +306,7 @@ def test_a_run_that_is_there_is_not_overwritten(tmp_path):
 def test_settings_that_changed_are_refused_on_resume(tmp_path, change):
     train(run_dir=tmp_path, epochs=4)
     before = (tmp_path / runs.CONFIG).read_text()
-    with pytest.raises(ValueError, match="resume with the same settings"):
-        train(run_dir=tmp_path, resume=True, **change)
+    refused(ValueError, "resume with the same settings", train, run_dir=tmp_path, resume=True, **change)
     assert (tmp_path / runs.CONFIG).read_text() == before
 
 
@@ -377,8 +376,7 @@ def test_bad_arguments_are_one_clear_error(tmp_path, options, error, match):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_cuda_asked_for_is_never_the_cpu():
-    with pytest.raises(ValueError, match='"cuda" was asked for, but 0 CUDA devices are here'):
-        train(device="cuda")
+    refused(ValueError, '"cuda" was asked for, but 0 CUDA devices are here', train, device="cuda")
 
 
 def test_nothing_to_train():
@@ -386,5 +384,4 @@ def test_nothing_to_train():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(0.0, 1.0).expand([6]).to_event(1), obs=x)
 
-    with pytest.raises(ValueError, match="no parameters to train"):
-        pv.fit(fixed, lambda x: None, GREY, objective=pv.ELBO(), epochs=1)
+    refused(ValueError, "no parameters to train", pv.fit, fixed, lambda x: None, GREY, objective=pv.ELBO(), epochs=1)

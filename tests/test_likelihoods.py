@@ -20,23 +20,13 @@ from pyrovae.parts import (
 
 LOGITS = [0.0, 1e-8, -1e-4, 3e-3, -0.02, 0.1, 0.499, -0.5, 0.501, 1.0, -5.0, 16.0, -40.0, 100.0]
 LOGISTICS = [
-    (0.5, 0.1, 256),
-    (0.0, 0.02, 256),
-    (1.3, 0.05, 256),
-    (0.37, 1 / (8 * 255), 256),
-    (-0.2, 1.0, 16),
-    (0.6, 0.2, 2),
-]
+    (0.5, 0.1, 256), (0.0, 0.02, 256), (1.3, 0.05, 256), (0.37, 1 / (8 * 255), 256), (-0.2, 1.0, 16), (0.6, 0.2, 2),
+]  # fmt: skip
 OPTIONS = [
-    ("bernoulli", {}),
-    ("continuous_bernoulli", {}),
-    ("gaussian", {"scale": 0.3}),
-    ("gaussian", {"scale": "learned"}),
-    ("gaussian", {"scale": "per_pixel"}),
-    ("discretized_logistic", {"scale": 0.05}),
-    ("discretized_logistic", {"scale": "learned"}),
-    ("discretized_logistic", {"scale": "per_pixel", "levels": 16}),
-]
+    ("bernoulli", {}), ("continuous_bernoulli", {}), ("gaussian", {"scale": 0.3}), ("gaussian", {"scale": "learned"}),
+    ("gaussian", {"scale": "per_pixel"}), ("discretized_logistic", {"scale": 0.05}),
+    ("discretized_logistic", {"scale": "learned"}), ("discretized_logistic", {"scale": "per_pixel", "levels": 16}),
+]  # fmt: skip
 PIXELS = [
     lambda dtype=torch.float32: Gaussian(torch.randn(3, 1, dtype=dtype), torch.rand(4, dtype=dtype) + 0.1),
     lambda dtype=torch.float32: ContinuousBernoulli(torch.randn(3, 4, dtype=dtype)),

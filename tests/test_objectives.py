@@ -217,26 +217,18 @@ def test_second_run_of_the_guide_replays_dropout(gradient):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: pv.IWAE(0), "num_particles"),
-        (lambda: pv.ELBO(-1), "num_particles"),
-        (lambda: pv.IWAE(2.5), "num_particles"),
-        (lambda: pv.IWAE(True), "num_particles"),
-        (lambda: pv.MIWAE(0, 3), "num_groups"),
-        (lambda: pv.PIWAE(2, 0), "num_particles"),
-        (lambda: pv.VIMCO(1), "num_particles"),
-        (lambda: pv.CIWAE(-0.1, 3), "beta"),
-        (lambda: pv.CIWAE(1.1, 3), "beta"),
-        (lambda: pv.Renyi(math.inf, 3), "alpha"),
-        (lambda: pv.Renyi(math.nan, 3), "alpha"),
-        (lambda: pv.VRMax(3, gradient="dreg"), "dreg"),
-        (lambda: pv.IWAE(3, gradient="drag"), "dreg"),
-        (lambda: pv.IWAE(3, kl_weight=-1.0), "kl_weight"),
-        (lambda: pv.IWAE(3, kl_weight=math.nan), "kl_weight"),
-        (lambda: pv.ELBO(free_bits=-0.1), "free_bits"),
+        (lambda: pv.IWAE(0), "num_particles"), (lambda: pv.ELBO(-1), "num_particles"),
+        (lambda: pv.IWAE(2.5), "num_particles"), (lambda: pv.IWAE(True), "num_particles"),
+        (lambda: pv.MIWAE(0, 3), "num_groups"), (lambda: pv.PIWAE(2, 0), "num_particles"),
+        (lambda: pv.VIMCO(1), "num_particles"), (lambda: pv.CIWAE(-0.1, 3), "beta"),
+        (lambda: pv.CIWAE(1.1, 3), "beta"), (lambda: pv.Renyi(math.inf, 3), "alpha"),
+        (lambda: pv.Renyi(math.nan, 3), "alpha"), (lambda: pv.VRMax(3, gradient="dreg"), "dreg"),
+        (lambda: pv.IWAE(3, gradient="drag"), "dreg"), (lambda: pv.IWAE(3, kl_weight=-1.0), "kl_weight"),
+        (lambda: pv.IWAE(3, kl_weight=math.nan), "kl_weight"), (lambda: pv.ELBO(free_bits=-0.1), "free_bits"),
         (lambda: pv.ELBO(free_bits=0.1, gradient="stl"), "free_bits"),
         (lambda: pv.ELBO(free_bits=0.1).bound(torch.zeros(1, 2)), "free_bits"),
     ],
-)
+)  # fmt: skip
 def test_impossible_objectives_are_refused_at_construction(make, words):
     with pytest.raises(ValueError, match=words):
         make()

@@ -88,19 +88,12 @@ def test_reconstructions_stand_below_their_data(tmp_path, count):
 
 HISTORY = [
     {
-        "epoch": e + 1,
-        "bound": -100 - 400 / (e + 1) ** 2,
-        "validation_bound": -101.0,
-        "reconstruction": -80.0,
-        "kl": 20.0,
-        "kl_per_unit": {"z": [1.0, 2.0]},
-        "active_units": {"h1": 5, "h2": 3},
-        "grad_norm": 10.0 / (e + 1),
-        "learning_rate": 1e-3,
-        "seconds": 1.0,
+        "epoch": e + 1, "bound": -100 - 400 / (e + 1) ** 2, "validation_bound": -101.0, "reconstruction": -80.0,
+        "kl": 20.0, "kl_per_unit": {"z": [1.0, 2.0]}, "active_units": {"h1": 5, "h2": 3}, "grad_norm": 10.0 / (e + 1),
+        "learning_rate": 1e-3, "seconds": 1.0,
     }
     for e in range(30)
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pyrovae import runs
 from pyrovae.arguments import DataError
 from pyrovae.engine.randomness import restore_rng, rng_snapshot
 from pyrovae.runs import Run
+from tests.state import refused
 from tests.training import Killed, dying_at
 
 WEIGHTS = {"a": torch.randn(3, 2), "b": torch.tensor(2, dtype=torch.int64), "c": torch.randn(4, dtype=torch.float64)}
@@ -73,12 +74,8 @@ def test_tied_and_strided_tensors_can_be_saved(run):
 
 
 OPERATIONS = [
-    (runs.shutil, "rmtree"),
-    (runs.Path, "replace"),
-    (runs.Path, "mkdir"),
-    (runs, "save_file"),
-    (torch, "save"),
-]
+    (runs.shutil, "rmtree"), (runs.Path, "replace"), (runs.Path, "mkdir"), (runs, "save_file"), (torch, "save"),
+]  # fmt: skip
 
 
 def dying_in(patch, instant):
@@ -134,18 +131,15 @@ def test_a_last_line_cut_short_is_left_out(run, cut):
 )
 def test_metrics_that_lag_behind_the_checkpoint_are_refused(run, text):
     (run.path / runs.METRICS).write_bytes(text.encode("latin1"))
-    with pytest.raises(DataError, match="epochs do not run from 1 to 2"):
-        run.rewind(2)
+    refused(DataError, "epochs do not run from 1 to 2", run.rewind, 2)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "3", b"\xff\xfe"])
 def test_a_bad_config_is_one_clear_error(run, text):
     path = run.path / runs.CONFIG
     path.unlink() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(DataError, match=r"config\.json is absent or unreadable"):
-        run.config()
-    with pytest.raises(DataError, match="holds no run"):
-        pv.load(run.path)
+    refused(DataError, r"config\.json is absent or unreadable", run.config)
+    refused(DataError, "holds no run", pv.load, run.path)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 7, None, b"garbage" * 100])
@@ -160,14 +154,12 @@ def test_damaged_checkpoints_are_data_errors(run, file, damage):
 
 def test_a_state_without_its_parts_is_damaged(run):
     run.save("last", WEIGHTS, {"epoch": 1})
-    with pytest.raises(DataError, match="no state of a run"):
-        run.state()
+    refused(DataError, "no state of a run", run.state)
 
 
 def test_no_checkpoint_is_said_so(run):
     assert run.state() is None
-    with pytest.raises(DataError, match='no checkpoint "best"'):
-        run.weights("best")
+    refused(DataError, 'no checkpoint "best"', run.weights, "best")
 
 
 # --- loading ---------------------------------------------------------------------------------------
@@ -212,21 +204,13 @@ def test_a_pickle_in_a_run_is_never_executed(tmp_path, capsys, file):
 @pytest.mark.parametrize(
     "path",
     [
-        "os:system",
-        "builtins:exec",
-        "torch:save",
-        "torch.nn:functional",
-        "no.such:Model",
-        "os",
-        ":",
-        ".os:system",
+        "os:system", "builtins:exec", "torch:save", "torch.nn:functional", "no.such:Model", "os", ":", ".os:system",
         "json:",
     ],
-)
+)  # fmt: skip
 def test_only_modules_are_built(tmp_path, path):
     run, _ = saved(tmp_path, described={"class": path, "arguments": {}})
-    with pytest.raises(ValueError, match=r"no model class|cannot import"):
-        pv.load(run.path)
+    refused(ValueError, r"no model class|cannot import", pv.load, run.path)
 
 
 def test_a_class_inside_the_run_is_not_imported(tmp_path, monkeypatch, capsys):
@@ -234,8 +218,7 @@ def test_a_class_inside_the_run_is_not_imported(tmp_path, monkeypatch, capsys):
     for name in ("code.py", "__init__.py"):
         (run.path / name).write_text("print('BOOM')\nfrom torch.nn import Linear as M\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ValueError, match="never executed"):
-        pv.load(run.path)
+    refused(ValueError, "never executed", pv.load, run.path)
     assert "BOOM" not in capsys.readouterr().out
     assert not [name for name in sys.modules if name.startswith("some_runs.")]
 
@@ -243,8 +226,7 @@ def test_a_class_inside_the_run_is_not_imported(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("described", [[], "VAE", {"class": "pyrovae.models.vae:VAE"}, {}])
 def test_a_run_that_does_not_describe_its_model_asks_for_the_pair(tmp_path, described):
     run, model = saved(tmp_path, described=described)
-    with pytest.raises(ValueError, match="pass pair="):
-        pv.load(run.path)
+    refused(ValueError, "pass pair=", pv.load, run.path)
     if not described:
         other = pv.models.VAE((4,), latent_dim=2, hidden=(3,))
         assert value_of(pv.load(run.path, pair=other).state_dict()) == value_of(model.state_dict())
@@ -291,8 +273,7 @@ def test_a_run_of_an_older_version_is_opened_and_resumed(tmp_path):
     (tmp_path / runs.CONFIG).write_text(OLD_CONFIG)
     assert value_of(pv.load(tmp_path).state_dict()) == value_of(Run(tmp_path).weights())
     assert pv.load(tmp_path, pair=pv.models.VAE((4,), latent_dim=2, hidden=(3,)))
-    with pytest.raises(ValueError, match="begun with objective"):
-        train(pv.MIWAE(3, 1), run_dir=tmp_path, resume=True)
+    refused(ValueError, "begun with objective", train, pv.MIWAE(3, 1), run_dir=tmp_path, resume=True)
     resumed, again = train(run_dir=tmp_path, resume=True)
     assert again == bounds
     assert value_of(resumed.state_dict()) == value_of(whole.state_dict())
@@ -314,8 +295,7 @@ class Tuples(nn.Linear):
 def test_a_config_with_tuples_is_the_same_after_json(tmp_path):
     run, model = saved(tmp_path, Tuples())
     assert value_of(pv.load(run.path, pair=Tuples()).state_dict()) == value_of(model.state_dict())
-    with pytest.raises(DataError, match="pass the same model"):
-        pv.load(run.path, pair=Tuples((2, 2)))
+    refused(DataError, "pass the same model", pv.load, run.path, pair=Tuples((2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -333,8 +313,7 @@ def test_weights_of_another_model_are_refused_whole(tmp_path, change, match):
     run.save("last", weights, state())
     other = pv.models.VAE((4,), latent_dim=2, hidden=(3,))
     before = value_of(other.state_dict())
-    with pytest.raises(DataError, match=match):
-        pv.load(run.path, pair=other)
+    refused(DataError, match, pv.load, run.path, pair=other)
     assert value_of(other.state_dict()) == before
 
 

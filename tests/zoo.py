@@ -80,10 +80,7 @@ def variants(family: str, common: dict[str, Any], rows: dict[str, dict[str, Any]
 FLOWS = {"flow": {"flows": 2, "flow_hidden": [8]}, "iaf": {"flows": 2}}
 COMPONENTS = {"mixture": {"components": 3}, "vamp": {"components": 3}}
 CONVOLUTIONS = {"input_shape": (1, 4, 4), "network": "conv", "channels": (2,), "activation": "relu"}
-SCALES = {
-    "gaussian": ("learned", 0.3, "per_pixel"),
-    "discretized_logistic": ("learned", "per_pixel"),
-}
+SCALES = {"gaussian": ("learned", 0.3, "per_pixel"), "discretized_logistic": ("learned", "per_pixel")}
 VAE = {"input_shape": (6,), "latent_dim": 2, "hidden": (3,)}
 LAYERS = {"input_shape": (6,), "latent_dims": (3, 2), "hidden": ((4,), (3,))}
 DEEP = {"input_shape": (2, 4, 8), "channels": (2, 3), "latent_channels": (1, 2), "blocks": (2, 1)}

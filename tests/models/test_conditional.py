@@ -7,6 +7,7 @@ import torch
 import pyrovae as pv
 from pyrovae.arguments import DataError
 from pyrovae.models import ConditionalVAE
+from tests.state import refused
 
 pytestmark = pytest.mark.double(3)
 
@@ -219,12 +220,9 @@ def test_fit_checks_every_label_before_it_trains():
 
 def test_data_without_labels_are_refused_by_fit_and_evaluation():
     cvae = small(num_classes=3)
-    with pytest.raises(DataError, match="labels missing"):
-        pv.fit(cvae.model, cvae.guide, X, objective=pv.ELBO(), epochs=1)
-    with pytest.raises(DataError, match="labels missing"):
-        pv.log_likelihood(cvae.model, cvae.guide, X, num_samples=2)
-    with pytest.raises(DataError, match="labels missing"):
-        pv.sample(cvae, 3)
+    refused(DataError, "labels missing", pv.fit, cvae.model, cvae.guide, X, objective=pv.ELBO(), epochs=1)
+    refused(DataError, "labels missing", pv.log_likelihood, cvae.model, cvae.guide, X, num_samples=2)
+    refused(DataError, "labels missing", pv.sample, cvae, 3)
 
 
 def test_a_label_that_does_not_exist_stops_an_evaluation():

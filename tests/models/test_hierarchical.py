@@ -241,11 +241,7 @@ def by_hand(vae, x, noise, gradient):
 
 @pytest.mark.parametrize(
     ("objective", "name"),
-    [
-        (pv.ELBO(3, gradient="stl"), "elbo, stl"),
-        (pv.IWAE(3), "iwae"),
-        (pv.IWAE(3, gradient="dreg"), "dreg"),
-    ],
+    [(pv.ELBO(3, gradient="stl"), "elbo, stl"), (pv.IWAE(3), "iwae"), (pv.IWAE(3, gradient="dreg"), "dreg")],
     ids=repr,
 )
 def test_gradients_of_a_shared_generative_path(objective, name):

@@ -14,6 +14,7 @@ import pyrovae as pv
 from pyrovae.arguments import DataError
 from pyrovae.models import SemiSupervisedVAE
 from pyrovae.parts import PartialLabel, SoftOneHot, Weighted, hide_labels
+from tests.state import refused
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.double(5)
@@ -336,10 +337,8 @@ def test_hide_labels():
     assert torch.equal(hidden[hidden >= 0].bincount(), torch.full((4,), 3))
     assert torch.equal(hidden, hide_labels(y, per_class=3))
     assert not torch.equal(hidden, hide_labels(y, per_class=3, seed=1))
-    with pytest.raises(DataError, match="class 0 has 10 labels, per_class=11 asked for: keep fewer"):
-        hide_labels(y, per_class=11)
-    with pytest.raises(ValueError, match="per_class must be an integer of at least 1"):
-        hide_labels(y, per_class=0)
+    refused(DataError, "class 0 has 10 labels, per_class=11 asked for: keep fewer", hide_labels, y, per_class=11)
+    refused(ValueError, "per_class must be an integer of at least 1", hide_labels, y, per_class=0)
 
 
 # --- the distributions -----------------------------------------------------------------------------------------------
@@ -396,8 +395,7 @@ def test_wrong_labels_are_refused(program, y, match):
 
 def test_decoding_needs_a_label():
     m = small()
-    with pytest.raises(DataError, match="labels missing"):
-        m.decode(torch.zeros(2, 2))
+    refused(DataError, "labels missing", m.decode, torch.zeros(2, 2))
     with pytest.raises(DataError, match=r"labels\[0\] = -1"), pyro.validation_enabled(True):
         m.decode(torch.zeros(2, 2), -1)
 
