@@ -108,15 +108,17 @@ def capture_once(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tens
     """Record a function that does the same at every call."""
     if len({id(tensor) for tensor in inputs}) != len(inputs):
         raise CannotCompile("a tensor is given twice")
-    draws = Draws()
+    draws, before = Draws(), pickle.dumps((random.getstate(), np.random.get_state()))
 
     def traced(*_: Tensor) -> list[Tensor]:
         with Traceable():
             return list(function())
 
-    with isolated_rng(), constant_python_rng(), reasons(), draws, warnings.catch_warnings():
+    with isolated_rng(), reasons(), draws, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         module = make_fx(traced)(*inputs)
+        if pickle.dumps((random.getstate(), np.random.get_state())) != before:
+            raise CannotCompile("the program draws from Python's or numpy's generator: draw with torch")
     refuse_dynamic_shapes(module)
     constants = lift_constants(module)
     noise = lift_noise(module, draws.made)
@@ -185,19 +187,6 @@ def one_hot(labels: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes < 1:
         return torch.nn.functional.one_hot(labels, num_classes)
     return (labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)).long()
-
-
-@contextmanager
-def constant_python_rng() -> Iterator[None]:
-    """Refuse a program that draws from Python's or numpy's generator, whose draws a graph would freeze."""
-
-    def state() -> bytes:
-        return pickle.dumps((random.getstate(), np.random.get_state()))
-
-    before = state()
-    yield
-    if state() != before:
-        raise CannotCompile("the program draws from Python's or numpy's generator: draw with torch")
 
 
 @contextmanager

@@ -29,14 +29,9 @@ def uniform(x: Tensor) -> Tensor:
     return torch.rand(x.shape, dtype=dtype, device=x.device)
 
 
-def bernoulli(p: Tensor, generator: object = None) -> Tensor:
-    """Bits of probabilities ``p``."""
-    return (uniform(p) < p).to(p.dtype)
-
-
-def bernoulli_like(x: Tensor, p: float = 0.5, generator: object = None) -> Tensor:
-    """Bits of one probability, of the shape of ``x``."""
-    return (uniform(x) < p).to(x.dtype)
+def bernoulli(x: Tensor, p: float | None = None, generator: object = None) -> Tensor:
+    """Bits of the shape of ``x``, of the probability ``p`` or, without one, of those in ``x``."""
+    return (uniform(x) < (x if p is None else p)).to(x.dtype)
 
 
 def multinomial(probs: Tensor, num_samples: int, replacement: bool = False, *, generator: object = None) -> Tensor:
@@ -71,7 +66,7 @@ def made_like(make: Callable[..., Tensor], x: Tensor, size: Sequence[int] | None
 
 REWRITES: dict[OpOverload, Callable[..., object]] = {
     aten.bernoulli.default: bernoulli,
-    aten.bernoulli.p: bernoulli_like,
+    aten.bernoulli.p: bernoulli,
     aten.multinomial.default: multinomial,
     aten.normal.Tensor_Tensor: normal,
     aten.normal.Tensor_float: normal,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -41,21 +40,16 @@ class bfloat16_networks(TorchFunctionMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        if func not in MULTIPLIES or not is_float32(next(iter((*args, *kwargs.values())))):
+        if func not in MULTIPLIES or getattr(next(iter((*args, *kwargs.values()))), "dtype", None) != torch.float32:
             return func(*args, **kwargs)
         product = func(*map(lowered, args), **{name: lowered(a) for name, a in kwargs.items()})
         assert isinstance(product, Tensor)
         return product.float()
 
 
-def is_float32(a: object) -> TypeGuard[Tensor]:
-    """Whether an argument is a tensor in single precision."""
-    return isinstance(a, Tensor) and a.dtype == torch.float32
-
-
 def lowered(a: object) -> object:
     """An argument in bfloat16, if it is a tensor in single precision."""
-    return a.bfloat16() if is_float32(a) else a
+    return a.bfloat16() if isinstance(a, Tensor) and a.dtype == torch.float32 else a
 
 
 def networks_in(precision: str) -> AbstractContextManager[object]:

@@ -21,12 +21,10 @@ from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, l
 from pyrovae.engine.unwrap import is_masked, point_mass, unconstrained
 from pyrovae.engine.weights import Sums
 from pyrovae.evaluate.estimate import AISEstimate, Bracket
-from pyrovae.evaluate.hmc import HMC, Evaluated, LogDensity, State
+from pyrovae.evaluate.hmc import HMC, LogDensity, State
 from pyrovae.evaluate.measuring import Batches, measuring, rows
 from pyrovae.sampling import blank
 
-STEEPNESS = 4.0  # of the sigmoid schedule
-FIRST_STEP = 0.1  # that the pilot run begins with
 HANDLERS = 1.5e-3  # seconds that compiling saves per evaluation of the gradient, whatever the size: Pyro's handlers
 
 
@@ -156,7 +154,7 @@ def make_betas(schedule: str | Sequence[float], temperatures: int) -> list[float
         return rising_betas(schedule)
     t = torch.linspace(0, 1, temperatures + 1, dtype=torch.float64)
     if one_of("schedule", schedule, ("sigmoid", "linear")) == "sigmoid":
-        t = torch.sigmoid(STEEPNESS * (2 * t - 1))
+        t = torch.sigmoid(4.0 * (2 * t - 1))
         t = (t - t[0]) / (t[-1] - t[0])
     return t.tolist()
 
@@ -284,22 +282,17 @@ class Annealer:
     def pilot(self, batch: Batch) -> tuple[HMC, Callable[[int], LogDensity], Tensor]:
         """Transitions for a batch, the density at each temperature, and the step sizes there, found by a pilot run."""
         densities = self.densities
-        layout = densities.particles({}, densities.run(densities.model, batch, {})).layout
-        hmc = HMC(layout, densities.event_dims, self.leapfrog_steps)
+        run = densities.particles({}, densities.run(densities.model, batch, {}))
+        hmc = HMC(run.layout, densities.event_dims, self.leapfrog_steps)
         u = densities.start(batch)
         _, joint, _ = densities.ends(batch, u)
         self.dtype = joint.dtype
 
         def density(t: int) -> LogDensity:
             beta = joint.new_tensor(self.betas[t])
+            return lambda u: self.slope(tuple(u), beta, *u.values(), *batch)
 
-            def at(u: State) -> Evaluated:
-                log_density, ratio, *gradients = self.slope(tuple(u), beta, *u.values(), *batch)
-                return Evaluated(log_density, ratio, gradients)
-
-            return at
-
-        first = torch.full_like(joint[:1], math.log(FIRST_STEP))
+        first = torch.full_like(joint[:1], math.log(0.1))
         return hmc, density, hmc.pilot(density, self.last, u, first, self.target)
 
     def estimate(self, parts: list[tuple[Tensor, Tensor]], seed: int | None, sign: int = 1) -> AISEstimate:

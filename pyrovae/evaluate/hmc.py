@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from pyro.distributions.util import sum_rightmost
@@ -29,18 +28,9 @@ GAINS = 0.5, 0.2  # of log step size per unit of acceptance, at first and later
 WINDOW = 5  # visited densities on each side over which log step sizes are averaged
 
 
-class Evaluated(NamedTuple):
-    """A log-density at a state of the chains, ``[C, *plates]``, and its gradient in every latent, in order.
-
-    ``carried`` is anything else of that state, ``[C, *plates]``, that goes where the chains go.
-    """
-
-    log_density: Tensor
-    carried: Tensor
-    gradients: list[Tensor]
-
-
-LogDensity = Callable[[State], Evaluated]
+#: At a state of the chains: a log-density and what else goes where the chains go, both ``[C, *plates]``, and the
+#: gradient of the log-density in every latent, in order.
+LogDensity = Callable[[State], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -61,34 +51,26 @@ class HMC:
 
         :return: the chains afterwards, what they carry, and which of them were accepted.
         """
-        sizes = {name: self.spread(step, name) for name in u}
+        sizes = {name: self.layout.spread(step, self.event_dims[name]) for name in u}
         p = {name: torch.randn_like(point) for name, point in u.items()}
-        before = at = density(u)
-        energy = before.log_density - self.kinetic(p)
+        log_density, before, *slopes = density(u)
+        energy = log_density - self.kinetic(p)
         moved = u
         for _ in range(self.leapfrog_steps):
-            p = self.kicked(p, sizes, at)
+            p = {name: p[name] + 0.5 * sizes[name] * slope for name, slope in zip(u, slopes, strict=True)}
             moved = {name: moved[name] + sizes[name] * p[name] for name in u}
-            at = density(moved)
-            p = self.kicked(p, sizes, at)
-        log_ratio = (at.log_density - self.kinetic(p) - energy).nan_to_num(-math.inf)
+            log_density, after, *slopes = density(moved)
+            p = {name: p[name] + 0.5 * sizes[name] * slope for name, slope in zip(u, slopes, strict=True)}
+        log_ratio = (log_density - self.kinetic(p) - energy).nan_to_num(-math.inf)
         accepted = torch.rand_like(log_ratio).log() < log_ratio
-        state = {name: torch.where(self.spread(accepted, name), moved[name], u[name]) for name in u}
-        return state, torch.where(accepted, at.carried, before.carried), accepted
-
-    def kicked(self, momentum: State, sizes: State, at: Evaluated) -> State:
-        """The momentum after half a step along the gradient."""
-        pairs = zip(momentum.items(), at.gradients, strict=True)
-        return {name: p + 0.5 * sizes[name] * gradient for (name, p), gradient in pairs}
+        taken = {name: self.layout.spread(accepted, self.event_dims[name]) for name in u}
+        state = {name: torch.where(taken[name], moved[name], u[name]) for name in u}
+        return state, torch.where(accepted, after, before), accepted
 
     def kinetic(self, momentum: State) -> Tensor:
         """Half the squared momentum of each chain, ``[C, *plates]``."""
         parts = [self.layout.reduce(sum_rightmost(0.5 * p.square(), self.event_dims[n])) for n, p in momentum.items()]
         return self.layout.expand(sum(parts[1:], parts[0]))
-
-    def spread(self, weights: Tensor, name: str) -> Tensor:
-        """A number per chain and datum, shaped to multiply the unconstrained value of a latent."""
-        return self.layout.spread(weights, self.event_dims[name])
 
     def pilot(
         self, density: Callable[[int], LogDensity], number: int, u: State, log_step: Tensor, target: float

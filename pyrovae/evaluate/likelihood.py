@@ -93,25 +93,21 @@ def log_likelihood(
     num_draws = positive_int("num_draws", num_draws, minimum=0)
     check_compile(compile)
     data = Batches(args, batch_size, seed=seed, device=device_of(model, guide), title="log p(x)", progress=progress)
+    sampler = Sampler(model, guide, kwargs, num_samples, fold_particles)
     results: list[tuple[Tensor, ...]] = []
-    sampler = None
     with measuring(model, guide, seed=seed), data.bar:
         for batch in data:
-            proposal = refine(model, guide, *batch, steps=refine_steps, **kwargs) if refine_steps else guide
-            if sampler is None:
-                sampler = Sampler(
-                    model, proposal, batch, kwargs, num_samples, num_draws, seed,
-                    chunk_size=chunk_size, fold=fold_particles, memory=memory,
-                )  # fmt: skip
+            if refine_steps:
+                sampler.guide = refine(model, guide, *batch, steps=refine_steps, **kwargs)
+            if not results:
+                sampler.prepare(batch, num_draws, seed, chunk_size, memory)
                 sampler.choose(False if refine_steps else compile, data.total or rows(batch))
             if sampler.joint and (results or batch_size is not None):
                 raise ValueError(
                     "the pair has latents outside the data plate, so that its weights are joint over the data, which "
                     "therefore cannot come in batches: pass them whole, as tensors, without batch_size"
                 )
-            sampler.guide = proposal
             results.append(sampler(batch, data.done))
-    assert sampler is not None
     log_prob, std_error, ess, k = (torch.cat(c, -1) if c[0].dim() else c[0] for c in zip(*results, strict=True))
     return LikelihoodEstimate(
         log_prob, std_error, ess, k, num_samples, seed, str(sampler.dtype).removeprefix("torch."), sampler.weigh.kind,
@@ -123,22 +119,14 @@ class Sampler:
     """Draws log-weights of a pair, batch by batch, and sums them up."""
 
     def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        batch: Batch,
-        kwargs: Mapping[str, object],
-        num_samples: int,
-        num_draws: int,
-        seed: int | None,
-        *,
-        chunk_size: int | None,
-        fold: bool,
-        memory: int,
+        self, model: Program, guide: Program, kwargs: Mapping[str, object], num_samples: int, fold: bool
     ) -> None:
         self.model, self.guide, self.kwargs, self.num_samples, self.fold = model, guide, kwargs, num_samples, fold
-        seen = checked_look(model, guide, batch, kwargs)
-        check_fold(seen, fold)
+
+    def prepare(self, batch: Batch, num_draws: int, seed: int | None, chunk_size: int | None, memory: int) -> None:
+        """Look at the pair, refuse what has no log p(x), and measure a pass."""
+        seen = checked_look(self.model, self.guide, batch, self.kwargs)
+        check_fold(seen, self.fold)
         subsampled = seen.particles.uncommon_subsampled
         if seen.joint and subsampled:
             raise ValueError(
