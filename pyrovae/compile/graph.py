@@ -70,14 +70,10 @@ class Graph:
         :param stacked: for each input, whether every copy has its own, stacked along a first axis.
         :raises CannotCompile: where an operation has no batched form.
         """
-        count = len(self.constants)
-        values = placeholders(self.module)
-        axes = [*stacked, *[False] * count, *[True] * (len(values) - len(stacked) - count)]
+        count, like = len(self.constants), [empty_like_of(v) for v in placeholders(self.module)]
+        axes = [*stacked, *[False] * count, *[True] * (len(like) - len(stacked) - count)]
         in_dims = tuple(0 if own else None for own in axes)
-        examples = [
-            empty_like_of(v).expand(number, *v.shape).clone() if own else empty_like_of(v)
-            for v, own in zip(values, axes, strict=True)
-        ]
+        examples = [v.expand(number, *v.shape).clone() if own else v for v, own in zip(like, axes, strict=True)]
         with torch.no_grad(), reasons():
             module = make_fx(torch.vmap(self.module, in_dims=in_dims))(*examples)
         module.graph.set_codegen(fx.graph.CodeGen())

@@ -3,7 +3,7 @@ r"""log p(x) by annealed importance sampling, and its bracket by bidirectional M
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -196,7 +196,6 @@ class Tempered:
         return record.sites
 
     def particles(self, guide: Sites, model: Sites) -> Particles:
-        """A run of all chains from its sites."""
         return Particles.of(guide, model, self.num_chains, -1 - self.nesting)
 
     def start(self, batch: Batch) -> State:
@@ -263,13 +262,24 @@ class Annealer:
 
         From ``truth``, the latents that made the data, chains go downwards, and what comes back is log w'.
         """
-        order = list(range(self.last + 1))
-        hmc, density, steps = self.pilot(batch)
-        u = self.densities.start(batch)
+        densities, order = self.densities, list(range(self.last + 1))
+
+        def density(t: int) -> LogDensity:
+            beta = joint.new_tensor(self.betas[t])
+            return lambda u: self.slope(tuple(u), beta, *u.values(), *batch)
+
+        run = densities.particles({}, densities.run(densities.model, batch, {}))
+        hmc = HMC(run.layout, densities.event_dims, self.leapfrog_steps)
+        u = densities.start(batch)
+        _, joint, _ = densities.ends(batch, u)
+        self.dtype = joint.dtype
+        steps = hmc.pilot(density, self.last, u, torch.full_like(joint[:1], math.log(0.1)), self.target)
+
+        u = densities.start(batch)
         if truth is not None:
-            exact, order = self.densities.pulled_back(truth), order[::-1]
+            exact, order = densities.pulled_back(truth), order[::-1]
             u = {name: exact[name].expand_as(point).clone() for name, point in u.items()}
-        start, joint, _ = self.densities.ends(batch, u)
+        start, joint, _ = densities.ends(batch, u)
         ratio, log_w = joint - start, torch.zeros_like(joint, dtype=torch.float64)
         accepted = torch.zeros_like(log_w[0])
         for before, now in pairwise(order):
@@ -278,22 +288,6 @@ class Annealer:
                 u, ratio, accept = hmc.transition(density(now), u, steps[now - 1])
                 accepted = accepted + accept.double().mean(0)
         return log_w, accepted / max(self.last - 1, 1)
-
-    def pilot(self, batch: Batch) -> tuple[HMC, Callable[[int], LogDensity], Tensor]:
-        """Transitions for a batch, the density at each temperature, and the step sizes there, found by a pilot run."""
-        densities = self.densities
-        run = densities.particles({}, densities.run(densities.model, batch, {}))
-        hmc = HMC(run.layout, densities.event_dims, self.leapfrog_steps)
-        u = densities.start(batch)
-        _, joint, _ = densities.ends(batch, u)
-        self.dtype = joint.dtype
-
-        def density(t: int) -> LogDensity:
-            beta = joint.new_tensor(self.betas[t])
-            return lambda u: self.slope(tuple(u), beta, *u.values(), *batch)
-
-        first = torch.full_like(joint[:1], math.log(0.1))
-        return hmc, density, hmc.pilot(density, self.last, u, first, self.target)
 
     def estimate(self, parts: list[tuple[Tensor, Tensor]], seed: int | None, sign: int = 1) -> AISEstimate:
         """What the weights of all batches say."""

@@ -3,14 +3,13 @@ r"""Where the bound is lost: the guide's gap, its split by refinement per datum,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyrovae.arguments import positive_int
-from pyrovae.engine.programs import Batch, Program, device_of, graph_leaves, protected_buffers
+from pyrovae.engine.programs import Program, device_of, graph_leaves, protected_buffers
 from pyrovae.engine.run import log_weights
 from pyrovae.engine.sites import Sites, counted, latent, log_prob, record
 from pyrovae.engine.weights import log_mean_exp
@@ -157,7 +156,12 @@ def gradient_snr(
     """
     repetitions = positive_int("repetitions", repetitions, minimum=2)
     with measuring(model, guide, seed=seed), protected_buffers(), torch.enable_grad():
-        of_model, of_guide = parameters_of(model, guide, args, kwargs)
+        proposed = record(guide, args, kwargs)
+        values = {name: site["value"] for name, site in latent(proposed).items()}
+        fixed = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
+        of_guide = leaves(proposed, in_guide=True)
+        known = {id(p) for p in of_guide}
+        of_model = [p for p in leaves(record(model, args, kwargs, fixed), in_guide=False) if id(p) not in known]
         parameters = [*of_model, *of_guide]
         if not parameters:
             raise ValueError("the pair has no parameters: there is no gradient to measure")
@@ -178,20 +182,8 @@ def root_mean_square_snr(means: list[RunningMean]) -> float:
     return torch.cat(parts).nanmean().clamp(min=0).sqrt().item() if parts else math.nan
 
 
-def parameters_of(
-    model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters that the guide's draws depend on, behind the others that the model depends on."""
-    proposed = record(guide, args, kwargs)
-    values = {name: site["value"] for name, site in latent(proposed).items()}
-    fixed = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
-    joint = record(model, args, kwargs, fixed)
-
-    def leaves(sites: Sites, in_guide: bool) -> list[Tensor]:
-        terms = [log_prob(s, in_guide=in_guide).sum() for s in counted(sites)]
-        live = [t for t in terms if t.requires_grad]
-        return graph_leaves(torch.stack(live).sum()) if live else []
-
-    own = leaves(proposed, True)
-    known = {id(p) for p in own}
-    return [p for p in leaves(joint, False) if id(p) not in known], own
+def leaves(sites: Sites, in_guide: bool) -> list[Tensor]:
+    """The parameters that the densities of a run depend on."""
+    terms = [log_prob(s, in_guide=in_guide).sum() for s in counted(sites)]
+    live = [t for t in terms if t.requires_grad]
+    return graph_leaves(torch.stack(live).sum()) if live else []

@@ -3,6 +3,7 @@ r"""log p(x) by importance sampling, with a standard error and a warning where n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,17 +14,16 @@ from torch import Tensor
 from pyrovae.arguments import positive_int
 from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
 from pyrovae.engine.particles import Particles
-from pyrovae.engine.probe import check_fold, checked_look
+from pyrovae.engine.probe import Look, check_fold, checked_look
 from pyrovae.engine.programs import Batch, Program, device_of, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.run import measure, run
-from pyrovae.engine.sites import Site, latent
+from pyrovae.engine.sites import Site, frames, latent
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.weights import Tally
 from pyrovae.evaluate.estimate import LikelihoodEstimate
 from pyrovae.evaluate.measuring import Batches, measuring, rows
 from pyrovae.evaluate.proposals import refine
-from pyrovae.evaluate.resampling import Resampler
 from pyrovae.memory import MEMORY, Passes, PeakBytes, fitting_chunk
 
 
@@ -100,8 +100,10 @@ def log_likelihood(
             if refine_steps:
                 sampler.guide = refine(model, guide, *batch, steps=refine_steps, **kwargs)
             if not results:
-                sampler.prepare(batch, num_draws, seed, chunk_size, memory)
-                sampler.choose(False if refine_steps else compile, data.total or rows(batch))
+                sampler.prepare(
+                    batch, data.total or rows(batch), num_draws, seed, chunk_size, memory,
+                    compile=False if refine_steps else compile,
+                )  # fmt: skip
             if sampler.joint and (results or batch_size is not None):
                 raise ValueError(
                     "the pair has latents outside the data plate, so that its weights are joint over the data, which "
@@ -123,8 +125,21 @@ class Sampler:
     ) -> None:
         self.model, self.guide, self.kwargs, self.num_samples, self.fold = model, guide, kwargs, num_samples, fold
 
-    def prepare(self, batch: Batch, num_draws: int, seed: int | None, chunk_size: int | None, memory: int) -> None:
-        """Look at the pair, refuse what has no log p(x), and measure a pass."""
+    def prepare(
+        self,
+        batch: Batch,
+        number: int,
+        num_draws: int,
+        seed: int | None,
+        chunk_size: int | None,
+        memory: int,
+        compile: bool | str,
+    ) -> None:
+        """Look at the pair, and refuse what has no log p(x).
+
+        From counts alone (of ``number`` data) and sizes it is chosen, where that is left open, whether passes go
+        through a compiled graph, and how many draws one takes.
+        """
         seen = checked_look(self.model, self.guide, batch, self.kwargs)
         check_fold(seen, self.fold)
         subsampled = seen.particles.uncommon_subsampled
@@ -133,21 +148,17 @@ class Sampler:
                 f'log p(x) needs the whole data set, but plate "{subsampled[0]}" is subsampled and '
                 "its latents are shared: evaluate with the full plate"
             )
-        self.nesting, self.joint, self.tensors = seen.nesting, seen.joint, tensors_of(seen.modules)
+        self.nesting, self.joint, state = seen.nesting, seen.joint, tensors_of(seen.modules)
         self.exact = not latent(seen.guide) and not latent(seen.model)
-        self.subsampled = bool(subsampled) or seen.layout.oversampling != 1.0
         self.resampler, self.subsample = Resampler(num_draws, seed, seen), SameSubsample()
         with protected_buffers(), isolated_rng(), PeakBytes() as used:
             refuse_without_density(self.run(batch, 2))
         self.dtype = measure(seen.particles).dtype
-        self.chunk_size = chunk_size or fitting_chunk(used.peak / 2, memory, batch)
-
-    def choose(self, compile: bool | str, number: int) -> None:
-        """Choose, from counts alone where ``compile`` is "auto", whether passes go through a compiled graph."""
-        saved = SAVED * number * self.num_samples * sum(t.numel() for t in self.tensors)
-        reason = "a plate is subsampled, and every pass must weigh the same data" if self.subsampled else None
-        self.weigh = Checked(self.weights, self.tensors, wanted=wanted(compile, saved), reason=reason)
-        self.passes = Passes(self.chunk_size, on_halving=self.weigh.forget)
+        reason = "a plate is subsampled, and every pass must weigh the same data"
+        whole = not subsampled and seen.layout.oversampling == 1.0
+        saved = SAVED * number * self.num_samples * sum(t.numel() for t in state)
+        self.weigh = Checked(self.weights, state, wanted=wanted(compile, saved), reason=None if whole else reason)
+        self.passes = Passes(chunk_size or fitting_chunk(used.peak / 2, memory, batch), on_halving=self.weigh.forget)
 
     def run(self, batch: Batch, num_particles: int) -> Particles:
         """One run of the pair, every scale ignored."""
@@ -201,6 +212,81 @@ def refuse_without_density(particles: Particles) -> None:
                 f'the pair has no log p(x): guide site "{name}" is a bare Delta on a continuous latent (an '
                 "autoencoder); draw it from a distribution with a density"
             )
+
+
+class Resampler:
+    r"""Keeps ``num_draws`` posterior draws per datum: particle s with probability :math:`w_s / \sum_s w_s` each.
+
+    A draw gives way to one of a new pass with the share that the pass has in the weights so far; so nothing is held but
+    the draws. They have a generator of their own: what the guide draws does not depend on them.
+
+    Rubin (1988), *Using the SIR algorithm to simulate posterior distributions*.
+    """
+
+    def __init__(self, num_draws: int, seed: int | None, seen: Look) -> None:
+        self.num_draws, self.seed, self.nesting = num_draws, seed, seen.nesting
+        self.layout = replace(seen.layout, num_particles=num_draws, particle_dim=-1 - seen.nesting)
+        sites = latent(seen.model) if num_draws else {}
+        self.event_dims = {name: site["fn"].event_dim for name, site in sites.items()}
+        self.plates = {name: {dim for _, dim, _ in frames(site)} for name, site in sites.items()}
+        self.generator: torch.Generator | None = None
+        self.done: list[dict[str, Tensor]] = []
+        self.draws: dict[str, Tensor] = {}
+        self.log_sum: Tensor | None = None
+
+    def values(self, run: Particles) -> list[Tensor]:
+        """The model's latents of one pass, each ``[K, *[size or 1] * nesting, *event]``."""
+        found, number = [], run.layout.num_particles
+        for name, event_dim in self.event_dims.items():
+            value = run.model[name]["value"]
+            missing = [1] * (1 + self.nesting + event_dim - value.dim())
+            if run.layout.folded:
+                value = value.unflatten(-1 - event_dim, (number, -1)).movedim(-2 - event_dim, 0)
+                found.append(value.reshape(number, *missing[1:], *value.shape[1:]))
+            else:
+                value = value.reshape(*missing, *value.shape)
+                found.append(value.expand(number, *value.shape[1:]))
+        return found
+
+    def add(self, log_w: Tensor, values: list[Tensor]) -> None:
+        """Let a pass in: its log-weights ``[K, *plates]``, and its :meth:`values`."""
+        if not self.num_draws:
+            return
+        log_w = log_w.double()
+        if self.generator is None:
+            with isolated_rng():
+                seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed + 1  # not the guide's noise
+            self.generator = torch.Generator(log_w.device).manual_seed(seed)
+        total = torch.logsumexp(log_w, 0)
+        shares = (log_w - total).exp().nan_to_num(1.0)  # all alike where every weight is 0
+        chosen = torch.multinomial(
+            shares.reshape(len(shares), -1).T, self.num_draws, replacement=True, generator=self.generator
+        )
+        self.log_sum = total if self.log_sum is None else torch.logaddexp(self.log_sum, total)
+        share = (total - self.log_sum).exp().nan_to_num(1.0).expand(self.num_draws, *total.shape)
+        taken = torch.bernoulli(share, generator=self.generator) == 1
+        index = chosen.T.reshape(share.shape)
+        for (name, event_dim), value in zip(self.event_dims.items(), values, strict=True):
+            at = self.layout.spread(index, event_dim).expand(self.num_draws, *value.shape[1:])
+            fresh = value.gather(0, at)
+            new = self.layout.spread(taken, event_dim)
+            self.draws[name] = torch.where(new, fresh, self.draws.get(name, fresh))
+
+    def finish(self) -> None:
+        self.done.append(self.draws)
+        self.draws, self.log_sum = {}, None
+
+    def results(self) -> dict[str, Tensor]:
+        """The draws of all batches, ``[num_draws, B, *other plates of the site, *event]``; no B for joint weights."""
+        found, data = {}, self.layout.dims[-1:]
+        for name, event_dim in self.event_dims.items():
+            kept = sorted(self.plates[name].union(data))
+            absent = tuple(dim - event_dim for dim in range(-self.nesting, 0) if dim not in kept)  # of size 1
+            parts = [batch[name].squeeze(absent) for batch in self.done]
+            if data:
+                parts = [torch.cat([part.movedim(1 + kept.index(data[0]), 1) for part in parts], 1)]
+            found[name] = parts[0]
+        return found
 
 
 class SameSubsample(Messenger):

@@ -69,7 +69,6 @@ class RunningMean:
         self.mean = self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, value: Tensor) -> None:
-        """One more draw."""
         value = value.double()
         self.count += 1
         step = value - self.mean

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyrovae as pv
 from pyrovae.engine.probe import checked_look
 from pyrovae.engine.weights import Tally, pareto_k, tail_size
-from pyrovae.evaluate.resampling import Resampler
+from pyrovae.evaluate.likelihood import Resampler
 from pyrovae.memory import WORKING_SET, PeakBytes
 from tests.pairs import guide_of, model_of
 from tests.state import refused
