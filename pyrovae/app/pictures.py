@@ -15,7 +15,7 @@ from pyrovae.app.measure import reconstruct
 from pyrovae.data.images import Images
 from pyrovae.engine.programs import device_of, evaluating
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.evaluate.units import posterior_means
+from pyrovae.evaluate.units import mean_draws
 from pyrovae.models.base import Pair
 from pyrovae.plots.charts import has_curves
 from pyrovae.sampling import sample as draw
@@ -44,7 +44,7 @@ def pictures(
             drawn.append(plots.reconstructions(few.x, rebuilt, folder / "reconstructions.png"))
     some = test.subset(slice(0, PLANE_POINTS)).to(device_of(pair.model) or test.x.device)
     with torch.no_grad(), isolated_rng(seed), evaluating(pair.model, pair.guide):
-        codes = posterior_means(pair.guide, some.columns)
+        codes = {name: average.mean for name, average in mean_draws(pair.guide, some.columns).items()}
     vectors = [mean for mean in codes.values() if mean.dim() == 2]
     if vectors:
         labels = None if classes is None else classes[:PLANE_POINTS]

@@ -66,7 +66,6 @@ class Checked:
         self.signature: tuple[object, ...] = ()
 
     def __call__(self, *inputs: object) -> list[Tensor]:
-        """What the function gives for these inputs."""
         if self.kind == "compiled" and self.compiled is None:
             try:
                 self.compile(inputs)

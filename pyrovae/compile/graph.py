@@ -149,10 +149,8 @@ def lift_constants(module: fx.GraphModule) -> list[Tensor]:
 
 def refuse_dynamic_shapes(module: fx.GraphModule) -> None:
     """Refuse operations whose result has a shape that depends on values."""
-    for node in module.graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.dynamic_output_shape not in tags:
-            continue
+    tagged = (n for n in module.graph.nodes if torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ()))
+    for node in tagged:
         if node.target in (aten.index.Tensor, aten.repeat_interleave.Tensor):
             index = [a for a in node.args[1] if a is not None] if node.target is aten.index.Tensor else [node]
             if all(i is not node and i.meta["val"].dtype not in (torch.bool, torch.uint8) for i in index):

@@ -23,15 +23,10 @@ class CannotCompile(Exception):
     """Why a function cannot become a static graph; the message completes "cannot compile: ..."."""
 
 
-def uniform(x: Tensor) -> Tensor:
-    """Uniform noise of the shape of ``x``."""
-    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    return torch.rand(x.shape, dtype=dtype, device=x.device)
-
-
 def bernoulli(x: Tensor, p: float | None = None, generator: object = None) -> Tensor:
     """Bits of the shape of ``x``, of the probability ``p`` or, without one, of those in ``x``."""
-    return (uniform(x) < (x if p is None else p)).to(x.dtype)
+    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    return (torch.rand(x.shape, dtype=dtype, device=x.device) < (x if p is None else p)).to(x.dtype)
 
 
 def multinomial(probs: Tensor, num_samples: int, replacement: bool = False, *, generator: object = None) -> Tensor:

@@ -73,8 +73,7 @@ class Tally:
 
     def merge(self) -> None:
         """Add up what has come in."""
-        log_w = torch.cat(self.pending)
-        self.pending = []
+        log_w, self.pending = torch.cat(self.pending), []
         self.merged = Sums.of(log_w) if self.merged is None else self.merged + Sums.of(log_w)
         candidates = log_w if self.largest is None else torch.cat([self.largest, log_w])
         self.largest = candidates.movedim(0, -1).topk(min(self.keep, len(candidates)), -1).values.movedim(-1, 0)

@@ -14,10 +14,10 @@ from torch import Tensor
 from pyrovae.arguments import in_range, one_of, positive_int, rising_betas
 from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
 from pyrovae.engine.generate import Redraw, generate, program_of
-from pyrovae.engine.particles import Particles
+from pyrovae.engine.particles import Layout, Particles
 from pyrovae.engine.probe import look
 from pyrovae.engine.programs import Batch, Program, device_of
-from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, latent, quoted
+from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, counted, latent, quoted
 from pyrovae.engine.unwrap import is_masked, point_mass, unconstrained
 from pyrovae.engine.weights import Sums
 from pyrovae.evaluate.estimate import AISEstimate, Bracket
@@ -159,78 +159,8 @@ def make_betas(schedule: str | Sequence[float], temperatures: int) -> list[float
     return t.tolist()
 
 
-class Tempered:
-    r"""The densities :math:`f_\beta` of a model, from :math:`q_0` to the joint, of latents in unconstrained space."""
-
-    def __init__(
-        self, model: Program, guide: Program | None, batch: Batch, kwargs: Mapping[str, object], num_chains: int
-    ) -> None:
-        self.model, self.guide, self.source = model, guide or (lambda *_, **__: None), guide or model
-        self.kwargs, self.num_chains = kwargs, num_chains
-        seen = look(model, self.guide, batch, kwargs)
-        sites, drawn = latent(seen.model), latent(seen.guide)
-        if not sites:
-            raise ValueError("the model has no latents to anneal: its log p(x) is exact, use pyrovae.log_likelihood")
-        for name, site in sites.items():
-            if site["fn"].support.is_discrete:
-                raise ValueError(f'latent site "{name}" is discrete, and HMC moves continuous ones only: enumerate it')
-            if point_mass(site["fn"]) is not None or site["mask"] is not None or is_masked(site["fn"]):
-                raise ValueError(f'latent site "{name}" has no prior density: the model has no log p(x)')
-        if guide and (drawn.keys() != sites.keys() or any(point_mass(s["fn"]) is not None for s in drawn.values())):
-            raise ValueError(
-                f"to start from a guide it must draw {quoted(sites)} from densities, and nothing else; it has "
-                f"{quoted(drawn)}: leave guide out to start from the prior"
-            )
-        self.nesting, self.tensors = seen.nesting, tensors_of(seen.modules)
-        maps = {name: unconstrained(site["fn"].support) for name, site in sites.items()}
-        self.maps = {name: transform for name, transform in maps.items() if transform is not None}
-        self.event_dims = {name: site["fn"].event_dim for name, site in sites.items()} | {
-            name: transform.domain.event_dim for name, transform in self.maps.items()
-        }
-
-    def run(self, program: Program, batch: Batch, values: State) -> Sites:
-        """The sites of a program with all chains at these latents, or at fresh ones."""
-        plate = ParticlePlate(PARTICLE_PLATE, self.num_chains, dim=-1 - self.nesting)
-        with pyro.validation_enabled(False), Record(values) as record, plate:
-            program(*batch, **self.kwargs)
-        return record.sites
-
-    def particles(self, guide: Sites, model: Sites) -> Particles:
-        return Particles.of(guide, model, self.num_chains, -1 - self.nesting)
-
-    def start(self, batch: Batch) -> State:
-        """Chains drawn from q_0."""
-        sites = self.run(self.source, batch, {})
-        return self.pulled_back({name: site["value"] for name, site in latent(sites).items()})
-
-    def pulled_back(self, values: State) -> State:
-        """Latents in unconstrained space."""
-        return {n: self.maps[n].inv(v) if n in self.maps else v.clone() for n, v in values.items()}
-
-    def ends(self, batch: Batch, u: State) -> tuple[Tensor, Tensor, Tensor | float]:
-        """log q_0, log p(x, z) and log |dz / du|, each ``[C, *plates]``."""
-        values = {name: self.maps[name](point) if name in self.maps else point for name, point in u.items()}
-        particles = self.particles(self.run(self.guide, batch, values), self.run(self.model, batch, values))
-        guide, prior, likelihood = particles.log_guide(), particles.log_prior(), particles.log_likelihood()
-        assert prior is not None
-        joint = prior if likelihood is None else prior + likelihood
-        volumes = [t.log_abs_det_jacobian(u[name], values[name]) for name, t in self.maps.items()]
-        layout = particles.layout
-        return prior if guide is None else guide, joint, sum(layout.expand(layout.reduce(v)) for v in volumes)
-
-    def slope(self, names: tuple[str, ...], beta: Tensor, *points_and_batch: Any) -> list[Tensor]:
-        """log f_beta with the volume, log p - log q_0, and the gradient of the first in every latent."""
-        points, batch = points_and_batch[: len(names)], points_and_batch[len(names) :]
-        with torch.enable_grad():
-            leaves = {name: point.detach().requires_grad_() for name, point in zip(names, points, strict=True)}
-            start, joint, volume = self.ends(batch, leaves)
-            tempered = (1 - beta) * start + beta * joint + volume
-            gradients = torch.autograd.grad(tempered.sum(), list(leaves.values()))
-        return [tempered.detach(), joint.detach() - start.detach(), *gradients]
-
-
 class Annealer:
-    """Chains that go through the temperatures, batch by batch."""
+    r"""Chains that go, batch by batch and in unconstrained space, from :math:`q_0` to the joint: :math:`f_\beta`."""
 
     def __init__(
         self,
@@ -252,34 +182,94 @@ class Annealer:
         self, model: Program, guide: Program | None, batch: Batch, kwargs: Mapping[str, object], number: int
     ) -> None:
         """Look at the programs; decide, where it is "auto", from counts alone whether gradients are compiled."""
-        self.densities = densities = Tempered(model, guide, batch, kwargs, self.num_chains)
-        each = HANDLERS + SAVED * self.num_chains * rows(batch) * sum(t.numel() for t in densities.tensors)
+        self.model, self.guide, self.source = model, guide or (lambda *_, **__: None), guide or model
+        self.kwargs = kwargs
+        seen = look(model, self.guide, batch, kwargs)
+        sites, drawn = latent(seen.model), latent(seen.guide)
+        if not sites:
+            raise ValueError("the model has no latents to anneal: its log p(x) is exact, use pyrovae.log_likelihood")
+        for name, site in sites.items():
+            if site["fn"].support.is_discrete:
+                raise ValueError(f'latent site "{name}" is discrete, and HMC moves continuous ones only: enumerate it')
+            if point_mass(site["fn"]) is not None or site["mask"] is not None or is_masked(site["fn"]):
+                raise ValueError(f'latent site "{name}" has no prior density: the model has no log p(x)')
+        if guide and (drawn.keys() != sites.keys() or any(point_mass(s["fn"]) is not None for s in drawn.values())):
+            raise ValueError(
+                f"to start from a guide it must draw {quoted(sites)} from densities, and nothing else; it has "
+                f"{quoted(drawn)}: leave guide out to start from the prior"
+            )
+        self.nesting, state = seen.nesting, tensors_of(seen.modules)
+        maps = {name: unconstrained(site["fn"].support) for name, site in sites.items()}
+        self.maps = {name: transform for name, transform in maps.items() if transform is not None}
+        free = {name: self.maps[name].domain if name in self.maps else site["fn"] for name, site in sites.items()}
+        self.event_dims = {name: either.event_dim for name, either in free.items()}
+        each = HANDLERS + SAVED * self.num_chains * rows(batch) * sum(t.numel() for t in state)
         evaluations = (self.last + 1) * (self.leapfrog_steps + 1) * -(-number // rows(batch))
-        self.slope = Checked(densities.slope, densities.tensors, wanted=wanted(self.compile, evaluations * each))
+        self.slope = Checked(self.evaluated, state, wanted=wanted(self.compile, evaluations * each))
+
+    def run(self, program: Program, batch: Batch, values: State) -> Sites:
+        """The sites of a program with all chains at these latents, or at fresh ones."""
+        plate = ParticlePlate(PARTICLE_PLATE, self.num_chains, dim=-1 - self.nesting)
+        with pyro.validation_enabled(False), Record(values) as record, plate:
+            program(*batch, **self.kwargs)
+        return record.sites
+
+    def start(self, batch: Batch) -> State:
+        """Chains drawn from q_0."""
+        sites = self.run(self.source, batch, {})
+        return self.pulled_back({name: site["value"] for name, site in latent(sites).items()})
+
+    def pulled_back(self, values: State) -> State:
+        """Latents in unconstrained space."""
+        return {n: self.maps[n].inv(v) if n in self.maps else v.clone() for n, v in values.items()}
+
+    def ends(self, batch: Batch, u: State) -> tuple[Tensor, Tensor, Tensor | float]:
+        """log q_0, log p(x, z) and log |dz / du|, each ``[C, *plates]``."""
+        values = {name: self.maps[name](point) if name in self.maps else point for name, point in u.items()}
+        particles = Particles.of(
+            self.run(self.guide, batch, values), self.run(self.model, batch, values), self.num_chains, -1 - self.nesting
+        )
+        guide, prior, likelihood = particles.log_guide(), particles.log_prior(), particles.log_likelihood()
+        assert prior is not None
+        joint = prior if likelihood is None else prior + likelihood
+        volumes = [t.log_abs_det_jacobian(u[name], values[name]) for name, t in self.maps.items()]
+        layout = particles.layout
+        return prior if guide is None else guide, joint, sum(layout.expand(layout.reduce(v)) for v in volumes)
+
+    def evaluated(self, names: tuple[str, ...], beta: Tensor, *points_and_batch: Any) -> list[Tensor]:
+        """log f_beta with the volume, log p - log q_0, and the gradient of the first in every latent."""
+        points, batch = points_and_batch[: len(names)], points_and_batch[len(names) :]
+        with torch.enable_grad():
+            leaves = {name: point.detach().requires_grad_() for name, point in zip(names, points, strict=True)}
+            start, joint, volume = self.ends(batch, leaves)
+            tempered = (1 - beta) * start + beta * joint + volume
+            gradients = torch.autograd.grad(tempered.sum(), list(leaves.values()))
+        return [tempered.detach(), joint.detach() - start.detach(), *gradients]
 
     def __call__(self, batch: Batch, truth: State | None = None) -> tuple[Tensor, Tensor]:
         """Anneal upwards from q_0: log w ``[C, *plates]`` in float64, and the mean acceptance ``[*plates]``.
 
         From ``truth``, the latents that made the data, chains go downwards, and what comes back is log w'.
         """
-        densities, order = self.densities, list(range(self.last + 1))
+        order = list(range(self.last + 1))
 
         def density(t: int) -> LogDensity:
             beta = joint.new_tensor(self.betas[t])
             return lambda u: self.slope(tuple(u), beta, *u.values(), *batch)
 
-        run = densities.particles({}, densities.run(densities.model, batch, {}))
-        hmc = HMC(run.layout, densities.event_dims, self.leapfrog_steps)
-        u = densities.start(batch)
-        _, joint, _ = densities.ends(batch, u)
+        sites = self.run(self.model, batch, {})
+        layout = Layout.around(counted(sites), self.num_chains, -1 - self.nesting)
+        hmc = HMC(layout, self.event_dims, self.leapfrog_steps)
+        u = self.start(batch)
+        _, joint, _ = self.ends(batch, u)
         self.dtype = joint.dtype
         steps = hmc.pilot(density, self.last, u, torch.full_like(joint[:1], math.log(0.1)), self.target)
 
-        u = densities.start(batch)
+        u = self.start(batch)
         if truth is not None:
-            exact, order = densities.pulled_back(truth), order[::-1]
+            exact, order = self.pulled_back(truth), order[::-1]
             u = {name: exact[name].expand_as(point).clone() for name, point in u.items()}
-        start, joint, _ = densities.ends(batch, u)
+        start, joint, _ = self.ends(batch, u)
         ratio, log_w = joint - start, torch.zeros_like(joint, dtype=torch.float64)
         accepted = torch.zeros_like(log_w[0])
         for before, now in pairwise(order):

@@ -87,17 +87,14 @@ def posterior_gap(
     """
     num_particles = positive_int("num_particles", num_particles)
     num_samples = positive_int("num_samples", num_samples, minimum=num_particles)
+    sizes = [min(num_particles, num_samples - begun) for begun in range(0, num_samples, num_particles)]
     sums, number = torch.zeros(4, dtype=torch.float64), 0
     data = Batches(args, batch_size, seed=seed, device=device_of(model, guide))
     with measuring(model, guide, seed=seed):
         for batch in data:
-            groups, left = [], num_samples
-            while left:  # L_64 of every group; what is left over counts towards log p-hat alone
-                size = min(num_particles, left)
-                groups.append(log_weights(model, guide, *batch, num_particles=size, **kwargs).double())
-                left -= size
+            groups = [log_weights(model, guide, *batch, num_particles=k, **kwargs).double() for k in sizes]
             bounds = torch.stack([log_mean_exp(group) for group in groups if len(group) == num_particles])
-            every = torch.cat(groups)
+            every = torch.cat(groups)  # with what is left over, which counts towards log p-hat alone
             better = torch.zeros_like(every[0])
             if refine_steps:
                 refined = refine(model, guide, *batch, steps=refine_steps, **kwargs)
@@ -110,8 +107,7 @@ def posterior_gap(
 
 
 class GradientSNR(NamedTuple):
-    """Signal-to-noise ratios of a gradient: root mean square over all elements of the model's and of the guide's
-    parameters."""
+    """Signal-to-noise ratios of a gradient: root mean square over all elements of a program's parameters."""
 
     model: float
     guide: float

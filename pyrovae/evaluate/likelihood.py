@@ -93,17 +93,15 @@ def log_likelihood(
     num_draws = positive_int("num_draws", num_draws, minimum=0)
     check_compile(compile)
     data = Batches(args, batch_size, seed=seed, device=device_of(model, guide), title="log p(x)", progress=progress)
-    sampler = Sampler(model, guide, kwargs, num_samples, fold_particles)
+    sampler = Sampler(model, guide, kwargs, num_samples, fold_particles, memory)
     results: list[tuple[Tensor, ...]] = []
     with measuring(model, guide, seed=seed), data.bar:
         for batch in data:
             if refine_steps:
                 sampler.guide = refine(model, guide, *batch, steps=refine_steps, **kwargs)
             if not results:
-                sampler.prepare(
-                    batch, data.total or rows(batch), num_draws, seed, chunk_size, memory,
-                    compile=False if refine_steps else compile,
-                )  # fmt: skip
+                compiles = False if refine_steps else compile
+                sampler.prepare(batch, data.total or rows(batch), num_draws, seed, chunk_size, compiles)
             if sampler.joint and (results or batch_size is not None):
                 raise ValueError(
                     "the pair has latents outside the data plate, so that its weights are joint over the data, which "
@@ -121,24 +119,17 @@ class Sampler:
     """Draws log-weights of a pair, batch by batch, and sums them up."""
 
     def __init__(
-        self, model: Program, guide: Program, kwargs: Mapping[str, object], num_samples: int, fold: bool
+        self, model: Program, guide: Program, kwargs: Mapping[str, object], num_samples: int, fold: bool, memory: int
     ) -> None:
-        self.model, self.guide, self.kwargs, self.num_samples, self.fold = model, guide, kwargs, num_samples, fold
+        self.model, self.guide, self.kwargs = model, guide, kwargs
+        self.num_samples, self.fold, self.memory = num_samples, fold, memory
 
     def prepare(
-        self,
-        batch: Batch,
-        number: int,
-        num_draws: int,
-        seed: int | None,
-        chunk_size: int | None,
-        memory: int,
-        compile: bool | str,
+        self, batch: Batch, number: int, num_draws: int, seed: int | None, chunk_size: int | None, compile: bool | str
     ) -> None:
-        """Look at the pair, and refuse what has no log p(x).
+        """Look at the pair, refuse what has no log p(x), and choose from counts and sizes alone what is left open.
 
-        From counts alone (of ``number`` data) and sizes it is chosen, where that is left open, whether passes go
-        through a compiled graph, and how many draws one takes.
+        That is how many draws a pass takes, and whether passes go through a compiled graph (of ``number`` data in all).
         """
         seen = checked_look(self.model, self.guide, batch, self.kwargs)
         check_fold(seen, self.fold)
@@ -158,7 +149,8 @@ class Sampler:
         whole = not subsampled and seen.layout.oversampling == 1.0
         saved = SAVED * number * self.num_samples * sum(t.numel() for t in state)
         self.weigh = Checked(self.weights, state, wanted=wanted(compile, saved), reason=None if whole else reason)
-        self.passes = Passes(chunk_size or fitting_chunk(used.peak / 2, memory, batch), on_halving=self.weigh.forget)
+        size = chunk_size or fitting_chunk(used.peak / 2, self.memory, batch)
+        self.passes = Passes(size, on_halving=self.weigh.forget)
 
     def run(self, batch: Batch, num_particles: int) -> Particles:
         """One run of the pair, every scale ignored."""
@@ -269,8 +261,7 @@ class Resampler:
         for (name, event_dim), value in zip(self.event_dims.items(), values, strict=True):
             at = self.layout.spread(index, event_dim).expand(self.num_draws, *value.shape[1:])
             fresh = value.gather(0, at)
-            new = self.layout.spread(taken, event_dim)
-            self.draws[name] = torch.where(new, fresh, self.draws.get(name, fresh))
+            self.draws[name] = torch.where(self.layout.spread(taken, event_dim), fresh, self.draws.get(name, fresh))
 
     def finish(self) -> None:
         self.done.append(self.draws)

@@ -83,19 +83,8 @@ def active_units(
     return {name: ActiveUnits(v, int((v > threshold).sum())) for name, v in variances.items()}
 
 
-def mean_variances(guide: Program, batch: Batch) -> dict[str, Tensor]:
-    """Of one batch what :func:`active_units` finds: by site, the variance over data of the posterior means."""
-    averages = mean_draws(guide, batch, 1)
-    return {name: average.mean.var(0) - average.noise.mean(0) for name, average in averages.items()}
-
-
-def posterior_means(guide: Program, batch: Batch) -> dict[str, Tensor]:
-    """The mean of each latent site over the guide, ``[B, *other plates, *event]``; see :func:`active_units`."""
-    return {name: average.mean for name, average in mean_draws(guide, batch, 1).items()}
-
-
-def mean_draws(guide: Program, batch: Batch, samples: int) -> dict[str, RunningMean]:
-    """For each latent site the average of its means over ``samples`` draws, data first."""
+def mean_draws(guide: Program, batch: Batch, samples: int = 1) -> dict[str, RunningMean]:
+    """By latent site the average of its means over draws, ``[B, *other plates, *event]``; see :func:`active_units`."""
     sites = latent(record(guide, batch, {}))
     auxiliary = {name for name, site in sites.items() if site["infer"].get("is_auxiliary")}
     names = [n for n in sites if n not in auxiliary and any(dim == -1 for _, dim, _ in frames(sites[n]))]

@@ -16,7 +16,7 @@ from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.run import run
 from pyrovae.engine.sites import Sites, counts, latent
 from pyrovae.engine.unwrap import point_mass
-from pyrovae.evaluate.units import mean_variances
+from pyrovae.evaluate.units import mean_draws
 from pyrovae.train.step import first_loss
 
 MONITORED = 1000  # data on which units are watched, at most
@@ -37,7 +37,8 @@ class Monitor:
         """What one run shows: :meth:`terms`, ``active_units`` by site, and the pair's own metrics."""
         with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
             found = self.terms(run(self.model, self.guide, self.batch, {}, scaled=False))
-            variances = mean_variances(self.guide, self.batch) if len(self.batch[0]) > 1 else {}
+            means = mean_draws(self.guide, self.batch) if len(self.batch[0]) > 1 else {}
+            variances = {name: average.mean.var(0) - average.noise.mean(0) for name, average in means.items()}
             found["active_units"] = {name: int((variance > 0.01).sum()) for name, variance in variances.items()}
             for module in roots(self.model, self.guide):
                 if callable(own := getattr(module, "metrics", None)):
