@@ -16,7 +16,7 @@ from __future__ import annotations
 import pickle
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,10 +72,9 @@ class Graph:
         """
         count, like = len(self.constants), [empty_like_of(v) for v in placeholders(self.module)]
         axes = [*stacked, *[False] * count, *[True] * (len(like) - len(stacked) - count)]
-        in_dims = tuple(0 if own else None for own in axes)
         examples = [v.expand(number, *v.shape).clone() if own else v for v, own in zip(like, axes, strict=True)]
         with torch.no_grad(), reasons():
-            module = make_fx(torch.vmap(self.module, in_dims=in_dims))(*examples)
+            module = make_fx(torch.vmap(self.module, in_dims=tuple(0 if own else None for own in axes)))(*examples)
         module.graph.set_codegen(fx.graph.CodeGen())
         module.graph.eliminate_dead_code()
         module.recompile()
@@ -136,9 +135,8 @@ def lift_constants(module: fx.GraphModule) -> list[Tensor]:
         if any(getattr(user.target, "_schema", None) and user.target._schema.is_mutable for user in node.users):
             raise CannotCompile("it changes a tensor in place that is no parameter and no buffer: register it as one")
         if id(tensor) not in lifted:
-            fresh = all(user.target is aten.lift_fresh_copy.default for user in node.users)
             if tensor.device not in devices:
-                if not fresh:
+                if any(user.target is not aten.lift_fresh_copy.default for user in node.users):
                     raise CannotCompile(f"it uses a tensor on {tensor.device}, its data are elsewhere")
                 tensor = tensor.to(next(d for d in devices))
             lifted[id(tensor)] = tensor, new_placeholder(module.graph, "constant", tensor)
@@ -164,11 +162,7 @@ class Traceable(TorchFunctionMode):
     READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
 
     def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Callable[..., object], types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         kwargs = kwargs or {}
         if func in self.READS and args[0].numel():

@@ -52,7 +52,6 @@ def remembered(module: fx.GraphModule, key: Hashable) -> Callable[..., Sequence[
 
 def through_inductor(module: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
     """A graph through Inductor."""
-    import torch._inductor
     import torch._inductor.config
 
     example = [empty_like_of(v) for v in placeholders(module)]

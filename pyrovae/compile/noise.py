@@ -164,11 +164,7 @@ def lift_noise(module: fx.GraphModule, made: Sequence[tuple[OpOverload, bytes]])
 
 def stacked_noise(sources: Sequence[Callable[[], tuple[Tensor, ...]]]) -> Callable[[], tuple[Tensor, ...]]:
     """The noise of several copies, drawn one after the other and stacked along a first axis."""
-
-    def draw() -> tuple[Tensor, ...]:
-        return tuple(map(torch.stack, zip(*(source() for source in sources), strict=True)))
-
-    return draw
+    return lambda: tuple(map(torch.stack, zip(*(source() for source in sources), strict=True)))
 
 
 def new_placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:

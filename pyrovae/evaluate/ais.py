@@ -201,8 +201,7 @@ class Annealer:
         self.nesting, state = seen.nesting, tensors_of(seen.modules)
         maps = {name: unconstrained(site["fn"].support) for name, site in sites.items()}
         self.maps = {name: transform for name, transform in maps.items() if transform is not None}
-        free = {name: self.maps[name].domain if name in self.maps else site["fn"] for name, site in sites.items()}
-        self.event_dims = {name: either.event_dim for name, either in free.items()}
+        self.event_dims = {n: (self.maps[n].domain if n in self.maps else s["fn"]).event_dim for n, s in sites.items()}
         each = HANDLERS + SAVED * self.num_chains * rows(batch) * sum(t.numel() for t in state)
         evaluations = (self.last + 1) * (self.leapfrog_steps + 1) * -(-number // rows(batch))
         self.slope = Checked(self.evaluated, state, wanted=wanted(self.compile, evaluations * each))
@@ -226,9 +225,8 @@ class Annealer:
     def ends(self, batch: Batch, u: State) -> tuple[Tensor, Tensor, Tensor | float]:
         """log q_0, log p(x, z) and log |dz / du|, each ``[C, *plates]``."""
         values = {name: self.maps[name](point) if name in self.maps else point for name, point in u.items()}
-        particles = Particles.of(
-            self.run(self.guide, batch, values), self.run(self.model, batch, values), self.num_chains, -1 - self.nesting
-        )
+        drawn, sites = (self.run(program, batch, values) for program in (self.guide, self.model))
+        particles = Particles.of(drawn, sites, self.num_chains, -1 - self.nesting)
         guide, prior, likelihood = particles.log_guide(), particles.log_prior(), particles.log_likelihood()
         assert prior is not None
         joint = prior if likelihood is None else prior + likelihood
@@ -257,8 +255,7 @@ class Annealer:
             beta = joint.new_tensor(self.betas[t])
             return lambda u: self.slope(tuple(u), beta, *u.values(), *batch)
 
-        sites = self.run(self.model, batch, {})
-        layout = Layout.around(counted(sites), self.num_chains, -1 - self.nesting)
+        layout = Layout.around(counted(self.run(self.model, batch, {})), self.num_chains, -1 - self.nesting)
         hmc = HMC(layout, self.event_dims, self.leapfrog_steps)
         u = self.start(batch)
         _, joint, _ = self.ends(batch, u)

@@ -251,9 +251,8 @@ class Resampler:
             self.generator = torch.Generator(log_w.device).manual_seed(seed)
         total = torch.logsumexp(log_w, 0)
         shares = (log_w - total).exp().nan_to_num(1.0)  # all alike where every weight is 0
-        chosen = torch.multinomial(
-            shares.reshape(len(shares), -1).T, self.num_draws, replacement=True, generator=self.generator
-        )
+        by_datum = shares.reshape(len(shares), -1).T
+        chosen = torch.multinomial(by_datum, self.num_draws, replacement=True, generator=self.generator)
         self.log_sum = total if self.log_sum is None else torch.logaddexp(self.log_sum, total)
         share = (total - self.log_sum).exp().nan_to_num(1.0).expand(self.num_draws, *total.shape)
         taken = torch.bernoulli(share, generator=self.generator) == 1

@@ -48,8 +48,7 @@ class Refined(Proposal):
 
     def _pyro_sample(self, msg: Site) -> None:
         if (name := msg["name"]) in self.shifts and not msg["is_observed"]:
-            event_dim = msg["fn"].event_dim
-            moved = AffineTransform(self.shifts[name], self.log_scales[name].exp(), event_dim=event_dim)
+            moved = AffineTransform(self.shifts[name], self.log_scales[name].exp(), event_dim=msg["fn"].event_dim)
             msg["fn"] = TransformedDistribution(msg["fn"], [moved])
 
 
@@ -80,8 +79,7 @@ def inflate(guide: Program, factor: float = 1.2, *, weight: float = 1.0) -> Infl
     Hesterberg (1995), *Weighted average importance sampling and defensive mixture distributions*; Owen (2013), *Monte
     Carlo theory, methods and examples*, chapter 9.
     """
-    weight = in_range("weight", weight, 1e-6, 1.0)
-    return Inflated(guide, in_range("factor", factor, 1e-6), weight)
+    return Inflated(guide, weight=in_range("weight", weight, 1e-6, 1.0), factor=in_range("factor", factor, 1e-6))
 
 
 class Inflated(Proposal):

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pyrovae import data as datasets
 from pyrovae.arguments import in_range, positive_int
@@ -156,17 +155,12 @@ def information(
             if site["fn"].batch_shape != (len(batch[0]),):
                 continue  # shared by the data, or in further plates
             kl = site_kl(particles, name)[0].double().mean(0)
-            info = mutual_information(elementwise(site["fn"]) or site["fn"], site["value"]).reshape(-1)
+            fn, value = elementwise(site["fn"]) or site["fn"], site["value"]
+            own = fn.log_prob(value)
+            # every draw against every datum's density, the draws with an axis of their own in front
+            parts = value.split(max(1, CELLS // own.numel()))
+            mixed = torch.cat([torch.logsumexp(fn.log_prob(part.unsqueeze(1)), 1) for part in parts])
+            info = (own - (mixed - math.log(len(value)))).double().mean(0).reshape(-1)
             kl = kl if kl.shape == info.shape else kl.sum().reshape(1)
             found[name] = Information(kl, info, kl - info)
     return found
-
-
-def mutual_information(fn: Distribution, value: Tensor) -> Tensor:
-    """E log q(z_n | x_n) - log 1/N sum_m q(z_n | x_m), unit by unit, ``[units]``."""
-    number = len(value)
-    own = fn.log_prob(value)
-    rows = max(1, CELLS // own.numel())
-    # Every draw against every datum's density: the draws get an axis of their own in front.
-    mixed = [torch.logsumexp(fn.log_prob(part.unsqueeze(1)), 1) - math.log(number) for part in value.split(rows)]
-    return (own - torch.cat(mixed)).double().mean(0)
