@@ -12,7 +12,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from tests.state import double_precision, interpreting
+from tests.state import counting, double_precision
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,7 +39,11 @@ def known_state(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
-    return interpreting(monkeypatch)
+    from pyrovae.compile import checked
+    from pyrovae.compile import graph as graphs
+
+    monkeypatch.setattr(checked, "capture", graphs.capture_once)
+    return counting(monkeypatch, lambda module: module)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,17 @@ def double_precision(seed: int) -> Iterator[None]:
         pyro.clear_param_store()
 
 
+@contextmanager
+def unwaiting() -> Iterator[None]:
+    """On CUDA, whatever waits for the device is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def refused(error: type[Exception], match: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
     """Expect this call to fail so."""
     with pytest.raises(error, match=match):
@@ -39,15 +50,6 @@ def counting(patch: Any, compiler: Callable[..., Any]) -> list[Any]:
     patch.setattr(inductor, "through_inductor", lambda module: made.append(module) or compiler(module))
     patch.setattr(inductor, "_compiled", type(inductor._compiled)())
     return made
-
-
-def interpreting(patch: Any) -> list[Any]:
-    """Capture graphs once and run them operation by operation; what would be compiled."""
-    from pyrovae.compile import checked
-    from pyrovae.compile import graph as graphs
-
-    patch.setattr(checked, "capture", graphs.capture_once)
-    return counting(patch, lambda module: module)
 
 
 def scrambled(module: torch.nn.Module, std: float = 0.3) -> Any:

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from pyrovae.data import DataError, Images, as_dataset, check_support, load
+from tests.state import unwaiting
 
 REAL = Path(os.environ.get("PYROVAE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
@@ -94,11 +95,8 @@ def test_batch_never_leaves_the_device(grey, binarization):
 def test_cuda_batches_without_sync_and_fixed_to_the_same_bits(grey):
     images = Images(grey, binarization="dynamic")
     there, index = images.to("cuda"), torch.arange(5, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with unwaiting():
         there.batch(index)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(there.fixed(3).x.cpu(), images.fixed(3).x)
 
 

@@ -12,12 +12,13 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.distributions import constraints
 from torch.optim import SGD
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
 from pyrovae.arguments import DataError
 from pyrovae.train.monitor import Monitor
 from tests.pairs import guide_of, model_of
+from tests.training import Rows
 
 pytestmark = pytest.mark.seed(23)
 
@@ -286,21 +287,13 @@ def test_parameters_outside_the_optimizer_stay_and_do_not_count():
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-class Rows(Dataset):
-    def __len__(self):
-        return len(X)
-
-    def __getitem__(self, i):
-        return X[i]
-
-
 SOURCES = {
     "tensor": (X, {}),
     "array": (X.numpy(), {}),
     "Images": (pv.data.Images(X), {}),
     "TensorDataset": (TensorDataset(X), {}),
-    "Dataset": (Rows(), {"num_workers": 0}),
-    "Dataset, worker": (Rows(), {"num_workers": 1}),
+    "Dataset": (Rows(X), {"num_workers": 0}),
+    "Dataset, worker": (Rows(X), {"num_workers": 1}),
     "DataLoader": (DataLoader(TensorDataset(X), batch_size=100, shuffle=True), {}),
     "labelled": ((X, torch.arange(400)), {}),
     "pairs": ((X, X.unsqueeze(1)), {"num_workers": 0}),

@@ -1,6 +1,7 @@
 """Graphs of tensor operations: what they compute, where their noise comes from, and what cannot become one."""
 
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pyro
@@ -24,6 +25,16 @@ X = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).view(4, 3)
 def clean_state():
     with double_precision(7), pyro.validation_enabled(False):
         yield
+
+
+@contextmanager
+def generators_as_they_were():
+    """Torch's, Python's and numpy's."""
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    yield
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()
 
 
 def pair(seed, eager, captured):
@@ -72,11 +83,9 @@ def test_inputs_are_what_is_passed_and_not_what_was_captured():
 
 
 def test_capturing_leaves_every_generator_as_it_was():
-    x, before = X.clone(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
-    capture(lambda: [x + torch.randn_like(x) + F.dropout(x)], [x])
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert random.getstate() == before[1]
-    assert (np.random.get_state()[1] == before[2]).all()
+    x = X.clone()
+    with generators_as_they_were():
+        capture(lambda: [x + torch.randn_like(x) + F.dropout(x)], [x])
 
 
 def test_a_call_draws_new_noise_and_goes_on_with_the_generator():
@@ -357,13 +366,10 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_a_static_graph_would_freeze_is_refused_with_the_reason(what):
     program, reason = REFUSED[what]
-    x, before = X.clone(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
-    with pytest.raises(CannotCompile, match=reason) as caught:
+    x = X.clone()
+    with generators_as_they_were(), pytest.raises(CannotCompile, match=reason) as caught:
         capture(lambda: [program(x)], [x])
     assert "\n" not in str(caught.value)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert random.getstate() == before[1]
-    assert (np.random.get_state()[1] == before[2]).all()
 
 
 ALLOWED = {

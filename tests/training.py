@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import Tensor
+from torch.utils.data import Dataset
 
 import pyrovae as pv
 
@@ -19,6 +21,19 @@ TIMES = ("seconds", "images_per_second")
 def rows(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A history but for what a clock says."""
     return [{k: v for k, v in row.items() if k not in TIMES} for row in history]
+
+
+class Rows(Dataset[Tensor]):
+    """A data set of nobody's kind: rows, one by one."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.x[i]
 
 
 class Killed(BaseException):

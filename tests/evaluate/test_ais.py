@@ -15,7 +15,6 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.evaluate.ais import make_betas
 from tests.pairs import model_of, units
-from tests.state import interpreting
 
 pytestmark = pytest.mark.double(5)
 
@@ -144,8 +143,7 @@ def test_bdmc_bounds_lie_on_their_sides_of_the_truth():
     assert above.mean() > LIMIT * above.std() / len(x) ** 0.5
 
 
-def test_compiled_and_eager_agree(monkeypatch):
-    made = interpreting(monkeypatch)
+def test_compiled_and_eager_agree(interpreted):
     vae = pv.models.VAE((6,), latent_dim=2, hidden=(4,))
     x = torch.rand(5, 6).round()
     eager, compiled = (
@@ -153,7 +151,7 @@ def test_compiled_and_eager_agree(monkeypatch):
     )
     assert (eager.path, compiled.path) == ("eager", "compiled")
     torch.testing.assert_close(eager.log_prob, compiled.log_prob)
-    assert len(made) >= 1
+    assert len(interpreted) >= 1
 
 
 def test_data_sets_come_in_batches_and_agree_with_quadrature():

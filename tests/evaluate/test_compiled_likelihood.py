@@ -1,6 +1,7 @@
 """log p(x) through a compiled graph: the eager estimate, pass by pass, or a warning and the eager path."""
 
 import warnings
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -11,19 +12,19 @@ from torch import nn
 import pyrovae as pv
 from pyrovae.compile import checked
 from pyrovae.compile import graph as graphs
+from tests.pairs import Noisy, guide_of, model_of, units
 
 pytestmark = pytest.mark.double(53)
 
 X = torch.bernoulli(torch.full((25, 6), 0.4), generator=torch.Generator().manual_seed(0)).double()
 
 
-class Modules(nn.Module):
+class Modules(Noisy):
     """With BatchNorm and dropout, both off while evaluating, and a learned prior."""
 
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
-        self.decoder, self.prior = nn.Linear(2, 6), nn.Parameter(torch.randn(2))
+        self.prior = nn.Parameter(torch.randn(2))
         self.encoder[1].running_mean.normal_()
 
     def model(self, x):
@@ -31,32 +32,27 @@ class Modules(nn.Module):
             z = pyro.sample("z", dist.Normal(self.prior, 1.0).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
 
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.encoder(x), 0.9).to_event(1))
+
+def functions():
+    """That close over tensors."""
+    loading, reading = torch.randn(2, 6), torch.randn(6, 2)
+    model = model_of(lambda z: dist.Bernoulli(logits=z @ loading).to_event(1), units(2))
+    return SimpleNamespace(model=model, guide=guide_of(lambda x: dist.Normal(x @ reading, 0.8).to_event(1)))
 
 
-class Plain:
-    """Functions that close over tensors."""
-
-    def __init__(self):
-        self.loading, self.reading = torch.randn(2, 6), torch.randn(6, 2)
-
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=z @ self.loading).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x @ self.reading, 0.8).to_event(1))
+def bits():
+    """Discrete latents."""
+    encoder, decoder = nn.Linear(6, 3), nn.Linear(3, 6)
+    prior = dist.Bernoulli(torch.full((3,), 0.4)).to_event(1)
+    model = model_of(lambda z: dist.Bernoulli(logits=decoder(z)).to_event(1), lambda x: prior)
+    return SimpleNamespace(model=model, guide=guide_of(lambda x: dist.Bernoulli(logits=encoder(x)).to_event(1)))
 
 
 PAIRS = {
     "vae": lambda: pv.models.VAE((6,), latent_dim=2, hidden=(4,)),
     "vae, full": lambda: pv.models.VAE((6,), latent_dim=2, hidden=(), posterior="full"),
     "modules": Modules,
-    "plain": Plain,
+    "plain": functions,
 }
 COLUMNS = ("log_prob", "std_error", "ess", "pareto_k")
 
@@ -106,22 +102,7 @@ def test_so_it_is_through_inductor(pair):
 
 def test_discrete_latents_agree_in_law(interpreted):
     """Their draws are others, of the same law: |z| < 6 for 25 data, false alarm below 1e-7."""
-
-    class Bits(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder, self.decoder = nn.Linear(6, 3), nn.Linear(3, 6)
-
-        def model(self, x):
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Bernoulli(x.new_full((3,), 0.4)).to_event(1))
-                pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
-
-        def guide(self, x):
-            with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
-
-    made = Bits()
+    made = bits()
     eager, compiled = (estimate(made, how, num_samples=3000, chunk_size=1000) for how in (False, True))
     assert compiled.path == "compiled"
     error = (eager.std_error**2 + compiled.std_error**2).sqrt()

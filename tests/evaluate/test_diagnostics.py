@@ -6,11 +6,12 @@ import pytest
 import torch
 from pyro.infer import autoguide
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
 from pyrovae.arguments import DataError
 from tests.pairs import guide_of, model_of
+from tests.training import Rows
 
 pytestmark = pytest.mark.seed(5)
 
@@ -24,20 +25,12 @@ def linear(x, *labels):
         pyro.sample("z", dist.Normal(GAINS * x.unsqueeze(-1) + 3, 0.7).to_event(1))
 
 
-class Plain(Dataset):
-    def __len__(self):
-        return len(X)
-
-    def __getitem__(self, i):
-        return X[i]
-
-
 SOURCES = {
     "tensor": X,
     "tuple": (X, torch.arange(400)),
     "TensorDataset": TensorDataset(X),
-    "Dataset": Plain(),
-    "DataLoader": DataLoader(Plain(), batch_size=37),
+    "Dataset": Rows(X),
+    "DataLoader": DataLoader(Rows(X), batch_size=37),
     "Images": pv.data.Images(X),
 }
 

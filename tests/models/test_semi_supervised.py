@@ -264,10 +264,7 @@ def clusters(number=300):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_three_labels_and_many_images_make_a_classifier(compile, tmp_path, monkeypatch):
-    from tests.state import interpreting
-
-    interpreting(monkeypatch)
+def test_three_labels_and_many_images_make_a_classifier(compile, tmp_path, interpreted):
     x, kind = clusters()
     y = hide_labels(kind, per_class=2)
     m = small(hidden=(16,), classification_weight=5.0).initialise(x)
