@@ -281,7 +281,9 @@ def test_pca_is_fitted_measured_exactly_and_opened_again(run, tmp_path):
     x = pv.data.load("digits").test.x
     assert -pca.log_prob(x).mean().item() == pytest.approx(trained["nll"])
     for extra, says in ((["--epochs", 3], "PCA has no epochs"), (["--objective", "iwae"], "a rule of its own")):
-        assert says in run("train", "pca", *extra, "--run-dir", "q", code=2).err
+        refused = run("train", "pca", *extra, "--run-dir", "q", code=2)
+        assert says in refused.err
+        assert ("PCA on" in refused.out) == ("--epochs" in extra)  # an objective is refused before data are read
 
 
 def test_an_rbm_trains_on_bits(run, tmp_path):

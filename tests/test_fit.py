@@ -1,6 +1,7 @@
 """Training: every kind of pair, data and objective reaches its known optimum, and a step is what it is by hand."""
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -373,3 +374,85 @@ def test_pyros_own_checks_are_made_before_the_first_step(objective):
     with pytest.raises(ValueError, match="Expected parameter scale"):
         pv.fit(model, guide, torch.zeros(20), objective=objective, epochs=1)
     assert scale.item() == -1.0
+
+
+def shared_mean(x):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+    with pyro.plate("data", 300, subsample_size=len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0).to_event(1), obs=x)
+
+
+def mean_guide(x):
+    pyro.sample("mu", dist.Normal(pyro.param("m", torch.zeros(4)), 1.0).to_event(1))
+
+
+def test_a_pair_is_checked_with_the_particles_it_begins_with():
+    options = {"epochs": 1, "batch_size": 10, "compile": False}
+    with pytest.raises(ValueError, match="IWAE with 5 particles cannot subsample"):
+        pv.fit(shared_mean, mean_guide, torch.zeros(30, 4), objective=pv.IWAE(1), particles=(5,), **options)
+    assert pv.fit(shared_mean, mean_guide, torch.zeros(30, 4), objective=pv.IWAE(5), particles=(1,), **options).history
+
+
+@pytest.mark.parametrize("objective", [pv.ELBO(), infer.Trace_ELBO()])
+def test_a_guide_made_for_one_batch_size_trains_without_its_units_being_logged(objective):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.warns(UserWarning, match="KL and active units will not be logged") as caught:
+        result = pv.fit(
+            model, autoguide.AutoNormal(model), torch.zeros(30), objective=objective, epochs=2, batch_size=10
+        )
+    assert [w.filename for w in caught if "active units" in str(w.message)] == [__file__]
+    assert [("kl" in row, "bound" in row) for row in result.history] == [(False, True)] * 2
+
+
+def test_latents_of_sequential_plates_belong_to_their_data(recwarn):
+    def model(x):
+        for i in pyro.plate("data", len(x)):
+            z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    def guide(x):
+        m = pyro.param("m", torch.tensor(0.0))
+        for i in pyro.plate("data", len(x)):
+            pyro.sample(f"z{i}", dist.Normal(m, 1.0))
+
+    pv.fit(model, guide, torch.zeros(10), objective=pv.ELBO(), epochs=1, batch_size=5)
+    assert not [w for w in recwarn if "outside the data plate" in str(w.message)]
+
+
+@pytest.mark.parametrize(("objective", "names"), [(pv.ELBO(), 'model site "z": '), (infer.Trace_ELBO(), "at site 'z'")])
+def test_draws_outside_a_priors_support_are_refused_by_the_sites_name(objective, names):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Exponential(1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(-5.0)), 1.0))
+
+    with warnings.catch_warnings(action="ignore"), pytest.raises(ValueError, match=names):
+        pv.fit(model, guide, torch.zeros(20), objective=objective, epochs=1)
+
+
+def test_replicas_stop_at_an_infinite_loss():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("never", x - math.inf)
+
+    def pair():
+        m = nn.Parameter(torch.tensor(0.0))
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(m * x, 1.0))
+
+        return model, guide
+
+    with pytest.raises(FloatingPointError, match="replica 0 became NaN in epoch 1"):
+        pv.fit_replicas([pair(), pair()], torch.zeros(20), objective=pv.ELBO(), epochs=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -34,9 +35,11 @@ class Task:
     vqvae: models.VQVAE | None  # whose codes the data are
 
     @classmethod
-    def of(cls, job: Settings, *, run: Path | None = None) -> Task:
-        """Read the data and build the pair; no class is taken from ``run``."""
-        parts = Parts.of(job, run=run)
+    def of(cls, job: Settings, *, run: Path | None = None, explicit: Collection[str] = ()) -> Task:
+        """Read the data and build the pair; no class is taken from ``run``, no objective by whom trains by a rule."""
+        parts, name = Parts.of(job, run=run), job.objective
+        if "objective" in explicit and issubclass(parts.model_class, Pair) and parts.model_class.train_on:
+            raise ValueError(f"{job.model} has a rule of its own to train by, got objective {name}: leave it out")
         splits = load_data(job, parts, None)
         source = reopen(Path(job.data.removeprefix(CODES)))[0] if job.data.startswith(CODES) else None
         vqvae = cast(models.VQVAE | None, source)

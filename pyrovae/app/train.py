@@ -33,7 +33,7 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
         job = Settings(**run.config().get("settings", dataclasses.asdict(job)) | given)
     positive_int("samples", job.samples)
     pick_device(job.device)
-    task = Task.of(job, run=folder if resume else None)
+    task = Task.of(job, run=folder if resume else None, explicit=explicit)
     pair, test = task.pair, task.splits.test
     rule, held_out = pair.train_on, task.splits.validation
     method = str(task.parts.objective) if rule is None else "its own rule"
@@ -47,7 +47,7 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
             **task.parts.fit,  # type: ignore[arg-type]
         )  # fmt: skip
     else:
-        result = train_by_rule(rule, task, run, resume, explicit)
+        result = train_by_rule(rule, task, run, resume)
     if run.results():
         out.print(f'the run "{folder}" is finished; its results are in {runs.RESULTS}')
         return
@@ -72,11 +72,9 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
     out.print(f"pictures in {folder}: " + ", ".join(path.name for path in drawn))
 
 
-def train_by_rule(rule: Rule, task: Task, run: runs.Run, resume: bool, explicit: set[str]) -> Fit:
+def train_by_rule(rule: Rule, task: Task, run: runs.Run, resume: bool) -> Fit:
     """Train a pair by its own rule; it is saved in the end, and begins anew if it did not get there."""
     job, pair = task.job, task.pair
-    if "objective" in explicit:
-        raise ValueError(f"{job.model} has a rule of its own to train by, got objective {job.objective}: leave it out")
     if run.exists and not resume:
         raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
     if run.exists and (state := run.state()) is not None and state["finished"]:

@@ -48,6 +48,7 @@ class Checked:
     :param seed: of the noise that both are compared on.
     :param wanted: False for a function that is to run eagerly.
     :param reason: why it cannot be compiled, where that is known beforehand.
+    :param stacklevel: of the warning, for it to name the line of the user.
     """
 
     function: Callable[..., list[Tensor]]
@@ -59,6 +60,7 @@ class Checked:
     seed: int = 0
     wanted: InitVar[bool] = True
     reason: str | None = None
+    stacklevel: int = 4
 
     def __post_init__(self, wanted: bool) -> None:
         self.kind = "compiled" if wanted else "eager"
@@ -71,7 +73,7 @@ class Checked:
                 self.compile(inputs)
             except CannotCompile as error:
                 self.kind = "eager"
-                warnings.warn(f"cannot compile: {error}; running eagerly", stacklevel=4)
+                warnings.warn(f"cannot compile: {error}; running eagerly", stacklevel=self.stacklevel)
         if self.compiled is not None and signature(inputs) == self.signature:
             return self.compiled(*tensors(inputs))
         return self.function(*inputs)

@@ -145,10 +145,10 @@ class Sampler:
         with protected_buffers(), isolated_rng(), PeakBytes() as used:
             refuse_without_density(self.run(batch, 2))
         self.dtype = measure(seen.particles).dtype
-        reason = "a plate is subsampled, and every pass must weigh the same data"
-        whole = not subsampled and seen.layout.oversampling == 1.0
+        part = subsampled or seen.layout.oversampling != 1.0
+        reason = "a plate is subsampled, and every pass must weigh the same data" if part else None
         saved = SAVED * number * self.num_samples * sum(t.numel() for t in state)
-        self.weigh = Checked(self.weights, state, wanted=wanted(compile, saved), reason=None if whole else reason)
+        self.weigh = Checked(self.weights, state, wanted=wanted(compile, saved), reason=reason, stacklevel=6)
         size = chunk_size or fitting_chunk(used.peak / 2, self.memory, batch)
         self.passes = Passes(size, on_halving=self.weigh.forget)
 

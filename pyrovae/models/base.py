@@ -210,14 +210,15 @@ class OwnPair(Pair):
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         self.owner, self.config = owner, {}
-        if isinstance(given := getattr(owner, "config", None), dict):
-            self.num_classes, self.num_attributes = given.get("num_classes"), given.get("num_attributes")
         for program in ("model", "guide"):
             if not callable(getattr(owner, program, None)):
                 raise ValueError(f"{type(owner).__name__} has no .{program}(x): a model class needs .model and .guide")
         # Not by setattr, for which a program that is a module would be a part of this one.
         has = [name for name in ("model", "guide", *OPTIONAL) if hasattr(owner, name)]
         vars(self).update({name: getattr(owner, name) for name in has})
+        if isinstance(given := self.config, dict):  # numbers that the class leaves open
+            self.num_classes = given.get("num_classes") if self.num_classes is None else self.num_classes
+            self.num_attributes = given.get("num_attributes") if self.num_attributes is None else self.num_attributes
 
     @property
     def module(self) -> nn.Module:

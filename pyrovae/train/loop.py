@@ -30,7 +30,7 @@ from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Schedule
 from pyrovae.train.compiled import Compiled, worthwhile
 from pyrovae.train.log import Fit, check_same, describe_objective
-from pyrovae.train.monitor import Monitor, Validation, look_on
+from pyrovae.train.monitor import Monitor, Validation, look_on, warn_unlogged
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup, optimizer_maker
 from pyrovae.train.step import Eager, Gradients, Recorded, Step, on_device
 
@@ -141,7 +141,7 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded) -> list[Fit]:
             with memory_advice(lambda: setup.advice(first.checkpoint)):
                 losses, metrics = run_epoch(epoch, first.feed, step, plan)
             for r, trainee in enumerate(trainees):
-                if math.isnan(losses[r]) or not step.finite(r):
+                if math.isnan(losses[r]) or (not alone and math.isinf(losses[r])) or not step.finite(r):
                     raise FloatingPointError(trainee.blame(epoch + 1, None if alone else r))
                 trainee.add(metrics | step.metrics(r), losses[r].item())
             mean = "" if alone else " on average"
@@ -194,19 +194,22 @@ class Trainee:
         self.setup, self.feed, self.result = setup, feed, Fit()
         seen = look_on(feed, model, guide)
         self.monitor: Monitor | None = None
+        own = setup.plan.at(0)
         try:
             check_pair(seen)
         except Exception as error:  # for instance a latent that only Pyro's enumeration knows; training may go on
-            reason = " ".join(str(error).split())
-            warnings.warn(f"KL and active units will not be logged: {reason}", stacklevel=3)
+            if isinstance(own, Objective):
+                raise
+            warn_unlogged(error, stacklevel=4)
+            seen = look_on(feed, model, guide, validate=False)
         else:
             self.monitor = Monitor(model, guide, seen, feed)
-            if isinstance(setup.plan.current, Objective):
-                setup.plan.current.meet(model, guide, seen)
-        sites = (*counted(seen.guide), *counted(seen.model))
-        plates = [f for site in sites for f in site["cond_indep_stack"]]
-        subsampled = any(f.full_size and f.full_size > f.size for f in plates)
-        if feed.steps != 1 and seen.joint and plates and not subsampled:
+            if isinstance(own, Objective):
+                own.meet(model, guide, seen)
+        stacks = [site["cond_indep_stack"] for site in (*counted(seen.guide), *counted(seen.model))]
+        names = [{frame.name for frame in stack} for stack in stacks]  # of sequential plates too
+        subsampled = any(f.full_size and f.full_size > f.size for stack in stacks for f in stack)
+        if feed.steps != 1 and any(names) and not set.intersection(*names) and not subsampled:
             warnings.warn(
                 "latents outside the data plate are shared by all data, but each batch will count as all of them: pass "
                 'batch_size=len(data), or give the plate its full size, pyro.plate("data", N, subsample_size=...)',

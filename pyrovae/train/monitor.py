@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pyro.infer
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from pyrovae import data as datasets
 from pyrovae.data.feed import Feed
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.particles import Particles, combine
-from pyrovae.engine.probe import Look, look
+from pyrovae.engine.probe import Look, check_pair, look
 from pyrovae.engine.programs import Batch, Program, device_of, eval_mode, roots
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.run import run
@@ -32,9 +34,20 @@ class Monitor:
         watched = None if feed.steps == 1 else min(MONITORED, max(100, (feed.size or 0) // 10))
         self.model, self.guide, self.modules, self.batch = model, guide, seen.modules, feed.first(watched)
         self.size, self.joint = feed.size or len(self.batch[0]), seen.joint
+        # What was seen of a pair holds for its batch; of another size it is looked at when it is first measured.
+        self.known, self.usable = len(self.batch[0]) == len(feed.first()[0]), True
 
     def __call__(self) -> dict[str, object]:
         """What one run shows: :meth:`terms`, ``active_units`` by site, and the pair's own metrics."""
+        if not self.known:
+            self.known = True
+            try:
+                check_pair(look(self.model, self.guide, self.batch))
+            except Exception as error:  # a pair that runs at its own batch size only; training may go on
+                self.usable = False
+                warn_unlogged(error, stacklevel=6)
+        if not self.usable:
+            return {}
         with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
             found = self.terms(run(self.model, self.guide, self.batch, {}, scaled=False))
             means = mean_draws(self.guide, self.batch) if len(self.batch[0]) > 1 else {}
@@ -63,6 +76,11 @@ class Monitor:
         return found if likelihood is None else {"reconstruction": likelihood.mean().item() / held} | found
 
 
+def warn_unlogged(error: Exception, stacklevel: int) -> None:
+    """Say why nothing is logged of the units."""
+    warnings.warn(f"KL and active units will not be logged: {' '.join(str(error).split())}", stacklevel=stacklevel)
+
+
 class Validation:
     """The bound on held-out data, in nats per datum, in eval mode and on the same noise every time."""
 
@@ -82,12 +100,12 @@ class Validation:
         return total / count
 
 
-def look_on(feed: Feed, model: Program, guide: Program) -> Look:
+def look_on(feed: Feed, model: Program, guide: Program, *, validate: bool = True) -> Look:
     """A look at a pair on the first of the data, which are checked against its observed sites."""
     home = device_of(model, guide)
     batch = tuple(a.to(home) if home and isinstance(a, Tensor) else a for a in feed.first())
     try:
-        seen = look(model, guide, batch)
+        seen = look(model, guide, batch, validate=validate)
     except ValueError:  # by Pyro's checks; where the data are at fault, they are told of in plainer words
         check_observed(look(model, guide, batch, validate=False).model, batch, feed)
         raise

@@ -90,10 +90,9 @@ def fit_replicas(
 
     with isolated_rng(setup.seed), ExitStack() as cleanup:
         feed = Feed(data, setup.batch_size, setup.device)
-        trainees = [
-            Trainee(*replica.pair, replica.weighted(objective), setup, feed, maker, replica.kl_factor)
-            for replica, maker in zip(replicas, makers, strict=True)
-        ]
+        trainees = []
+        for replica, maker in zip(replicas, makers, strict=True):  # a loop: its warnings are to name the caller's line
+            trainees.append(Trainee(*replica.pair, replica.weighted(objective), setup, feed, maker, replica.kl_factor))
         anneals = bool(kl_warmup) or any(replica.kl_factor != 1.0 for replica in replicas)
         each = [Compiled(trainee.eager, anneals=anneals) for trainee in trainees]
         gradients = Batched(each, [replica.kl_factor for replica in replicas])

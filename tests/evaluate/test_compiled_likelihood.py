@@ -196,7 +196,9 @@ def warned(made, **options):
         found = pv.log_likelihood(
             made.model, made.guide, X, compile=True, **{"num_samples": 70, "chunk_size": 30, "seed": 3} | options
         )
-    (message,) = [str(w.message) for w in caught if "cannot compile" in str(w.message)]
+    (warning,) = [w for w in caught if "cannot compile" in str(w.message)]
+    message = str(warning.message)
+    assert warning.filename == __file__
     assert found.path == "eager"
     assert message.endswith("; running eagerly")
     return found, message
