@@ -44,7 +44,9 @@ MESSAGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("check", "arguments", "message"), MESSAGES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("check", "arguments", "message"), MESSAGES, ids=lambda value: getattr(value, "__name__", str(value)[:30])
+)
 def test_a_check_states_the_rule_the_value_and_the_fix(check, arguments, message):
     with pytest.raises((ValueError, TypeError)) as caught:
         check(*arguments)

@@ -365,7 +365,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "match"), BAD, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(("options", "error", "match"), BAD, ids=lambda v: getattr(v, "__name__", str(v)[:30]))
 def test_bad_arguments_are_one_clear_error(tmp_path, options, error, match):
     state = torch.get_rng_state()
     with pytest.raises(error, match=match) as caught:
