@@ -41,7 +41,7 @@ INTERRUPTED = 130
 def common(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
 ) -> None:
-    pass
+    """What every command takes; ``main`` reads it before any command runs."""
 
 
 @app.command()
