@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from pyrovae.arguments import in_range, one_of, positive_int, sizes
 from pyrovae.data.feed import as_dataset
+from pyrovae.engine.devices import home_of
 from pyrovae.engine.generate import Redraw, generate, program_of
-from pyrovae.engine.programs import Program, evaluating, roots
+from pyrovae.engine.programs import Batch, Program, evaluating, roots
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import Site
 from pyrovae.engine.unwrap import finite_mean, innermost
@@ -71,7 +73,7 @@ def sample(
     if in_range("temperature", temperature, 0.0) == 0:
         raise ValueError("temperature must be above 0, got 0: pass a small one")
     program = program_of(model)
-    x = blank(program, n, like)
+    x = blank(program, n, like, args, kwargs)
     args = tuple(a.to(x.device) if isinstance(a, Tensor) else a for a in args)
     redraw = Redraw(x, site, temperature)
     parts: list[Tensor] = []
@@ -82,8 +84,8 @@ def sample(
     return torch.cat(parts)[:n]
 
 
-def blank(program: Program, n: int, like: object) -> Tensor:
-    """Zeros ``[n, *event]`` of the dtype and on the device that the model works with."""
+def blank(program: Program, n: int, like: object, args: Batch, kwargs: Mapping[str, object]) -> Tensor:
+    """Zeros ``[n, *event]`` of the dtype and on the device that the model works with; ``args`` and more follow them."""
     modules = roots(program)
     parameter = next((p for m in modules for p in m.parameters() if p.is_floating_point()), None)
     if like is None:
@@ -103,7 +105,8 @@ def blank(program: Program, n: int, like: object) -> Tensor:
         item = next(iter(source)) if isinstance(source, DataLoader) else source[0]
         x = torch.as_tensor(item[0] if isinstance(item, tuple | list) else item)
         example = x[0] if isinstance(source, DataLoader) else x
-    return example.new_zeros((n, *example.shape), device=example.device if parameter is None else parameter.device)
+    x = example.new_zeros((n, *example.shape))
+    return x.to(home_of(program, args=(x, *args), kwargs=kwargs) or x.device)
 
 
 def rows_of(site: Site, returns: str) -> Tensor:

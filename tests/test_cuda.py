@@ -83,6 +83,50 @@ def test_fit_moves_pair_and_data_and_the_likelihoods_agree_with_the_cpu(x):
     assert ((on_cuda.log_prob.cpu() - on_cpu.log_prob).abs() < 6 * error).all()
 
 
+def plain_functions():
+    """A pair that closes over two networks, with numbers for its prior and for its noise."""
+    torch.manual_seed(0)
+    encoder, decoder = torch.nn.Linear(64, 4), torch.nn.Linear(2, 64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z).unflatten(-1, (1, 8, 8)), 0.5).to_event(3), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            mean, log_scale = encoder(x.flatten(1)).chunk(2, -1)
+            pyro.sample("z", dist.Normal(mean, log_scale.exp()).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_plain_functions_move_and_are_found_again(compile, x):
+    model, guide = plain_functions()
+    data = pv.data.Images(x.float())
+    settings = {"objective": pv.ELBO(), "epochs": 2, "device": "cuda", "compile": compile, "validation": data}
+    result = pv.fit(model, guide, data, **settings)
+    assert result.timings["path"] == ("cuda graph" if compile else "eager")
+    assert math.isfinite(result.history[-1]["kl"])
+    for given in (data, data.x):
+        assert pv.log_likelihood(model, guide, given, num_samples=10, compile=compile).log_prob.is_cuda
+        assert pv.sample(model, 3, like=given).is_cuda
+        options = {"num_chains": 2, "num_temperatures": 3, "compile": compile}
+        assert pv.ais_log_likelihood(model, given, **options).log_prob.shape == (20,)
+        assert math.isfinite(pv.posterior_gap(model, guide, given, num_particles=2, num_samples=4).gap)
+
+
+def test_a_step_with_numbers_for_parameters_never_waits(x):
+    model, guide = plain_functions()
+    x = x.float()
+    pv.fit(model, guide, x, objective=pv.ELBO(), epochs=1, device="cuda", compile=False)
+    objective, x = pv.IWAE(4), x.cuda()
+    objective.differentiable_loss(model, guide, x).backward()
+    with unwaiting():
+        objective.differentiable_loss(model, guide, x).backward()
+
+
 def test_the_pair_of_a_cuda_run_loads_on_the_cpu(tmp_path, x):
     vae = pv.models.VAE((1, 8, 8), latent_dim=5, hidden=(32,))
     pv.fit(vae.model, vae.guide, x.float(), objective=pv.ELBO(), epochs=1, device="cuda", run_dir=tmp_path / "run")
@@ -315,19 +359,20 @@ def test_a_run_goes_on_on_another_device(began, ended, compile, tmp_path, digits
 
 
 def test_replicas_learn_as_much_as_alone(digits, tmp_path):
+    """Seeds differ by 0.15 nats in the bound and by 0.1 in the KL, one standard deviation: false alarm 1e-4."""
     pairs, folders = [make_vae(seed) for seed in range(3)], [tmp_path / str(r) for r in range(3)]
     settings = {"objective": pv.IWAE(3), "epochs": 20, "batch_size": BATCH, "device": "cuda"}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "cannot")
         results = pv.fit_replicas(
-            pairs, digits, lr=[3e-3, 0.0, 3e-3], kl_weight=[1.0, 1.0, 50.0], run_dirs=folders, **settings
+            pairs, digits, lr=[3e-3, 0.0, 3e-3], kl_weight=[1.0, 1.0, 10.0], run_dirs=folders, **settings
         )
     alone = fitted(make_vae(), digits, compile=False)
     assert [r.timings["path"] for r in results] == ["replicas"] * 3
     assert last_bound(results[0]) == pytest.approx(last_bound(alone), abs=1.0)
     assert all(torch.equal(p.cpu(), q) for p, q in zip(pairs[1].parameters(), make_vae(1).parameters(), strict=True))
     assert len({row["bound"] for row in results[1].history}) == 20  # new noise, new bits, even where nothing learns
-    heavy = fitted(make_vae(2), digits, objective=pv.IWAE(3, kl_weight=50.0), compile=False)
+    heavy = fitted(make_vae(2), digits, objective=pv.IWAE(3, kl_weight=10.0), compile=False)
     for key in ("bound", "kl"):
         assert last_bound(results[2], key) == pytest.approx(last_bound(heavy, key), abs=1.0 if key == "bound" else 0.4)
     assert last_bound(results[2], "kl") < 0.85 * last_bound(results[0], "kl")

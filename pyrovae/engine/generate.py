@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrovae.engine.devices import beside
 from pyrovae.engine.programs import Batch, Program
 from pyrovae.engine.sites import Record, Site, Sites, counts, observed, quoted
 from pyrovae.engine.unwrap import point_mass
@@ -82,7 +83,7 @@ TEMPERED: dict[type, Callable[[Any, float], Any]] = {
 
 def generate(program: Program, args: Batch, kwargs: Mapping[str, object], redraw: Redraw) -> tuple[Sites, Site]:
     """One run of the model, its data drawn: its sites, and the one that drew them (or that ``redraw`` names)."""
-    with Record() as record, redraw:
+    with beside(args, kwargs), Record() as record, redraw:
         program(*args, **kwargs)
     if redraw.site is None:
         redraw.site = observing_site(record.sites, redraw.names)

@@ -20,6 +20,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyrovae.arguments import positive_int
+from pyrovae.engine.devices import beside
 from pyrovae.engine.particles import Particles, measure
 from pyrovae.engine.probe import check_fold, checked_look
 from pyrovae.engine.programs import Batch, Program, protected_buffers
@@ -81,7 +82,7 @@ def run(
         particle_dim = -1 - nesting
 
     def execute(program: Program, record: Record) -> Sites:
-        with record:
+        with beside(args, kwargs), record:
             if particle_dim is None:
                 program(*args, **kwargs)
             else:

@@ -16,6 +16,7 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyrovae.engine.devices import beside
 from pyrovae.engine.programs import Batch, Program
 from pyrovae.engine.unwrap import point_mass
 
@@ -67,7 +68,7 @@ def record(
     program: Program, args: Batch, kwargs: Mapping[str, object], values: Mapping[str, Tensor] | None = None
 ) -> Sites:
     """Run a program once, on these values of latent sites where they are given; its sites."""
-    with Record(values) as run:
+    with beside(args, kwargs), Record(values) as run:
         program(*args, **kwargs)
     return run.sites
 

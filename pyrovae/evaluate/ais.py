@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pyrovae.arguments import in_range, one_of, positive_int, rising_betas
 from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
+from pyrovae.engine.devices import beside
 from pyrovae.engine.generate import Redraw, generate, program_of
 from pyrovae.engine.particles import Layout, Particles
 from pyrovae.engine.probe import look
-from pyrovae.engine.programs import Batch, Program, device_of
+from pyrovae.engine.programs import Batch, Program
 from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, counted, latent, quoted
 from pyrovae.engine.unwrap import is_masked, point_mass, unconstrained
 from pyrovae.engine.weights import Sums
@@ -86,7 +87,7 @@ def ais_log_likelihood(
     batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
     program = program_of(model)
     programs = (program, guide) if guide else (program,)
-    data = Batches(args, batch_size, seed=seed, device=device_of(program), title="AIS", progress=progress)
+    data = Batches(args, batch_size, of=programs, kwargs=kwargs, seed=seed, title="AIS", progress=progress)
     parts: list[tuple[Tensor, Tensor]] = []
     with measuring(*programs, seed=seed), data.bar:
         for batch in data:
@@ -139,7 +140,7 @@ def bdmc(
     annealer = Annealer(num_chains, num_temperatures, leapfrog_steps, schedule, target_acceptance, compile)
     program = program_of(model)
     with measuring(program, seed=seed):
-        redraw = Redraw(blank(program, positive_int("n", n), like))
+        redraw = Redraw(blank(program, positive_int("n", n), like, args, kwargs))
         simulated, data = generate(program, (redraw.x, *args), kwargs, redraw)
         batch = (data["value"], *args)
         truth = {name: site["value"] for name, site in latent(simulated).items() if name != redraw.site}
@@ -209,7 +210,7 @@ class Annealer:
     def run(self, program: Program, batch: Batch, values: State) -> Sites:
         """The sites of a program with all chains at these latents, or at fresh ones."""
         plate = ParticlePlate(PARTICLE_PLATE, self.num_chains, dim=-1 - self.nesting)
-        with pyro.validation_enabled(False), Record(values) as record, plate:
+        with pyro.validation_enabled(False), beside(batch, self.kwargs), Record(values) as record, plate:
             program(*batch, **self.kwargs)
         return record.sites
 

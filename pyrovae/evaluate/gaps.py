@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import positive_int
-from pyrovae.engine.programs import Program, device_of, graph_leaves, protected_buffers
+from pyrovae.engine.programs import Program, graph_leaves, protected_buffers
 from pyrovae.engine.run import log_weights
 from pyrovae.engine.sites import Sites, counted, latent, log_prob, record
 from pyrovae.engine.weights import log_mean_exp
@@ -89,7 +89,7 @@ def posterior_gap(
     num_samples = positive_int("num_samples", num_samples, minimum=num_particles)
     sizes = [min(num_particles, num_samples - begun) for begun in range(0, num_samples, num_particles)]
     sums, number = torch.zeros(4, dtype=torch.float64), 0
-    data = Batches(args, batch_size, seed=seed, device=device_of(model, guide))
+    data = Batches(args, batch_size, of=(model, guide), kwargs=kwargs, seed=seed)
     with measuring(model, guide, seed=seed):
         for batch in data:
             groups = [log_weights(model, guide, *batch, num_particles=k, **kwargs).double() for k in sizes]

@@ -15,7 +15,7 @@ from pyrovae.arguments import positive_int
 from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look, check_fold, checked_look
-from pyrovae.engine.programs import Batch, Program, device_of, protected_buffers
+from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.run import measure, run
 from pyrovae.engine.sites import Site, frames, latent
@@ -92,7 +92,8 @@ def log_likelihood(
     refine_steps = positive_int("refine_steps", refine_steps, minimum=0)
     num_draws = positive_int("num_draws", num_draws, minimum=0)
     check_compile(compile)
-    data = Batches(args, batch_size, seed=seed, device=device_of(model, guide), title="log p(x)", progress=progress)
+    pair = model, guide
+    data = Batches(args, batch_size, of=pair, kwargs=kwargs, seed=seed, title="log p(x)", progress=progress)
     sampler = Sampler(model, guide, kwargs, num_samples, fold_particles, memory)
     results: list[tuple[Tensor, ...]] = []
     with measuring(model, guide, seed=seed), data.bar:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.compile.precision import full_float32
+from pyrovae.data.feed import as_batch
+from pyrovae.engine.devices import batch_device, home_of
 from pyrovae.engine.programs import Batch, Program, evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.progress import ProgressBar
@@ -26,7 +28,8 @@ def measuring(*programs: Program, seed: int | None) -> Iterator[None]:
 class Batches:
     """What an evaluation passes to the programs, batch by batch and in order, with a ``bar`` of the progress.
 
-    :param args: as :func:`pyrovae.data.batches` takes them, with ``batch_size``, ``seed`` and ``device``.
+    :param args: as :func:`pyrovae.data.batches` takes them, with ``batch_size`` and ``seed``; the batches go where the
+        parameters of the programs ``of`` live, which take them and ``kwargs``.
     :param title: of the bar, which is shown as ``progress`` says.
     :raises DataError: at the end, where there was no batch.
     """
@@ -36,20 +39,25 @@ class Batches:
         args: Sequence[object],
         batch_size: int | None = None,
         *,
+        of: Sequence[Program],
+        kwargs: Mapping[str, object] | None = None,
         seed: int | None = None,
-        device: torch.device | None = None,
         title: str = "",
         progress: bool | None = False,
     ) -> None:
-        self.args, self.batch_size, self.seed, self.device = args, batch_size, seed or 0, device
+        self.args, self.batch_size, self.of, self.kwargs, self.seed = args, batch_size, of, kwargs, seed or 0
         self.total = len(args[0]) if len(args) == 1 and isinstance(args[0], datasets.Images) else None
         self.done = 0
         self.bar = ProgressBar(title, self.total, progress)
 
     def __iter__(self) -> Iterator[Batch]:
-        batch = None
-        for batch in datasets.batches(self.args, self.batch_size, seed=self.seed, device=self.device):
-            yield batch
+        batch, home = None, None
+        for batch in datasets.batches(self.args, self.batch_size, seed=self.seed):
+            if not self.done:
+                home = home_of(*self.of, args=batch, kwargs=self.kwargs)
+                if isinstance(self.args[0], Tensor) and batch_device(batch, {}) == home:
+                    home = None  # what one passes as tensors beside the pair's may well be on the CPU
+            yield as_batch(batch, home)
             self.done += rows(batch)
             self.bar.update(self.done, "data")
         if batch is None:

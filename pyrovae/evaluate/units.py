@@ -12,7 +12,7 @@ from torch import Tensor
 from pyrovae import data as datasets
 from pyrovae.arguments import in_range, positive_int
 from pyrovae.engine.kl import site_kl
-from pyrovae.engine.programs import Batch, Program, device_of
+from pyrovae.engine.programs import Batch, Program
 from pyrovae.engine.run import run
 from pyrovae.engine.sites import frames, latent, record
 from pyrovae.engine.unwrap import elementwise, finite_mean, point_mass
@@ -66,7 +66,7 @@ def active_units(
     Burda, Grosse, Salakhutdinov (2016), *Importance weighted autoencoders*, section 5.2.
     """
     threshold, samples = in_range("threshold", threshold, 0.0), positive_int("samples", samples)
-    batches = Batches((datasets.as_dataset(data),), batch_size, device=device_of(guide))
+    batches = Batches((datasets.as_dataset(data),), batch_size, of=(guide,))
     means: dict[str, list[Tensor]] = {}
     noise: dict[str, Tensor] = {}
     size = 0
@@ -145,8 +145,8 @@ def information(
     """
     num_data = positive_int("num_data", num_data, minimum=2)
     with measuring(model, guide, seed=seed):
-        batch = next(iter(datasets.batches(args, num_data, seed=seed, device=device_of(model, guide))), None)
-        if batch is None or len(batch[0]) < 2:
+        batch = next(iter(Batches(args, num_data, of=(model, guide), kwargs=kwargs, seed=seed)))
+        if len(batch[0]) < 2:
             raise datasets.DataError("information over data needs two of them at least: pass more")
         particles = run(model, guide, batch, kwargs, scaled=False)
         found = {}

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from pyrovae import data as datasets
-from pyrovae.data.feed import Feed
+from pyrovae.data.feed import Feed, as_batch
+from pyrovae.engine.devices import beside, home_of
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.particles import Particles, combine
 from pyrovae.engine.probe import Look, check_pair, look
-from pyrovae.engine.programs import Batch, Program, device_of, eval_mode, roots
+from pyrovae.engine.programs import Batch, Program, eval_mode, roots
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.run import run
 from pyrovae.engine.sites import Sites, counts, latent
@@ -94,7 +95,8 @@ class Validation:
         total = count = 0.0
         with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
             for batch in datasets.batches((data,), self.feed.batch_size, device=self.feed.device):
-                loss = first_loss(self.objective.loss(self.model, self.guide, *batch))  # type: ignore[attr-defined]
+                with beside(batch):
+                    loss = first_loss(self.objective.loss(self.model, self.guide, *batch))  # type: ignore[attr-defined]
                 total -= loss / (self.full_size or len(batch[0])) * len(batch[0])
                 count += len(batch[0])
         return total / count
@@ -102,8 +104,8 @@ class Validation:
 
 def look_on(feed: Feed, model: Program, guide: Program, *, validate: bool = True) -> Look:
     """A look at a pair on the first of the data, which are checked against its observed sites."""
-    home = device_of(model, guide)
-    batch = tuple(a.to(home) if home and isinstance(a, Tensor) else a for a in feed.first())
+    batch = feed.first()
+    batch = as_batch(batch, home_of(guide, model, args=batch))
     try:
         seen = look(model, guide, batch, validate=validate)
     except ValueError:  # by Pyro's checks; where the data are at fault, they are told of in plainer words

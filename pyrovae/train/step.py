@@ -18,6 +18,7 @@ from pyrovae.compile.precision import networks_in
 from pyrovae.compile.recording import Recording, capturable
 from pyrovae.data.feed import Feed, as_batch
 from pyrovae.data.images import Images
+from pyrovae.engine.devices import beside
 from pyrovae.engine.probe import Look, PairState
 from pyrovae.engine.programs import Batch, Program
 
@@ -69,7 +70,7 @@ class Eager:
             loss.backward()
             return loss.detach()
         size, loss_and_grads = self.size(batch), objective.loss_and_grads  # type: ignore[attr-defined]
-        with networks_in(self.precision):
+        with networks_in(self.precision), beside(batch):
             found = first_loss(loss_and_grads(self.announced, self.guide, *batch))
         torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], size)
         return found / size
@@ -79,7 +80,7 @@ class Eager:
 
     def loss(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor:
         """The loss per datum, to be differentiated."""
-        with networks_in(self.precision):
+        with networks_in(self.precision), beside(batch):
             loss = objective.differentiable_loss(self.model, self.guide, *batch)  # type: ignore[attr-defined]
             return loss / self.size(batch)
 
