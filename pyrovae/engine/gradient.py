@@ -102,7 +102,7 @@ def along_live_copies(particles: Particles, log_p: Tensor, weights: ParticleWeig
     """
     ratio = ratio_of(weights.path, weights.model)
     for name, copied in particles.copies.items():
-        at_site = particles.layout.spread(ratio, particles.guide[name]["fn"].event_dim)
+        at_site = particles.layout.spread(ratio, particles.guide[name]["fn"].event_dim).to(copied.dtype)
         copied.register_hook(partial(mul, at_site))
     return dot(weights.model, log_p, alive)
 

@@ -1,14 +1,19 @@
-r"""KL divergence of one latent site, unit by unit, in closed form where it is known."""
+"""KL divergence of one latent site, unit by unit, in closed form where that is right and registered."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence, register_kl
+from typing import NamedTuple, TypeVar
 
-from pyrovae.engine.particles import Particles
-from pyrovae.engine.sites import masked
-from pyrovae.engine.unwrap import elementwise, unmasked
+import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from torch import Tensor
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, kl_divergence, register_kl
+
+from pyrovae.engine.particles import Particles, Role
+from pyrovae.engine.sites import Site, Weight, latent, masked, same
+from pyrovae.engine.unwrap import elementwise, is_masked, layers, point_mass
+
+OfSite = TypeVar("OfSite", Tensor | bool, Weight)  # a mask or a scale
 
 
 @register_kl(MultivariateNormal, Independent)
@@ -23,30 +28,79 @@ def _kl_mvn_independent(p: MultivariateNormal, q: Independent) -> Tensor:
     return log_det + 0.5 * (trace + distance - p.event_shape[0])
 
 
-def unit_kl(q: torch.distributions.Distribution, p: torch.distributions.Distribution, z: Tensor) -> Tensor:
-    r"""KL(q || p) of one site given its parents, ``[*batch, units]`` in nats.
+class Side(NamedTuple):
+    """What one program says of a site's units, ``[*batch, *units]``: their law, where it counts, and how much."""
 
-    A unit is one element of the event where both distributions are independent over it, else the whole site. Where no
-    closed form is registered, the one-sample estimate :math:`\log q(z) - \log p(z)` stands in for it.
-    """
-    q, p = unmasked(q), unmasked(p)
-    event_dim = len(q.event_shape)
-    inner_q, inner_p = elementwise(q), elementwise(p)
-    if inner_q is not None and inner_p is not None:
-        q, p = inner_q, inner_p
-    try:
-        kl = kl_divergence(q, p)
-    except NotImplementedError:
-        kl = q.log_prob(z) - p.log_prob(z)
-    batch_dim = z.dim() - event_dim
-    return kl.flatten(batch_dim) if kl.dim() > batch_dim else kl.unsqueeze(-1)
+    fn: Distribution
+    mask: Tensor | bool
+    weight: Weight
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """As it enters the log-weights, unit by unit."""
+        return masked(self.fn.log_prob(z) * self.weight, self.mask)
 
 
 def site_kl(particles: Particles, name: str) -> Tensor:
-    """KL of the latent site ``name`` in a run of the pair, ``[K, *plates, units]`` in nats."""
-    q, p = particles.guide[name], particles.model[name]
-    mask, tempering = q["mask"], particles.tempering.get(("guide", name), 1.0)
-    kl = masked(unit_kl(q["fn"], p["fn"], q["value"]), mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask)
-    kl = kl * (tempering.unsqueeze(-1) if isinstance(tempering, Tensor) and tempering.dim() else tempering)
+    r"""KL of the latent site ``name`` in a run of the pair, ``[K, *plates, units]`` in nats.
+
+    A unit is one element of the event where both distributions are independent over it, else the whole site. Given
+    what the guide drew before the site, the mean of :math:`\log q(z) - \log p(z)` is KL(q || p), which stands in its
+    place where it is registered and p's factor hangs on nothing that the guide draws later.
+    """
+    site = particles.guide[name]
+    q, p = sides(particles, name)
+    kl = closed_form(q.fn, p.fn) if parents_first(particles, name) and same(q.weight, p.weight) else None
+    if kl is not None:
+        kl = masked(kl * q.weight, q.mask)
+    if kl is None or q.mask is not p.mask:
+        drawn = q.log_prob(site["value"]) - p.log_prob(site["value"])
+        both = q.mask & p.mask
+        kl = torch.where(both, kl, drawn) if kl is not None and isinstance(both, Tensor) else drawn
+    batch_dim = site["value"].dim() - site["fn"].event_dim
+    kl = kl.flatten(batch_dim) if kl.dim() > batch_dim else kl.unsqueeze(-1)
     layout = particles.layout
     return torch.vmap(lambda unit: layout.expand(layout.reduce(unit)), in_dims=-1, out_dims=-1)(kl)
+
+
+def is_divergence(particles: Particles, name: str) -> bool:
+    """Whether guide and model mask and scale a site alike; else its cost is no divergence, and may be negative."""
+    q, p = sides(particles, name)
+    return same(q.weight, p.weight) and same(q.mask, p.mask)
+
+
+def parents_first(particles: Particles, name: str) -> bool:
+    """Whether the guide draws, before a site, all latents that the model draws before it: its parents are of these."""
+    model, guide = (list(latent(run)) for run in (particles.model, particles.guide))
+    return set(model[: model.index(name)]) <= set(guide[: guide.index(name)])
+
+
+def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
+    """KL(q || p), if it is registered; a Delta's lacks its log_density, and masks inside of an event may differ."""
+    if point_mass(q) is not None or is_masked(q) or is_masked(p):
+        return None
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+
+
+def sides(particles: Particles, name: str) -> tuple[Side, Side]:
+    """Guide's and model's part in the KL of a site."""
+    q, p = particles.guide[name], particles.model[name]
+    apart = elementwise(q["fn"]) is not None and elementwise(p["fn"]) is not None
+
+    def side(role: Role, site: Site) -> Side:
+        fn, mask = site["fn"], True if site["mask"] is None else aligned(site["mask"], site["fn"].event_dim * apart)
+        for fn in layers(site["fn"]):
+            if isinstance(fn, MaskedDistribution):
+                mask = mask & aligned(fn._mask, fn.event_dim * apart)
+            elif not (apart and isinstance(fn, Independent)):
+                break
+        return Side(fn, mask, aligned(particles.tempering.get((role, name), 1.0), site["fn"].event_dim * apart))
+
+    return side("guide", q), side("model", p)
+
+
+def aligned(of_site: OfSite, units_dim: int) -> OfSite:
+    """A mask or scale of the batch, with axes of size 1 for the units to its right."""
+    return of_site.reshape(*of_site.shape, *[1] * units_dim) if isinstance(of_site, Tensor) else of_site

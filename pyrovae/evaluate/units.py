@@ -2,7 +2,6 @@ r"""What each latent unit carries: active units of any guide, KL, mutual informa
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.arguments import in_range, positive_int
-from pyrovae.engine.kl import site_kl
+from pyrovae.engine.kl import sides, site_kl
 from pyrovae.engine.programs import Batch, Program
 from pyrovae.engine.run import run
-from pyrovae.engine.sites import frames, latent, record
-from pyrovae.engine.unwrap import elementwise, finite_mean, point_mass
+from pyrovae.engine.sites import frames, latent, masked, record
+from pyrovae.engine.unwrap import finite_mean, point_mass
 from pyrovae.evaluate.measuring import Batches, RunningMean, measuring
 
 DRAWS = 64  # where a site's mean is not known in closed form
@@ -154,13 +153,19 @@ def information(
             site = particles.guide[name]
             if site["fn"].batch_shape != (len(batch[0]),):
                 continue  # shared by the data, or in further plates
-            kl = site_kl(particles, name)[0].double().mean(0)
-            fn, value = elementwise(site["fn"]) or site["fn"], site["value"]
+            if point_mass(site["fn"]) is not None:
+                raise ValueError(
+                    f'information needs a density at each datum, but guide site "{name}" is a point mass, of which '
+                    "any draw says all: take a guide that draws the site itself"
+                )
+            fn, mask, _ = sides(particles, name)[0]
+            kl, value = site_kl(particles, name)[0].double().mean(0), site["value"]
             own = fn.log_prob(value)
+            counted = torch.as_tensor(mask, device=own.device).expand_as(own)
+            share = (counted / counted.sum(0)).log()  # of each datum in the aggregate
             # every draw against every datum's density, the draws with an axis of their own in front
             parts = value.split(max(1, CELLS // own.numel()))
-            mixed = torch.cat([torch.logsumexp(fn.log_prob(part.unsqueeze(1)), 1) for part in parts])
-            info = (own - (mixed - math.log(len(value)))).double().mean(0).reshape(-1)
-            kl = kl if kl.shape == info.shape else kl.sum().reshape(1)
+            mixed = torch.cat([torch.logsumexp(fn.log_prob(part.unsqueeze(1)) + share, 1) for part in parts])
+            info = masked(own - mixed, counted).double().mean(0).reshape(-1)
             found[name] = Information(kl, info, kl - info)
     return found

@@ -139,7 +139,7 @@ class Objective(Configured, RunObjective):
 
     def followed_weights(self, log_w: Tensor, particles: Particles, needs: Needs) -> tuple[Tensor, ParticleWeights]:
         """The bound, and what the gradient follows: the coefficients, tiny ones dropped, times the common scale."""
-        kl_weight = self.kl_weight * particles.guide_tempering[0] if particles.tempering else self.kl_weight
+        kl_weight = self.kl_weight * next(iter(particles.guide_tempering), 1.0)
         if self.has_own_weights:
             bound, weights = self.bound(log_w), self.weights(log_w)
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import in_range
-from pyrovae.engine.kl import site_kl
+from pyrovae.engine.kl import is_divergence, site_kl
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
 from pyrovae.engine.sites import latent
@@ -30,13 +30,15 @@ class ELBO(Objective):
     .. math:: \text{loss} = -\sum_b \mathbb E \log p(x_b \mid z) + B\, b \sum_u \max\big(\lambda,\;
         \tfrac1B \textstyle\sum_b \mathrm{KL}_{bu}\big)
 
-    with the KL of each unit (one element of an independent event, else the site) in closed form given its parents where
-    one is registered, else by its samples. That is no function of log-weights: :meth:`bound` refuses.
+    with the KL of each unit (one element of an independent event, else the site) in closed form given its parents,
+    where one is registered and the guide draws all latents before the site that the model draws before it, else by its
+    samples. That is no function of log-weights: :meth:`bound` refuses.
 
     >>> ELBO(num_particles=2).bound(torch.tensor([[0.0], [-2.0]]))
     tensor([-1.])
 
-    :raises ValueError: if free_bits is negative, or joined with a gradient other than "total".
+    :raises ValueError: if free_bits is negative, or joined with a gradient other than "total"; at the first call, for
+        sites without a KL.
 
     Kingma and Welling (2014), *Auto-encoding variational Bayes*; Kingma et al. (2016), *Improved variational inference
     with inverse autoregressive flow* (free bits).
@@ -69,6 +71,12 @@ class ELBO(Objective):
                 raise ValueError(
                     f'free_bits needs a KL for each unit, but guide site "{name}" is a {type(inner).__name__}, '
                     "which has none: sample it from a density, or pass free_bits=0"
+                )
+        for name in latent(seen.model) if self.free_bits else ():
+            if not is_divergence(seen.particles, name):
+                raise ValueError(
+                    f'free_bits needs a KL for each unit, but site "{name}" is masked or scaled in one program '
+                    "otherwise than in the other, so that it has none: treat it alike in both, or pass free_bits=0"
                 )
 
     def free_bits_loss(self, particles: Particles) -> Tensor:

@@ -86,3 +86,58 @@ def test_every_layer_of_a_hierarchy_and_data_sets():
 def test_errors():
     with pytest.raises(pv.data.DataError, match="two of them at least"):
         pv.information(model, guide, torch.randn(1))
+    with pytest.raises(ValueError, match='guide site "z" is a point mass'):
+        pv.information(model, guide_of(lambda x: dist.Delta(torch.stack([x] * 3, -1)).to_event(1)), torch.randn(9))
+
+
+def test_the_kl_of_a_layer_drawn_before_its_prior_s_parent_is_exact_in_the_mean():
+    """z2 ~ N(0, 1), z1 ~ N(z2, .5^2); the guide climbs: z1 ~ N(.4 x, .6^2), z2 ~ N(.7 z1, .8^2)."""
+    x = torch.randn(1500)
+
+    def two_layers(x):
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(0.0, 1.0))
+            z1 = pyro.sample("z1", dist.Normal(z2, 0.5))
+            pyro.sample("x", dist.Normal(z1, 1.0), obs=x)
+
+    def bottom_up(x):
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(0.4 * x, 0.6))
+            pyro.sample("z2", dist.Normal(0.7 * z1, 0.8))
+
+    found = pv.information(two_layers, bottom_up, x, num_data=len(x))
+    second = (0.4 * x).square() + 0.6**2  # of z1, given x
+    apart = 0.3**2 * second + 0.8**2  # E (z1 - z2)^2
+    z1 = math.log(0.5 / 0.6) - 0.5 + apart / (2 * 0.5**2)
+    z2 = -math.log(0.8) - 0.5 + 0.5 * (0.7**2 * second + 0.8**2)
+    assert found["z1"].kl.item() == pytest.approx(z1.mean().item(), abs=5 * 2.5 / len(x) ** 0.5)
+    assert found["z2"].kl.item() == pytest.approx(z2.mean().item(), abs=5 * 0.4 / len(x) ** 0.5)
+
+
+@pytest.mark.parametrize("how", ["handler", "distribution"])
+def test_data_at_which_a_site_is_masked_carry_nothing_and_are_no_part_of_its_aggregate(how):
+    x, seen = torch.randn(300), torch.arange(300) % 3 > 0
+
+    def masked(program, fn):
+        def run(x):
+            kept = torch.arange(len(x)) % 3 > 0
+            with pyro.plate("data", len(x)):
+                with pyro.poutine.mask(mask=kept if how == "handler" else True):
+                    z = pyro.sample("z", fn(x) if how == "handler" else fn(x).mask(kept))
+                if program == "model":
+                    pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+        return run
+
+    pair = masked("model", lambda x: dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1)), masked("guide", reading)
+    found = pv.information(*pair, x, num_data=300)["z"]
+    q = dist.Normal(reading(x[seen]).base_dist.loc, 0.4)
+    torch.testing.assert_close(
+        found.kl, torch.distributions.kl_divergence(q, dist.Normal(0.0, 1.0)).mean(0) * seen.float().mean()
+    )
+    assert 0 < found.mutual_information[0] < seen.float().mean() * math.log(200)
+    assert found.mutual_information[1].abs() < 1e-9  # of a constant posterior, however many are masked
+
+
+def reading(x):
+    return dist.Normal(torch.stack([2 * x, 0 * x], -1), 0.4).to_event(1)

@@ -97,6 +97,9 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "ELBO: free bits not per datum": [
         ("self.kl_weight * paid * (torch.ones_like(data) * particles.scale).sum()", "self.kl_weight * paid")
     ],
+    "KL: closed form whatever the guide draws later": [("parents_first(particles, name) and same", "same")],
+    "KL: masks of distributions ignored": [("mask = mask & aligned(fn._mask, fn.event_dim * apart)", "pass")],
+    "KL: the guide's masks are the model's": [("if kl is None or q.mask is not p.mask", "if kl is None")],
     # what is reported
     "reported: sum of wn * log w": [
         (VALUE, "-((torch.softmax(log_w, 0) * log_w).sum(0).detach() * particles.scale).sum() - (ascent")
@@ -187,6 +190,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         )
     ],
     "common scale ignored": [("return per_datum(first, layout), {}", "return 1.0, {}")],
+    "the guide's tempering not in dreg": [("next(iter(particles.guide_tempering), 1.0)", "1.0")],
     "tempering outside of the bound": [("lp = lp * self.tempering[role, name]", "pass")],
     # dead particles, state
     "a hopeless datum has a gradient": [

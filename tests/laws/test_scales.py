@@ -116,3 +116,39 @@ def test_dreg_refuses_latents_tempered_differently():
     with pytest.raises(ValueError, match='"y"'):
         pv.IWAE(3, gradient="dreg").differentiable_loss(model, guide, X)
     pv.IWAE(3).differentiable_loss(model, guide, X)
+
+
+@pytest.mark.parametrize("objective", [pv.ELBO(2), pv.IWAE(3), pv.IWAE(3, gradient="dreg"), pv.RWS(3)], ids=repr)
+def test_two_scales_without_latents_are_the_weighted_likelihood(objective):
+    w = torch.tensor(0.3, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=2.0):
+                pyro.sample("x", normal(w), obs=x[:, 0])
+            pyro.sample("y", normal(2 * w), obs=x[:, 1])
+
+    loss, grads = seeded_loss(objective, model, lambda x: None, X, params=[w])
+    by_hand = -(2 * normal(w).log_prob(X[:, 0]) + normal(2 * w).log_prob(X[:, 1])).sum()
+    assert loss == pytest.approx(by_hand.item())
+    torch.testing.assert_close(grads, torch.autograd.grad(by_hand, [w]))
+
+
+@pytest.mark.parametrize("make", [pv.ELBO, pv.IWAE, pv.PIWAE, pv.CIWAE, pv.Renyi])
+@pytest.mark.parametrize("gradient", ["total", "stl", "dreg"])
+def test_a_guide_of_another_precision_than_the_data_has_the_same_gradient(make, gradient):
+    w = torch.tensor(0.5, dtype=torch.float32, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(torch.zeros(len(x), dtype=torch.float32)))
+            pyro.sample("x", normal(z, 0.7), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", normal(w * x.float(), 0.8))
+
+    objective = make(num_particles=3, gradient=gradient)
+    found, same = (seeded_loss(objective, model, guide, x, params=[w]) for x in (X[:, 0], X[:, 0].float()))
+    assert found[0] == pytest.approx(same[0], rel=1e-5)
+    torch.testing.assert_close(found[1], same[1], rtol=1e-4, atol=1e-5)
