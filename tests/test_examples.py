@@ -202,6 +202,14 @@ def deep(out):
     assert (rows[:, 0] < math.log2(17)).all()  # the digits have 17 levels of grey
 
 
+def tables(out):
+    rows = figures(out, r"digits, (\d) layers?, .*NLL (\S+) ± (\S+), (\d+)(?: \+ \d+)? active units, (\d) epochs")
+    assert re.findall(r"\w+, k = \d+", out) == 2 * ["VAE, k = 1", "VAE, k = 5", "IWAE, k = 5"]
+    assert rows[:, 0].tolist() == [1, 1, 1, 2, 2, 2]
+    assert (rows[:3, 1] < COIN).all()  # two layers need more than one epoch
+    assert (rows[:, 3] <= 50 * rows[:, 0]).all()
+
+
 SMALL = ["--epochs", "1", "--samples", "10"]
 DRAWN = ["--output", "{tmp}"]
 EXAMPLES = [  # what is run, with which arguments, and who checks what it prints; files go to {tmp}
@@ -220,6 +228,7 @@ EXAMPLES = [  # what is run, with which arguments, and who checks what it prints
     (agreement, ["--epochs", "1", "--images", "3", "--samples", "50", "--temperatures", "5", "--repetitions", "20"]),
     (binary_latents, SMALL),
     (zoo, ["--epochs", "1", "--samples", "5", *DRAWN, "--only", "pca", "autoencoder", "vae"]),
+    (tables, ["a", *SMALL, "--particles", "1", "5", "--runs", "{tmp}", "--records", "{tmp}"]),
     (deep, [*SMALL, "--images", "50", *DRAWN]),
     (deep, ["--train", "200", "--batch-size", "50", "--minutes", "0.01", "--samples", "10", "--images", "50"]),
 ]
@@ -231,12 +240,12 @@ def test_example(check, arguments, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", [example, *(argument.format(tmp=tmp_path) for argument in arguments)])
     runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
     check(capsys.readouterr().out)
-    if "{tmp}" in arguments:
+    if "--output" in arguments:
         assert any(tmp_path.rglob("*.png"))
 
 
 def test_every_example_is_tested():
-    helpers = {"head", "morphology"}  # what the examples import
+    helpers = {"head", "morphology", "records"}  # what the examples import
     examples = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert examples - helpers == {check.__name__ for check, _ in EXAMPLES}
 

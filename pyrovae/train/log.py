@@ -23,10 +23,10 @@ class Fit:
     """What came of training: one dict per epoch, and how long it took.
 
     ``history`` has, per epoch, ``bound`` (mean over the epoch, nats per datum), ``reconstruction``, ``kl``,
-    ``kl_per_unit``, ``active_units``, ``grad_norm``, ``learning_rate``, ``kl_weight``, ``seconds``, and
-    ``validation_bound`` if asked for. ``timings`` has ``ms_per_step``, ``images_per_second``, ``seconds``, ``path``
-    ("eager", "compiled", "cuda graph" or "replicas"), ``compile_seconds`` (not part of ``seconds``), ``precision``,
-    ``threads`` and ``device``.
+    ``kl_per_unit``, ``active_units``, ``grad_norm``, ``learning_rate``, ``kl_weight``, ``seconds``, ``cpu_seconds`` (of
+    this process, all threads together), and ``validation_bound`` if asked for. ``timings`` has ``ms_per_step``,
+    ``images_per_second``, ``seconds``, ``path`` ("eager", "compiled", "cuda graph" or "replicas"), ``compile_seconds``
+    (not part of ``seconds``), ``precision``, ``threads`` and ``device``.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)

@@ -155,6 +155,7 @@ def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan) -> tupl
     """One pass over the data: each pair's mean loss, read back once at its end, and what the epoch was."""
     total: Tensor | float = 0.0
     began, steps, data = time.perf_counter() - step.gradients.compile_seconds, 0, 0
+    worked = time.process_time()
     for batch in feed.indices() if step.takes_index else feed:
         now = epoch + (steps / feed.steps if feed.steps else 0.0)
         step.set_lr(plan.factor(now))
@@ -169,7 +170,7 @@ def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan) -> tupl
     return losses, {
         "epoch": epoch + 1, "kl_weight": float(getattr(plan.at(now), "kl_weight", 1.0)),
         "num_particles": plan.at(now).num_particles, "seconds": seconds, "steps": steps,
-        "images_per_second": data / seconds,
+        "cpu_seconds": time.process_time() - worked, "images_per_second": data / seconds,
     }  # fmt: skip
 
 
