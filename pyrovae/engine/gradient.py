@@ -139,7 +139,7 @@ def finite_weights(weights: ParticleWeights, bound: Tensor, tiny: float = 0.0, s
         return finite if is_number(scale, 1) else finite * scale
 
     def visible(coefficient: Tensor) -> Tensor:
-        return kept(coefficient, usable & (coefficient.abs() >= tiny) if tiny else usable)
+        return kept(coefficient, usable & (coefficient.abs() >= tiny))  # false of a NaN
 
     model = visible(weights.model)
     path = model if weights.path is weights.model else visible(weights.path)

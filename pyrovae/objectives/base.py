@@ -15,8 +15,9 @@ from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look, check_fold
 from pyrovae.engine.sites import Weight, counted
 from pyrovae.objectives import checks
-from pyrovae.objectives.derivatives import curvature, learning_signal, slope
+from pyrovae.objectives.derivatives import Bound, curvature, learning_signal, slope
 from pyrovae.objectives.interface import RunObjective
+from pyrovae.objectives.means import PowerMeans
 
 Gradient = Literal["total", "stl", "dreg"]
 
@@ -85,18 +86,21 @@ class Objective(Configured, RunObjective):
 
     # --- what a subclass gives ---------------------------------------------------------------------------------
 
+    @property
     @abstractmethod
-    def bound(self, log_w: Tensor) -> Tensor:
-        """The bound per datum in nats, ``[K, ...] -> [...]``; pure."""
+    def bound(self) -> Bound:
+        """The bound per datum in nats, a pure function of log-weights, ``[K, ...] -> [...]``; write it as a method."""
 
-    def path_bound(self, log_w: Tensor) -> Tensor:
+    @property
+    def path_bound(self) -> Bound:
         """The bound that the guide follows; the same, unless an objective trains its two programs differently."""
-        return self.bound(log_w)
+        return self.bound
 
     @property
     def linear(self) -> bool:
         """Whether the bound is the mean of the log-weights."""
-        return self.total_particles == 1
+        known, number = self.bound, self.total_particles
+        return known.linear(number) if isinstance(known, PowerMeans) else number == 1
 
     # --- what follows ------------------------------------------------------------------------------------------
 

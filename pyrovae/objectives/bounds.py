@@ -1,15 +1,14 @@
-r"""The bounds: each a function of log-weights, each with its paper."""
+r"""The bounds: each a sum of power means of the weights, each with its paper."""
 
 from __future__ import annotations
 
 import math
 from typing import Unpack
 
-from torch import Tensor
-
 from pyrovae.arguments import in_range, positive_int
-from pyrovae.engine.weights import log_mean_exp
 from pyrovae.objectives.base import Objective, Options
+from pyrovae.objectives.derivatives import Bound
+from pyrovae.objectives.means import PowerMeans
 
 
 class IWAE(Objective):
@@ -32,8 +31,9 @@ class IWAE(Objective):
     def __init__(self, num_particles: int = 50, **options: Unpack[Options]) -> None:
         super().__init__(num_particles, **options)
 
-    def bound(self, log_w: Tensor) -> Tensor:
-        return log_mean_exp(log_w)
+    @property
+    def bound(self) -> Bound:
+        return PowerMeans({1.0: 1.0})
 
 
 class VIMCO(IWAE):
@@ -75,14 +75,9 @@ class Renyi(Objective):
         super().__init__(num_particles, **options)
         self.alpha = in_range("alpha", alpha, -math.inf)
 
-    def bound(self, log_w: Tensor) -> Tensor:
-        if self.alpha == 1:
-            return log_w.mean(0)
-        return log_mean_exp((1 - self.alpha) * log_w) / (1 - self.alpha)
-
     @property
-    def linear(self) -> bool:
-        return self.alpha == 1 or super().linear
+    def bound(self) -> Bound:
+        return PowerMeans({1 - self.alpha: 1.0})
 
 
 class VRMax(Objective):
@@ -105,8 +100,9 @@ class VRMax(Objective):
         if self.gradient == "dreg":
             raise ValueError('VRMax has no gradient="dreg", for its weights jump: pass gradient="total" or "stl"')
 
-    def bound(self, log_w: Tensor) -> Tensor:
-        return log_w.max(0).values
+    @property
+    def bound(self) -> Bound:
+        return PowerMeans({math.inf: 1.0})
 
 
 class MIWAE(Objective):
@@ -129,13 +125,9 @@ class MIWAE(Objective):
         super().__init__(num_particles, **options)
         self.num_groups = positive_int("num_groups", num_groups)
 
-    def bound(self, log_w: Tensor) -> Tensor:
-        groups = log_w.unflatten(0, (self.num_groups, self.num_particles))
-        return log_mean_exp(groups.transpose(0, 1)).mean(0)
-
     @property
-    def linear(self) -> bool:
-        return self.num_particles == 1
+    def bound(self) -> Bound:
+        return PowerMeans({1.0: 1.0}, self.num_groups)
 
 
 class PIWAE(MIWAE):
@@ -151,15 +143,13 @@ class PIWAE(MIWAE):
     Rainforth et al. (2018), *Tighter variational bounds are not necessarily better*.
     """
 
-    def bound(self, log_w: Tensor) -> Tensor:
-        return log_mean_exp(log_w)
-
-    def path_bound(self, log_w: Tensor) -> Tensor:
-        return super().bound(log_w)
+    @property
+    def bound(self) -> Bound:
+        return PowerMeans({1.0: 1.0})
 
     @property
-    def linear(self) -> bool:
-        return self.total_particles == 1
+    def path_bound(self) -> Bound:
+        return super().bound
 
 
 class CIWAE(Objective):
@@ -184,13 +174,6 @@ class CIWAE(Objective):
         super().__init__(num_particles, **options)
         self.beta = in_range("beta", beta, 0.0, 1.0)
 
-    def bound(self, log_w: Tensor) -> Tensor:
-        if self.beta == 0:
-            return log_mean_exp(log_w)
-        if self.beta == 1:
-            return log_w.mean(0)
-        return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
-
     @property
-    def linear(self) -> bool:
-        return self.beta == 1 or super().linear
+    def bound(self) -> Bound:
+        return PowerMeans({power: share for power, share in ((0.0, self.beta), (1.0, 1 - self.beta)) if share})

@@ -22,7 +22,8 @@ ENGINE = ["pyrovae/engine", "pyrovae/objectives"]
 VARIABLE = "PYROVAE_MUTATION"
 # The quickest to kill first.
 SUITE = [
-    *("tests/laws/test_identities.py", "tests/laws/test_scales.py", "tests/laws/test_free_bits.py"),
+    *("tests/laws/test_derivatives.py", "tests/laws/test_identities.py"),
+    *("tests/laws/test_scales.py", "tests/laws/test_free_bits.py"),
     *("tests/test_importance.py", "tests/test_objectives.py", "tests/laws/test_oracles.py"),
     *("tests/laws/test_wake_sleep.py", "tests/laws/test_subsampling.py"),
     *("tests/laws/test_gradients.py", "tests/laws/test_bounds.py", "tests/laws/test_variances.py"),
@@ -32,15 +33,15 @@ VALUE = "-(bound * particles.scale).sum() - (ascent"
 DREG = "path - kl_weight * curvature(self.path_bound, log_w)"
 SCORE = "dot(parts.kl_weight * (weights.path + weights.score), log_q, alive)"
 REINFORCE = "dot(weights.reinforce, log_q, alive)"
-RENYI = "log_mean_exp((1 - self.alpha) * log_w) / (1 - self.alpha)"
-MIWAE = "log_mean_exp(groups.transpose(0, 1)).mean(0)"
-SIGNAL = "value - bound(torch.where(same.view(shape), mean, copies))"
-MEAN_EXP = "return torch.logsumexp(log_w, 0) - math.log(log_w.shape[0])"
+GROUPS = "log_w.unflatten(0, (self.groups, -1)).transpose(0, 1)"
+SIGNAL = "-change(bound, log_w, mean_of_others(log_w, group))"
+LOG_MEAN = "log_sum - math.log(number)"
+OTHERS = "others(torch.cumsum, torch.add, 0.0, grouped) / (group - 1)"
+REST = "others(torch.logcumsumexp, torch.logaddexp, -math.inf, log_share)"
 MODEL = "total = dot(weights.model, log_p, alive)"
 KL = "log_prior - log_guide"
 PROBE = "torch.enable_grad(), isolated_rng(), validating, protected_buffers(), reached"
 FIXED = 'fixed = self.gradient != "total"'
-LIVE = "leaf = log_w if log_w.requires_grad else log_w.detach().requires_grad_()"
 
 RWS = '(wn - wn.square(), zero) if self.gradient == "dreg" else (zero, wn)'
 DREAM = "-(log_q * particles.scale).sum() / self.num_particles"
@@ -48,22 +49,23 @@ THERMODYNAMIC = "(correction * above - 1 - beta * above)"
 
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
     # the bounds
-    "IWAE without log K": [(MEAN_EXP, "return torch.logsumexp(log_w, 0)")],
-    "IWAE with the log of another number": [(MEAN_EXP, MEAN_EXP.replace("[0])", "[0] + 1)"))],
-    "sum of wn * log w as the bound": [(MEAN_EXP, "return (torch.softmax(log_w, 0) * log_w).sum(0)")],
-    "softmax of plus the loss": [(MEAN_EXP, "return -torch.logsumexp(-log_w, 0) + math.log(log_w.shape[0])")],
-    "MIWAE: M and K swapped": [("(self.num_groups, self.num_particles))", "(self.num_particles, self.num_groups))")],
-    "MIWAE: normalised over the wrong axis": [(MIWAE, "log_mean_exp(groups).mean(0)")],
-    "MIWAE: groups interleaved": [
-        (
-            "groups = log_w.unflatten(0, (self.num_groups, self.num_particles))",
-            "groups = log_w.unflatten(0, (self.num_particles, self.num_groups)).transpose(0, 1)",
-        ),
+    "IWAE without log K": [(LOG_MEAN, "log_sum")],
+    "IWAE with the log of another number": [(LOG_MEAN, LOG_MEAN.replace("number", "(number + 1)"))],
+    "sum of wn * log w as the bound": [
+        ("return value, (scaled - log_sum).exp()", "return (scaled.softmax(0) * log_w).sum(0), scaled.softmax(0)")
     ],
-    "MIWAE: sum over groups": [(MIWAE, MIWAE.replace("mean(0)", "sum(0)"))],
-    "PIWAE: guide follows IWAE": [("return super().bound(log_w)", "return log_mean_exp(log_w)")],
+    "softmax of plus the loss": [("log_w if power == 1 else power * log_w", "-power * log_w")],
+    "reported: RWS without log K": [
+        ("return torch.logsumexp(log_w, 0) - math.log(log_w.shape[0])", "return torch.logsumexp(log_w, 0)")
+    ],
+    "MIWAE: M and K swapped": [(GROUPS, GROUPS.replace("(self.groups, -1)", "(-1, self.groups)"))],
+    "MIWAE: normalised over the wrong axis": [(GROUPS, "log_w.unflatten(0, (self.groups, -1))")],
+    "MIWAE: groups interleaved": [(GROUPS, "log_w.unflatten(0, (-1, self.groups))")],
+    "MIWAE: sum over groups": [("else value.mean(0)", "else value.sum(0)")],
+    "MIWAE: coefficients of a sum over groups": [("flatten(0, 1) / self.groups", "flatten(0, 1)")],
+    "PIWAE: guide follows IWAE": [("return super().bound", "return PowerMeans({1.0: 1.0})")],
     "PIWAE: guide receives both losses": [
-        ("return super().bound(log_w)", "return super().bound(log_w) + log_mean_exp(log_w)")
+        ("return super().bound", "return lambda log_w: super(PIWAE, self).bound(log_w) + self.bound(log_w)")
     ],
     "PIWAE: model follows MIWAE": [("slope(self.bound, log_w)", "slope(self.path_bound, log_w)")],
     # wake, sleep and the thermodynamic integral
@@ -86,11 +88,13 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "TVO: model without the weights' own slope": [("step * v * (1 + beta * above)", "step * v")],
     "TVO: points not on a logarithm": [("_SMALLEST ** ((last - i) / last)", "1 - (last - i) / last * (1 - _SMALLEST)")],
     "CIWAE: beta on the wrong side": [
-        ("self.beta * log_w.mean(0) + (1 - self.beta)", "(1 - self.beta) * log_w.mean(0) + self.beta")
+        ("(0.0, self.beta), (1.0, 1 - self.beta)", "(1.0, self.beta), (0.0, 1 - self.beta)")
     ],
-    "Renyi: not divided by 1 - alpha": [(RENYI, RENYI.rpartition(" / ")[0])],
-    "Renyi: alpha for 1 - alpha": [(RENYI, RENYI.replace("(1 - self.alpha)", "self.alpha"))],
-    "VR-max: the worst particle": [("log_w.max(0).values", "log_w.min(0).values")],
+    "Renyi: not divided by 1 - alpha": [("powers(1 / power, log_sum - math.log(number))", LOG_MEAN)],
+    "Renyi: alpha for 1 - alpha": [("PowerMeans({1 - self.alpha: 1.0})", "PowerMeans({self.alpha: 1.0})")],
+    "Renyi: imprecise near alpha = 1": [("abs(power) < 0.1", "abs(power) < 0.0")],
+    "Renyi: no log of a mean far below 1 near alpha = 1": [("near = less > -0.5", "near = less > -2.0")],
+    "VR-max: the worst particle": [("log_w.max(0, keepdim=True)", "log_w.min(0, keepdim=True)")],
     "ELBO: free bits datum by datum": [
         ("torch.clamp(mean, min=self.free_bits).sum()", "kl.flatten(0, -2).clamp(min=self.free_bits).mean(0).sum()")
     ],
@@ -121,11 +125,11 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "followed: no N/B": [("eps ** 2, scale=particles.scale", "eps ** 2, scale=1.0")],
     "weights not detached": [
         ("self.followed_weights(log_w.detach(),", "self.followed_weights(log_w,"),
-        ("leaf = log_w.detach().requires_grad_()", LIVE),
-        ("torch.autograd.grad(value.sum(), leaf)[0]", "torch.autograd.grad(value.sum(), leaf, create_graph=True)[0]"),
     ],
     "dreg: squares the weight whatever b": [(DREG, "path**2")],
     "dreg: forgets kl_weight": [(DREG, DREG.replace("kl_weight * ", ""))],
+    "dreg: the curvature of another power": [("power * (s - s.square())", "s - s.square()")],
+    "dreg: the whole row of second derivatives": [("else second[own]", "else second.sum(0)")],
     "dreg: wrong sign": [(DREG, DREG.replace("-", "+"))],
     "dreg: curvature of the model's bound": [(DREG, DREG.replace("path_bound", "bound"))],
     "dreg: squares log w": [(DREG, "path * log_w**2")],
@@ -159,12 +163,20 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "reinforce: wrong sign": [(REINFORCE, "-" + REINFORCE)],
     "reinforce: times kl_weight": [(REINFORCE, "parts.kl_weight * " + REINFORCE)],
     "reinforce: tempered": [("tempered=False", "tempered=True")],
-    "reinforce: baseline counted twice": [(SIGNAL, SIGNAL.replace("- bound", "- 2 * bound"))],
-    "reinforce: no baseline": [(SIGNAL, "value.expand_as(log_w).clone()")],
-    "reinforce: baseline has the particle itself": [(" & ~same", "")],
+    "reinforce: baseline counted twice": [(SIGNAL, "-bound(log_w) - 2 * change" + SIGNAL.removeprefix("-change"))],
+    "reinforce: no baseline": [(SIGNAL, "bound(log_w).expand_as(log_w).clone()")],
+    "reinforce: baseline has the particle itself": [(OTHERS, "grouped.mean(0, keepdim=True).expand_as(grouped)")],
     "reinforce: baseline over all groups": [
-        ("(index // group == (index // group).unsqueeze(1)) & ~same", "~same"),
-        (".sum(0, keepdim=True) / (group - 1)", ".sum(0, keepdim=True) / (total - 1)"),
+        ("x.unflatten(0, (-1, group))", "x.unflatten(0, (1, -1))"),
+        (OTHERS, OTHERS.replace("(group - 1)", "(len(x) - 1)")),
+    ],
+    "reinforce: the others' weight by a difference": [(REST, "(1 - log_share.exp()).log()")],
+    "reinforce: the others' weight before the particle alone": [("return join(before, after)", "return before")],
+    "reinforce: small changes by a difference": [("more.abs() < 0.5", "more.abs() < 0.0")],
+    "reinforce: large changes by an expansion": [("more.abs() < 0.5", "more.abs() < 1e9")],
+    "reinforce: particles without weight cannot be replaced": [("dead, log_new.exp(),", "dead, 0.0,")],
+    "reinforce: the first portion of one's own bound alone": [
+        ("torch.cat(replaced) - bound(log_w)", "replaced[0].expand_as(target) - bound(log_w)")
     ],
     # the log-weight
     "kl_weight on the likelihood": [
