@@ -188,7 +188,7 @@ class Run:
         if (folder := self.checkpoint()) is None:
             return None
         try:
-            state = torch.load(folder / STATE, weights_only=True)
+            state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
             if not (isinstance(state, dict) and State.__required_keys__ <= state.keys()):
                 raise ValueError("it is no state of a run")
             return cast(State, state)

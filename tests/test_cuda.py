@@ -313,6 +313,125 @@ def test_the_learning_rate_of_a_recorded_step_may_change(digits):
     assert 0 < moved[3] < 1e-3 < moved[4]
 
 
+CHANGES = {
+    "learning rate": lambda optimizer: optimizer.param_groups[0].update(lr=1e-4),
+    "weight decay": lambda optimizer: optimizer.param_groups[0].update(weight_decay=10.0),
+    "betas": lambda optimizer: optimizer.param_groups[0].update(betas=(0.0, 0.0)),
+    "state": lambda optimizer: optimizer.load_state_dict(
+        {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}
+    ),
+    "schedule": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1).step(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step")
+def test_a_recorded_step_follows_its_optimizer(change, digits):
+    """To rounding what an eager one does on the same noise, which each change makes visible."""
+    x, results = digits.fixed().x[:BATCH].cuda(), []
+    for recording, changes in ((False, True), (True, True), (True, False)):
+        vae = make_vae().double().cuda()
+        optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2, fused=True)
+        seen = look(vae.model, vae.guide, (x.double(),))
+        eager = Eager(vae.model, vae.guide, seen, (x.double(),))
+        step = Step(Compiled(eager) if recording else eager, [optimizer])
+        run = Recorded(step) if recording else step
+        for i in range(6):
+            if i == 3 and changes:
+                CHANGES[change](optimizer)
+            with isolated_rng(i), rewritten():
+                run(pv.ELBO(), (x.double(),))
+        results.append(torch.cat([p.flatten() for p in weights(vae)]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
+    assert (results[2] - results[1]).abs().max() > 1e-3
+
+
+class Observed(pv.models.VAE):
+    """With noise of its own, of a standard deviation of 10, in the mean; drawn on the CPU, moved or not."""
+
+    def __init__(self, noise):
+        super().__init__((1, 8, 8), latent_dim=2, hidden=())
+        self.noise, self.factor = noise, torch.nn.Parameter(torch.eye(64))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            mean = self.decode(z).flatten(-3) + self.noise(x)
+            covariance = self.factor @ self.factor.mT if self.noise is nothing else torch.eye(64)
+            pyro.sample("x", dist.MultivariateNormal(mean, covariance_matrix=covariance), obs=x.flatten(1))
+
+
+def nothing(x):
+    return 0.0
+
+
+NOISES = {
+    "noise on the CPU": lambda x: 10 * torch.randn((), device="cpu"),
+    "noise that is moved": lambda x: 10 * torch.randn(1, device="cpu").to(x.device),
+    "a Cholesky decomposition": nothing,
+}
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_step_that_cannot_be_recorded_runs_compiled_after_one_warning(noise, x):
+    torch.manual_seed(0)
+    pair = Observed(NOISES[noise])
+    settings = {"objective": pv.ELBO(), "epochs": 5, "batch_size": 20, "device": "cuda", "lr": 1e-6}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = pv.fit(pair.model, pair.guide, x.float(), compile=True, **settings)
+    assert [str(w.message) for w in said if "cannot" in str(w.message)] == [
+        str(w.message) for w in said if str(w.message).startswith("cannot record the step: it ")
+    ]
+    assert len(said) == 1
+    assert result.timings["path"] == "compiled"
+    bounds = [row["bound"] for row in result.history]
+    assert len(set(bounds)) == 5
+    if NOISES[noise] is not nothing:
+        assert max(bounds) - min(bounds) > 100  # of draws with a standard deviation of some thousand
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.isfinite(torch.randn(3, device="cuda")).all()
+
+
+several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device on this machine")
+
+
+@several
+@pytest.mark.parametrize("compile", [False, True])
+def test_any_device_trains_as_the_first_does(compile, digits):
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        vae = make_vae()
+        result = fitted(vae, digits, device=device, compile=compile, epochs=3)
+        assert result.timings["path"] == ("cuda graph" if compile else "eager")
+        assert {p.device for p in vae.parameters()} == {torch.device(device)}
+        assert torch.cuda.current_device() == 0
+        results.append(torch.cat([p.flatten().cpu() for p in weights(vae)]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
+    assert (results[0] - torch.cat([p.flatten() for p in make_vae().parameters()])).abs().max() > 1e-3
+
+
+@several
+def test_a_step_of_ones_own_runs_where_its_pair_is(digits):
+    vae, x = make_vae().to("cuda:1"), digits.fixed().x[:BATCH].to("cuda:1")
+    step = pv.training_step(vae.model, vae.guide, pv.ELBO(), torch.optim.Adam(vae.parameters(), lr=1e-2), x)
+    losses = torch.stack([step(x) for _ in range(30)])
+    assert len(losses.unique()) == 30
+    assert losses[-5:].mean() < losses[:5].mean() - 3
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_run_goes_on_where_there_are_fewer_devices(compile, tmp_path, digits, monkeypatch):
+    began = f"cuda:{torch.cuda.device_count() - 1}"
+    settings = {"epochs": 3, "run_dir": tmp_path, "compile": compile}
+    dying_at(loop, "run_epoch", 3, lambda: fitted(make_vae(), digits, device=began, **settings))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    result = fitted(make_vae(seed=9), digits, device="cpu", resume=True, **settings)
+    assert len(result.history) == 3
+    assert result.history[2]["bound"] > result.history[0]["bound"]
+
+
 def test_the_weight_of_the_kl_of_a_recorded_step_may_change(digits):
     vae = make_vae()
     step, (batch, *_) = recorded(vae, digits, lambda p: torch.optim.SGD(p, lr=0.0), anneals=True)

@@ -248,6 +248,16 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_bits(tmp_path, uninterru
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["best", "config.json", "last", "metrics.jsonl"]
 
 
+def test_a_run_of_a_device_that_is_not_here_goes_on(tmp_path, uninterrupted, monkeypatch):
+    """Its optimizer lay there, and it had generators of four devices."""
+    snapshot = loop.rng_snapshot
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+        patch.setattr(loop, "rng_snapshot", lambda: snapshot() | {"cuda": 4 * [torch.zeros(16, dtype=torch.uint8)]})
+        dying_at(loop, "run_epoch", 3, lambda: train(run_dir=tmp_path / "run"))
+    assert same(train(run_dir=tmp_path / "run", resume=True), uninterrupted)
+
+
 SCRIPT = """if True:
     import sys, torch, pyro, pyrovae as pv
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import pyrovae as pv
 from pyrovae.compile import graph as graphs
 from pyrovae.compile.noise import rewritten
-from pyrovae.compile.precision import bfloat16_networks, full_float32, networks_in
+from pyrovae.compile.precision import bfloat16_networks, full_float32, networks_in, readable
 from pyrovae.engine.probe import look
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.train.compiled import Compiled
@@ -209,21 +209,56 @@ def test_an_evaluation_is_in_float32_whatever_a_pair_was_trained_in():
     torch.testing.assert_close(estimate.log_prob[:100].float(), log_w.logsumexp(0) - math.log(3))
 
 
-@pytest.mark.parametrize("before", ["highest", "high", "medium"])
-def test_full_float32_restores_what_was_allowed(before):
-    default, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+BACKENDS = torch.backends
+SWITCHES = {
+    "matmul": BACKENDS.cuda.matmul, "convolutions": BACKENDS.cudnn.conv, "recurrent": BACKENDS.cudnn.rnn,
+    "matmul on CPUs": BACKENDS.mkldnn.matmul, "convolutions on CPUs": BACKENDS.mkldnn.conv,
+    "recurrent on CPUs": BACKENDS.mkldnn.rnn, "cuDNN": BACKENDS.cudnn, "CPUs": BACKENDS.mkldnn, "all": BACKENDS,
+}  # fmt: skip
+ALLOWED = {
+    "nothing": lambda: None,
+    "matmul, high": lambda: torch.set_float32_matmul_precision("high"),
+    "matmul, medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "TF32 in matmul": lambda: setattr(BACKENDS.cuda.matmul, "allow_tf32", True),
+    "no TF32 in cuDNN": lambda: setattr(BACKENDS.cudnn, "allow_tf32", False),
+} | {name: lambda switch=switch: setattr(switch, "fp32_precision", "tf32") for name, switch in SWITCHES.items()}
+
+
+def older():
+    """What the older switches say, where torch lets them be read."""
+    return [readable(torch.get_float32_matmul_precision), readable(lambda: BACKENDS.cudnn.allow_tf32)]
+
+
+def newer():
+    return [switch.fp32_precision for switch in SWITCHES.values()]
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_full_float32_restores_what_was_allowed_by_torchs_older_switches_and_its_newer_ones(name):
+    default, tf32, new = torch.get_float32_matmul_precision(), BACKENDS.cudnn.allow_tf32, newer()
     try:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = before != "highest"
+        ALLOWED[name]()
+        before = older(), newer()
         with suppress(KeyError), full_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert not torch.backends.cudnn.allow_tf32
+            assert newer()[:6] == ["ieee"] * 6
+            for was, now, full in zip(before[0], older(), ("highest", False), strict=True):
+                assert was is None or now == full
             raise KeyError
-        assert torch.get_float32_matmul_precision() == before
-        assert torch.backends.cudnn.allow_tf32 == (before != "highest")
+        assert (older(), newer()) == before
+        with full_float32():
+            pass
+        BACKENDS.fp32_precision = "ieee"  # whoever had nothing of its own still takes that
+        after = newer()
+        BACKENDS.fp32_precision = before[1][-1]
+        assert (older(), newer()) == before
+        assert after[0] == (
+            "tf32" if name in ("matmul", "TF32 in matmul", "matmul, high", "matmul, medium") else "ieee"
+        )
     finally:
+        for switch, value in reversed([*zip(SWITCHES.values(), new, strict=True)]):
+            switch.fp32_precision = value
         torch.set_float32_matmul_precision(default)
-        torch.backends.cudnn.allow_tf32 = tf32
+        BACKENDS.cudnn.allow_tf32 = tf32
 
 
 def test_an_evaluation_multiplies_in_float32_and_restores_what_was_allowed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyrovae.arguments import one_of
+
+T = TypeVar("T")
 
 PRECISIONS = ("float32", "bfloat16")
 MULTIPLIES = {
@@ -60,12 +63,41 @@ def networks_in(precision: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Multiply float32 in float32: neither TF32 on CUDA nor bfloat16 on CPUs, whatever was allowed before."""
-    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
-    flags = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-    torch.set_float32_matmul_precision("highest")
+    """Multiply float32 in float32: neither TF32 on CUDA nor bfloat16 on CPUs, whatever was allowed before.
+
+    torch has older and newer switches for that, and refuses to read an older one where a newer one says otherwise.
+    """
+    cudnn: Any = torch.backends.cudnn
+    cpu: Any = torch.backends.mkldnn
+    switches: tuple[Any, ...] = (torch.backends, cudnn, cpu)  # of which the others take what they have not themselves
+    switches += (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
+    matmul, convolutions = readable(torch.get_float32_matmul_precision), readable(lambda: cudnn.allow_tf32)
+    before: list[str] = []
     try:
-        with cudnn.flags(**flags, allow_tf32=False):
-            yield
+        for switch in switches:
+            before.append(switch.fp32_precision)
+            switch.fp32_precision = "none"
+        set_older("highest" if matmul else None, None if convolutions is None else False)
+        for switch in switches[3:]:
+            switch.fp32_precision = "ieee"
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        set_older(matmul, convolutions)
+        for switch, precision in reversed([*zip(switches, before, strict=False)]):
+            switch.fp32_precision = precision
+
+
+def readable(read: Callable[[], T]) -> T | None:
+    """The value of an older switch, or None where torch refuses to read it."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
+
+
+def set_older(matmul: str | None, convolutions: bool | None) -> None:
+    """Set the older switches, those that are not None."""
+    if matmul is not None:
+        torch.set_float32_matmul_precision(matmul)
+    if convolutions is not None:
+        torch.backends.cudnn.allow_tf32 = convolutions

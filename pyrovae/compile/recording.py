@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyrovae.arguments import one_line
 from pyrovae.compile.checked import untouched
 from pyrovae.engine.probe import PairState
 from pyrovae.engine.randomness import isolated_rng
@@ -16,11 +19,17 @@ from pyrovae.engine.randomness import isolated_rng
 WARM_UP = 3  # steps before a CUDA graph is recorded, in which libraries allocate what they need
 
 
+class CannotRecord(Exception):
+    """Why a step cannot become a CUDA graph; the message completes "cannot record the step: ..."."""
+
+
 class Recording:
     """A step of one pair or more as a CUDA graph.
 
     It runs a few times aside first, so that libraries allocate what they need; parameters, buffers and optimizers are
     as before when it is recorded.
+
+    :raises CannotRecord: for a step that waits for the device, or draws noise on the CPU, which the graph would freeze.
     """
 
     def __init__(
@@ -28,21 +37,29 @@ class Recording:
     ) -> None:
         for optimizer in filter(capturable, optimizers):
             make_capturable(optimizer)
-        with ExitStack() as undo:
-            for state in states:
-                undo.enter_context(untouched(state))
-            for optimizer in optimizers:
-                undo.enter_context(optimizer_untouched(optimizer))
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with isolated_rng(), torch.cuda.stream(aside):
-                for _ in range(WARM_UP):
+        self.optimizers, self.frozen = optimizers, [options(optimizer) for optimizer in optimizers]
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        aside, self.graph = torch.cuda.Stream(parameters[0].device), torch.cuda.CUDAGraph()
+        aside.wait_stream(torch.cuda.current_stream(aside.device))
+        with reasons(), torch.cuda.stream(aside):
+            with ExitStack() as undo:
+                for state in states:
+                    undo.enter_context(untouched(state))
+                for optimizer in optimizers:
+                    undo.enter_context(optimizer_untouched(optimizer))
+                undo.enter_context(isolated_rng())
+                for _ in range(WARM_UP - 1):
                     step()
-            torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = step()
-        self.gradients = [(p, p.grad) for o in optimizers for group in o.param_groups for p in group["params"]]
+                before = torch.get_rng_state()
+                with unwaiting():
+                    step()
+                if not torch.equal(before, torch.get_rng_state()):
+                    raise CannotRecord("it draws noise on the CPU, which a CUDA graph would freeze")
+            # while this thread records, others may go on
+            with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
+                self.loss = step()
+        torch.cuda.current_stream(aside.device).wait_stream(aside)
+        self.gradients = [(parameter, parameter.grad) for parameter in parameters]
 
     def replay(self) -> Tensor:
         """Run the step again on what its inputs hold now; the loss, with the gradients in ``.grad``."""
@@ -51,17 +68,58 @@ class Recording:
             parameter.grad = gradient
         return self.loss.clone()  # the next replay overwrites it
 
+    def follows(self) -> bool:
+        """Whether the graph does what its optimizers now say, with learning rates as they now are."""
+        for optimizer, frozen in zip(self.optimizers, self.frozen, strict=True):
+            for group, known in zip(optimizer.param_groups, frozen[1:], strict=False):
+                if group["lr"] is not known["lr"]:
+                    known["lr"].fill_(group["lr"])
+                    group["lr"] = known["lr"]
+        return self.frozen == [options(optimizer) for optimizer in self.optimizers]
+
+
+def options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What a graph freezes of an optimizer: the options of its groups, and (first) which object its state is."""
+    groups = ({name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups)
+    return [{"state": id(optimizer.state)}, *groups]
+
+
+@contextmanager
+def unwaiting() -> Iterator[None]:
+    """Make an error of what waits for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it does not find all that waits
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def reasons() -> Iterator[None]:
+    """Say of an error why a step cannot be recorded; of memory that runs out its own is said."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CannotRecord(f"it waits for the device ({one_line(error, 100)})") from error
+
 
 def capturable(optimizer: Optimizer) -> bool:
     """Whether an optimizer can be part of a CUDA graph: its state starts from zero and lives on the device."""
     return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
 
 
-def uncapturable(optimizer: Optimizer) -> None:
-    """Undo :func:`make_capturable` where a run goes on without CUDA."""
+def settle(optimizer: Optimizer) -> None:
+    """Let what :func:`make_capturable` made of an optimizer serve where its parameters are now."""
     for group in optimizer.param_groups:
         if group.get("capturable") and not group["params"][0].is_cuda:
             group["capturable"], group["lr"] = False, float(group["lr"])
+        elif group.get("capturable"):
+            group["lr"] = torch.as_tensor(group["lr"]).to(group["params"][0].device)
 
 
 def make_capturable(optimizer: Optimizer) -> None:
@@ -81,10 +139,12 @@ def optimizer_untouched(optimizer: Optimizer) -> Iterator[None]:
         parameter: {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}
         for parameter, state in optimizer.state.items()
     }
-    yield
-    with torch.no_grad():
-        for parameter, state in optimizer.state.items():
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    known = then.get(parameter, {}).get(name)
-                    value.zero_() if known is None else value.copy_(known)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor):
+                        known = then.get(parameter, {}).get(name)
+                        value.zero_() if known is None else value.copy_(known)

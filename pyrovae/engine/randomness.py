@@ -71,8 +71,8 @@ def rng_snapshot() -> dict[str, Any]:
 def restore_rng(snapshot: Mapping[str, Any]) -> None:
     """Put every generator back to where :func:`rng_snapshot` saw it."""
     torch.set_rng_state(snapshot["torch"])
-    if snapshot["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(snapshot["cuda"])
+    for device, state in zip(range(torch.cuda.device_count()), snapshot["cuda"], strict=False):
+        torch.cuda.set_rng_state(state, device)
     kind, keys, *rest = snapshot["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     version_, internal, gauss = snapshot["python"]

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from pyrovae import runs
 from pyrovae.arguments import DataError, positive_int
 from pyrovae.compile.checked import check_compile
-from pyrovae.compile.recording import uncapturable
+from pyrovae.compile.recording import settle
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import check_pair, look
 from pyrovae.engine.programs import Program, eval_mode, roots
@@ -114,7 +114,7 @@ def fit(
     if resume and run_dir is None:
         raise ValueError("resume=True needs the folder of the run to go on with: pass run_dir")
 
-    with isolated_rng(setup.seed):
+    with isolated_rng(setup.seed), setup.place():
         feed = Feed(data, setup.batch_size, setup.device, num_workers)
         trainee = Trainee(model, guide, objective, setup, feed, maker)
         gradients: Gradients = trainee.eager
@@ -246,7 +246,7 @@ class Trainee:
         history = run.rewind(saved["epoch"])
         runs.restore(self.eager.state.tensors, run.weights(), where=str(run.path))
         self.optimizer.load_state_dict(saved["optimizer"])
-        uncapturable(self.optimizer)
+        settle(self.optimizer)
         restore_rng(saved["rng"])
         self.result = Fit(history, best_epoch=saved["best_epoch"], finished=saved["finished"])
 

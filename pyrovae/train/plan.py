@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +108,10 @@ class Setup:
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
             raise ValueError(f"seed must be an integer, got {seed!r}: pass one, and another one for another run")
         self.seed, self.progress = int(seed), progress
+
+    def place(self) -> AbstractContextManager[object]:
+        """The context in which "cuda" is the device asked for, with its streams and generators."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def describe(self, feed: Feed) -> dict[str, object]:
         """As JSON can hold it."""

@@ -88,7 +88,7 @@ def fit_replicas(
     )  # fmt: skip
     makers = [optimizer_maker(optimizer, replica.lr) for replica in replicas]
 
-    with isolated_rng(setup.seed), ExitStack() as cleanup:
+    with isolated_rng(setup.seed), setup.place(), ExitStack() as cleanup:
         feed = Feed(data, setup.batch_size, setup.device)
         trainees = []
         for replica, maker in zip(replicas, makers, strict=True):  # a loop: its warnings are to name the caller's line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from pyrovae.compile.checked import signature, tensors
 from pyrovae.compile.precision import networks_in
-from pyrovae.compile.recording import Recording, capturable
+from pyrovae.compile.recording import CannotRecord, Recording, capturable
 from pyrovae.data.feed import Feed, as_batch
 from pyrovae.data.images import Images
 from pyrovae.engine.devices import beside
@@ -166,7 +167,7 @@ class Recorded:
         self.step, self.gradients, self.images = step, step.gradients, images
         self.takes_index, example = images is not None, step.gradients.example
         self.whole = all(map(capturable, step.optimizers))
-        self.recorded: dict[int, Recording] = {}
+        self.recorded: dict[int, Recording | None] = {}
         if images is None:
             self.slots: Batch = tuple(a.clone() if isinstance(a, Tensor) else a for a in example)
         else:
@@ -176,7 +177,8 @@ class Recorded:
     @property
     def kind(self) -> str:
         """How it runs: as the step does, but "cuda graph" where that is compiled."""
-        return "cuda graph" if self.step.kind == "compiled" else self.step.kind
+        whole = self.step.kind == "compiled" and None not in self.recorded.values()
+        return "cuda graph" if whole else self.step.kind
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
         """One step on a batch, or on the index of one where the data live on the device."""
@@ -186,15 +188,24 @@ class Recorded:
             return self.step(objective, self.gathered(batch))
         for slot, given in zip(tensors(self.slots), tensors(batch), strict=True):
             slot.copy_(given, non_blocking=True)
-        if objective.num_particles not in self.recorded:
-            self.recorded[objective.num_particles] = self.record(gradients)
-        losses = self.recorded[objective.num_particles].replay()
+        number = objective.num_particles
+        if self.whole and not all(known.follows() for known in self.recorded.values() if known):
+            self.whole, self.recorded = False, {}  # who changes options once may do so again
+        if number not in self.recorded:
+            self.recorded[number] = self.record(gradients)
+        recording = self.recorded[number]
+        if recording is None:
+            return self.step(objective, self.gathered(batch))
+        losses = recording.replay()
         if not self.whole:
             self.step.update()
         return losses
 
-    def record(self, gradients: Callable[[Batch], Tensor]) -> Recording:
-        """The step on what the slots hold, without its optimizers where they read on the host."""
+    def record(self, gradients: Callable[[Batch], Tensor]) -> Recording | None:
+        """The step on what the slots hold, without its optimizers where they read on the host or change options.
+
+        None, after a warning, where it cannot be recorded.
+        """
 
         def body() -> Tensor:
             self.step.clear()
@@ -204,7 +215,13 @@ class Recorded:
             return losses
 
         began = time.perf_counter()
-        recording = Recording(body, self.gradients.states, self.step.optimizers)
+        try:
+            recording = Recording(body, self.gradients.states, self.step.optimizers)
+        except CannotRecord as error:
+            warnings.warn(
+                f"cannot record the step: {error}; running it compiled, but not as a CUDA graph", stacklevel=2
+            )
+            recording = None
         self.gradients.compile_seconds += time.perf_counter() - began
         return recording
 
