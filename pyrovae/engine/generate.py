@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyrovae.engine.devices import beside
 from pyrovae.engine.programs import Batch, Program
-from pyrovae.engine.sites import Record, Site, Sites, counts, observed, quoted
+from pyrovae.engine.sites import Record, Site, Sites, counts, observed, quoted, refuse_untraced
 from pyrovae.engine.unwrap import point_mass
 
 
@@ -85,6 +85,7 @@ def generate(program: Program, args: Batch, kwargs: Mapping[str, object], redraw
     """One run of the model, its data drawn: its sites, and the one that drew them (or that ``redraw`` names)."""
     with beside(args, kwargs), Record() as record, redraw:
         program(*args, **kwargs)
+    refuse_untraced(record.sites, "generate")
     if redraw.site is None:
         redraw.site = observing_site(record.sites, redraw.names)
         if redraw.site not in redraw.names:  # it observes a copy of x, as of x[index]: now known by its name

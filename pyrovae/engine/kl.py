@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple, TypeVar
 
 import torch
+from pyro.distributions import ImproperUniform
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, kl_divergence, register_kl
 
 from pyrovae.engine.particles import Particles, Role
 from pyrovae.engine.sites import Site, Weight, latent, masked, same
-from pyrovae.engine.unwrap import elementwise, is_masked, layers, point_mass
+from pyrovae.engine.unwrap import elementwise, innermost, is_masked, layers, point_mass
 
 OfSite = TypeVar("OfSite", Tensor | bool, Weight)  # a mask or a scale
 
@@ -63,9 +64,9 @@ def site_kl(particles: Particles, name: str) -> Tensor:
 
 
 def is_divergence(particles: Particles, name: str) -> bool:
-    """Whether guide and model mask and scale a site alike; else its cost is no divergence, and may be negative."""
+    """Whether both mask and scale a site alike, and it has a prior; else its cost is no divergence, maybe negative."""
     q, p = sides(particles, name)
-    return same(q.weight, p.weight) and same(q.mask, p.mask)
+    return same(q.weight, p.weight) and same(q.mask, p.mask) and not isinstance(innermost(p.fn), ImproperUniform)
 
 
 def parents_first(particles: Particles, name: str) -> bool:

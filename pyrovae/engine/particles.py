@@ -18,6 +18,7 @@ from pyrovae.engine.sites import (
     Site,
     Sites,
     Weight,
+    carriers,
     counted,
     frames,
     latent,
@@ -156,12 +157,19 @@ class Particles:
         return self.total("guide", {s["name"]: log_prob(s, in_guide=True) for s in counted(self.guide)})
 
     def log_prior(self) -> Tensor | None:
-        """log p(z), ``[K, *plates]``."""
-        return self.total("model", {name: log_prob(site) for name, site in latent(self.model).items()})
+        """log p(z), with what point masses carry of it, ``[K, *plates]``."""
+        sites = latent(self.model) | carriers(self.model)
+        return self.total("model", {name: log_prob(site) for name, site in sites.items()})
+
+    def log_carried(self) -> Tensor | None:
+        """The part of log p(z) that no latent site has, but point masses carry, ``[K, *plates]``."""
+        return self.total("model", {name: log_prob(site) for name, site in carriers(self.model).items()})
 
     def log_likelihood(self) -> Tensor | None:
         """log p(x | z), factors included, ``[K, *plates]``."""
-        return self.total("model", {name: log_prob(site) for name, site in observed(self.model).items()})
+        carried = carriers(self.model)
+        sites = {name: site for name, site in observed(self.model).items() if name not in carried}
+        return self.total("model", {name: log_prob(site) for name, site in sites.items()})
 
     def log_score(self) -> Tensor | None:
         """log q of the guide's non-reparameterised sites, their parents live, untempered; None if there is none."""

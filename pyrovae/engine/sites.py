@@ -75,7 +75,7 @@ def record(
 
 def drawn(sites: Sites) -> dict[str, Tensor]:
     """What a run drew, by site, subsamples included: for another run to replay."""
-    return {name: site["value"] for name, site in sites.items() if not site["is_observed"]}
+    return {n: site["value"] for n, site in sites.items() if not site["is_observed"] and not untraced(site)}
 
 
 def record_pair(model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]) -> tuple[Sites, Sites]:
@@ -86,7 +86,21 @@ def record_pair(model: Program, guide: Program, args: Batch, kwargs: Mapping[str
 
 def counts(site: Site) -> bool:
     """Whether a site is a random variable or an observation (subsamples and deterministic sites are not)."""
-    return not (type(site["fn"]).__name__ == "_Subsample" or site["infer"].get("_deterministic"))
+    return not (type(site["fn"]).__name__ == "_Subsample" or site["infer"].get("_deterministic") or untraced(site))
+
+
+def untraced(site: Site) -> bool:
+    """Whether a draw is no site of its own: another one carries its value and weight, as with ``ConjugateReparam``."""
+    return bool(site["infer"].get("_do_not_trace"))
+
+
+def refuse_untraced(model: Sites, purpose: str) -> None:
+    """Refuse a model that draws latents by what it observes, for a purpose that needs them from the prior."""
+    if names := [name for name, site in model.items() if untraced(site)]:
+        raise ValueError(
+            f"the model draws {quoted(names)} from a distribution updated by its data, and so cannot {purpose}: "
+            "pass the model without ConjugateReparam"
+        )
 
 
 def counted(sites: Sites) -> list[Site]:
@@ -102,6 +116,11 @@ def latent(sites: Sites) -> Sites:
 def observed(sites: Sites) -> Sites:
     """The observed sites among ``sites``, factors included."""
     return {name: site for name, site in sites.items() if counts(site) and site["is_observed"]}
+
+
+def carriers(sites: Sites) -> Sites:
+    """The observed point masses: latents in another form, with the density that a reparameterisation left to them."""
+    return {name: site for name, site in observed(sites).items() if isinstance(point_mass(site["fn"]), Delta)}
 
 
 def log_prob(site: Site, value: Tensor | None = None, *, in_guide: bool = False) -> Tensor:

@@ -18,7 +18,18 @@ from pyrovae.engine.generate import Redraw, generate, program_of
 from pyrovae.engine.particles import Layout, Particles
 from pyrovae.engine.probe import look
 from pyrovae.engine.programs import Batch, Program
-from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, counted, latent, quoted
+from pyrovae.engine.sites import (
+    PARTICLE_PLATE,
+    ParticlePlate,
+    Record,
+    Sites,
+    carriers,
+    counted,
+    latent,
+    log_prob,
+    quoted,
+    refuse_untraced,
+)
 from pyrovae.engine.unwrap import is_masked, point_mass, unconstrained
 from pyrovae.engine.weights import Sums
 from pyrovae.evaluate.estimate import AISEstimate, Bracket
@@ -186,6 +197,7 @@ class Annealer:
         self.model, self.guide, self.source = model, guide or (lambda *_, **__: None), guide or model
         self.kwargs = kwargs
         seen = look(model, self.guide, batch, kwargs)
+        refuse_untraced(seen.model, "be annealed")
         sites, drawn = latent(seen.model), latent(seen.guide)
         if not sites:
             raise ValueError("the model has no latents to anneal: its log p(x) is exact, use pyrovae.log_likelihood")
@@ -194,6 +206,12 @@ class Annealer:
                 raise ValueError(f'latent site "{name}" is discrete, and HMC moves continuous ones only: enumerate it')
             if point_mass(site["fn"]) is not None or site["mask"] is not None or is_masked(site["fn"]):
                 raise ValueError(f'latent site "{name}" has no prior density: the model has no log p(x)')
+        carried = [name for name, site in carriers(seen.model).items() if log_prob(site).any()]
+        if carried and not guide:
+            raise ValueError(
+                f"point masses ({quoted(carried)}) carry part of the prior, so that it cannot be drawn from: "
+                "pass guide= to start from, or the model without its reparameterisation"
+            )
         if guide and (drawn.keys() != sites.keys() or any(point_mass(s["fn"]) is not None for s in drawn.values())):
             raise ValueError(
                 f"to start from a guide it must draw {quoted(sites)} from densities, and nothing else; it has "

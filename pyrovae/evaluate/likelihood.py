@@ -18,7 +18,7 @@ from pyrovae.engine.probe import Look, check_fold, checked_look
 from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.run import measure, run
-from pyrovae.engine.sites import Site, frames, latent
+from pyrovae.engine.sites import Site, frames, latent, untraced
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.weights import Tally
 from pyrovae.evaluate.estimate import LikelihoodEstimate
@@ -141,7 +141,7 @@ class Sampler:
                 "its latents are shared: evaluate with the full plate"
             )
         self.nesting, self.joint, state = seen.nesting, seen.joint, tensors_of(seen.modules)
-        self.exact = not latent(seen.guide) and not latent(seen.model)
+        self.exact = not latent(seen.guide) and not latent(seen.model) and not any(map(untraced, seen.model.values()))
         self.resampler, self.subsample = Resampler(num_draws, seed, seen), SameSubsample()
         with protected_buffers(), isolated_rng(), PeakBytes() as used:
             refuse_without_density(self.run(batch, 2))

@@ -79,7 +79,7 @@ class ELBO(Objective):
             if not is_divergence(seen.particles, name):
                 raise ValueError(
                     f'free_bits needs a KL for each unit, but site "{name}" is masked or scaled in one program '
-                    "otherwise than in the other, so that it has none: treat it alike in both, or pass free_bits=0"
+                    "otherwise than in the other, or has an improper prior: treat it alike, or pass free_bits=0"
                 )
 
     def free_bits_loss(self, particles: Particles) -> Tensor:
@@ -87,7 +87,9 @@ class ELBO(Objective):
         likelihood = particles.log_likelihood()
         kls = [site_kl(particles, name) for name in latent(particles.model)]
         cost: Any = 0.0 if likelihood is None else -self.likelihood_weight * likelihood
-        loss: Any = 0.0 if likelihood is None else (cost * particles.scale).mean(0).sum()
+        if (carried := particles.log_carried()) is not None:
+            cost = cost - self.kl_weight * carried
+        loss: Any = (torch.as_tensor(cost) * particles.scale).mean(0).sum()
         for kl in kls:  # [K, *plates, units]
             mean = kl.flatten(0, -2).mean(0)
             data = kl[0, ..., 0]

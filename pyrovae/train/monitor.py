@@ -67,7 +67,8 @@ class Monitor:
             if point_mass(particles.guide[name]["fn"]) is None
         }
         if kls.keys() == latent(particles.model).keys():
-            kl = sum(each.sum().item() for each in kls.values())
+            carried = particles.log_carried()
+            kl = sum(each.sum().item() for each in kls.values()) - (0.0 if carried is None else carried.mean().item())
         else:  # point masses (autoguides, codes) have a KL only together with the sites that they transform
             kl = -combine(None, particles.log_prior(), particles.log_guide(), 1, 1).mean().item()
         # joint weights are totals: of the likelihood over this batch, of the KL over all data

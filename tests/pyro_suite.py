@@ -1,0 +1,178 @@
+"""Pyro's own tests of inference, with our objectives in the place of its own.
+
+    python tests/pyro_suite.py FOLDER [--all] [--theirs] [pytest's arguments]
+
+FOLDER is a checkout of pyro-ppl/pyro; its ``tests/infer`` are run with the Pyro that is installed. Nothing of them is
+copied here: before they are imported, Pyro's names for its objectives are made to mean ours (``OURS``). The objectives
+that enumerate or are no bound stay Pyro's, and a test that makes none of ours is not counted.
+
+What we refuse by design, and what tests the inside of Pyro's own objectives, stands in ``LISTED``, with the reason and
+the message that must be raised; an entry of which no test fails any more is reported as a failure. At the end comes a
+table. ``--all`` runs the tests that train to convergence as well, which takes an hour and more on one thread;
+``--theirs`` substitutes nothing, to see what fails with Pyro's own objectives too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro.infer
+import pytest
+
+import pyrovae as pv
+
+# --- our objectives under Pyro's names -------------------------------------------------------------------------------
+
+
+class Plain(pv.ELBO):
+    """The ELBO."""
+
+    def __init__(self, num_particles: int = 1) -> None:
+        super().__init__(num_particles)
+
+
+class ClosedForm(Plain):
+    """The ELBO with every KL in closed form that has one."""
+
+    def __init__(self, num_particles: int = 1) -> None:
+        super().__init__(num_particles)
+        self.free_bits = -math.inf  # below which no unit ever is
+
+
+class Renyi(pv.Renyi):
+    """Pyro's defaults are alpha = 0 and two particles."""
+
+    def __init__(self, alpha: float = 0.0, num_particles: int = 2) -> None:
+        super().__init__(alpha, num_particles)
+
+
+class WakeSleep(pv.RWS):
+    """The wake phase alone, as is Pyro's default."""
+
+    def __init__(self, num_particles: int = 2, model_has_params: bool = True) -> None:
+        super().__init__(num_particles)
+
+
+OURS = {
+    "Trace_ELBO": Plain,
+    "TraceGraph_ELBO": Plain,
+    "TraceMeanField_ELBO": ClosedForm,
+    "JitTrace_ELBO": Plain,
+    "JitTraceGraph_ELBO": Plain,
+    "JitTraceMeanField_ELBO": ClosedForm,
+    "RenyiELBO": Renyi,
+    "ReweightedWakeSleep": WakeSleep,
+}
+#: How Pyro runs particles, which ours find out for themselves.
+DROPPED = {
+    "max_plate_nesting", "max_iarange_nesting", "vectorize_particles", "strict_enumeration_warning",
+    "ignore_jit_warnings", "jit_options", "retain_graph", "tail_adaptive_beta",
+}  # fmt: skip
+
+# --- what fails, and why ---------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """Tests that fail for a reason: patterns of their ids, and of what is raised."""
+
+    tests: str
+    raises: str
+    reason: str
+
+
+LISTED: list[Entry] = []
+
+# --- the plugin ------------------------------------------------------------------------------------------------------
+
+
+class Suite:
+    """Substitutes objectives, and sorts what comes of each test."""
+
+    def __init__(self, substitute: bool) -> None:
+        self.made = False
+        self.counts: Counter[str] = Counter()
+        self.listed: Counter[Entry] = Counter()
+        for name, base in OURS.items():
+            theirs = getattr(pyro.infer, name)
+            mine = self.stand_in(name, base if substitute else theirs)
+            for module in (pyro.infer, sys.modules[theirs.__module__]):
+                setattr(module, name, mine)
+
+    def stand_in(self, name: str, base: type) -> type:
+        """An objective under Pyro's name: its keywords translated, and each making of it noticed."""
+        dropped = DROPPED if issubclass(base, pv.Objective) else set()
+
+        def __init__(this: Any, *args: Any, **options: Any) -> None:
+            self.made = True
+            base.__init__(this, *args, **{key: value for key, value in options.items() if key not in dropped})
+
+        return type(name, (base,), {"__init__": __init__})
+
+    def pytest_runtest_setup(self) -> None:
+        self.made = False
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+        """Sort the outcome; a failure that is listed, or is none of ours, is no failure."""
+        report = (yield).get_result()  # type: ignore[attr-defined]
+        if report.when != "call" and report.passed:
+            return
+        kind: str = report.outcome
+        if report.failed and self.made:
+            if entry := entry_of(item.nodeid, str(call.excinfo.value if call.excinfo else "")):
+                self.listed[entry] += 1
+                kind, report.outcome, report.wasxfail = entry.reason, "skipped", entry.reason
+        elif not self.made:
+            kind = "no objective of ours" + (", failed" if report.failed else "")
+            if report.failed:
+                report.outcome, report.wasxfail = "skipped", kind
+        self.counts[kind] += 1
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """The table."""
+        terminalreporter.section("Pyro's tests, our objectives")
+        for kind, number in sorted(self.counts.items(), key=lambda item: -item[1]):
+            terminalreporter.write_line(f"{number:6}  {kind}")
+        for entry in self.unused():
+            terminalreporter.write_line(f"no test of this entry fails any more, remove it: {entry}")
+
+    def unused(self) -> list[Entry]:
+        """Entries of the list that excuse nothing."""
+        return [entry for entry in LISTED if not self.listed[entry]]
+
+
+def entry_of(test: str, raised: str) -> Entry | None:
+    """The entry that lists a test's failure, if one does."""
+    name = test.rpartition("/")[2].replace("[", "(").replace("]", ")")  # brackets mean something to fnmatch
+    return next((e for e in LISTED if fnmatch(name, e.tests) and re.search(e.raises, raised)), None)
+
+
+def main(folder: str, *options: str) -> int:
+    """Run the tests of a checkout; 0 if none fails that is not listed."""
+    own = {"--all", "--theirs"}
+    suite = Suite(substitute="--theirs" not in options)
+    os.chdir(folder)  # its tests are a package of the same name as ours
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+    names = re.compile("|".join(OURS))
+    files = [str(f) for f in sorted(Path("tests/infer").rglob("test_*.py")) if names.search(f.read_text())]
+    stage = "all" if "--all" in options else "unit"
+    rest = [option for option in options if option not in own]
+    chosen = [] if any(option.startswith("tests/") for option in rest[:1]) else files
+    newer = r"ignore:`torch.jit:FutureWarning"
+    done = pytest.main(
+        ["-q", "--tb=short", "-p", "no:cacheprovider", "--stage", stage, "-W", newer, *chosen, *rest], plugins=[suite]
+    )
+    whole = chosen and not rest
+    return int(done) or int(bool(whole and suite.unused()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
