@@ -7,7 +7,7 @@ any objective, and log p(x) is measured by importance sampling with a standard e
 __version__ = "0.1.0"
 
 from pyrovae import data, evaluate, models, nn, objectives, parts, plots
-from pyrovae.engine.run import log_weights
+from pyrovae.engine.runner import log_weights
 from pyrovae.evaluate import (
     AISEstimate,
     Bracket,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -25,9 +25,10 @@ from pyrovae.engine.sites import (
     log_prob,
     observed,
     oversampling,
+    proposed,
     refuse_live_point_mass,
-    reparameterised,
     same,
+    structure,
 )
 from pyrovae.engine.unwrap import point_mass
 
@@ -39,7 +40,8 @@ class Layout:
     """Where particles and data lie in the tensors of a run: ``[K, *plates]``, of the plates that every site shares.
 
     :ivar particle_dim: dim of the particles' plate; None for one particle, or with the particles folded into the batch.
-    :ivar plates: the plates around every sample site of guide and model.
+    :ivar plates: the plates around every sample site of the model, at a dim and of a size that every one of the guide's
+        lies in as well.
     """
 
     num_particles: int
@@ -49,11 +51,20 @@ class Layout:
 
     @classmethod
     def around(
-        cls, sites: Iterable[Site], num_particles: int = 1, particle_dim: int | None = None, folded: bool = False
+        cls,
+        model: Collection[Site],
+        guide: Collection[Site] = (),
+        num_particles: int = 1,
+        particle_dim: int | None = None,
+        folded: bool = False,
     ) -> Layout:
         """The layout of a run with these sites."""
-        stacks = [frames(site) for site in sites]
-        shared = {key: f for key, f in (stacks[0] if stacks else {}).items() if all(key in s for s in stacks)}
+        stacks = [frames(site) for site in model]
+        places = [{key[1:] for key in frames(site)} for site in guide]
+        first = next((frames(site) for site in (*model, *guide)), {})
+        shared = {
+            key: f for key, f in first.items() if all(key in s for s in stacks) and all(key[1:] in p for p in places)
+        }
         return cls(num_particles, particle_dim, folded, shared)
 
     @cached_property
@@ -101,6 +112,8 @@ class Layout:
 class Particles:
     """One run of guide and model.
 
+    :ivar guide: the guide's sites that count in log q.
+    :ivar noise: what it draws besides: given these draws, log w is as it is.
     :ivar scale: the factor of the bound: a number, or one for each datum.
     :ivar tempering: by role and site, what is left of a site's scale and tempers it inside log w (usually nothing).
     :ivar copies: the copies of the guide's samples that the model ran on, where it did.
@@ -114,6 +127,7 @@ class Particles:
     tempering: dict[tuple[Role, str], Weight] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
     rerun_guide: Callable[[], Sites] = dict
+    noise: Sites = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -124,18 +138,33 @@ class Particles:
         particle_dim: int | None = None,
         folded: bool = False,
         *,
+        noise: Collection[str] = (),
         scaled: bool = False,
     ) -> Particles:
         """A run from its sites; with ``scaled=False`` every scale is ignored."""
-        layout = Layout.around([*counted(guide), *counted(model)], num_particles, particle_dim, folded)
-        return cls(layout, guide, model, *(scales(layout, guide, model) if scaled else ()))
+        own = proposed(guide, model)
+        apart = {name: own.pop(name) for name in list(own) if name in noise}
+        layout = Layout.around(counted(model), own.values(), num_particles, particle_dim, folded)
+        scale, tempering = scales(layout, own, model) if scaled else (1.0, {})
+        return cls(layout, own, model, scale, tempering, noise=apart)
+
+    @property
+    def scored(self) -> Sites:
+        """The guide's sites without rsample, noise among them."""
+        return {name: site for name, site in (self.guide | self.noise).items() if not site["fn"].has_rsample}
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """What a check of this run holds for."""
+        folded = self.layout.num_particles if self.layout.folded else 1
+        return structure({**self.guide, **self.noise}, self.model, folded=folded)
 
     @property
     def uncommon_subsampled(self) -> list[str]:
         """Names of subsampled plates that some site is outside of."""
-        shared = {name for name, _, _ in self.layout.plates}
-        sites = (*counted(self.guide), *counted(self.model))
-        others = {f.name: f for site in sites for f in site["cond_indep_stack"] if f.name not in shared}
+        shared = {(dim, size) for _, dim, size in self.layout.plates}
+        sites = (*self.guide.values(), *counted(self.model))
+        others = {f.name: f for site in sites for f in site["cond_indep_stack"] if (f.dim, f.size) not in shared}
         return [name for name, f in others.items() if oversampling(f) != 1.0]
 
     @property
@@ -154,7 +183,7 @@ class Particles:
 
     def log_guide(self) -> Tensor | None:
         """log q(z | x), ``[K, *plates]``; None for a guide without sites."""
-        return self.total("guide", {s["name"]: log_prob(s, in_guide=True) for s in counted(self.guide)})
+        return self.total("guide", {name: log_prob(site, in_guide=True) for name, site in self.guide.items()})
 
     def log_prior(self) -> Tensor | None:
         """log p(z), with what point masses carry of it, ``[K, *plates]``."""
@@ -173,22 +202,22 @@ class Particles:
 
     def log_score(self) -> Tensor | None:
         """log q of the guide's non-reparameterised sites, their parents live, untempered; None if there is none."""
-        sites = [s for s in counted(self.guide) if not reparameterised(s)]
-        return self.total("guide", {s["name"]: log_prob(s) for s in sites}, tempered=False)
+        return self.total("guide", {name: log_prob(site) for name, site in self.scored.items()}, tempered=False)
 
     def log_guide_fixed(self) -> Tensor | None:
-        """log q(z | x) at fixed z: no gradient flows through any of the samples.
+        """log q(z | x) at fixed z: no gradient flows through any of the samples, but through noise besides.
 
         Where no site depends on another, the recorded distributions serve; else the guide runs once more.
         """
-        sites = counted(self.guide)
+        sites = list(self.guide.values())
         cuttable = not any(point_mass(s["fn"]) for s in sites)
         if cuttable:
             terms = {s["name"]: log_prob(s, s["value"].detach()) for s in sites}
             nodes = {s["value"].grad_fn for s in sites} - {None}
             cuttable = len(sites) == 1 or not any(depends_on(lp, nodes) for lp in terms.values())
         if not cuttable:
-            sites = counted(self.rerun_guide())
+            again = self.rerun_guide()
+            sites = [again[name] for name in self.guide]
             for site in sites:
                 refuse_live_point_mass(site)
             terms = {s["name"]: log_prob(s, in_guide=True) for s in sites}
@@ -197,7 +226,7 @@ class Particles:
 
 def scales(layout: Layout, guide: Sites, model: Sites) -> tuple[Weight, dict[tuple[Role, str], Weight]]:
     """The factor of the bound, and what is left to temper single sites with (usually nothing)."""
-    sites = [*counted(guide), *counted(model)]
+    sites = [*guide.values(), *counted(model)]
     if not sites:
         return 1.0, {}
     first: Weight = sites[0]["scale"]

@@ -7,17 +7,32 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.util import check_site_shape
+from pyro.distributions import Unit
+from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor, nn
 
+from pyrovae.engine.auxiliary import noise_of
 from pyrovae.engine.particles import Layout, Particles, Role
-from pyrovae.engine.programs import Batch, Program, graph_leaves, protected_buffers, reached_modules
+from pyrovae.engine.programs import Batch, Program, graph_leaves, protected_buffers, reached_modules, warn
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.engine.sites import Sites, counted, counts, latent, log_prob, observed, oversampling, quoted, record_pair
+from pyrovae.engine.sites import (
+    Sites,
+    counted,
+    counts,
+    frames,
+    latent,
+    log_prob,
+    observed,
+    oversampling,
+    quoted,
+    record_pair,
+)
+from pyrovae.engine.unwrap import point_mass
 
 
 @dataclass(frozen=True)
@@ -28,22 +43,29 @@ class Look:
     :ivar model: the model's sites, on the guide's samples.
     :ivar modules: the modules that the programs are, belong to or call, none of them below another.
     :ivar store: the tensors of Pyro's parameter store that the programs use, unconstrained, by name.
+    :ivar noise: draws of the guide that do not count in log q.
     """
 
     guide: Sites
     model: Sites
     modules: list[nn.Module]
     store: dict[str, Tensor]
+    noise: frozenset[str]
 
     @cached_property
     def particles(self) -> Particles:
         """The run itself, scaled."""
-        return Particles.of(self.guide, self.model, scaled=True)
+        return Particles.of(self.guide, self.model, noise=self.noise, scaled=True)
 
     @cached_property
+    def unscaled(self) -> Particles:
+        """The run itself, every scale ignored."""
+        return Particles.of(self.guide, self.model, noise=self.noise)
+
+    @property
     def layout(self) -> Layout:
         """The plates that all sites share."""
-        return Layout.around([*counted(self.guide), *counted(self.model)])
+        return self.unscaled.layout
 
     @cached_property
     def nesting(self) -> int:
@@ -55,6 +77,21 @@ class Look:
     def joint(self) -> bool:
         """Whether no plate is around every site, so that the weights are joint over the data."""
         return not self.layout.dims
+
+    @property
+    def strays(self) -> list[str]:
+        """The sites that make weights joint although the model's random variables share a plate: those outside of it.
+
+        These are factors, and latents for which the guide has no such plate; other draws of the guide are not meant.
+        """
+        factors = {s["name"]: s for s in counted(self.model) if isinstance(point_mass(s["fn"]), Unit)}
+        shared = Layout.around([site for site in counted(self.model) if site["name"] not in factors]).plates
+        if not self.joint or not shared:
+            return []
+        place = max(key[1:] for key in shared)
+        guide = {n: s for n, s in self.unscaled.guide.items() if n in self.model or s["is_observed"]}
+        meant = [*factors.items(), *guide.items()]
+        return [name for name, site in meant if place not in {key[1:] for key in frames(site)}]
 
     @property
     def full_size(self) -> int | None:
@@ -126,9 +163,10 @@ def look(
         poutine.trace(param_only=True) as parameters,
     ):  # fmt: skip
         sites = record_pair(model, guide, args, kwargs or {})
+    noise = noise_of(guide, args, kwargs or {}, *sites)
     below = {child for module in reached for child in module.modules() if child is not module}
     store = {name: site["value"].unconstrained() for name, site in parameters.trace.nodes.items()}  # type: ignore[union-attr]
-    return Look(*sites, [m for m in reached if m not in below], store)
+    return Look(*sites, [m for m in reached if m not in below], store, noise)
 
 
 def module_state(modules: list[nn.Module]) -> dict[str, Tensor]:
@@ -175,6 +213,20 @@ def check_match(seen: Look) -> None:
                 f'guide site "{name}" is not a latent site of the model, which has {quoted(wanted)}: '
                 'rename it, or mark it infer={"is_auxiliary": True}'
             )
+    try:
+        check_model_guide_match(*(SimpleNamespace(nodes=sites) for sites in (wanted, drawn)))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{error}: give its distribution one shape, in the same plates, in both") from error
+
+
+def warn_of_strays(seen: Look) -> None:
+    """Say that weights are joint where the model's random variables alone would not make them so."""
+    if strays := seen.strays:
+        warn(
+            f"the weights are joint over the data, because {quoted(strays)} lie outside of the plate that all random "
+            "sites of the model share (guide and model know it by dim and size): put them in it, or take what is "
+            "computed as that of the whole data set"
+        )
 
 
 def check_shapes(role: Role, sites: Sites) -> None:

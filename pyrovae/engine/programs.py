@@ -6,6 +6,8 @@ closes over networks. These helpers find what such a callable reaches without as
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +20,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 Program = Callable[..., Any]
 Batch = tuple[Any, ...]  # what a program takes
+
+
+def warn(message: str) -> None:
+    """Warn at the user's line: the innermost that is neither of this package nor of Pyro or torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "pyrovae",
+        "pyro",
+        "torch",
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def roots(*programs: Program) -> list[nn.Module]:

@@ -10,19 +10,17 @@ parts of the log-weights
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import pyro
 from pyro.distributions import Delta
 from torch import Tensor
 
-from pyrovae.arguments import positive_int
 from pyrovae.engine.devices import beside
-from pyrovae.engine.particles import Particles, measure
-from pyrovae.engine.probe import check_fold, checked_look
+from pyrovae.engine.particles import Particles
 from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import replayed_rng, rng_state
 from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, drawn
@@ -68,12 +66,13 @@ def run(
     copies: Copies = None,
     rerun: bool = False,
     scaled: bool = True,
+    noise: Collection[str] = (),
 ) -> Particles:
     """Run guide, then model on its samples, with ``num_particles`` particles to the left of ``nesting`` plates.
 
     With ``copies`` the model runs on copies of the samples, "detached" or "live", kept in ``Particles.copies``.
     ``rerun`` keeps what :meth:`Particles.log_guide_fixed` needs. With ``fold`` the particles are folded into the batch
-    instead of a plate. With ``scaled=False`` every scale is ignored.
+    instead of a plate. With ``scaled=False`` every scale is ignored. ``noise`` are the guide's draws that leave log w.
     """
     fold, particle_dim = fold and num_particles > 1, None
     if fold:
@@ -93,7 +92,7 @@ def run(
     with pyro.validation_enabled(False):
         states = rng_state() if rerun else None
         proposed = execute(guide, Record())
-        values = drawn(proposed)
+        values = {name: value for name, value in drawn(proposed).items() if name not in noise}
         copied = copies_of(values, copies)
         joint = execute(model, Record(values | copied))
 
@@ -104,7 +103,7 @@ def run(
         with pyro.validation_enabled(False), replayed_rng(*states), protected_buffers():
             return execute(guide, Record(fixed, redraw=True))
 
-    particles = Particles.of(proposed, joint, num_particles, particle_dim, fold, scaled=scaled)
+    particles = Particles.of(proposed, joint, num_particles, particle_dim, fold, noise=noise, scaled=scaled)
     return replace(particles, copies=copied, rerun_guide=rerun_guide)
 
 
@@ -114,44 +113,3 @@ def copies_of(values: Mapping[str, Tensor], kind: Copies) -> dict[str, Tensor]:
         return {}
     moved = {name: value for name, value in values.items() if getattr(value, "requires_grad", False)}
     return {n: v.view_as(v) if kind == "live" else v.detach().requires_grad_() for n, v in moved.items()}
-
-
-def log_weights(
-    model: Program, guide: Program, *args: Any, num_particles: int = 1, fold_particles: bool = False, **kwargs: Any
-) -> Tensor:
-    r"""The importance log-weights :math:`\log p(x_b, z_{kb}) - \log q(z_{kb} \mid x_b)`, ``[K, B]`` in nats.
-
-    Scales (subsampling, ``poutine.scale``) are ignored, masked sites count as zero, and the train/eval mode is left as
-    it is. A pair whose latents lie outside the data plate has joint weights, ``[K]``. The result carries gradients
-    unless called under ``torch.no_grad()``.
-
-    :param num_particles: K, the number of draws from the guide.
-    :param fold_particles: fold the particles into the batch, for networks that take one batch dimension only.
-    :raises ValueError: if the guide does not match the model, naming the site.
-
-    >>> import pyro, torch, pyro.distributions as dist
-    >>> def model(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-    >>> def guide(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
-    >>> log_w = log_weights(model, guide, torch.zeros(3), num_particles=4)
-    >>> log_w.shape, bool(log_w.std() < 1e-6)  # the guide is the posterior: every weight is log p(x)
-    (torch.Size([4, 3]), True)
-    """
-    seen = checked_look(model, guide, args, kwargs)
-    check_fold(seen, fold_particles)
-    return measure(
-        run(
-            model,
-            guide,
-            args,
-            kwargs,
-            num_particles=positive_int("num_particles", num_particles),
-            nesting=seen.nesting,
-            fold=fold_particles,
-            scaled=False,
-        )
-    )

@@ -14,11 +14,11 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Distribution, Independent
 
 from pyrovae.engine.devices import beside
 from pyrovae.engine.programs import Batch, Program
-from pyrovae.engine.unwrap import point_mass
+from pyrovae.engine.unwrap import point_mass, unwrapped
 
 Site = dict[str, Any]  # a message of Pyro's
 Sites = dict[str, Site]
@@ -123,6 +123,44 @@ def carriers(sites: Sites) -> Sites:
     return {name: site for name, site in observed(sites).items() if isinstance(point_mass(site["fn"]), Delta)}
 
 
+def proposed(guide: Sites, model: Sites) -> Sites:
+    """The sites that are a guide's own: what it draws, and its factors.
+
+    A guide made by effects runs its model, so that its run contains what the model observes.
+    """
+    return {
+        name: site
+        for name, site in guide.items()
+        if counts(site) and (not site["is_observed"] or is_own_factor(site, model.get(name)))
+    }
+
+
+def is_own_factor(site: Site, of_model: Site | None) -> bool:
+    """Whether an observed site of a guide is a factor which the model lacks, or says otherwise."""
+    inner = unwrapped(site["fn"])
+    return isinstance(inner, Unit) and (of_model is None or says_rsample(inner) != says_rsample(of_model["fn"]))
+
+
+def says_rsample(fn: Distribution) -> bool:
+    """Whether a factor says by itself if it arose from reparameterised draws."""
+    return "has_rsample" in vars(unwrapped(fn))
+
+
+def structure(*runs: Sites, folded: int = 1) -> tuple[object, ...]:
+    """The sites of programs, the dims of their plates, and which sizes are equal: what a check of a run holds for.
+
+    :param folded: the number of particles in the data plate.
+    """
+    sizes = {1: 1}
+    return tuple(
+        (name, site["is_observed"], *(
+            (f.dim, sizes.setdefault(f.size // folded if f.dim == -1 else f.size, len(sizes) + 1))
+            for f in site["cond_indep_stack"] if f.dim is not None and f.name != PARTICLE_PLATE
+        ))
+        for sites in runs for name, site in sites.items() if counts(site)
+    )  # fmt: skip
+
+
 def log_prob(site: Site, value: Tensor | None = None, *, in_guide: bool = False) -> Tensor:
     """The unscaled log-probability of one site, masks counted as zero."""
     value = site["value"] if value is None else value
@@ -166,11 +204,6 @@ def same(a: Weight, b: Weight) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return bool(torch.equal(*(t.cpu() for t in torch.broadcast_tensors(torch.as_tensor(a), torch.as_tensor(b)))))
     return math.isclose(a, b, rel_tol=1e-9)
-
-
-def reparameterised(site: Site) -> bool:
-    """Whether gradients flow through the site's draws, so that it needs no score function."""
-    return site["fn"].has_rsample or (site["is_observed"] and not isinstance(point_mass(site["fn"]), Unit))
 
 
 def refuse_live_point_mass(site: Site) -> None:

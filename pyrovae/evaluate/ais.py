@@ -16,7 +16,7 @@ from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, w
 from pyrovae.engine.devices import beside
 from pyrovae.engine.generate import Redraw, generate, program_of
 from pyrovae.engine.particles import Layout, Particles
-from pyrovae.engine.probe import look
+from pyrovae.engine.probe import check_pair, look
 from pyrovae.engine.programs import Batch, Program
 from pyrovae.engine.sites import (
     PARTICLE_PLATE,
@@ -217,6 +217,8 @@ class Annealer:
                 f"to start from a guide it must draw {quoted(sites)} from densities, and nothing else; it has "
                 f"{quoted(drawn)}: leave guide out to start from the prior"
             )
+        if guide:
+            check_pair(seen)
         self.nesting, state = seen.nesting, tensors_of(seen.modules)
         maps = {name: unconstrained(site["fn"].support) for name, site in sites.items()}
         self.maps = {name: transform for name, transform in maps.items() if transform is not None}
@@ -274,7 +276,9 @@ class Annealer:
             beta = joint.new_tensor(self.betas[t])
             return lambda u: self.slope(tuple(u), beta, *u.values(), *batch)
 
-        layout = Layout.around(counted(self.run(self.model, batch, {})), self.num_chains, -1 - self.nesting)
+        layout = Layout.around(
+            counted(self.run(self.model, batch, {})), num_particles=self.num_chains, particle_dim=-1 - self.nesting
+        )
         hmc = HMC(layout, self.event_dims, self.leapfrog_steps)
         u = self.start(batch)
         _, joint, _ = self.ends(batch, u)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrovae.arguments import positive_int
 from pyrovae.engine.programs import Program, graph_leaves, protected_buffers
-from pyrovae.engine.run import log_weights
+from pyrovae.engine.runner import log_weights
 from pyrovae.engine.sites import Sites, counted, latent, log_prob, record
 from pyrovae.engine.weights import log_mean_exp
 from pyrovae.evaluate.measuring import Batches, RunningMean, measuring

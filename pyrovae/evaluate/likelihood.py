@@ -13,11 +13,11 @@ from torch import Tensor
 
 from pyrovae.arguments import positive_int
 from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
-from pyrovae.engine.particles import Particles
-from pyrovae.engine.probe import Look, check_fold, checked_look
+from pyrovae.engine.particles import Particles, measure
+from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.engine.run import measure, run
+from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import Site, frames, latent, untraced
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.weights import Tally
@@ -99,7 +99,7 @@ def log_likelihood(
     with measuring(model, guide, seed=seed), data.bar:
         for batch in data:
             if refine_steps:
-                sampler.guide = refine(model, guide, *batch, steps=refine_steps, **kwargs)
+                sampler.runner.guide = refine(model, guide, *batch, steps=refine_steps, **kwargs)
             if not results:
                 compiles = False if refine_steps else compile
                 sampler.prepare(batch, data.total or rows(batch), num_draws, seed, chunk_size, compiles)
@@ -122,8 +122,8 @@ class Sampler:
     def __init__(
         self, model: Program, guide: Program, kwargs: Mapping[str, object], num_samples: int, fold: bool, memory: int
     ) -> None:
-        self.model, self.guide, self.kwargs = model, guide, kwargs
-        self.num_samples, self.fold, self.memory = num_samples, fold, memory
+        self.runner, self.kwargs = Runner(model, guide, fold=fold), kwargs
+        self.num_samples, self.memory = num_samples, memory
 
     def prepare(
         self, batch: Batch, number: int, num_draws: int, seed: int | None, chunk_size: int | None, compile: bool | str
@@ -132,21 +132,14 @@ class Sampler:
 
         That is how many draws a pass takes, and whether passes go through a compiled graph (of ``number`` data in all).
         """
-        seen = checked_look(self.model, self.guide, batch, self.kwargs)
-        check_fold(seen, self.fold)
-        subsampled = seen.particles.uncommon_subsampled
-        if seen.joint and subsampled:
-            raise ValueError(
-                f'log p(x) needs the whole data set, but plate "{subsampled[0]}" is subsampled and '
-                "its latents are shared: evaluate with the full plate"
-            )
-        self.nesting, self.joint, state = seen.nesting, seen.joint, tensors_of(seen.modules)
+        seen = self.runner.look(batch, self.kwargs, refuse_joint_subsample)
+        self.joint, state = seen.joint, tensors_of(seen.modules)
         self.exact = not latent(seen.guide) and not latent(seen.model) and not any(map(untraced, seen.model.values()))
         self.resampler, self.subsample = Resampler(num_draws, seed, seen), SameSubsample()
         with protected_buffers(), isolated_rng(), PeakBytes() as used:
             refuse_without_density(self.run(batch, 2))
         self.dtype = measure(seen.particles).dtype
-        part = subsampled or seen.layout.oversampling != 1.0
+        part = seen.unscaled.uncommon_subsampled or seen.layout.oversampling != 1.0
         reason = "a plate is subsampled, and every pass must weigh the same data" if part else None
         saved = SAVED * number * self.num_samples * sum(t.numel() for t in state)
         self.weigh = Checked(self.weights, state, wanted=wanted(compile, saved), reason=reason, stacklevel=6)
@@ -156,10 +149,7 @@ class Sampler:
     def run(self, batch: Batch, num_particles: int) -> Particles:
         """One run of the pair, every scale ignored."""
         with self.subsample:
-            return run(
-                self.model, self.guide, batch, self.kwargs,
-                num_particles=num_particles, nesting=self.nesting, fold=self.fold, scaled=False,
-            )  # fmt: skip
+            return self.runner(batch, self.kwargs, num_particles, check=refuse_joint_subsample, scaled=False)
 
     def weights(self, size: int, *batch: object) -> list[Tensor]:
         """The log-weights of one pass, ``[size, B]``, and what the resampler wants of it."""
@@ -182,6 +172,15 @@ class Sampler:
                 f"the log-weights of datum {where} are NaN or +inf: check that data and parameters are finite"
             )
         return sums.log_mean, torch.zeros_like(sums.log_mean) if self.exact else sums.std_error, sums.ess, k
+
+
+def refuse_joint_subsample(seen: Look) -> None:
+    """Joint weights are of the whole data set."""
+    if seen.joint and (subsampled := seen.unscaled.uncommon_subsampled):
+        raise ValueError(
+            f'log p(x) needs the whole data set, but plate "{subsampled[0]}" is subsampled and '
+            "its latents are shared: evaluate with the full plate"
+        )
 
 
 def refuse_without_density(particles: Particles) -> None:

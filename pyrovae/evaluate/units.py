@@ -12,7 +12,7 @@ from pyrovae import data as datasets
 from pyrovae.arguments import in_range, positive_int
 from pyrovae.engine.kl import sides, site_kl
 from pyrovae.engine.programs import Batch, Program
-from pyrovae.engine.run import run
+from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import frames, latent, masked, record
 from pyrovae.engine.unwrap import finite_mean, point_mass
 from pyrovae.evaluate.measuring import Batches, RunningMean, measuring
@@ -147,7 +147,7 @@ def information(
         batch = next(iter(Batches(args, num_data, of=(model, guide), kwargs=kwargs, seed=seed)))
         if len(batch[0]) < 2:
             raise datasets.DataError("information over data needs two of them at least: pass more")
-        particles = run(model, guide, batch, kwargs, scaled=False)
+        particles = Runner(model, guide)(batch, kwargs, scaled=False)
         found = {}
         for name in latent(particles.model):
             site = particles.guide[name]

@@ -12,8 +12,8 @@ from pyrovae.arguments import one_of, positive_int, weight
 from pyrovae.configured import Configured
 from pyrovae.engine.gradient import Needs, ParticleWeights, Parts, finite_weights, surrogate
 from pyrovae.engine.particles import Particles
-from pyrovae.engine.probe import Look, check_fold
-from pyrovae.engine.sites import Weight, counted
+from pyrovae.engine.probe import Look
+from pyrovae.engine.sites import Weight
 from pyrovae.objectives import checks
 from pyrovae.objectives.derivatives import Bound, curvature, learning_signal, slope
 from pyrovae.objectives.interface import RunObjective
@@ -162,21 +162,21 @@ class Objective(Configured, RunObjective):
         if not log_w.requires_grad:
             return -(self.bound(log_w) * particles.scale).sum()
         needs = self.needs
-        scored = needs.reinforce and any(not site["fn"].has_rsample for site in counted(particles.guide))
-        needs = needs._replace(reinforce=scored)
+        needs = needs._replace(reinforce=needs.reinforce and bool(particles.scored))
         bound, weights = self.followed_weights(log_w.detach(), particles, needs)
         ascent = surrogate(particles, parts, log_w, weights, needs)
         return -(bound * particles.scale).sum() - (ascent - ascent.detach())
 
     def check(self, seen: Look) -> None:
         """Refuse a pair that this objective cannot train or measure."""
-        check_fold(seen, self.fold_particles)
         if not self.linear:
             checks.refuse_uncommon_subsample(seen, type(self).__name__, self.total_particles)
         if self.gradient != "total":
             checks.refuse_scored_sites(seen, self.gradient)
         if torch.is_grad_enabled():
             checks.refuse_without_gradient(seen, type(self).__name__)
+            if not self.needs.reinforce:
+                checks.refuse_unscored_noise(seen, type(self).__name__)
 
     # --- what it is made of ------------------------------------------------------------------------------------
 

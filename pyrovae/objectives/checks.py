@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyro.distributions import Unit
 
 from pyrovae.engine.probe import Look
-from pyrovae.engine.sites import latent, quoted
+from pyrovae.engine.sites import latent, log_prob, quoted, says_rsample
 from pyrovae.engine.unwrap import point_mass
 
 
@@ -42,7 +42,17 @@ def refuse_without_gradient(seen: Look, objective: str) -> None:
                 f'site "{name}" is marked for enumeration, which {objective} cannot do: '
                 "use pyro.infer.TraceEnum_ELBO, or remove the mark"
             )
-    for name, site in seen.guide.items():
-        inner = point_mass(site["fn"])
-        if isinstance(inner, Unit) and "has_rsample" not in inner.__dict__:
+    for name, site in seen.particles.guide.items():
+        if isinstance(point_mass(site["fn"]), Unit) and not says_rsample(site["fn"]):
             raise ValueError(f'guide factor "{name}" must say has_rsample=True or False: pass it to pyro.factor')
+
+
+def refuse_unscored_noise(seen: Look, objective: str) -> None:
+    """Refuse noise of the guide that only its score could train, where no site follows its score."""
+    for name, site in seen.particles.noise.items():
+        if not site["fn"].has_rsample and log_prob(site).requires_grad:
+            raise ValueError(
+                f'{objective} does not train auxiliary guide site "{name}" ({type(site["fn"]).__name__}), which has '
+                "no rsample, as its density does not count in log q: draw it from a fixed distribution, or use "
+                "another objective"
+            )

@@ -69,7 +69,7 @@ class ELBO(Objective):
     def check(self, seen: Look) -> None:
         """As of any objective; free bits need a KL for each unit."""
         super().check(seen)
-        for name, site in seen.guide.items() if self.free_bits else ():
+        for name, site in seen.particles.guide.items() if self.free_bits else ():
             if (inner := point_mass(site["fn"])) is not None:
                 raise ValueError(
                     f'free_bits needs a KL for each unit, but guide site "{name}" is a {type(inner).__name__}, '

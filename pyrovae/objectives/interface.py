@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import pyro.infer
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 from pyrovae.engine.gradient import Needs
 from pyrovae.engine.particles import Particles
-from pyrovae.engine.probe import Look, checked_look
-from pyrovae.engine.programs import Batch, Program, roots
-from pyrovae.engine.run import run
+from pyrovae.engine.probe import Look
+from pyrovae.engine.programs import Program, roots
+from pyrovae.engine.runner import Runner
 
 
 class RunObjective(pyro.infer.ELBO):
@@ -25,7 +24,7 @@ class RunObjective(pyro.infer.ELBO):
 
     gradient: str
     fold_particles: bool
-    _known: tuple[tuple[object, ...], int] | None = None
+    _known: tuple[tuple[object, ...], Runner] | None = None
 
     @property
     @abstractmethod
@@ -48,11 +47,8 @@ class RunObjective(pyro.infer.ELBO):
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound summed over data, 0-d, in nats; its ``backward()`` gives this objective's estimator."""
         needs = self.needs if torch.is_grad_enabled() else Needs()
-        particles = run(
-            model, guide, args, kwargs,
-            num_particles=self.total_particles, nesting=self.nesting_of(model, guide, args, kwargs),
-            fold=self.fold_particles, copies=needs.copies, rerun=needs.fixed,
-        )  # fmt: skip
+        runner = self.runner(model, guide)
+        particles = runner(args, kwargs, self.total_particles, check=self.check, copies=needs.copies, rerun=needs.fixed)
         return self.particle_loss(particles)
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
@@ -74,24 +70,18 @@ class RunObjective(pyro.infer.ELBO):
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         return get_importance_trace("flat", math.inf, model, guide, args, kwargs)
 
-    # --- checks, once per pair ---------------------------------------------------------------------------------
+    # --- what is known of a pair ---------------------------------------------------------------------------------
 
-    def nesting_of(self, model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]) -> int:
-        """The number of dimensions of a pair's own plates; the pair is checked at its first call."""
-        if self._known is None or self._known[0] != self.circumstances(model, guide):
-            self.meet(model, guide, checked_look(model, guide, args, kwargs))
-        assert self._known is not None
+    def runner(self, model: Program, guide: Program) -> Runner:
+        """What runs a pair; it is checked at its first call, and where it shows another structure later."""
+        pair = model, guide, self.gradient, self.fold_particles
+        if self._known is None or self._known[0] != pair:
+            self._known = pair, Runner(model, guide, fold=self.fold_particles)
         return self._known[1]
 
     def meet(self, model: Program, guide: Program, seen: Look) -> None:
         """Check a pair by a look at it, so that it need not be looked at again."""
-        self.check(seen)
-        self._known = self.circumstances(model, guide), seen.nesting
-
-    def circumstances(self, model: Program, guide: Program) -> tuple[object, ...]:
-        """What a check holds for: programs may differ between train and eval mode."""
-        modes = tuple(module.training for module in roots(model, guide))
-        return model, guide, modes, torch.is_grad_enabled(), self.gradient, self.fold_particles
+        self.runner(model, guide).meet(seen, self.check)
 
 
 class PairLoss(ELBOModule):

@@ -12,7 +12,7 @@ from pyrovae.engine.gradient import Needs, ParticleWeights, finite_weights
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.programs import Program
 from pyrovae.engine.run import fold_arguments
-from pyrovae.engine.sites import latent, record
+from pyrovae.engine.sites import latent, proposed, record
 from pyrovae.engine.weights import log_mean_exp
 from pyrovae.objectives.base import Objective, Options
 
@@ -98,13 +98,16 @@ class SleepPhi(Objective):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus log q(z | x) of one dream per datum, summed over data, mean over particles."""
-        self.nesting_of(model, guide, args, kwargs)  # for its checks
+        runner = self.runner(model, guide)
+        if not runner.structures:
+            runner.look(args, kwargs, self.check)
         if self.num_particles > 1:
             args, kwargs = fold_arguments(args, kwargs, self.num_particles)
         with torch.no_grad():
             dreamt, data = generate(model, args, kwargs, Redraw(args[0]))
         values = {name: site["value"] for name, site in latent(dreamt).items() if site is not data}
-        particles = Particles.of(record(guide, (data["value"], *args[1:]), kwargs, values), {}, scaled=True)
+        sites = proposed(record(guide, (data["value"], *args[1:]), kwargs, values), dreamt)
+        particles = Particles.of(sites, {}, noise=runner.noise, scaled=True)
         log_q = particles.log_guide()
         if log_q is None:
             raise ValueError("SleepPhi trains a guide, but this one draws nothing: take another objective")

@@ -20,7 +20,7 @@ from pyrovae.arguments import DataError, positive_int
 from pyrovae.compile.checked import check_compile
 from pyrovae.compile.recording import settle
 from pyrovae.data.feed import Feed
-from pyrovae.engine.probe import check_pair, look
+from pyrovae.engine.probe import check_pair, look, warn_of_strays
 from pyrovae.engine.programs import Program, eval_mode, roots
 from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
 from pyrovae.engine.sites import counted, counts, log_prob
@@ -210,7 +210,9 @@ class Trainee:
         stacks = [site["cond_indep_stack"] for site in (*counted(seen.guide), *counted(seen.model))]
         names = [{frame.name for frame in stack} for stack in stacks]  # of sequential plates too
         subsampled = any(f.full_size and f.full_size > f.size for stack in stacks for f in stack)
-        if feed.steps != 1 and any(names) and not set.intersection(*names) and not subsampled:
+        apart = seen.joint and any(names) and not set.intersection(*names)
+        warn_of_strays(seen)
+        if feed.steps != 1 and apart and not (seen.strays or subsampled):
             warnings.warn(
                 "latents outside the data plate are shared by all data, but each batch will count as all of them: pass "
                 'batch_size=len(data), or give the plate its full size, pyro.plate("data", N, subsample_size=...)',

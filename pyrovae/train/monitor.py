@@ -13,10 +13,10 @@ from pyrovae.data.feed import Feed, as_batch
 from pyrovae.engine.devices import beside, home_of
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.particles import Particles, combine
-from pyrovae.engine.probe import Look, check_pair, look
+from pyrovae.engine.probe import Look, look
 from pyrovae.engine.programs import Batch, Program, eval_mode, roots
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.engine.run import run
+from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import Sites, counts, latent
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.evaluate.units import mean_draws
@@ -33,28 +33,29 @@ class Monitor:
 
     def __init__(self, model: Program, guide: Program, seen: Look, feed: Feed) -> None:
         watched = None if feed.steps == 1 else min(MONITORED, max(100, (feed.size or 0) // 10))
-        self.model, self.guide, self.modules, self.batch = model, guide, seen.modules, feed.first(watched)
+        self.runner, self.modules, self.batch = Runner(model, guide), seen.modules, feed.first(watched)
         self.size, self.joint = feed.size or len(self.batch[0]), seen.joint
         # What was seen of a pair holds for its batch; of another size it is looked at when it is first measured.
         self.known, self.usable = len(self.batch[0]) == len(feed.first()[0]), True
+        self.runner.meet(seen)
 
     def __call__(self) -> dict[str, object]:
         """What one run shows: :meth:`terms`, ``active_units`` by site, and the pair's own metrics."""
         if not self.known:
             self.known = True
             try:
-                check_pair(look(self.model, self.guide, self.batch))
+                self.runner.look(self.batch, {})
             except Exception as error:  # a pair that runs at its own batch size only; training may go on
                 self.usable = False
                 warn_unlogged(error, stacklevel=6)
         if not self.usable:
             return {}
         with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
-            found = self.terms(run(self.model, self.guide, self.batch, {}, scaled=False))
-            means = mean_draws(self.guide, self.batch) if len(self.batch[0]) > 1 else {}
+            found = self.terms(self.runner(self.batch, {}, scaled=False))
+            means = mean_draws(self.runner.guide, self.batch) if len(self.batch[0]) > 1 else {}
             variances = {name: average.mean.var(0) - average.noise.mean(0) for name, average in means.items()}
             found["active_units"] = {name: int((variance > 0.01).sum()) for name, variance in variances.items()}
-            for module in roots(self.model, self.guide):
+            for module in roots(self.runner.model, self.runner.guide):
                 if callable(own := getattr(module, "metrics", None)):
                     found |= own(*self.batch)
         return found

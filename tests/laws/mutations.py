@@ -24,6 +24,7 @@ VARIABLE = "PYROVAE_MUTATION"
 SUITE = [
     *("tests/laws/test_derivatives.py", "tests/laws/test_identities.py"),
     *("tests/laws/test_scales.py", "tests/laws/test_free_bits.py"),
+    *("tests/laws/test_auxiliary.py", "tests/laws/test_structure.py"),
     *("tests/test_importance.py", "tests/test_objectives.py", "tests/laws/test_oracles.py"),
     *("tests/laws/test_wake_sleep.py", "tests/laws/test_subsampling.py", "tests/laws/test_reparameterised.py"),
     *("tests/laws/test_gradients.py", "tests/laws/test_bounds.py", "tests/laws/test_variances.py"),
@@ -198,14 +199,47 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("for name, site in observed(self.model).items()", 'for name, site in self.model.items() if name == "x"'),
     ],
     "guide factors ignored": [
-        (
-            "log_prob(s, in_guide=True) for s in counted(self.guide)",
-            'log_prob(s, in_guide=True) for s in counted(self.guide) if not s["is_observed"]',
-        )
+        ('(of_model is None or says_rsample(inner) != says_rsample(of_model["fn"]))', "False"),
     ],
     "common scale ignored": [("return per_datum(first, layout), {}", "return 1.0, {}")],
     "the guide's tempering not in dreg": [("next(iter(particles.guide_tempering), 1.0)", "1.0")],
     "tempering outside of the bound": [("lp = lp * self.tempering[role, name]", "pass")],
+    # what of a pair is seen again
+    "a structure once seen is seen for good": [("            if found.structure in known:", "            if known:")],
+    "plates of a later call lie where particles are": [
+        ("max(self.nesting, seen.nesting)", "self.nesting or seen.nesting")
+    ],
+    "of sizes nothing is known": [
+        ("sizes.setdefault(f.size // folded if f.dim == -1 else f.size, len(sizes) + 1)", "0")
+    ],
+    "a guide's plate by its name": [
+        ("places = [{key[1:] for key in frames(site)} for site in guide]", "places = [frames(site) for site in guide]"),
+        ("all(key[1:] in p for p in places)", "all(key in p for p in places)"),
+    ],
+    "a model's plate by its size alone": [
+        ("all(key in s for s in stacks)", "all(key[1:] in {k[1:] for k in s} for s in stacks)")
+    ],
+    "a site of two shapes": [
+        ("check_model_guide_match(*(SimpleNamespace(nodes=sites) for sites in (wanted, drawn)))", "pass")
+    ],
+    "joint weights without a word": [("if strays := seen.strays:", "if strays := []:")],
+    # what of a guide's run counts
+    "the model's observations in log q": [
+        ('(not site["is_observed"] or is_own_factor(site, model.get(name)))', "True")
+    ],
+    "the model's factors in log q": [("(of_model is None or says_rsample(inner)", "(True or says_rsample(inner)")],
+    "noise in log q": [("for name in list(own) if name in noise}", "for name in list(own) if name in ()}")],
+    "noise without its score": [("for name, site in (self.guide | self.noise)", "for name, site in (self.guide)")],
+    "noise held fixed": [
+        (
+            "for name, value in drawn(proposed).items() if name not in noise}",
+            "for name, value in drawn(proposed).items()}",
+        )
+    ],
+    "what Deltas are computed from as noise": [("return frozenset(own) - read", "return frozenset(own)")],
+    "Deltas of Deltas cut off": [
+        ("get_provenance(parts_of(mass)) if name in self.own and", "frozenset() if name in self.own and")
+    ],
     # dead particles, state
     "a hopeless datum has a gradient": [
         ("usable = torch.isfinite(bound)", "usable = torch.ones_like(bound, dtype=torch.bool)")

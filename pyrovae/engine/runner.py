@@ -1,0 +1,116 @@
+"""A pair and what is known of it, so that it runs with particles however its plates come to lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrovae.arguments import positive_int
+from pyrovae.engine.particles import Particles, measure
+from pyrovae.engine.probe import Look, check_fold, checked_look, warn_of_strays
+from pyrovae.engine.programs import Batch, Program, roots
+from pyrovae.engine.run import Copies, run
+
+Check = Callable[[Look], None]
+
+
+class Runner:
+    """Runs a pair, and looks at it and checks it whenever a run has another structure than those before.
+
+    :param fold: whether particles are folded into the batch.
+    """
+
+    def __init__(self, model: Program, guide: Program, *, fold: bool = False) -> None:
+        self.model, self.guide, self.fold = model, guide, fold
+        self.known: dict[object, set[tuple[object, ...]]] = {}
+        self.nesting, self.noise = 0, frozenset[str]()
+
+    @property
+    def structures(self) -> set[tuple[object, ...]]:
+        """Those that were checked as things are: programs may differ between train and eval mode."""
+        modes = tuple(module.training for module in roots(self.model, self.guide))
+        return self.known.setdefault((modes, torch.is_grad_enabled()), set())
+
+    def look(self, args: Batch, kwargs: Mapping[str, object], check: Check | None = None) -> Look:
+        """A look at the pair, checked, that later runs rely on."""
+        seen = checked_look(self.model, self.guide, args, kwargs)
+        if not any(seen.unscaled.structure in structures for structures in self.known.values()):
+            warn_of_strays(seen)
+        self.meet(seen, check)
+        return seen
+
+    def meet(self, seen: Look, check: Check | None = None) -> None:
+        """Rely on a look that was taken already."""
+        check_fold(seen, self.fold)
+        if check is not None:
+            check(seen)
+        self.structures.add(seen.unscaled.structure)
+        self.nesting, self.noise = max(self.nesting, seen.nesting), self.noise | seen.noise
+
+    def __call__(
+        self,
+        args: Batch,
+        kwargs: Mapping[str, object],
+        num_particles: int = 1,
+        *,
+        check: Check | None = None,
+        copies: Copies = None,
+        rerun: bool = False,
+        scaled: bool = True,
+    ) -> Particles:
+        """A run with particles; see :func:`pyrovae.engine.run.run`. ``check`` may refuse what was looked at."""
+        known = self.structures
+        if not known:
+            self.look(args, kwargs, check)
+        while True:
+            assumed = self.nesting, self.noise
+            try:
+                found = run(
+                    self.model, self.guide, args, kwargs, num_particles=num_particles, nesting=self.nesting,
+                    fold=self.fold, copies=copies, rerun=rerun, scaled=scaled, noise=self.noise,
+                )  # fmt: skip
+            except (RuntimeError, ValueError):  # perhaps of a plate that came to lie where the particles are
+                number = len(known)
+                if num_particles > 1:
+                    self.look(args, kwargs, check)
+                if len(known) == number:
+                    raise
+                continue
+            if found.structure in known:
+                return found
+            self.look(args, kwargs, check)
+            known.add(found.structure)
+            if assumed == (self.nesting, self.noise):
+                return found
+
+
+def log_weights(
+    model: Program, guide: Program, *args: Any, num_particles: int = 1, fold_particles: bool = False, **kwargs: Any
+) -> Tensor:
+    r"""The importance log-weights :math:`\log p(x_b, z_{kb}) - \log q(z_{kb} \mid x_b)`, ``[K, B]`` in nats.
+
+    Scales (subsampling, ``poutine.scale``) are ignored, masked sites count as zero, and the train/eval mode is left as
+    it is. A pair whose latents lie outside the data plate has joint weights, ``[K]``. The result carries gradients
+    unless called under ``torch.no_grad()``.
+
+    :param num_particles: K, the number of draws from the guide.
+    :param fold_particles: fold the particles into the batch, for networks that take one batch dimension only.
+    :raises ValueError: if the guide does not match the model, naming the site.
+
+    >>> import pyro, torch, pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+    >>> log_w = log_weights(model, guide, torch.zeros(3), num_particles=4)
+    >>> log_w.shape, bool(log_w.std() < 1e-6)  # the guide is the posterior: every weight is log p(x)
+    (torch.Size([4, 3]), True)
+    """
+    runner = Runner(model, guide, fold=fold_particles)
+    return measure(runner(args, kwargs, positive_int("num_particles", num_particles), scaled=False))
