@@ -22,9 +22,10 @@ from torch.distributions import constraints
 import pyrovae as pv
 from pyrovae.compile import checked, inductor
 from pyrovae.compile import graph as graphs
-from pyrovae.compile.checked import tensors, untouched
+from pyrovae.compile.checked import Checked, tensors, untouched
 from pyrovae.compile.inductor import has_compiler
 from pyrovae.compile.noise import CannotCompile, rewritten
+from pyrovae.compile.recording import options
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import look
 from pyrovae.engine.programs import eval_mode
@@ -647,6 +648,41 @@ def test_the_step_of_several_pairs_is_recorded_as_well(interpreted, monkeypatch)
     assert list(step.recorded) == [2]
     assert step.kind == "replicas"
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+CHANGES = {
+    "weight decay": lambda optimizer: optimizer.param_groups[0].update(weight_decay=0.1),
+    "betas": lambda optimizer: optimizer.param_groups[0].update(betas=(0.5, 0.999)),
+    "another option": lambda optimizer: optimizer.param_groups[0].update(amsgrad=True),
+    "a state that is loaded": lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()),
+    "more parameters": lambda optimizer: optimizer.add_param_group({"params": [torch.zeros(1)]}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_recording_follows_learning_rates_and_notices_all_else(change):
+    optimizer = torch.optim.Adam([torch.zeros(2)], lr=torch.tensor(0.1), foreach=False)
+    recording = stepping.Recording.__new__(stepping.Recording)
+    recording.optimizers, recording.frozen = [optimizer], [options(optimizer)]
+    group, rate = optimizer.param_groups[0], optimizer.param_groups[0]["lr"]
+    for new in (0.5, torch.tensor(0.25)):
+        group["lr"] = new
+        assert recording.follows()
+        assert group["lr"] is rate
+        assert rate == new
+    CHANGES[change](optimizer)
+    assert not recording.follows()
+
+
+def test_compiled_and_eager_are_compared_in_full_float32():
+    x, tf32 = torch.ones(3), []
+
+    def function(x):
+        tf32.append(torch.backends.cudnn.conv.fp32_precision)
+        return [x + 1]
+
+    Checked(function, [])(x)
+    assert tf32[0] == "ieee"
 
 
 # --- whether to compile ----------------------------------------------------------------------------------------------

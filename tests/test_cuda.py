@@ -3,6 +3,7 @@
 import gc
 import math
 import warnings
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -15,6 +16,7 @@ from pyrovae.compile.noise import rewritten
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import look
 from pyrovae.engine.randomness import isolated_rng
+from pyrovae.evaluate.hmc import HMC
 from pyrovae.schedules import cosine
 from pyrovae.train import loop
 from pyrovae.train.compiled import Compiled
@@ -457,8 +459,35 @@ def test_the_last_batch_of_another_size_is_a_step_as_well(digits):
     assert len(step.recorded) == 1
 
 
+PLACES = [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Pairs of rows from two tensors, which may lie on different devices."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], self.y[i]
+
+
+@pytest.mark.parametrize("make", [lambda x, y: (x, y), TensorDataset, Rows])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("places", PLACES)
+def test_data_may_lie_on_a_device_already(places, device, make, digits):
+    vae, x = make_vae(), digits.fixed().x[:100]
+    model, guide = (lambda x, _, run=run: run(x) for run in (vae.model, vae.guide))
+    data = make(*(t.to(place) for t, place in zip((x, torch.rand(100, 2)), places, strict=True)))
+    result = pv.fit(model, guide, data, objective=pv.ELBO(), epochs=1, batch_size=50, device=device)
+    assert result.timings["steps"] == 2
+
+
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize(("began", "ended"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+@pytest.mark.parametrize(("began", "ended"), PLACES)
 def test_a_run_goes_on_on_another_device(began, ended, compile, tmp_path, digits):
     settings = {"epochs": 4, "run_dir": tmp_path, "schedule": "cosine", "compile": compile}
     dying_at(loop, "run_epoch", 3, lambda: fitted(make_vae(), digits, device=began, **settings))
@@ -512,6 +541,21 @@ def test_the_compiled_likelihood_is_the_eager_one(vae, x):
     assert (eager.path, compiled.path) == ("eager", "compiled")
     torch.testing.assert_close(compiled.log_prob, eager.log_prob, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(compiled.std_error, eager.std_error, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_annealing_waits_for_the_device_between_temperatures_no_more(compile, vae, x, monkeypatch):
+    """After the first, which compiles."""
+    transition, calls = HMC.transition, []
+
+    def watched(self, *args):
+        calls.append(args)
+        with unwaiting() if len(calls) > 1 else nullcontext():
+            return transition(self, *args)
+
+    monkeypatch.setattr(HMC, "transition", watched)
+    pv.ais_log_likelihood(vae.cuda(), x.cuda(), num_chains=2, num_temperatures=3, leapfrog_steps=2, compile=compile)
+    assert len(calls) > 40
 
 
 @pytest.fixture

@@ -174,6 +174,7 @@ def test_any_elbo_is_an_objective(name):
     assert vars(objective) == before
     assert result.history[-1]["bound"] == pytest.approx(BEST, abs=0.06)
     assert result.history[-1]["validation_bound"] == pytest.approx(BEST, abs=0.06)
+    assert isinstance(result.history[-1]["validation_bound"], float)  # a tensor of Pyro's would keep its device
 
 
 def test_enumerated_latents_train_with_pyros_objective_and_are_not_monitored():

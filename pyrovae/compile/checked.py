@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyrovae.compile.graph import Graph, capture
 from pyrovae.compile.inductor import COMPILATION
 from pyrovae.compile.noise import CannotCompile, rewritten
+from pyrovae.compile.precision import full_float32
 from pyrovae.engine.probe import PairState
 from pyrovae.engine.programs import Batch
 from pyrovae.engine.randomness import isolated_rng
@@ -36,9 +37,9 @@ class Captured(NamedTuple):
 class Checked:
     """A function of tensors, called through one compiled graph that was found to give what the function gives.
 
-    The graph is made for the first inputs and compared with the function on the same noise. Inputs of the same kinds
-    go through it, all others through the function; so does everything, after one warning, where nothing can be
-    compiled.
+    The graph is made for the first inputs and compared with the function on the same noise, in full float32. Inputs of
+    the same kinds go through it, all others through the function; so does everything, after one warning, where nothing
+    can be compiled.
 
     :param function: what is to be compiled; gives a list of tensors, a loss first if there is one.
     :param state: the tensors that it reads besides its inputs, each once.
@@ -87,7 +88,7 @@ class Checked:
             raise CannotCompile(self.reason)
         graph, expected, changed = self.capture(inputs)
         compiled = partial(graph.compiled(), *self.state)
-        with isolated_rng(self.seed), self.untouched():
+        with isolated_rng(self.seed), self.untouched(), full_float32():
             compare(expected, compiled(*tensors(inputs)), self.precision)
             compare(changed, self.changes, self.precision)
         self.compiled, self.signature = compiled, signature(inputs)
@@ -99,7 +100,7 @@ class Checked:
         The function runs eagerly first, so that whatever is wrong with it is said in plain words.
         """
         function = partial(self.function, *inputs)
-        with isolated_rng(self.seed), self.untouched(), rewritten():
+        with isolated_rng(self.seed), self.untouched(), rewritten(), full_float32():
             expected, changed = function(), [t.clone() for t in self.changes]
         with self.untouched(), pyro.validation_enabled(False):
             graph = capture(function, [*self.state, *tensors(inputs)])

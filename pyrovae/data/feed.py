@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from pyrovae.arguments import DataError
 from pyrovae.data.images import Images, as_tensor, is_integer
 from pyrovae.data.support import check_support
 from pyrovae.engine.programs import Batch
+from pyrovae.engine.randomness import isolated_rng
 
 Source = Images | Dataset[Any] | DataLoader[Any]
 
@@ -110,8 +112,10 @@ class Feed:
             if not isinstance(source, DataLoader):
                 shuffle = not isinstance(source, torch.utils.data.IterableDataset)
                 most = 4 if shuffle else 1  # several workers would each deliver the whole of a stream
+                placed = torch.cuda.is_initialized() and lies_on_a_device(source)
+                most = 0 if placed else most  # a worker cannot read what another process holds there
                 workers = min(most, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
-                pinned = device.type == "cuda"
+                pinned = device.type == "cuda" and not placed
                 source = DataLoader(source, batch_size, shuffle=shuffle, num_workers=workers, pin_memory=pinned)
             self.loader = source
         self._first: Batch | None = None
@@ -159,6 +163,15 @@ class Feed:
         redrawn = position == 0 and self.images is not None and self.images.binarization == "dynamic"
         x: Any = self.first()[position] if redrawn or position >= len(held) else held[position]
         check_support(x.reshape(-1, *shape) if shape.numel() == x[0].numel() else x, support, site=site)
+
+
+def lies_on_a_device(source: Any) -> bool:
+    """Whether what a data set gives is on a device other than the CPU already; nothing is known of a stream."""
+    if isinstance(source, torch.utils.data.IterableDataset):
+        return False
+    with isolated_rng():
+        first = tree_leaves(source[0])
+    return any(isinstance(a, Tensor) and a.device.type != "cpu" for a in first)
 
 
 def length(sized: object) -> int | None:

@@ -273,8 +273,7 @@ class Annealer:
         order = list(range(self.last + 1))
 
         def density(t: int) -> LogDensity:
-            beta = joint.new_tensor(self.betas[t])
-            return lambda u: self.slope(tuple(u), beta, *u.values(), *batch)
+            return lambda u: self.slope(tuple(u), betas[t], *u.values(), *batch)
 
         layout = Layout.around(
             counted(self.run(self.model, batch, {})), num_particles=self.num_chains, particle_dim=-1 - self.nesting
@@ -282,7 +281,7 @@ class Annealer:
         hmc = HMC(layout, self.event_dims, self.leapfrog_steps)
         u = self.start(batch)
         _, joint, _ = self.ends(batch, u)
-        self.dtype = joint.dtype
+        self.dtype, betas = joint.dtype, joint.new_tensor(self.betas)  # one copy: each would wait for the device
         steps = hmc.pilot(density, self.last, u, torch.full_like(joint[:1], math.log(0.1)), self.target)
 
         u = self.start(batch)

@@ -98,7 +98,7 @@ class Validation:
         with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
             for batch in datasets.batches((data,), self.feed.batch_size, device=self.feed.device):
                 with beside(batch):
-                    loss = first_loss(self.objective.loss(self.model, self.guide, *batch))  # type: ignore[attr-defined]
+                    loss = float(first_loss(self.objective.loss(self.model, self.guide, *batch)))  # type: ignore[attr-defined]
                 total -= loss / (self.full_size or len(batch[0])) * len(batch[0])
                 count += len(batch[0])
         return total / count

@@ -24,6 +24,7 @@ from pyrovae import runs
 from pyrovae.arguments import in_range
 from pyrovae.compile.checked import compare, signature, tensors, untouched
 from pyrovae.compile.noise import CannotCompile, stacked_noise
+from pyrovae.compile.precision import full_float32
 from pyrovae.data.feed import Feed
 from pyrovae.engine.programs import Batch, Program, eval_mode
 from pyrovae.engine.randomness import isolated_rng
@@ -239,7 +240,7 @@ class Batched:
                 raise ValueError(f"replica {r} is not the same program as replica 0: build them alike, but for weights")
         stacked = [True] * len(self.stacks) + [False] * len(tensors(self.example))
         compiled = single.batched(len(self.each), stacked).compiled()
-        with isolated_rng(), ExitStack() as undo:
+        with isolated_rng(), full_float32(), ExitStack() as undo:
             for state in self.states:
                 undo.enter_context(untouched(state))
             got = compiled(*self.stacks, *tensors(self.example), noise=stacked_noise([same_noise] * len(own)))
