@@ -395,6 +395,32 @@ def test_a_step_that_cannot_be_recorded_runs_compiled_after_one_warning(noise, x
     assert torch.isfinite(torch.randn(3, device="cuda")).all()
 
 
+@pytest.mark.parametrize("layer", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_recurrent_layers_are_compiled_and_recorded(layer):
+    """With dropout between two of them."""
+    torch.manual_seed(0)
+    encoder, head, decoder = layer(2, 8, 2, dropout=0.2), torch.nn.Linear(8, 4), torch.nn.Linear(2, 10)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z).unflatten(-1, (5, 2)), 0.5).to_event(2), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            mean, log_scale = head(encoder(x.transpose(0, 1))[0][-1]).chunk(2, -1)
+            pyro.sample("z", dist.Normal(mean, log_scale.exp()).to_event(1))
+
+    x = torch.randn(60, 5, 2).cumsum(1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "cannot")
+        result = pv.fit(
+            model, guide, x, objective=pv.ELBO(), epochs=30, batch_size=30, lr=1e-2, device="cuda", compile=True
+        )
+    assert result.timings["path"] == "cuda graph"
+    assert result.history[-1]["bound"] > result.history[0]["bound"] + 3
+
+
 several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device on this machine")
 
 

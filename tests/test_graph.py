@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrovae.compile import inductor
-from pyrovae.compile.graph import capture
+from pyrovae.compile.graph import Composed, capture
 from pyrovae.compile.inductor import channels_last
 from pyrovae.compile.noise import CannotCompile, rewritten
 from pyrovae.engine.randomness import isolated_rng, replayed_rng, rng_state
@@ -553,3 +554,43 @@ def test_a_pyro_program_is_captured_with_its_handlers():
         return [loss.detach(), *torch.autograd.grad(loss, [loc])]
 
     assert_equal_on_the_same_noise(function, [loc, x])
+
+
+class Seeing(TorchDispatchMode):
+    """Notes whether cuDNN is on, at each operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(torch.backends.cudnn.enabled)
+        return func(*args, **(kwargs or {}))
+
+
+RECURRENT = {kind.__name__: kind(3, 2).double() for kind in (nn.LSTM, nn.GRU, nn.RNN)}
+RECURRENT["relu"] = nn.RNN(3, 2, nonlinearity="relu").double()
+
+
+@pytest.mark.parametrize("name", [*RECURRENT, "linear"])
+def test_recurrent_layers_are_composed_where_a_function_is_captured(name, monkeypatch):
+    """Without cuDNN, that is, whose operations count as random; nothing else is without it."""
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    with Composed(), Seeing() as seeing:
+        (RECURRENT | {"linear": nn.Linear(3, 2).double()})[name](X)
+    assert (False in seeing.seen) == (name in RECURRENT)
+    assert torch.backends.cudnn.enabled
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_are_captured(name):
+    layer = RECURRENT[name]
+    parameters = list(layer.parameters())
+
+    def function():
+        loss = layer(X)[0].square().sum()
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    got = capture(function, [*parameters, X])(*parameters, X)
+    for e, g in zip(function(), got, strict=True):
+        torch.testing.assert_close(g, e)

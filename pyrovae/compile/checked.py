@@ -14,7 +14,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyrovae.compile.graph import Graph, capture
+from pyrovae.compile.graph import Composed, Graph, capture
 from pyrovae.compile.inductor import COMPILATION
 from pyrovae.compile.noise import CannotCompile, rewritten
 from pyrovae.compile.precision import full_float32
@@ -100,7 +100,7 @@ class Checked:
         The function runs eagerly first, so that whatever is wrong with it is said in plain words.
         """
         function = partial(self.function, *inputs)
-        with isolated_rng(self.seed), self.untouched(), rewritten(), full_float32():
+        with isolated_rng(self.seed), self.untouched(), rewritten(), Composed(), full_float32():
             expected, changed = function(), [t.clone() for t in self.changes]
         with self.untouched(), pyro.validation_enabled(False):
             graph = capture(function, [*self.state, *tensors(inputs)])

@@ -156,7 +156,24 @@ def refuse_dynamic_shapes(module: fx.GraphModule) -> None:
         raise CannotCompile(f'"{node.target}" gives a shape that depends on values')
 
 
-class Traceable(TorchFunctionMode):
+class Composed(TorchFunctionMode):
+    """Computes recurrent layers by plain operations: cuDNN's count as random, for their dropout is noise of its own."""
+
+    RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        cudnn: Any = torch.backends.cudnn
+        enabled = cudnn.enabled
+        cudnn.enabled = enabled and func not in self.RECURRENT
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            cudnn.enabled = enabled
+
+
+class Traceable(Composed):
     """Refuse what reads a traced tensor's values unnoticed; write what reads them needlessly in another way."""
 
     READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
@@ -167,7 +184,9 @@ class Traceable(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in self.READS and args[0].numel():
             args[0].detach().reshape(-1)[0].item()  # a tensor that depends on the inputs refuses this
-        return one_hot(*args, **kwargs) if func is torch.nn.functional.one_hot else func(*args, **kwargs)
+        if func is torch.nn.functional.one_hot:
+            return one_hot(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def one_hot(labels: Tensor, num_classes: int = -1) -> Tensor:
