@@ -304,3 +304,53 @@ def test_folding_is_refused_with_a_subsample_and_with_joint_weights():
     refused(ValueError, '"data"', pv.IWAE(3, fold_particles=True).loss, subsampled(observed), subsampled(site), X)
     with pytest.raises(ValueError, match="fold_particles"):
         pv.log_weights(global_model, global_guide, X[:, 0], num_particles=3, fold_particles=True)
+
+
+def mapped_model(x, matrix, labels=None):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", normal(x.new_zeros(2)).to_event(1))
+        shift = 0.0 if labels is None else labels.unsqueeze(-1)
+        pyro.sample("x", normal(z @ matrix[:2] + shift, 0.7).to_event(1), obs=x)
+
+
+def mapped_guide(x, matrix, labels=None):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", normal(0.5 * x if labels is None else 0.5 * x + labels.unsqueeze(-1), 0.8).to_event(1))
+
+
+def test_folding_repeats_what_has_a_row_for_each_datum_and_asks_where_it_cannot_know():
+    matrix, labels = torch.tensor([[1.0, 0.3], [-0.2, 0.8], [0.0, 0.0]]), torch.tensor([0.0, 1.0, 2.0])
+    for keywords in (False, True):
+        args, more = ((X,), {"matrix": matrix, "labels": labels}) if keywords else ((X, matrix, labels), {})
+        second = "matrix" if keywords else 1
+        refused(
+            ValueError, rf"argument {second!r} has as many rows, \[3, 2\]",
+            pv.IWAE(4, fold_particles=True).loss, mapped_model, mapped_guide, *args, **more,
+        )  # fmt: skip
+        along = (0, "labels") if keywords else (0, 2)
+        values = []
+        for fold in (False, along):
+            pyro.set_rng_seed(3)
+            values.append(
+                pv.log_weights(mapped_model, mapped_guide, *args, num_particles=4, fold_particles=fold, **more)
+            )
+        torch.testing.assert_close(*values)
+    # without another argument of three rows, nothing need be said
+    folded = pv.IWAE(4, fold_particles=True)
+    assert math.isfinite(folded.loss(mapped_model, mapped_guide, X, matrix[:2], labels))
+    assert eval(repr(pv.IWAE(4, fold_particles=(0, "y"))), vars(pv)).fold_particles == (0, "y")
+    refused(
+        ValueError, "names argument 5", pv.IWAE(4, fold_particles=(0, 5)).loss, mapped_model, mapped_guide, X, matrix
+    )
+
+
+def test_folding_refuses_data_that_do_not_come_first():
+    def turned(program):
+        return lambda rates, x: program(x)
+
+    refused(
+        ValueError, r"has 8 rows, but its data plate has size 3.*fold_particles=\(1,\)",
+        pv.IWAE(2, fold_particles=True).loss, turned(plain_model), turned(plain_guide), torch.ones(4), X,
+    )  # fmt: skip
+    by_name = pv.IWAE(2, fold_particles=(1,)).loss(turned(plain_model), turned(plain_guide), torch.ones(4), X)
+    assert math.isfinite(by_name)

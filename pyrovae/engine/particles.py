@@ -157,7 +157,7 @@ class Particles:
     def structure(self) -> tuple[object, ...]:
         """What a check of this run holds for."""
         folded = self.layout.num_particles if self.layout.folded else 1
-        return structure({**self.guide, **self.noise}, self.model, folded=folded)
+        return structure(self.guide, self.noise, self.model, folded=folded)
 
     @property
     def uncommon_subsampled(self) -> list[str]:

@@ -28,7 +28,6 @@ from pyrovae.engine.sites import (
     latent,
     log_prob,
     observed,
-    oversampling,
     quoted,
     record_pair,
 )
@@ -240,21 +239,3 @@ def check_shapes(role: Role, sites: Sites) -> None:
             check_site_shape(scored, max_plate_nesting=math.inf)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f'{role} site "{name}": ' + " ".join(str(error).split())) from error
-
-
-def check_fold(seen: Look, fold: bool) -> None:
-    """Refuse to fold the particles of a pair that has joint weights, or a plate with a subsample of its own."""
-    if not fold:
-        return
-    if seen.layout.dims != [-1]:
-        raise ValueError(
-            "fold_particles=True needs one data plate at dim -1 around every site, "
-            f"found plates {quoted(name for name, _, _ in seen.layout.plates)} shared by all: pass fold_particles=False"
-        )
-    stack = [f for site in (*counted(seen.guide), *counted(seen.model)) for f in site["cond_indep_stack"]]
-    subsampled = sorted({f.name for f in stack if oversampling(f) != 1.0})
-    if subsampled:
-        raise ValueError(
-            f"fold_particles=True cannot repeat a subsampled plate, found {quoted(subsampled)}: "
-            "drop the subsample, or pass fold_particles=False"
-        )

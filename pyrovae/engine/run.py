@@ -20,6 +20,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyrovae.engine.devices import beside
+from pyrovae.engine.fold import Fold, check_folded, fold_arguments
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import replayed_rng, rng_state
@@ -27,18 +28,6 @@ from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, d
 from pyrovae.engine.unwrap import point_mass
 
 Copies = Literal["detached", "live"] | None
-
-
-def fold_arguments(args: Batch, kwargs: Mapping[str, object], num_particles: int) -> tuple[Batch, dict[str, object]]:
-    """Repeat every argument that has the data along its first axis, particles major."""
-    size = next((a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() > 0), None)
-
-    def repeat(a: object) -> object:
-        if isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == size:
-            return a.repeat(num_particles, *[1] * (a.dim() - 1))
-        return a
-
-    return tuple(map(repeat, args)), {k: repeat(v) for k, v in kwargs.items()}
 
 
 @contextmanager
@@ -62,7 +51,7 @@ def run(
     *,
     num_particles: int = 1,
     nesting: int = 0,
-    fold: bool = False,
+    fold: Fold = False,
     copies: Copies = None,
     rerun: bool = False,
     scaled: bool = True,
@@ -74,9 +63,10 @@ def run(
     ``rerun`` keeps what :meth:`Particles.log_guide_fixed` needs. With ``fold`` the particles are folded into the batch
     instead of a plate. With ``scaled=False`` every scale is ignored. ``noise`` are the guide's draws that leave log w.
     """
-    fold, particle_dim = fold and num_particles > 1, None
-    if fold:
-        args, kwargs = fold_arguments(args, kwargs, num_particles)
+    folded, particle_dim = fold is not False and num_particles > 1, None
+    whole = *args, *kwargs.values()
+    if folded:
+        args, kwargs = fold_arguments(args, kwargs, num_particles, fold)
     elif num_particles > 1:
         particle_dim = -1 - nesting
 
@@ -103,7 +93,9 @@ def run(
         with pyro.validation_enabled(False), replayed_rng(*states), protected_buffers():
             return execute(guide, Record(fixed, redraw=True))
 
-    particles = Particles.of(proposed, joint, num_particles, particle_dim, fold, noise=noise, scaled=scaled)
+    particles = Particles.of(proposed, joint, num_particles, particle_dim, folded, noise=noise, scaled=scaled)
+    if folded:
+        check_folded(particles, whole, (*args, *kwargs.values()))
     return replace(particles, copies=copied, rerun_guide=rerun_guide)
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import positive_int
+from pyrovae.engine.fold import Fold, check_fold
 from pyrovae.engine.particles import Particles, measure
-from pyrovae.engine.probe import Look, check_fold, checked_look, warn_of_strays
+from pyrovae.engine.probe import Look, checked_look, warn_of_strays
 from pyrovae.engine.programs import Batch, Program, roots
 from pyrovae.engine.run import Copies, run
 
@@ -23,7 +24,7 @@ class Runner:
     :param fold: whether particles are folded into the batch.
     """
 
-    def __init__(self, model: Program, guide: Program, *, fold: bool = False) -> None:
+    def __init__(self, model: Program, guide: Program, *, fold: Fold = False) -> None:
         self.model, self.guide, self.fold = model, guide, fold
         self.known: dict[object, set[tuple[object, ...]]] = {}
         self.nesting, self.noise = 0, frozenset[str]()
@@ -88,7 +89,7 @@ class Runner:
 
 
 def log_weights(
-    model: Program, guide: Program, *args: Any, num_particles: int = 1, fold_particles: bool = False, **kwargs: Any
+    model: Program, guide: Program, *args: Any, num_particles: int = 1, fold_particles: Fold = False, **kwargs: Any
 ) -> Tensor:
     r"""The importance log-weights :math:`\log p(x_b, z_{kb}) - \log q(z_{kb} \mid x_b)`, ``[K, B]`` in nats.
 
@@ -97,7 +98,8 @@ def log_weights(
     unless called under ``torch.no_grad()``.
 
     :param num_particles: K, the number of draws from the guide.
-    :param fold_particles: fold the particles into the batch, for networks that take one batch dimension only.
+    :param fold_particles: fold the particles into the batch, for networks that take one batch dimension only; True, or
+        the positions and names of the arguments that have a row for each datum.
     :raises ValueError: if the guide does not match the model, naming the site.
 
     >>> import pyro, torch, pyro.distributions as dist

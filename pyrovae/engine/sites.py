@@ -151,14 +151,15 @@ def structure(*runs: Sites, folded: int = 1) -> tuple[object, ...]:
 
     :param folded: the number of particles in the data plate.
     """
-    sizes = {1: 1}
-    return tuple(
-        (name, site["is_observed"], *(
-            (f.dim, sizes.setdefault(f.size // folded if f.dim == -1 else f.size, len(sizes) + 1))
-            for f in site["cond_indep_stack"] if f.dim is not None and f.name != PARTICLE_PLATE
-        ))
-        for sites in runs for name, site in sites.items() if counts(site)
-    )  # fmt: skip
+    sizes, found = {1: 1}, list[object]()
+    for sites in runs:
+        for name, site in sites.items():
+            found += name, site["is_observed"]
+            for f in site["cond_indep_stack"]:
+                if f.dim is not None and f.name != PARTICLE_PLATE:
+                    size = f.size // folded if f.dim == -1 else f.size
+                    found += f.dim, sizes.setdefault(size, len(sizes) + 1)
+    return tuple(found)
 
 
 def log_prob(site: Site, value: Tensor | None = None, *, in_guide: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrovae.arguments import positive_int
 from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
+from pyrovae.engine.fold import Fold
 from pyrovae.engine.particles import Particles, measure
 from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import Batch, Program, protected_buffers
@@ -35,7 +36,7 @@ def log_likelihood(
     seed: int | None = None,
     chunk_size: int | None = None,
     batch_size: int | None = None,
-    fold_particles: bool = False,
+    fold_particles: Fold = False,
     memory: int = MEMORY,
     refine_steps: int = 0,
     num_draws: int = 0,
@@ -58,7 +59,7 @@ def log_likelihood(
     :param chunk_size: draws per pass; None takes what fits in ``memory`` bytes and halves it if memory runs out. The
         same seed gives the same draws only with the same chunk_size, which None chooses from sizes alone.
     :param batch_size: data per pass; None passes tensors whole, and takes 100 from a Dataset.
-    :param fold_particles: fold particles into the batch, for networks that take one batch dimension only.
+    :param fold_particles: fold particles into the batch, as for :func:`pyrovae.log_weights`.
     :param memory: bytes that a pass may take; 2 GiB by default.
     :param refine_steps: of gradient by which the guide is fitted to each datum before it proposes, as by
         :func:`pyrovae.refine`; such an evaluation runs eagerly, and says so wherever it is printed.
@@ -120,7 +121,7 @@ class Sampler:
     """Draws log-weights of a pair, batch by batch, and sums them up."""
 
     def __init__(
-        self, model: Program, guide: Program, kwargs: Mapping[str, object], num_samples: int, fold: bool, memory: int
+        self, model: Program, guide: Program, kwargs: Mapping[str, object], num_samples: int, fold: Fold, memory: int
     ) -> None:
         self.runner, self.kwargs = Runner(model, guide, fold=fold), kwargs
         self.num_samples, self.memory = num_samples, memory

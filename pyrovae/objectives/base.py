@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrovae.arguments import one_of, positive_int, weight
 from pyrovae.configured import Configured
+from pyrovae.engine.fold import Fold
 from pyrovae.engine.gradient import Needs, ParticleWeights, Parts, finite_weights, surrogate
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
@@ -28,7 +29,7 @@ class Options(TypedDict, total=False):
     kl_weight: float | Tensor
     likelihood_weight: float | Tensor
     gradient: Gradient
-    fold_particles: bool
+    fold_particles: Fold
 
 
 class Objective(Configured, RunObjective):
@@ -43,7 +44,8 @@ class Objective(Configured, RunObjective):
     :param gradient: ``"total"``, the derivative of the bound as it stands; ``"stl"`` drops the score of the guide
         (Roeder et al. 2017: unbiased for the ELBO, biased for bounds with K > 1); ``"dreg"`` replaces the score by its
         reparameterised equal (Tucker et al. 2018: unbiased, and its signal-to-noise ratio grows with K).
-    :param fold_particles: fold particles into the batch, for networks that take one batch dimension only.
+    :param fold_particles: fold particles into the batch, for networks that take one batch dimension only; True, or the
+        positions and names of the arguments that have a row for each datum, where True cannot know.
     :raises ValueError: for values out of range, at construction; for impossible sites, by name, at the first call.
 
     >>> import torch
@@ -73,7 +75,7 @@ class Objective(Configured, RunObjective):
         kl_weight: float | Tensor = 1.0,
         likelihood_weight: float | Tensor = 1.0,
         gradient: Gradient = "total",
-        fold_particles: bool = False,
+        fold_particles: Fold = False,
     ) -> None:
         super().__init__(vectorize_particles=True)
         self.num_particles = positive_int("num_particles", num_particles)
@@ -82,7 +84,7 @@ class Objective(Configured, RunObjective):
             raise ValueError(f"{type(self).__name__} has no kl_weight but 1, got {kl_weight!r}: leave it out")
         self.likelihood_weight = weight("likelihood_weight", likelihood_weight)
         self.gradient = one_of("gradient", gradient, get_args(Gradient))
-        self.fold_particles = bool(fold_particles)
+        self.fold_particles = fold_particles if isinstance(fold_particles, bool) else tuple(fold_particles)
 
     # --- what a subclass gives ---------------------------------------------------------------------------------
 

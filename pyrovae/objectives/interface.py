@@ -12,6 +12,7 @@ from pyro.infer.elbo import ELBOModule
 from pyro.infer.enum import get_importance_trace
 from torch import Tensor, nn
 
+from pyrovae.engine.fold import Fold
 from pyrovae.engine.gradient import Needs
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
@@ -23,7 +24,7 @@ class RunObjective(pyro.infer.ELBO):
     """A :class:`pyro.infer.ELBO` whose loss is a function of one run of the pair with ``total_particles`` particles."""
 
     gradient: str
-    fold_particles: bool
+    fold_particles: Fold
     _known: tuple[tuple[object, ...], Runner] | None = None
 
     @property

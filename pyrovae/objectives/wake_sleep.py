@@ -7,11 +7,11 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from pyrovae.engine.fold import fold_arguments
 from pyrovae.engine.generate import Redraw, generate
 from pyrovae.engine.gradient import Needs, ParticleWeights, finite_weights
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.programs import Program
-from pyrovae.engine.run import fold_arguments
 from pyrovae.engine.sites import latent, proposed, record
 from pyrovae.engine.weights import log_mean_exp
 from pyrovae.objectives.base import Objective, Options

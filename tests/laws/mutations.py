@@ -209,9 +209,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "plates of a later call lie where particles are": [
         ("max(self.nesting, seen.nesting)", "self.nesting or seen.nesting")
     ],
-    "of sizes nothing is known": [
-        ("sizes.setdefault(f.size // folded if f.dim == -1 else f.size, len(sizes) + 1)", "0")
-    ],
+    "of sizes nothing is known": [("sizes.setdefault(size, len(sizes) + 1)", "0")],
     "a guide's plate by its name": [
         ("places = [{key[1:] for key in frames(site)} for site in guide]", "places = [frames(site) for site in guide]"),
         ("all(key[1:] in p for p in places)", "all(key in p for p in places)"),
@@ -223,6 +221,11 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("check_model_guide_match(*(SimpleNamespace(nodes=sites) for sites in (wanted, drawn)))", "pass")
     ],
     "joint weights without a word": [("if strays := seen.strays:", "if strays := []:")],
+    # what is folded
+    "folding repeats whatever has as many rows": [("            if a.dim() > 1:", "            if False:")],
+    "folding repeats the first argument, data or not": [
+        ("if particles.layout.sizes not in ([rows], []):", "if False:")
+    ],
     # what of a guide's run counts
     "the model's observations in log q": [
         ('(not site["is_observed"] or is_own_factor(site, model.get(name)))', "True")

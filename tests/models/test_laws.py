@@ -84,7 +84,8 @@ def test_k_particles_are_k_runs(variant: Variant):
             total(scored(pair.guide, batch, **alone), scored(pair.model, batch, **alone)), log_w[k]
         )
     torch.testing.assert_close(weights(pair, batch), log_w)
-    torch.testing.assert_close(weights(pair, batch, fold_particles=True), log_w)
+    along = tuple(range(len(batch)))  # of attributes, [B, A], True could not know
+    torch.testing.assert_close(weights(pair, batch, fold_particles=along), log_w)
     assert not pyro.get_param_store().keys()
 
 
