@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyrovae.engine.particles import Particles, combine, is_number
 from pyrovae.engine.run import Copies
-from pyrovae.engine.sites import Weight
+from pyrovae.engine.sites import Weight, attached
 
 
 class ParticleWeights(NamedTuple):
@@ -72,7 +72,9 @@ class Parts(NamedTuple):
         return combine(*self._replace(guide=None))
 
 
-def surrogate(particles: Particles, parts: Parts, log_w: Tensor, weights: ParticleWeights, needs: Needs) -> Tensor:
+def surrogate(
+    particles: Particles, parts: Parts, log_w: Tensor, weights: ParticleWeights, needs: Needs, log_score: Tensor | None
+) -> Tensor:
     """A scalar whose gradient is the ascent direction that ``weights`` asks for; its value means nothing."""
     alive = torch.isfinite(log_w.detach())
     if needs.copies is None:
@@ -85,8 +87,8 @@ def surrogate(particles: Particles, parts: Parts, log_w: Tensor, weights: Partic
         total = total - dot(weights.path * parts.kl_weight, parts.guide, alive)
     if needs.fixed and (log_q := particles.log_guide_fixed()) is not None:
         total = total + dot(parts.kl_weight * (weights.path + weights.score), log_q, alive)
-    if needs.reinforce and (log_q := particles.log_score()) is not None:
-        total = total + dot(weights.reinforce, log_q, alive)
+    if log_score is not None:
+        total = total + dot(weights.reinforce, log_score, torch.isfinite(log_score.detach()))
     return total
 
 
@@ -101,9 +103,10 @@ def along_live_copies(particles: Particles, log_p: Tensor, weights: ParticleWeig
     That is right because plates make every particle of every datum a matter of its own.
     """
     ratio = ratio_of(weights.path, weights.model)
-    for name, copied in particles.copies.items():
-        at_site = particles.layout.spread(ratio, particles.guide[name]["fn"].event_dim).to(copied.dtype)
-        copied.register_hook(partial(mul, at_site))
+    for name, copy in particles.copies.items():
+        for tensor in (copy, *attached(copy).values()):
+            at_site = particles.layout.spread(ratio, particles.guide[name]["fn"].event_dim).to(tensor.dtype)
+            tensor.register_hook(partial(mul, at_site))
     return dot(weights.model, log_p, alive)
 
 
@@ -112,11 +115,12 @@ def along_detached_copies(
 ) -> Tensor:
     """Two backward passes through the model: to the samples with ``path``, to the parameters with ``model``."""
     total = dot(weights.model, log_p, alive)
-    leaves = list(particles.copies.values()) if path else []
+    leaves = [leaf for copy in particles.copies.values() for leaf in (copy, *attached(copy).values())] if path else []
     if not leaves or not log_p.requires_grad:
         return total
     along = torch.autograd.grad(dot(weights.path, log_p, alive), leaves, retain_graph=True, allow_unused=True)
-    live = [particles.guide[name]["value"] for name in particles.copies]
+    drawn = [particles.guide[name]["value"] for name in particles.copies]
+    live = [tensor for value in drawn for tensor in (value, *attached(value).values())]
     return total + sum((g * z).sum() for g, z in zip(along, live, strict=True) if g is not None)
 
 

@@ -10,7 +10,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, kl_divergence, register_kl
 
-from pyrovae.engine.particles import Particles, Role
+from pyrovae.engine.particles import Layout, Particles, Role
 from pyrovae.engine.sites import Site, Weight, latent, masked, same
 from pyrovae.engine.unwrap import elementwise, innermost, is_masked, layers, point_mass
 
@@ -42,7 +42,17 @@ class Side(NamedTuple):
 
 
 def site_kl(particles: Particles, name: str) -> Tensor:
-    r"""KL of the latent site ``name`` in a run of the pair, ``[K, *plates, units]`` in nats.
+    """KL of the latent site ``name`` in a run of the pair, ``[K, *plates, units]`` in nats."""
+    return over_plates(particles.layout, kl_in_place(particles, name))
+
+
+def over_plates(layout: Layout, kl: Tensor) -> Tensor:
+    """Unit by unit, what a log-probability becomes in the log-weights."""
+    return torch.vmap(lambda unit: layout.expand(layout.reduce(unit)), in_dims=-1, out_dims=-1)(kl)
+
+
+def kl_in_place(particles: Particles, name: str) -> Tensor:
+    r"""KL of a latent site, shaped as the program lays it out, units last.
 
     A unit is one element of the event where both distributions are independent over it, else the whole site. Given
     what the guide drew before the site, the mean of :math:`\log q(z) - \log p(z)` is KL(q || p), which stands in its
@@ -58,9 +68,7 @@ def site_kl(particles: Particles, name: str) -> Tensor:
         both = q.mask & p.mask
         kl = torch.where(both, kl, drawn) if kl is not None and isinstance(both, Tensor) else drawn
     batch_dim = site["value"].dim() - site["fn"].event_dim
-    kl = kl.flatten(batch_dim) if kl.dim() > batch_dim else kl.unsqueeze(-1)
-    layout = particles.layout
-    return torch.vmap(lambda unit: layout.expand(layout.reduce(unit)), in_dims=-1, out_dims=-1)(kl)
+    return kl.flatten(batch_dim) if kl.dim() > batch_dim else kl.unsqueeze(-1)
 
 
 def is_divergence(particles: Particles, name: str) -> bool:

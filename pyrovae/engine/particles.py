@@ -18,8 +18,10 @@ from pyrovae.engine.sites import (
     Site,
     Sites,
     Weight,
+    attached,
     carriers,
     counted,
+    duplicate,
     frames,
     latent,
     log_prob,
@@ -149,9 +151,15 @@ class Particles:
         return cls(layout, own, model, scale, tempering, noise=apart)
 
     @property
-    def scored(self) -> Sites:
-        """The guide's sites without rsample, noise among them."""
-        return {name: site for name, site in (self.guide | self.noise).items() if not site["fn"].has_rsample}
+    def prior(self) -> Sites:
+        """The model's latent sites, and the point masses that carry a part of their density."""
+        return latent(self.model) | carriers(self.model)
+
+    @property
+    def likelihood(self) -> Sites:
+        """The model's observed sites, factors included."""
+        carried = carriers(self.model)
+        return {name: site for name, site in observed(self.model).items() if name not in carried}
 
     @property
     def structure(self) -> tuple[object, ...]:
@@ -187,8 +195,7 @@ class Particles:
 
     def log_prior(self) -> Tensor | None:
         """log p(z), with what point masses carry of it, ``[K, *plates]``."""
-        sites = latent(self.model) | carriers(self.model)
-        return self.total("model", {name: log_prob(site) for name, site in sites.items()})
+        return self.total("model", {name: log_prob(site) for name, site in self.prior.items()})
 
     def log_carried(self) -> Tensor | None:
         """The part of log p(z) that no latent site has, but point masses carry, ``[K, *plates]``."""
@@ -196,13 +203,7 @@ class Particles:
 
     def log_likelihood(self) -> Tensor | None:
         """log p(x | z), factors included, ``[K, *plates]``."""
-        carried = carriers(self.model)
-        sites = {name: site for name, site in observed(self.model).items() if name not in carried}
-        return self.total("model", {name: log_prob(site) for name, site in sites.items()})
-
-    def log_score(self) -> Tensor | None:
-        """log q of the guide's non-reparameterised sites, their parents live, untempered; None if there is none."""
-        return self.total("guide", {name: log_prob(site) for name, site in self.scored.items()}, tempered=False)
+        return self.total("model", {name: log_prob(site) for name, site in self.likelihood.items()})
 
     def log_guide_fixed(self) -> Tensor | None:
         """log q(z | x) at fixed z: no gradient flows through any of the samples, but through noise besides.
@@ -212,8 +213,8 @@ class Particles:
         sites = list(self.guide.values())
         cuttable = not any(point_mass(s["fn"]) for s in sites)
         if cuttable:
-            terms = {s["name"]: log_prob(s, s["value"].detach()) for s in sites}
-            nodes = {s["value"].grad_fn for s in sites} - {None}
+            terms = {s["name"]: log_prob(s, duplicate(s["value"], Tensor.detach)) for s in sites}
+            nodes = {v.grad_fn for s in sites for v in (s["value"], *attached(s["value"]).values())} - {None}
             cuttable = len(sites) == 1 or not any(depends_on(lp, nodes) for lp in terms.values())
         if not cuttable:
             again = self.rerun_guide()

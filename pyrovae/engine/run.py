@@ -24,7 +24,7 @@ from pyrovae.engine.fold import Fold, check_folded, fold_arguments
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import replayed_rng, rng_state
-from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, drawn
+from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, drawn, duplicate
 from pyrovae.engine.unwrap import point_mass
 
 Copies = Literal["detached", "live"] | None
@@ -89,7 +89,7 @@ def run(
     def rerun_guide() -> Sites:
         assert states is not None
         moving = (n for n in values if not isinstance(point_mass(proposed[n]["fn"]), Delta))
-        fixed = {n: values[n].detach() if isinstance(values[n], Tensor) else values[n] for n in moving}
+        fixed = {n: duplicate(values[n], Tensor.detach) if isinstance(values[n], Tensor) else values[n] for n in moving}
         with pyro.validation_enabled(False), replayed_rng(*states), protected_buffers():
             return execute(guide, Record(fixed, redraw=True))
 
@@ -104,4 +104,14 @@ def copies_of(values: Mapping[str, Tensor], kind: Copies) -> dict[str, Tensor]:
     if kind is None:
         return {}
     moved = {name: value for name, value in values.items() if getattr(value, "requires_grad", False)}
-    return {n: v.view_as(v) if kind == "live" else v.detach().requires_grad_() for n, v in moved.items()}
+    return {n: duplicate(v, renamed if kind == "live" else cut_off) for n, v in moved.items()}
+
+
+def renamed(value: Tensor) -> Tensor:
+    """The same tensor under another name."""
+    return value.view_as(value)
+
+
+def cut_off(value: Tensor) -> Tensor:
+    """A leaf with the same numbers."""
+    return value.detach().requires_grad_(value.requires_grad)

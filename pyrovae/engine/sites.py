@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +82,19 @@ def record_pair(model: Program, guide: Program, args: Batch, kwargs: Mapping[str
     """Run the guide, then the model on its samples, once and as they are; the sites of both."""
     proposed = record(guide, args, kwargs)
     return proposed, record(model, args, kwargs, drawn(proposed))
+
+
+def attached(value: Tensor) -> dict[str, Tensor]:
+    """The tensors that a value carries besides its numbers: the soft draw behind one that was made hard."""
+    return {name: tensor for name, tensor in vars(value).items() if isinstance(tensor, Tensor)}
+
+
+def duplicate(value: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
+    """A copy of a value that carries copies of what the value carries."""
+    new = how(value)
+    for name, tensor in attached(value).items():
+        setattr(new, name, duplicate(tensor, how))
+    return new
 
 
 def counts(site: Site) -> bool:

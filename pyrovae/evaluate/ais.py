@@ -23,6 +23,7 @@ from pyrovae.engine.sites import (
     ParticlePlate,
     Record,
     Sites,
+    attached,
     carriers,
     counted,
     latent,
@@ -204,6 +205,11 @@ class Annealer:
         for name, site in sites.items():
             if site["fn"].support.is_discrete:
                 raise ValueError(f'latent site "{name}" is discrete, and HMC moves continuous ones only: enumerate it')
+            if attached(site["value"]):
+                raise ValueError(
+                    f'latent site "{name}" ({type(site["fn"]).__name__}) gives one value and scores another, and HMC '
+                    "moves one: relax it without the straight-through step, or use pyrovae.log_likelihood"
+                )
             if point_mass(site["fn"]) is not None or site["mask"] is not None or is_masked(site["fn"]):
                 raise ValueError(f'latent site "{name}" has no prior density: the model has no log p(x)')
         carried = [name for name, site in carriers(seen.model).items() if log_prob(site).any()]

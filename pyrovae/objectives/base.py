@@ -14,10 +14,12 @@ from pyrovae.engine.fold import Fold
 from pyrovae.engine.gradient import Needs, ParticleWeights, Parts, finite_weights, surrogate
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
+from pyrovae.engine.scores import local_plates, score_functions, terms_of
 from pyrovae.engine.sites import Weight
 from pyrovae.objectives import checks
 from pyrovae.objectives.derivatives import Bound, curvature, learning_signal, slope
 from pyrovae.objectives.interface import RunObjective
+from pyrovae.objectives.local import local_ascent
 from pyrovae.objectives.means import PowerMeans
 
 Gradient = Literal["total", "stl", "dreg"]
@@ -164,9 +166,20 @@ class Objective(Configured, RunObjective):
         if not log_w.requires_grad:
             return -(self.bound(log_w) * particles.scale).sum()
         needs = self.needs
-        needs = needs._replace(reinforce=needs.reinforce and bool(particles.scored))
+        scores = score_functions(particles) if needs.reinforce else {}
+        local = {} if self.has_own_weights else local_plates(particles, scores)
+        log_score = particles.total("guide", {n: s for n, s in scores.items() if n not in local}, tempered=False)
+        needs = needs._replace(reinforce=log_score is not None)
         bound, weights = self.followed_weights(log_w.detach(), particles, needs)
-        ascent = surrogate(particles, parts, log_w, weights, needs)
+        ascent = surrogate(particles, parts, log_w, weights, needs, log_score)
+        if local:
+            b = self.kl_weight
+            terms = terms_of(
+                particles, ("model", particles.likelihood, self.likelihood_weight), ("model", particles.prior, b),
+                ("guide", particles.guide, -b),
+            )  # fmt: skip
+            scores = {name: scores[name] for name in local}
+            ascent = ascent + local_ascent(particles, scores, terms, self.path_bound, self.num_particles)
         return -(bound * particles.scale).sum() - (ascent - ascent.detach())
 
     def check(self, seen: Look) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pyro.distributions import Unit
 
 from pyrovae.engine.probe import Look
-from pyrovae.engine.sites import latent, log_prob, quoted, says_rsample
+from pyrovae.engine.scores import score_function
+from pyrovae.engine.sites import latent, quoted, says_rsample
 from pyrovae.engine.unwrap import point_mass
 
 
@@ -22,10 +23,11 @@ def refuse_scored_sites(seen: Look, gradient: str) -> None:
     """Refuse latents without rsample, where the gradient flows through them; with dreg, latents of several scales."""
     drawn, scales = latent(seen.guide), [float(t) for t in seen.particles.guide_tempering]
     for name, site in drawn.items():
-        if not site["fn"].has_rsample:
+        if score_function(site) is not None:
+            why = "draws by rejection" if site["fn"].has_rsample else "has no rsample"
             raise ValueError(
                 f'gradient="{gradient}" needs reparameterised sites, but guide site "{name}" '
-                f'({type(site["fn"]).__name__}) has no rsample: use gradient="total"'
+                f'({type(site["fn"]).__name__}) {why}: use gradient="total"'
             )
     if gradient == "dreg" and len(set(scales)) > 1:
         raise ValueError(
@@ -50,7 +52,7 @@ def refuse_without_gradient(seen: Look, objective: str) -> None:
 def refuse_unscored_noise(seen: Look, objective: str) -> None:
     """Refuse noise of the guide that only its score could train, where no site follows its score."""
     for name, site in seen.particles.noise.items():
-        if not site["fn"].has_rsample and log_prob(site).requires_grad:
+        if (score := score_function(site)) is not None and score.requires_grad:
             raise ValueError(
                 f'{objective} does not train auxiliary guide site "{name}" ({type(site["fn"]).__name__}), which has '
                 "no rsample, as its density does not count in log q: draw it from a fixed distribution, or use "

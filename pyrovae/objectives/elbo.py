@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import in_range
-from pyrovae.engine.kl import is_divergence, site_kl
+from pyrovae.engine.kl import is_divergence, kl_in_place, over_plates
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
-from pyrovae.engine.sites import latent
+from pyrovae.engine.scores import score_functions, terms_of
+from pyrovae.engine.sites import carriers, frames, latent
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.objectives.base import Objective, Options
 from pyrovae.objectives.derivatives import Bound
+from pyrovae.objectives.local import local_ascent
 from pyrovae.objectives.means import PowerMeans
 
 
@@ -84,29 +86,27 @@ class ELBO(Objective):
 
     def free_bits_loss(self, particles: Particles) -> Tensor:
         """As in the equation, times the common factor."""
-        likelihood = particles.log_likelihood()
-        kls = [site_kl(particles, name) for name in latent(particles.model)]
+        likelihood, carried = particles.log_likelihood(), particles.log_carried()
         cost: Any = 0.0 if likelihood is None else -self.likelihood_weight * likelihood
-        if (carried := particles.log_carried()) is not None:
+        if carried is not None:
             cost = cost - self.kl_weight * carried
         loss: Any = (torch.as_tensor(cost) * particles.scale).mean(0).sum()
-        for kl in kls:  # [K, *plates, units]
-            mean = kl.flatten(0, -2).mean(0)
-            data = kl[0, ..., 0]
+        terms = []
+        for name in latent(particles.model):
+            kl = kl_in_place(particles, name)
+            of_data = over_plates(particles.layout, kl)  # [K, *plates, units]
+            mean = of_data.flatten(0, -2).mean(0)
             paid = torch.clamp(mean, min=self.free_bits).sum()
-            loss = loss + self.kl_weight * paid * (torch.ones_like(data) * particles.scale).sum()
-            cost = cost + self.kl_weight * (kl * (mean > self.free_bits)).sum(-1)
-        return loss + carried_score(particles, cost)
-
-
-def carried_score(particles: Particles, cost: Tensor) -> Tensor | float:
-    """The score-function term of non-reparameterised sites: a zero that carries their gradient."""
-    log_q = particles.log_score()
-    if log_q is None or not torch.is_grad_enabled():
-        return 0.0
-    signal = cost.detach()
-    num = signal.shape[0]
-    if num > 1:
-        signal = (signal - signal.mean(0)) * num / (num - 1)
-    carried = (signal * particles.scale * log_q / num).sum()
-    return carried - carried.detach()
+            loss = loss + self.kl_weight * paid * (torch.ones_like(of_data[0, ..., 0]) * particles.scale).sum()
+            of_site = self.kl_weight * (kl * (mean > self.free_bits)).sum(-1)
+            terms.append((frames(particles.guide[name]), -of_site.detach()))
+        if torch.is_grad_enabled() and (scores := score_functions(particles)):
+            model = (
+                ("model", particles.likelihood, self.likelihood_weight),
+                ("model", carriers(particles.model), self.kl_weight),
+            )
+            ascent = local_ascent(
+                particles, scores, terms + terms_of(particles, *model), PowerMeans({0.0: 1.0}), self.num_particles
+            )
+            loss = loss - (ascent - ascent.detach())
+        return loss
