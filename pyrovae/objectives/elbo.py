@@ -101,12 +101,8 @@ class ELBO(Objective):
             of_site = self.kl_weight * (kl * (mean > self.free_bits)).sum(-1)
             terms.append((frames(particles.guide[name]), -of_site.detach()))
         if torch.is_grad_enabled() and (scores := score_functions(particles)):
-            model = (
-                ("model", particles.likelihood, self.likelihood_weight),
-                ("model", carriers(particles.model), self.kl_weight),
-            )
-            ascent = local_ascent(
-                particles, scores, terms + terms_of(particles, *model), PowerMeans({0.0: 1.0}), self.num_particles
-            )
+            rest = carriers(particles.model), self.kl_weight
+            terms += terms_of(particles, ("model", particles.likelihood, self.likelihood_weight), ("model", *rest))
+            ascent = local_ascent(particles, scores, terms, PowerMeans({0.0: 1.0}), self.num_particles)
             loss = loss - (ascent - ascent.detach())
         return loss

@@ -19,11 +19,11 @@ def local_ascent(particles: Particles, scores: Mapping[str, Tensor], terms: Term
     Element i of particle k is scored with :math:`L - L_{(ki)}`, where :math:`L_{(ki)}` has in the place of the terms
     that it reaches their mean over the other particles of the group; without others, nothing.
     """
-    layout, total = particles.layout, torch.zeros(())
+    layout, parts = particles.layout, []
     reach = Reach.of(layout, terms)
     whole, lost = reach.part({})
     log_w = torch.where(lost > 0, -math.inf, whole)
-    plates = local_plates(particles, scores)
+    known, plates = torch.isfinite(bound(log_w)), local_plates(particles, scores)
     for name, unplaced in scores.items():
         part, gone = reach.part(plates.get(name, {}))
         target = torch.where(lost > gone, -math.inf, whole - part)
@@ -31,8 +31,8 @@ def local_ascent(particles: Particles, scores: Mapping[str, Tensor], terms: Term
             target = target + mean_of_others(torch.where(gone > 0, -math.inf, part), group)
         signal = -change(bound, log_w, target)
         score, scale = particles_first(layout, unplaced), particles.scale
-        usable = torch.isfinite(bound(log_w)) & torch.isfinite(signal)
+        usable = known & torch.isfinite(signal)
         if isinstance(scale, Tensor) and scale.dim():
             scale = in_place(layout, scale, signal.dim() - 1)
-        total = total + (torch.where(usable, signal, 0.0) * scale * torch.where(score.isfinite(), score, 0.0)).sum()
-    return total
+        parts.append((torch.where(usable, signal, 0.0) * scale * torch.where(score.isfinite(), score, 0.0)).sum())
+    return torch.stack(parts).sum()

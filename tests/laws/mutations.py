@@ -22,7 +22,8 @@ ENGINE = ["pyrovae/engine", "pyrovae/objectives"]
 VARIABLE = "PYROVAE_MUTATION"
 # The quickest to kill first.
 SUITE = [
-    *("tests/laws/test_derivatives.py", "tests/laws/test_identities.py"),
+    *("tests/laws/test_derivatives.py", "tests/laws/test_scored.py", "tests/laws/test_local.py"),
+    "tests/laws/test_identities.py",
     *("tests/laws/test_scales.py", "tests/laws/test_free_bits.py"),
     *("tests/laws/test_auxiliary.py", "tests/laws/test_structure.py"),
     *("tests/test_importance.py", "tests/test_objectives.py", "tests/laws/test_oracles.py"),
@@ -33,7 +34,7 @@ SUITE = [
 VALUE = "-(bound * particles.scale).sum() - (ascent"
 DREG = "path - kl_weight * curvature(self.path_bound, log_w)"
 SCORE = "dot(parts.kl_weight * (weights.path + weights.score), log_q, alive)"
-REINFORCE = "dot(weights.reinforce, log_q, alive)"
+REINFORCE = "dot(weights.reinforce, log_score, torch.isfinite(log_score.detach()))"
 GROUPS = "log_w.unflatten(0, (self.groups, -1)).transpose(0, 1)"
 SIGNAL = "-change(bound, log_w, mean_of_others(log_w, group))"
 LOG_MEAN = "log_sum - math.log(number)"
@@ -100,7 +101,10 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("torch.clamp(mean, min=self.free_bits).sum()", "kl.flatten(0, -2).clamp(min=self.free_bits).mean(0).sum()")
     ],
     "ELBO: free bits not per datum": [
-        ("self.kl_weight * paid * (torch.ones_like(data) * particles.scale).sum()", "self.kl_weight * paid")
+        (
+            "self.kl_weight * paid * (torch.ones_like(of_data[0, ..., 0]) * particles.scale).sum()",
+            "self.kl_weight * paid",
+        )
     ],
     "KL: closed form whatever the guide draws later": [("parents_first(particles, name) and same", "same")],
     "KL: masks of distributions ignored": [("mask = mask & aligned(fn._mask, fn.event_dim * apart)", "pass")],
@@ -111,7 +115,9 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "reported: sum of wn * log w": [
         (VALUE, "-((torch.softmax(log_w, 0) * log_w).sum(0).detach() * particles.scale).sum() - (ascent")
     ],
-    "reported: the surrogate": [("- (ascent - ascent.detach())", "- ascent")],
+    "reported: the surrogate": [
+        ("particles.scale).sum() - (ascent - ascent.detach())", "particles.scale).sum() - ascent")
+    ],
     "reported: mean over data": [(VALUE, VALUE.replace("sum", "mean"))],
     "reported: N/B inside the logsumexp": [(VALUE, "-self.bound((log_w * particles.scale).detach()).sum() - (ascent")],
     "reported without gradient: N/B inside the logsumexp": [
@@ -145,7 +151,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "score: without kl_weight": [(SCORE, SCORE.replace("parts.kl_weight * ", ""))],
     "score: samples not held fixed": [
         ("if not cuttable:", "if False:"),
-        ('log_prob(s, s["value"].detach())', "log_prob(s)"),
+        ('log_prob(s, duplicate(s["value"], Tensor.detach))', "log_prob(s)"),
     ],
     "score: only the leading layer held fixed": [("if not cuttable:", "if False:")],
     "model follows the path's weights": [(MODEL, MODEL.replace("model", "path"))],
@@ -177,6 +183,82 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "reinforce: the others' weight before the particle alone": [("return join(before, after)", "return before")],
     "reinforce: small changes by a difference": [("more.abs() < 0.5", "more.abs() < 0.0")],
     "reinforce: large changes by an expansion": [("more.abs() < 0.5", "more.abs() < 1e9")],
+    "reinforce: particles without weight have no score": [(REINFORCE, "dot(weights.reinforce, log_score, alive)")],
+    # single sites and elements
+    "local: the whole weight as the signal": [
+        ("part, gone = reach.part(plates.get(name, {}))", "part, gone = whole, lost")
+    ],
+    "local: no baseline": [("target = target + mean_of_others", "target = target + 0 * mean_of_others")],
+    "local: baseline of all particles": [
+        ("torch.where(gone > 0, -math.inf, part), group)", "part.mean(0).expand_as(part), group)")
+    ],
+    "local: terms outside of the plate left out": [
+        (
+            "parts.append(term.sum(summed, keepdim=True) if summed else term)",
+            "parts.append(term.sum(summed, keepdim=True) * (not plates or any(key in plates for key in around)))",
+        )
+    ],
+    "local: a plate of the same place taken for the same": [
+        (
+            "*(key[1] for key in around if key in plates)",
+            "*(key[1] for key in around if key[1:] in {k[1:] for k in plates})",
+        )
+    ],
+    "local: later draws carry nothing on": [(" and all(key in s for s in stacks)", "")],
+    "local: a scored site is drawn last": [("order.index(name) if name in order", "len(order) if name in order")],
+    "local: dead terms make a remainder dead": [
+        ("torch.where(lost > gone, -math.inf, whole - part)", "torch.where(lost > 0, -math.inf, whole - part)")
+    ],
+    "local: dead terms are left out": [("torch.where(lost > gone, -math.inf, whole - part)", "whole - part")],
+    "local: no N/B": [("signal, 0.0) * scale * torch", "signal, 0.0) * torch")],
+    "local: without kl_weight": [('("model", particles.prior, b)', '("model", particles.prior, 1.0)')],
+    "local: without likelihood_weight": [
+        (
+            '("model", particles.likelihood, self.likelihood_weight), ("model", particles.prior',
+            '("model", particles.likelihood, 1.0), ("model", particles.prior',
+        )
+    ],
+    "local: follows the model's bound": [("scores, terms, self.path_bound, self", "scores, terms, self.bound, self")],
+    "local: free bits without the KL": [("terms.append((frames(particles.guide[name]), -of_site.detach()))", "pass")],
+    "local: free bits without the likelihood": [
+        ('("model", particles.likelihood, self.likelihood_weight), ("model", *rest)', '("model", *rest)')
+    ],
+    "score: rejection has none": [
+        ("return None if fn.has_rsample and not rejects(fn) else", "return None if fn.has_rsample else")
+    ],
+    "score: rejection has all": [("return fn.score_parts(value).score_function", "return fn.log_prob(value)")],
+    "score: not summed over an event": [
+        (
+            "return sum_rightmost(score_of(fn.base_dist, value, rsample), fn.reinterpreted_batch_ndims)",
+            "return score_of(fn.base_dist, value, rsample).mean(-1)",
+        )
+    ],
+    "score: not pulled back": [("value = transform.inv(value)", "pass")],
+    "score: masked": [
+        (
+            "        return score_of(fn.base_dist, value, rsample)\n    if",
+            "        return torch.where(fn._mask, score_of(fn.base_dist, value, rsample), 0.0)\n    if",
+        )
+    ],
+    "score: masked by a handler": [
+        (
+            "fn.has_rsample and not rejects(fn) else score",
+            'site["mask"] is not None or (fn.has_rsample and not rejects(fn)) else score',
+        )
+    ],
+    "copies: the soft draw is lost": [("        setattr(new, name, duplicate(tensor, how))", "        pass")],
+    "copies: the soft draw is not cut off": [
+        ("setattr(new, name, duplicate(tensor, how))", "setattr(new, name, tensor)")
+    ],
+    "copies: the path along the soft draw is lost": [
+        (
+            "live = [tensor for value in drawn for tensor in (value, *attached(value).values())]",
+            "live = [tensor for value in drawn for tensor in (value, *(0 * t for t in attached(value).values()))]",
+        )
+    ],
+    "copies: the ratio is not that of the soft draw": [
+        ("for tensor in (copy, *attached(copy).values()):", "for tensor in (copy,):")
+    ],
     "reinforce: particles without weight cannot be replaced": [("dead, log_new.exp(),", "dead, 0.0,")],
     "reinforce: the first portion of one's own bound alone": [
         ("torch.cat(replaced) - bound(log_w)", "replaced[0].expand_as(target) - bound(log_w)")
@@ -193,10 +275,10 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "masks ignored": [("return torch.zeros_like(lp) if mask is False else torch.where(mask, lp, 0.0)", "return lp")],
     "model factors in the prior": [
         (
-            "log_prob(site) for name, site in latent(self.model).items()",
-            'log_prob(site) for name, site in self.model.items() if name not in ("x", "data")',
+            "return latent(self.model) | carriers(self.model)",
+            'return {name: site for name, site in self.model.items() if name not in ("x", "data")}',
         ),
-        ("for name, site in observed(self.model).items()", 'for name, site in self.model.items() if name == "x"'),
+        ("in observed(self.model).items() if name not in carried", 'in self.model.items() if name == "x"'),
     ],
     "guide factors ignored": [
         ('(of_model is None or says_rsample(inner) != says_rsample(of_model["fn"]))', "False"),
@@ -215,7 +297,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("all(key[1:] in p for p in places)", "all(key in p for p in places)"),
     ],
     "a model's plate by its size alone": [
-        ("all(key in s for s in stacks)", "all(key[1:] in {k[1:] for k in s} for s in stacks)")
+        ("all(key in s for s in stacks) and", "all(key[1:] in {k[1:] for k in s} for s in stacks) and")
     ],
     "a site of two shapes": [
         ("check_model_guide_match(*(SimpleNamespace(nodes=sites) for sites in (wanted, drawn)))", "pass")
@@ -232,7 +314,9 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "the model's factors in log q": [("(of_model is None or says_rsample(inner)", "(True or says_rsample(inner)")],
     "noise in log q": [("for name in list(own) if name in noise}", "for name in list(own) if name in ()}")],
-    "noise without its score": [("for name, site in (self.guide | self.noise)", "for name, site in (self.guide)")],
+    "noise without its score": [
+        ("for name, site in (particles.guide | particles.noise).items()", "for name, site in particles.guide.items()")
+    ],
     "noise held fixed": [
         (
             "for name, value in drawn(proposed).items() if name not in noise}",
