@@ -135,7 +135,7 @@ def lift_constants(module: fx.GraphModule) -> list[Tensor]:
         if any(getattr(user.target, "_schema", None) and user.target._schema.is_mutable for user in node.users):
             raise CannotCompile("it changes a tensor in place that is no parameter and no buffer: register it as one")
         if id(tensor) not in lifted:
-            if tensor.device not in devices:
+            if devices and tensor.device not in devices:
                 if any(user.target is not aten.lift_fresh_copy.default for user in node.users):
                     raise CannotCompile(f"it uses a tensor on {tensor.device}, its data are elsewhere")
                 tensor = tensor.to(next(d for d in devices))

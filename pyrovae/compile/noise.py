@@ -170,7 +170,7 @@ def stacked_noise(sources: Sequence[Callable[[], tuple[Tensor, ...]]]) -> Callab
 def new_placeholder(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
     """One more input, behind those there are."""
     present = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(present[-1]):
+    with graph.inserting_after(present[-1]) if present else graph.inserting_before():
         node = graph.placeholder(f"{name}_{len(present)}")
     node.meta["val"] = value
     return node

@@ -75,7 +75,7 @@ def batches(
             fixed = source.fixed(seed)
             loaded = map(fixed.batch, torch.arange(len(fixed), device=fixed.x.device).split(size))
         yield from (as_batch(batch, device) for batch in loaded)
-    elif batch_size is None:
+    elif batch_size is None or not any(isinstance(a, Tensor) and a.dim() for a in args):
         yield tuple(args)
     else:
         size = next((len(a) for a in args if isinstance(a, Tensor) and a.dim()), 0)

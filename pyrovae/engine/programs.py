@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -32,6 +32,15 @@ def warn(message: str) -> None:
     ):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def nothing(*_: object, **__: object) -> None:
+    """The program without sites."""
+
+
+def rows(batch: Batch, kwargs: Mapping[str, object]) -> int:
+    """The number of data in a batch, by its first tensor; 1 where there is none."""
+    return next((len(a) for a in (*batch, *kwargs.values()) if isinstance(a, Tensor) and a.dim()), 1)
 
 
 def roots(*programs: Program) -> list[nn.Module]:

@@ -16,8 +16,8 @@ from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, w
 from pyrovae.engine.devices import beside
 from pyrovae.engine.generate import Redraw, generate, program_of
 from pyrovae.engine.particles import Layout, Particles
-from pyrovae.engine.probe import check_pair, look
-from pyrovae.engine.programs import Batch, Program
+from pyrovae.engine.probe import Look, check_pair
+from pyrovae.engine.programs import Batch, Program, nothing, rows
 from pyrovae.engine.sites import (
     PARTICLE_PLATE,
     ParticlePlate,
@@ -33,9 +33,10 @@ from pyrovae.engine.sites import (
 )
 from pyrovae.engine.unwrap import is_masked, point_mass, unconstrained
 from pyrovae.engine.weights import Sums
+from pyrovae.engine.whole import Whole, refuse_part
 from pyrovae.evaluate.estimate import AISEstimate, Bracket
 from pyrovae.evaluate.hmc import HMC, LogDensity, State
-from pyrovae.evaluate.measuring import Batches, measuring, rows
+from pyrovae.evaluate.measuring import Batches, measuring
 from pyrovae.sampling import blank
 
 HANDLERS = 1.5e-3  # seconds that compiling saves per evaluation of the gradient, whatever the size: Pyro's handlers
@@ -98,13 +99,12 @@ def ais_log_likelihood(
     annealer = Annealer(num_chains, num_temperatures, leapfrog_steps, schedule, target_acceptance, compile)
     batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
     program = program_of(model)
-    programs = (program, guide) if guide else (program,)
-    data = Batches(args, batch_size, of=programs, kwargs=kwargs, seed=seed, title="AIS", progress=progress)
+    data = Batches(program, guide, args, kwargs, batch_size, seed=seed, title="AIS", progress=progress)
     parts: list[tuple[Tensor, Tensor]] = []
-    with measuring(*programs, seed=seed), data.bar:
+    with data:
         for batch in data:
             if not parts:
-                annealer.prepare(program, guide, batch, kwargs, data.total or rows(batch))
+                annealer.prepare(program, guide, data.seen, batch, kwargs, data.total or rows(batch, kwargs))
             parts.append(annealer(batch))
     return annealer.estimate(parts, seed)
 
@@ -151,12 +151,13 @@ def bdmc(
     """
     annealer = Annealer(num_chains, num_temperatures, leapfrog_steps, schedule, target_acceptance, compile)
     program = program_of(model)
-    with measuring(program, seed=seed):
+    with measuring(program, seed=seed), Whole() as whole:
         redraw = Redraw(blank(program, positive_int("n", n), like, args, kwargs))
+        whole.look(program, None, (redraw.x, *args), kwargs)
         simulated, data = generate(program, (redraw.x, *args), kwargs, redraw)
         batch = (data["value"], *args)
         truth = {name: site["value"] for name, site in latent(simulated).items() if name != redraw.site}
-        annealer.prepare(program, None, batch, kwargs, 2 * n)
+        annealer.prepare(program, None, whole.look(program, None, batch, kwargs), batch, kwargs, 2 * n)
         lower, upper = annealer(batch), annealer(batch, truth)
     return Bracket(annealer.estimate([lower], seed), annealer.estimate([upper], seed, sign=-1))
 
@@ -192,12 +193,12 @@ class Annealer:
         self.last, self.dtype = len(self.betas) - 1, torch.float32
 
     def prepare(
-        self, model: Program, guide: Program | None, batch: Batch, kwargs: Mapping[str, object], number: int
+        self, model: Program, guide: Program | None, seen: Look, batch: Batch, kwargs: Mapping[str, object], number: int
     ) -> None:
-        """Look at the programs; decide, where it is "auto", from counts alone whether gradients are compiled."""
-        self.model, self.guide, self.source = model, guide or (lambda *_, **__: None), guide or model
+        """Check what was seen; decide, where it is "auto", from counts alone whether gradients are compiled."""
+        self.model, self.guide, self.source = model, guide or nothing, guide or model
         self.kwargs = kwargs
-        seen = look(model, self.guide, batch, kwargs)
+        refuse_part(seen)
         refuse_untraced(seen.model, "be annealed")
         sites, drawn = latent(seen.model), latent(seen.guide)
         if not sites:
@@ -229,8 +230,8 @@ class Annealer:
         maps = {name: unconstrained(site["fn"].support) for name, site in sites.items()}
         self.maps = {name: transform for name, transform in maps.items() if transform is not None}
         self.event_dims = {n: (self.maps[n].domain if n in self.maps else s["fn"]).event_dim for n, s in sites.items()}
-        each = HANDLERS + SAVED * self.num_chains * rows(batch) * sum(t.numel() for t in state)
-        evaluations = (self.last + 1) * (self.leapfrog_steps + 1) * -(-number // rows(batch))
+        each = HANDLERS + SAVED * self.num_chains * rows(batch, kwargs) * sum(t.numel() for t in state)
+        evaluations = (self.last + 1) * (self.leapfrog_steps + 1) * -(-number // rows(batch, kwargs))
         self.slope = Checked(self.evaluated, state, wanted=wanted(self.compile, evaluations * each))
 
     def run(self, program: Program, batch: Batch, values: State) -> Sites:

@@ -13,13 +13,14 @@ from pyrovae.engine.programs import Program, graph_leaves, protected_buffers
 from pyrovae.engine.runner import log_weights
 from pyrovae.engine.sites import Sites, counted, latent, log_prob, record
 from pyrovae.engine.weights import log_mean_exp
+from pyrovae.engine.whole import refuse_part
 from pyrovae.evaluate.measuring import Batches, RunningMean, measuring
 from pyrovae.evaluate.proposals import refine
 from pyrovae.objectives.base import Objective
 
 
 class PosteriorGap(NamedTuple):
-    r"""What the guide costs, in nats per datum.
+    r"""What the guide costs, in nats per datum (in all, for joint weights).
 
     ``iwae`` is :math:`L_K`, ``log_p`` is :math:`\log \hat p`, ``gap`` their difference, the lectures'
     :math:`-\mathrm{KL}(Q \| P)`; where refinement was asked for, ``elbo`` and ``refined_elbo`` split log p - ELBO into
@@ -54,7 +55,7 @@ def posterior_gap(
     num_particles: int = 64,
     num_samples: int = 5000,
     refine_steps: int = 0,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     seed: int = 0,
     **kwargs: Any,
 ) -> PosteriorGap:
@@ -70,6 +71,7 @@ def posterior_gap(
     :param num_particles: K of the first bound.
     :param num_samples: of log p-hat.
     :param refine_steps: of gradient, per datum; 0 for no split.
+    :param batch_size: data at a time; None takes 100, or all together for a pair whose weights are joint.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -89,9 +91,10 @@ def posterior_gap(
     num_samples = positive_int("num_samples", num_samples, minimum=num_particles)
     sizes = [min(num_particles, num_samples - begun) for begun in range(0, num_samples, num_particles)]
     sums, number = torch.zeros(4, dtype=torch.float64), 0
-    data = Batches(args, batch_size, of=(model, guide), kwargs=kwargs, seed=seed)
-    with measuring(model, guide, seed=seed):
+    data = Batches(model, guide, args, kwargs, batch_size, default=100, seed=seed)
+    with data:
         for batch in data:
+            refuse_part(data.seen)
             groups = [log_weights(model, guide, *batch, num_particles=k, **kwargs).double() for k in sizes]
             bounds = torch.stack([log_mean_exp(group) for group in groups if len(group) == num_particles])
             every = torch.cat(groups)  # with what is left over, which counts towards log p-hat alone

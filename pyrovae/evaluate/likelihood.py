@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 from pyro.distributions import Delta
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.arguments import positive_int
 from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
 from pyrovae.engine.fold import Fold
 from pyrovae.engine.particles import Particles, measure
-from pyrovae.engine.probe import Look
-from pyrovae.engine.programs import Batch, Program, protected_buffers
+from pyrovae.engine.probe import Look, check_pair, warn_of_strays
+from pyrovae.engine.programs import Batch, Program, protected_buffers, rows
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
-from pyrovae.engine.sites import Site, frames, latent, untraced
+from pyrovae.engine.sites import frames, latent, untraced
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.weights import Tally
+from pyrovae.engine.whole import refuse_part
 from pyrovae.evaluate.estimate import LikelihoodEstimate
-from pyrovae.evaluate.measuring import Batches, measuring, rows
+from pyrovae.evaluate.measuring import Batches
 from pyrovae.evaluate.proposals import refine
 from pyrovae.memory import MEMORY, Passes, PeakBytes, fitting_chunk
 
@@ -50,10 +50,11 @@ def log_likelihood(
         \qquad z_s \sim q(z \mid x_b)
 
     In expectation a lower bound on :math:`\log p(x_b)` (IWAE's with K = S) that rises to it with S. Scales are ignored;
-    modules run in eval mode. A dynamically binarised data set is drawn once, by ``seed``.
+    modules run in eval mode. A dynamically binarised data set is drawn once, by ``seed``. A plate that subsamples at
+    random is taken whole, but for one whose rows are the data given.
 
     :param args: what the programs take: tensors, passed whole unless ``batch_size`` is given; or one Dataset or
-        DataLoader, which is batched (by 100, unless ``batch_size`` says otherwise).
+        DataLoader, which is batched (by 100, unless ``batch_size`` says otherwise; not at all for joint weights).
     :param num_samples: S.
     :param seed: isolates and seeds the draws; None takes them from torch's global generator.
     :param chunk_size: draws per pass; None takes what fits in ``memory`` bytes and halves it if memory runs out. The
@@ -70,7 +71,8 @@ def log_likelihood(
         compiles where the number of data and samples promises a shorter evaluation.
     :param progress: show a progress bar; None shows it on terminals only.
     :raises ValueError: for a pair without a density (a Delta guide on a continuous latent), weights that are NaN or
-        infinite, and joint weights (latents outside the data plate) of data that come in several batches.
+        infinite, joint weights (latents outside the data plate) of data that a ``batch_size`` or a loader cuts, and a
+        part of a plate that some latent lies outside of.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -93,22 +95,17 @@ def log_likelihood(
     refine_steps = positive_int("refine_steps", refine_steps, minimum=0)
     num_draws = positive_int("num_draws", num_draws, minimum=0)
     check_compile(compile)
-    pair = model, guide
-    data = Batches(args, batch_size, of=pair, kwargs=kwargs, seed=seed, title="log p(x)", progress=progress)
+    data = Batches(model, guide, args, kwargs, batch_size, seed=seed, title="log p(x)", progress=progress)
     sampler = Sampler(model, guide, kwargs, num_samples, fold_particles, memory)
     results: list[tuple[Tensor, ...]] = []
-    with measuring(model, guide, seed=seed), data.bar:
+    with data:
         for batch in data:
             if refine_steps:
                 sampler.runner.guide = refine(model, guide, *batch, steps=refine_steps, **kwargs)
             if not results:
                 compiles = False if refine_steps else compile
-                sampler.prepare(batch, data.total or rows(batch), num_draws, seed, chunk_size, compiles)
-            if sampler.joint and (results or batch_size is not None):
-                raise ValueError(
-                    "the pair has latents outside the data plate, so that its weights are joint over the data, which "
-                    "therefore cannot come in batches: pass them whole, as tensors, without batch_size"
-                )
+                number = data.total or rows(batch, kwargs)
+                sampler.prepare(data.seen, batch, number, num_draws, seed, chunk_size, compiles)
             results.append(sampler(batch, data.done))
     log_prob, std_error, ess, k = (torch.cat(c, -1) if c[0].dim() else c[0] for c in zip(*results, strict=True))
     return LikelihoodEstimate(
@@ -127,30 +124,36 @@ class Sampler:
         self.num_samples, self.memory = num_samples, memory
 
     def prepare(
-        self, batch: Batch, number: int, num_draws: int, seed: int | None, chunk_size: int | None, compile: bool | str
+        self,
+        seen: Look,
+        batch: Batch,
+        number: int,
+        num_draws: int,
+        seed: int | None,
+        chunk_size: int | None,
+        compile: bool | str,
     ) -> None:
-        """Look at the pair, refuse what has no log p(x), and choose from counts and sizes alone what is left open.
+        """Refuse what has no log p(x), and choose from counts and sizes alone what is left open.
 
         That is how many draws a pass takes, and whether passes go through a compiled graph (of ``number`` data in all).
         """
-        seen = self.runner.look(batch, self.kwargs, refuse_joint_subsample)
-        self.joint, state = seen.joint, tensors_of(seen.modules)
+        check_pair(seen)
+        warn_of_strays(seen)
+        self.runner.meet(seen, refuse_part)
+        state = tensors_of(seen.modules)
         self.exact = not latent(seen.guide) and not latent(seen.model) and not any(map(untraced, seen.model.values()))
-        self.resampler, self.subsample = Resampler(num_draws, seed, seen), SameSubsample()
+        self.resampler = Resampler(num_draws, seed, seen)
         with protected_buffers(), isolated_rng(), PeakBytes() as used:
             refuse_without_density(self.run(batch, 2))
         self.dtype = measure(seen.particles).dtype
-        part = seen.unscaled.uncommon_subsampled or seen.layout.oversampling != 1.0
-        reason = "a plate is subsampled, and every pass must weigh the same data" if part else None
         saved = SAVED * number * self.num_samples * sum(t.numel() for t in state)
-        self.weigh = Checked(self.weights, state, wanted=wanted(compile, saved), reason=reason, stacklevel=6)
+        self.weigh = Checked(self.weights, state, wanted=wanted(compile, saved), stacklevel=6)
         size = chunk_size or fitting_chunk(used.peak / 2, self.memory, batch)
         self.passes = Passes(size, on_halving=self.weigh.forget)
 
     def run(self, batch: Batch, num_particles: int) -> Particles:
         """One run of the pair, every scale ignored."""
-        with self.subsample:
-            return self.runner(batch, self.kwargs, num_particles, check=refuse_joint_subsample, scaled=False)
+        return self.runner(batch, self.kwargs, num_particles, check=refuse_part, scaled=False)
 
     def weights(self, size: int, *batch: object) -> list[Tensor]:
         """The log-weights of one pass, ``[size, B]``, and what the resampler wants of it."""
@@ -159,7 +162,7 @@ class Sampler:
 
     def __call__(self, batch: Batch, first: int) -> tuple[Tensor, ...]:
         """log_prob, std_error, ess and pareto_k of one batch, which begins with datum ``first``."""
-        tally, self.subsample = Tally(self.num_samples), SameSubsample()
+        tally = Tally(self.num_samples)
         for log_w, *values in self.passes(self.num_samples, lambda size: self.weigh(size, *batch)):
             tally.add(log_w)
             self.resampler.add(log_w, values)
@@ -173,15 +176,6 @@ class Sampler:
                 f"the log-weights of datum {where} are NaN or +inf: check that data and parameters are finite"
             )
         return sums.log_mean, torch.zeros_like(sums.log_mean) if self.exact else sums.std_error, sums.ess, k
-
-
-def refuse_joint_subsample(seen: Look) -> None:
-    """Joint weights are of the whole data set."""
-    if seen.joint and (subsampled := seen.unscaled.uncommon_subsampled):
-        raise ValueError(
-            f'log p(x) needs the whole data set, but plate "{subsampled[0]}" is subsampled and '
-            "its latents are shared: evaluate with the full plate"
-        )
 
 
 def refuse_without_density(particles: Particles) -> None:
@@ -278,20 +272,3 @@ class Resampler:
                 parts = [torch.cat([part.movedim(1 + kept.index(data[0]), 1) for part in parts], 1)]
             found[name] = parts[0]
         return found
-
-
-class SameSubsample(Messenger):
-    """Keeps what a subsampling plate drew at the first pass: all passes weigh the same data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.drawn: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg: Site) -> None:  # type: ignore[override]
-        if msg["name"] in self.drawn:
-            msg["value"] = self.drawn[msg["name"]]
-
-    def _pyro_post_sample(self, msg: Site) -> None:  # type: ignore[override]
-        plate = msg["fn"]  # a folded plate is of another size where fewer particles are left, and has nothing to keep
-        if type(plate).__name__ == "_Subsample" and plate.subsample_size not in (None, plate.size):
-            self.drawn[msg["name"]] = msg["value"]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyrovae import data as datasets
 from pyrovae.compile.precision import full_float32
-from pyrovae.data.feed import as_batch
+from pyrovae.data.feed import as_batch, length
 from pyrovae.engine.devices import batch_device, home_of
-from pyrovae.engine.programs import Batch, Program, evaluating
+from pyrovae.engine.programs import Batch, Program, evaluating, rows
 from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.whole import Whole
 from pyrovae.progress import ProgressBar
 
 
@@ -26,47 +29,84 @@ def measuring(*programs: Program, seed: int | None) -> Iterator[None]:
 
 
 class Batches:
-    """What an evaluation passes to the programs, batch by batch and in order, with a ``bar`` of the progress.
+    """What an evaluation runs programs on, batch by batch and in order, and the context in which it does.
 
+    Inside, plates are taken whole (:class:`~pyrovae.engine.whole.Whole`), and ``seen`` is the look at the first batch.
+    Data are cut into batches only where a plate around every site has a row for each: others come whole.
+
+    :param model: None for an evaluation of the guide alone, as ``guide`` for one of the model.
     :param args: as :func:`pyrovae.data.batches` takes them, with ``batch_size`` and ``seed``; the batches go where the
-        parameters of the programs ``of`` live, which take them and ``kwargs``.
+        parameters of the programs live.
+    :param default: the batch size where None is given.
     :param title: of the bar, which is shown as ``progress`` says.
-    :raises DataError: at the end, where there was no batch.
+    :raises DataError: where there is no batch.
+    :raises ValueError: for data that a ``batch_size`` or a loader would cut, and that must not be.
     """
 
     def __init__(
         self,
+        model: Program | None,
+        guide: Program | None,
         args: Sequence[object],
+        kwargs: Mapping[str, object],
         batch_size: int | None = None,
         *,
-        of: Sequence[Program],
-        kwargs: Mapping[str, object] | None = None,
+        default: int | None = None,
         seed: int | None = None,
         title: str = "",
         progress: bool | None = False,
     ) -> None:
-        self.args, self.batch_size, self.of, self.kwargs, self.seed = args, batch_size, of, kwargs, seed or 0
+        self.pair, self.args, self.kwargs = (model, guide), args, kwargs
+        self.programs = [program for program in self.pair if program is not None]
+        self.batch_size, self.default, self.seed = batch_size, default, seed
         self.total = len(args[0]) if len(args) == 1 and isinstance(args[0], datasets.Images) else None
-        self.done = 0
+        self.done, self.whole, self.stack = 0, Whole(), ExitStack()
         self.bar = ProgressBar(title, self.total, progress)
 
-    def __iter__(self) -> Iterator[Batch]:
-        batch, home = None, None
-        for batch in datasets.batches(self.args, self.batch_size, seed=self.seed):
-            if not self.done:
-                home = home_of(*self.of, args=batch, kwargs=self.kwargs)
-                if isinstance(self.args[0], Tensor) and batch_device(batch, {}) == home:
+    def __enter__(self) -> Self:
+        self.stack.enter_context(measuring(*self.programs, seed=self.seed))
+        self.stack.enter_context(self.bar)
+        self.stack.enter_context(self.whole)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+
+    def cut(self, size: int | None) -> Iterator[Batch]:
+        """The data, so many at a time, where the programs live."""
+        home = None
+        for first, batch in enumerate(datasets.batches(self.args, size, seed=self.seed or 0)):
+            if first == 0:
+                home = home_of(*self.programs, args=batch, kwargs=self.kwargs)
+                if isinstance(next(iter(self.args), None), Tensor) and batch_device(batch, {}) == home:
                     home = None  # what one passes as tensors beside the pair's may well be on the CPU
             yield as_batch(batch, home)
-            self.done += rows(batch)
-            self.bar.update(self.done, "data")
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self.cut(self.batch_size or self.default)
+        batch = next(batches, None)
         if batch is None:
             raise datasets.DataError("there are no data to evaluate: pass at least one datum")
+        self.seen = self.whole.look(*self.pair, batch, self.kwargs)
+        number = rows(batch, self.kwargs)
+        if self.seen.layout.sizes[-1:] != [number] and next(batches, None) is not None:
+            batch, batches = self.uncut(), iter(())
+            self.seen = self.whole.look(*self.pair, batch, self.kwargs)
+        while batch is not None:
+            yield batch
+            self.done += rows(batch, self.kwargs)
+            self.bar.update(self.done, "data")
+            batch = next(batches, None)
 
-
-def rows(batch: Batch) -> int:
-    """The number of data in a batch, by its first tensor; 1 where there is none."""
-    return next((len(a) for a in batch if isinstance(a, Tensor) and a.dim()), 1)
+    def uncut(self) -> Batch:
+        """All data as one batch, where nobody asked for another size."""
+        source = self.args[0]
+        if self.batch_size is not None or isinstance(source, DataLoader | IterableDataset):
+            raise ValueError(
+                "the pair has latents outside the data plate, so that its weights are joint over the data, which "
+                "therefore cannot come in batches: pass them whole, as tensors, without batch_size"
+            )
+        return next(self.cut(length(source) if isinstance(source, Dataset) else None))
 
 
 class RunningMean:

@@ -15,9 +15,9 @@ from torch.distributions import Distribution, constraints
 
 from pyrovae.arguments import in_range, positive_int
 from pyrovae.engine.programs import Program, protected_buffers
-from pyrovae.engine.randomness import isolated_rng
-from pyrovae.engine.sites import Site, counts, latent, record
+from pyrovae.engine.sites import Site, counts, latent
 from pyrovae.engine.unwrap import plain
+from pyrovae.engine.whole import Whole
 from pyrovae.evaluate.measuring import measuring
 from pyrovae.objectives.elbo import ELBO
 
@@ -176,9 +176,8 @@ def refine(
     """
     steps, lr = positive_int("steps", steps), in_range("lr", lr, 0.0)
     num_particles = positive_int("num_particles", num_particles)
-    with measuring(model, guide, seed=seed):
-        with isolated_rng(), protected_buffers():
-            sites = latent(record(guide, args, kwargs))
+    with measuring(model, guide, seed=seed), Whole() as whole:
+        sites = latent(whole.look(model, guide, args, kwargs).guide)
         if not sites:
             raise ValueError("there is nothing to refine: the guide draws nothing")
         for name, site in sites.items():

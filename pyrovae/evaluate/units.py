@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrovae import data as datasets
 from pyrovae.arguments import in_range, positive_int
 from pyrovae.engine.kl import sides, site_kl
-from pyrovae.engine.programs import Batch, Program
+from pyrovae.engine.programs import Batch, Program, rows
 from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import frames, latent, masked, record
 from pyrovae.engine.unwrap import finite_mean, point_mass
@@ -30,7 +30,7 @@ class ActiveUnits(NamedTuple):
 
 
 def active_units(
-    guide: Program, data: Any, threshold: float = 0.01, *, samples: int = 1, batch_size: int = 500
+    guide: Program, data: Any, threshold: float = 0.01, *, samples: int = 1, batch_size: int | None = None
 ) -> dict[str, ActiveUnits]:
     r"""Units of each latent site whose posterior mean varies over the data.
 
@@ -51,6 +51,7 @@ def active_units(
     :param data: a tensor, Dataset, DataLoader or tuple of tensors, as the guide takes them.
     :param threshold: on the variance, in squared units of the latent.
     :param samples: draws of the parents to average over.
+    :param batch_size: data at a time; None takes 500, or all together where the guide has latents that data share.
     :return: ``{site: (variances, count)}`` for every site of the guide that lies in a data plate, auxiliary ones aside.
 
     >>> import pyro, pyro.distributions as dist
@@ -65,11 +66,11 @@ def active_units(
     Burda, Grosse, Salakhutdinov (2016), *Importance weighted autoencoders*, section 5.2.
     """
     threshold, samples = in_range("threshold", threshold, 0.0), positive_int("samples", samples)
-    batches = Batches((datasets.as_dataset(data),), batch_size, of=(guide,))
+    batches = Batches(None, guide, (datasets.as_dataset(data),), {}, batch_size, default=500)
     means: dict[str, list[Tensor]] = {}
     noise: dict[str, Tensor] = {}
     size = 0
-    with measuring(guide, seed=SEED):
+    with measuring(guide, seed=SEED), batches:
         for batch in batches:
             size += len(batch[0])
             for name, average in mean_draws(guide, batch, samples).items():
@@ -143,15 +144,16 @@ def information(
     Hoffman and Johnson (2016), *ELBO surgery: yet another way to carve up the variational evidence lower bound*.
     """
     num_data = positive_int("num_data", num_data, minimum=2)
-    with measuring(model, guide, seed=seed):
-        batch = next(iter(Batches(args, num_data, of=(model, guide), kwargs=kwargs, seed=seed)))
-        if len(batch[0]) < 2:
+    with Batches(model, guide, args, kwargs, num_data, seed=seed) as data:
+        batch = next(iter(data))
+        number = rows(batch, kwargs)
+        if number < 2:
             raise datasets.DataError("information over data needs two of them at least: pass more")
         particles = Runner(model, guide)(batch, kwargs, scaled=False)
         found = {}
         for name in latent(particles.model):
             site = particles.guide[name]
-            if site["fn"].batch_shape != (len(batch[0]),):
+            if site["fn"].batch_shape != (number,):
                 continue  # shared by the data, or in further plates
             if point_mass(site["fn"]) is not None:
                 raise ValueError(

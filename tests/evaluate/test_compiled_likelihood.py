@@ -165,17 +165,6 @@ class Reading(Modules):
             pyro.sample("z", dist.Normal(loc / max(1.0, loc.abs().max().item()), 0.9).to_event(1))
 
 
-class Subsampled(Modules):
-    def model(self, x):
-        with pyro.plate("data", len(x), subsample_size=5) as index:
-            z = pyro.sample("z", dist.Normal(self.prior, 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x[index])
-
-    def guide(self, x):
-        with pyro.plate("data", len(x), subsample_size=5) as index:
-            pyro.sample("z", dist.Normal(self.encoder(x[index]), 0.9).to_event(1))
-
-
 class Drawing(Modules):
     def guide(self, x):
         import random
@@ -186,7 +175,6 @@ class Drawing(Modules):
 
 FALLBACKS = {
     "item": (Reading, "reads a tensor's value on the host"),
-    "subsampled plate": (Subsampled, "a plate is subsampled, and every pass must weigh the same data"),
     "Python's generator": (Drawing, "draws from Python's or numpy's generator"),
 }
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyrovae as pv
 from pyrovae.engine.probe import checked_look
 from pyrovae.engine.weights import Tally, pareto_k, tail_size
+from pyrovae.evaluate import posterior_gap
 from pyrovae.evaluate.likelihood import Resampler
 from pyrovae.memory import WORKING_SET, PeakBytes
 from tests.pairs import guide_of, model_of
@@ -173,14 +174,9 @@ def test_global_latents_have_one_joint_weight(kind):
 
 def test_joint_weights_take_no_batches():
     guide = autoguide.AutoNormal(global_model)
-    for data, options in (
-        (X, {"batch_size": 2}),
-        (X, {"batch_size": 3}),
-        (DataLoader(TensorDataset(X), batch_size=2), {}),
-    ):
+    for data, options in ((X, {"batch_size": 2}), (DataLoader(TensorDataset(X), batch_size=2), {})):
         with pytest.raises(ValueError, match="cannot come in batches"):
             pv.log_likelihood(global_model, guide, data, num_samples=10, **options)
-    assert pv.log_likelihood(global_model, guide, TensorDataset(X), num_samples=10).log_prob.shape == ()
 
 
 def test_subsampled_global_latents_are_refused():
@@ -212,27 +208,6 @@ def test_scales_and_subsampling_of_local_latents_are_ignored():
     assert torch.equal(columns(scaled), plain)
     sub = pv.log_likelihood(subsampled(inner_model), subsampled(inner_guide), X, **options)
     torch.testing.assert_close(columns(sub), plain)
-
-
-def test_every_pass_weighs_the_same_random_subsample():
-    data = torch.linspace(-30, 30, 100)
-
-    def picked(program):
-        def run(x):
-            with pyro.plate("data", 100, subsample_size=3) as index:
-                program(x[index])
-
-        return run
-
-    def inner_model(x):
-        z = pyro.sample("z", dist.Normal(0.0, 20.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def inner_guide(x):
-        pyro.sample("z", dist.Normal(x * 400 / 401, math.sqrt(400 / 401)))
-
-    estimate = pv.log_likelihood(picked(inner_model), picked(inner_guide), data, num_samples=40, chunk_size=10, seed=0)
-    torch.testing.assert_close(estimate.ess, torch.full((3,), 40.0))  # the guide is the posterior: equal weights
 
 
 def test_enumeration_marks_are_ignored():
@@ -330,6 +305,46 @@ def test_every_kind_of_data_gives_the_same_answer(source):
     assert ((estimate.log_prob - EXACT).abs() < Z * estimate.std_error).all()
     assert estimate.log_prob.shape == (3,)
     torch.testing.assert_close(pv.log_likelihood(model, posterior, data, num_samples=5, **options).log_prob, EXACT)
+
+
+def by_name(program):
+    return lambda *, x: program(x)
+
+
+def closed(program):
+    return lambda: program(X)
+
+
+def single(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+
+def single_posterior(x):
+    pyro.sample("z", dist.Normal(x / (1 + NOISE**2), math.sqrt(NOISE**2 / (1 + NOISE**2))))
+
+
+CALLS = {
+    "no arguments": (closed(model), closed(posterior), (), {}, EXACT),
+    "by keyword": (by_name(model), by_name(posterior), (), {"x": X}, EXACT),
+    "0-d": (single, single_posterior, (X[0],), {}, EXACT[0]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "options", [{}, {"compile": True}, {"batch_size": 2}, {"refine_steps": 1}, {"num_draws": 3}], ids=str
+)
+def test_programs_are_called_as_they_are_defined(call, options, interpreted):
+    model, guide, args, kwargs, exact = CALLS[call]
+    found = pv.log_likelihood(model, guide, *args, num_samples=10, **options, **kwargs)
+    torch.testing.assert_close(found.log_prob, exact)
+    assert found.path == ("compiled" if "compile" in options else "eager")
+    if options == {}:
+        exact = exact.mean().item()
+        assert posterior_gap(model, guide, *args, num_samples=64, **kwargs).log_p == pytest.approx(exact)
+        few = {"num_temperatures": 2, "leapfrog_steps": 1, "compile": False}
+        assert pv.ais_log_likelihood(model, *args, guide=guide, **few, **kwargs).nll == pytest.approx(-exact)
 
 
 def test_a_dynamic_set_is_drawn_once_per_seed():
