@@ -14,6 +14,7 @@ from pyrovae.engine.particles import Particles, measure
 from pyrovae.engine.probe import Look, checked_look, warn_of_strays
 from pyrovae.engine.programs import Batch, Program, roots
 from pyrovae.engine.run import Copies, run
+from pyrovae.memory import is_out_of_memory
 
 Check = Callable[[Look], None]
 
@@ -73,9 +74,9 @@ class Runner:
                     self.model, self.guide, args, kwargs, num_particles=num_particles, nesting=self.nesting,
                     fold=self.fold, copies=copies, rerun=rerun, scaled=scaled, noise=self.noise,
                 )  # fmt: skip
-            except (RuntimeError, ValueError):  # perhaps of a plate that came to lie where the particles are
+            except (RuntimeError, ValueError) as error:  # perhaps of a plate that came to lie where the particles are
                 number = len(known)
-                if num_particles > 1:
+                if num_particles > 1 and not is_out_of_memory(error):
                     self.look(args, kwargs, check)
                 if len(known) == number:
                     raise

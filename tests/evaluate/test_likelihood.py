@@ -399,7 +399,7 @@ def test_running_out_of_memory_halves_the_pass(error):
 def test_other_errors_are_not_taken_for_want_of_memory():
     guide, sizes = limited(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 6)
     refused(RuntimeError, "mat1", pv.log_likelihood, model, guide, X, num_samples=50, chunk_size=40)
-    assert sizes == [1, 2]
+    assert max(sizes) == 2  # and looks of one, but no pass of fewer
 
 
 @pytest.mark.parametrize(("megabytes", "size", "num"), [(40, 20, 500), (2048, 10, 5000)])
