@@ -258,6 +258,6 @@ def test_pyros_plates_are_as_they_were_afterwards():
 def test_particles_are_not_folded_into_a_plate_of_fixed_size():
     """Twice forty rows, of which a plate of forty would take the first: two particles of twenty data."""
     pair = [partial(local, kind="random", observe=observe) for observe in (True, False)]
-    match = "repeats the data, to 80 rows, but the plate around every site has"
+    match = "what was folded has 80 rows, but its data plate has size 40"
     refused(ValueError, match, pv.log_likelihood, *pair, X[:40], num_samples=2, fold_particles=True)
     assert math.isfinite(pv.log_likelihood(*pair, X[:40], num_samples=2).nll)
