@@ -2,17 +2,22 @@ r"""Reweighted wake-sleep: the guide learns by likelihood, not by a bound."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import torch
+from pyro.distributions import Delta
 from torch import Tensor
+from torch.distributions import biject_to
 
-from pyrovae.engine.fold import fold_arguments
 from pyrovae.engine.generate import Redraw, generate
 from pyrovae.engine.gradient import Needs, ParticleWeights, finite_weights
 from pyrovae.engine.particles import Particles
-from pyrovae.engine.programs import Program
-from pyrovae.engine.sites import latent, proposed, record
+from pyrovae.engine.probe import Look
+from pyrovae.engine.programs import Batch, Program
+from pyrovae.engine.scores import score_function
+from pyrovae.engine.sites import Site, Sites, drawn, latent, oversampling, proposed, record, refuse_live_point_mass
+from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.weights import log_mean_exp
 from pyrovae.objectives.base import Objective, Options
 
@@ -66,9 +71,13 @@ class SleepPhi(Objective):
 
     .. math:: \phi:\; \nabla_\phi\, \mathbb E_{p(x, z)} \log q(z \mid x)
 
-    One dream per datum and particle; the data give only the shape of a batch, and what follows them (labels) is kept.
-    The model gets no gradient. Reported is :math:`\log q(z \mid x)` of the dreams in nats, no bound on log p(x), and no
-    function of log-weights: :meth:`bound` refuses. Train the model by :class:`RWS` in turn.
+    The mean over K dreams of the batch, one after the other; the data give only its shape, what follows them (labels)
+    is kept, and so is what a subsample leaves out. The model gets no gradient. Reported is :math:`\log q(z \mid x)` of
+    the dreams in nats, no bound on log p(x), and no function of log-weights: :meth:`bound` refuses. Train the model by
+    :class:`RWS` in turn.
+
+    Of a guide that draws noise u besides, it is :math:`\mathbb E_u \log q(z \mid x, u)`, which is below. Of an
+    autoguide's Deltas, the unconstrained values of the dream are found, and their density.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -80,6 +89,8 @@ class SleepPhi(Objective):
     ...         pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.0)) * x, 1.0))
     >>> SleepPhi().loss_and_grads(model, guide, torch.zeros(100)) > 0
     True
+
+    :raises ValueError: for Deltas of the guide that are no autoguide's, for parts of a datum that are subsampled.
 
     Hinton et al. (1995), *The wake-sleep algorithm for unsupervised neural networks*.
     """
@@ -96,19 +107,78 @@ class SleepPhi(Objective):
     def linear(self) -> bool:
         return True
 
+    def check(self, seen: Look) -> None:
+        """As of any objective; what a guide's Deltas are computed from must follow from their values."""
+        super().check(seen)
+        for name, value in sources(seen.guide, seen.model).items():
+            if not torch.allclose(value, seen.guide[name]["value"], rtol=1e-3, atol=1e-3):
+                raise ValueError(
+                    f'SleepPhi needs log q at a dream, but guide site "{name}", from which Deltas are computed, is not '
+                    "their unconstrained values put together: take AutoNormal or a guide like AutoMultivariateNormal"
+                )
+
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus log q(z | x) of one dream per datum, summed over data, mean over particles."""
         runner = self.runner(model, guide)
         if not runner.structures:
             runner.look(args, kwargs, self.check)
-        if self.num_particles > 1:
-            args, kwargs = fold_arguments(args, kwargs, self.num_particles)
+        dreams = [self.dream_loss(model, guide, args, kwargs) for _ in range(self.num_particles)]
+        return torch.stack(dreams).mean()
+
+    def dream_loss(self, model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]) -> Tensor:
+        """Minus log q(z | x) of one dream of the data, summed over them."""
+        if not (args and isinstance(args[0], Tensor)):
+            raise ValueError(f"SleepPhi dreams the programs' first argument, got {args[:1]}: pass the data first")
         with torch.no_grad():
             dreamt, data = generate(model, args, kwargs, Redraw(args[0]))
-        values = {name: site["value"] for name, site in latent(dreamt).items() if site is not data}
-        sites = proposed(record(guide, (data["value"], *args[1:]), kwargs, values), dreamt)
-        particles = Particles.of(sites, {}, noise=runner.noise, scaled=True)
+        values = {name: value for name, value in drawn(dreamt).items() if name != data["name"]}
+        args = (written(args[0], data, dreamt), *args[1:])
+        run = proposed(record(guide, args, kwargs, values), dreamt)
+        if found := sources(run, dreamt):
+            run = proposed(record(guide, args, kwargs, values | found), dreamt)
+        noise = latent(run).keys() - values.keys() - found.keys()
+        particles = Particles.of(run, {}, noise=noise, scaled=True)
+        for site in particles.guide.values():
+            refuse_live_point_mass(site)
         log_q = particles.log_guide()
         if log_q is None:
             raise ValueError("SleepPhi trains a guide, but this one draws nothing: take another objective")
-        return -(log_q * particles.scale).sum() / self.num_particles
+        loss = -(log_q * particles.scale).sum()
+        scores = {name: score_function(site) for name, site in particles.noise.items()}
+        score = particles.total("guide", {name: each for name, each in scores.items() if each is not None})
+        if score is None:
+            return loss
+        carried = -(log_q.detach() * particles.scale * score).sum()
+        return loss + carried - carried.detach()
+
+
+def sources(guide: Sites, model: Sites) -> dict[str, Tensor]:
+    """What a guide's Deltas are computed from, by site, if the model has drawn their values, as autoguides do it.
+
+    That is the unconstrained values, put together, of the Deltas that follow the site in the guide.
+    """
+    wanted, parts = latent(model), dict[str, list[Tensor]]()
+    for name, site in latent(guide).items():
+        is_delta = isinstance(point_mass(site["fn"]), Delta)
+        if name not in wanted and not is_delta:
+            parts[name] = []
+        elif name in wanted and is_delta and parts:
+            transform, value = biject_to(wanted[name]["fn"].support), wanted[name]["value"]
+            parts[next(reversed(parts))].append(transform.inv(value).flatten())
+    joined = {name: torch.cat(values) for name, values in parts.items() if values}
+    shapes = {name: guide[name]["value"].shape for name in joined}
+    return {name: u.reshape(shapes[name]) for name, u in joined.items() if u.numel() == shapes[name].numel()}
+
+
+def written(x: Tensor, data: Site, dreamt: Sites) -> Tensor:
+    """What was dreamt of x: all of it, or the rows that a plate took of it, in their places."""
+    value = data["value"]
+    for frame in data["cond_indep_stack"]:
+        if frame.name in dreamt and oversampling(frame) != 1 and value.shape != x.shape:
+            if frame.full_size != len(x) or frame.size != len(value):
+                raise ValueError(
+                    f'SleepPhi dreams whole data, but plate "{frame.name}" takes {frame.size} of {frame.full_size} '
+                    "within a datum: pass the whole of them"
+                )
+            return x.index_copy(0, dreamt[frame.name]["value"], value)
+    return value

@@ -46,7 +46,7 @@ PROBE = "torch.enable_grad(), isolated_rng(), validating, protected_buffers(), r
 FIXED = 'fixed = self.gradient != "total"'
 
 RWS = '(wn - wn.square(), zero) if self.gradient == "dreg" else (zero, wn)'
-DREAM = "-(log_q * particles.scale).sum() / self.num_particles"
+DREAM = "loss = -(log_q * particles.scale).sum()"
 THERMODYNAMIC = "(correction * above - 1 - beta * above)"
 
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
@@ -79,8 +79,13 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("ParticleWeights(wn, path, score", "ParticleWeights(wn / wn * 0.5, path, score")
     ],
     "sleep: ascends": [(DREAM, DREAM.replace("-(", "("))],
-    "sleep: a sum over dreams": [(DREAM, "-(log_q * particles.scale).sum()")],
-    "sleep: on the data": [('record(guide, (data["value"], *args[1:])', "record(guide, args")],
+    "sleep: a sum over dreams": [("torch.stack(dreams).mean()", "torch.stack(dreams).sum()")],
+    "sleep: divided by the dreams twice": [("torch.stack(dreams).mean()", "torch.stack(dreams).mean() / len(dreams)")],
+    "sleep: on the data": [("args = (written(args[0], data, dreamt), *args[1:])", "pass")],
+    "sleep: rows of another place": [('x.index_copy(0, dreamt[frame.name]["value"], value)', "x")],
+    "sleep: noise has a density": [("Particles.of(run, {}, noise=noise, scaled", "Particles.of(run, {}, scaled")],
+    "sleep: noise has no score": [("if score is None:", "if True:")],
+    "sleep: Deltas not inverted": [("if found := sources(run, dreamt):", "if found := {}:")],
     "TVO: right sum": [("(following - beta, beta, v,", "(following - beta, following, v,")],
     "TVO: weights of the next temperature": [
         ("v = (beta * log_w).softmax(0) if beta", "v = (following * log_w).softmax(0) if beta")

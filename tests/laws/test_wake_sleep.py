@@ -6,12 +6,20 @@ K-tuples of nodes of an integration grid.
 
 import itertools
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+)
 
 import pyrovae as pv
 from pyrovae.train.plan import Plan
@@ -167,12 +175,174 @@ def test_sleep_of_a_mixture_is_exact(agree):
         agree("SleepPhi", "bernoulli-mixture", f"d/d{name}", found[name], gradient)
 
 
-def test_several_dreams_are_a_larger_batch():
+def test_several_dreams_are_averaged():
     programs, x = MIXTURE.programs(MIXTURE.params()), MIXTURE.data
     pyro.set_rng_seed(3)
     three = pv.SleepPhi(3).loss(*programs, x)
     pyro.set_rng_seed(3)
-    assert three == pytest.approx(pv.SleepPhi().loss(*programs, x.repeat(3, 1)) / 3)
+    assert three == pytest.approx(sum(pv.SleepPhi().loss(*programs, x) for _ in range(3)) / 3)
+
+
+def entropy_and_distance(scale, distance):
+    """E log N(z; m, scale^2), where E (z - m)^2 is ``distance``."""
+    return -0.5 * math.log(2 * math.pi) - scale.log() - distance / (2 * scale**2)
+
+
+@pytest.mark.parametrize("num", [1, 4])
+def test_sleep_of_a_global_latent_is_exact_however_many_dreams(num, agree):
+    """g ~ N(0, 1), five x ~ N(g, 1); guide g ~ N(m mean(x), r^2)."""
+    m, r = (torch.tensor(v, requires_grad=True) for v in (0.7, 0.6))
+
+    def model(x):
+        g = pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(g, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("g", dist.Normal(m * x.mean(), r))
+
+    exact = -entropy_and_distance(r, (1 - m) ** 2 + m**2 / 5)
+    check_sleep(num, (model, guide, torch.zeros(5)), exact, {"m": m, "r": r}, agree)
+
+
+@pytest.mark.parametrize("how", ["rows of all", "a batch of all"])
+@pytest.mark.parametrize("num", [1, 3])
+def test_sleep_of_a_subsampled_plate_is_exact_however_many_dreams(how, num, agree):
+    """Twelve z ~ N(0, 1), x ~ N(z, 1), of which four are taken; guide z ~ N(m x, r^2)."""
+    m, r = (torch.tensor(v, requires_grad=True) for v in (0.7, 0.6))
+
+    def rows(x):
+        return pyro.plate("data", 12, subsample_size=4, subsample=None if how == "rows of all" else torch.arange(4))
+
+    def model(x):
+        with rows(x) as index:
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    def guide(x):
+        with rows(x) as index:
+            pyro.sample("z", dist.Normal(m * x[index], r))
+
+    exact = -12 * entropy_and_distance(r, (1 - m) ** 2 + m**2)
+    x = torch.full((12 if how == "rows of all" else 4,), 100.0)  # which no dream comes near
+    check_sleep(num, (model, guide, x), exact, {"m": m, "r": r}, agree)
+
+
+@pytest.mark.parametrize("read", [0.0, 0.8])
+@pytest.mark.parametrize("kind", ["normal", "bernoulli"])
+def test_an_auxiliary_draw_of_the_guide_learns_only_by_what_reads_it(kind, read, agree):
+    """z ~ N(0, 1), x ~ N(z, 1); guide u auxiliary, z ~ N(m x + read u, r^2)."""
+    m, r, s = (torch.full((REPETITIONS,), v, requires_grad=True) for v in (0.5, 0.6, 0.7))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            fn = dist.Normal(0.0, s) if kind == "normal" else dist.Bernoulli(s)
+            u = pyro.sample("u", fn, infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(m * x + read * u, r))
+
+    loss = pv.SleepPhi(2).differentiable_loss(model, guide, torch.zeros(REPETITIONS))
+    square = s**2 if kind == "normal" else s
+    exact = -entropy_and_distance(r, (1 - m) ** 2 + m**2 + read**2 * square).sum()
+    for name, p in {"m": m, "r": r, "s": s}.items():
+        found, truth = (torch.autograd.grad(of, p, allow_unused=True, retain_graph=True)[0] for of in (loss, exact))
+        if truth is None and kind == "normal":
+            assert found is None or (found == 0).all()
+        else:
+            agree("SleepPhi", f"auxiliary {kind}", f"d/d{name}", found, 0.0 if truth is None else truth[0])
+
+
+def check_sleep(num, pair, exact, params, agree):
+    """Reported loss and gradients of 150 calls against the exact loss."""
+    objective, names = pv.SleepPhi(num), list(params)
+    calls = []
+    for _ in range(150):
+        loss = objective.differentiable_loss(*pair)
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        calls.append([loss.detach(), *(torch.zeros(()) if g is None else g for g in grads)])
+    found, truth = torch.tensor(calls).T, torch.autograd.grad(exact, list(params.values()), allow_unused=True)
+    agree("SleepPhi", "by hand", "loss", found[0], exact.detach())
+    for name, draws_of_it, gradient in zip(names, found[1:], truth, strict=True):
+        agree("SleepPhi", "by hand", f"d/d{name}", draws_of_it, 0.0 if gradient is None else gradient)
+
+
+MOMENTS, SPREAD = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 1.0, 0.2], [0.5, 0.5, 0.3]))
+
+
+def two_sites(x):
+    """Two z ~ N(1, .5^2) and s ~ LogNormal(.2, .3): log s has moments as z has."""
+    pyro.sample("z", dist.Normal(torch.ones(2), 0.5).to_event(1))
+    s = pyro.sample("s", dist.LogNormal(0.2, 0.3))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(0.0, s), obs=x)
+
+
+def placed(family, loc):
+    """An autoguide of two_sites with these means, and the prior's scales."""
+    guide = family(two_sites)
+    guide(torch.zeros(2))
+    if family is AutoNormal:
+        guide.locs.z, guide.locs.s, guide.scales.z, guide.scales.s = loc[:2], loc[2], SPREAD[:2], SPREAD[2]
+    else:
+        guide.loc.data, guide.scale = loc.clone(), SPREAD
+    return guide
+
+
+@pytest.mark.parametrize("family", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("start", [torch.zeros(3, dtype=torch.float64), MOMENTS], ids=["elsewhere", "moments"])
+def test_sleep_leads_an_autoguide_to_the_moments_of_the_prior(family, start, agree):
+    guide, objective, calls = placed(family, start), pv.SleepPhi(2), []
+    of_loc = [p for name, p in guide.named_parameters() if name.startswith("loc")]
+    others = [p for p in guide.parameters() if all(p is not each for each in of_loc)]
+    for _ in range(80):
+        loss = objective.differentiable_loss(two_sites, guide, torch.zeros(2))
+        grads = torch.autograd.grad(loss, [*of_loc, *others])
+        calls.append(torch.cat([loss.detach().reshape(1), *(g.reshape(-1) for g in grads)]))
+    found = torch.stack(calls).T
+    log_q = entropy_and_distance(SPREAD, (MOMENTS - start).square() + SPREAD.square()).sum()
+    agree("SleepPhi", family.__name__, "loss", found[0], 0.2 - log_q)  # E log s, the mean log of ds / d log s
+    for mean, exact in zip(found[1:4], (start - MOMENTS) / SPREAD.square(), strict=True):
+        agree("SleepPhi", family.__name__, "d/dloc", mean, exact)
+    for mean in found[4:] if torch.equal(start, MOMENTS) else ():
+        agree("SleepPhi", family.__name__, "d/dscale", mean, 0.0)
+
+
+def reparameterised_by_hand(x):
+    eps = pyro.sample("eps", dist.Normal(torch.zeros(3), 1.0).to_event(1), infer={"is_auxiliary": True})
+    pyro.sample("z", dist.Delta(0.5 * eps[:2], event_dim=1))
+    pyro.sample("s", dist.Delta(eps[2].exp(), -eps[2]))
+
+
+@pytest.mark.parametrize(
+    ("guide", "match"),
+    [
+        (AutoDelta(two_sites), "is a Delta that carries parameters"),
+        (AutoStructured(two_sites), "is a Delta that carries parameters"),
+        (reparameterised_by_hand, 'guide site "eps", from which Deltas are computed'),
+    ],
+    ids=["AutoDelta", "AutoStructured", "by hand"],
+)
+def test_sleep_refuses_deltas_that_it_cannot_invert(guide, match):
+    with pytest.raises(ValueError, match=match):
+        pv.SleepPhi().differentiable_loss(two_sites, guide, torch.zeros(2))
+
+
+def pixels():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("pixels", 3, subsample_size=2, dim=-1) as index:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, index])
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    return model, guide
 
 
 def refused(match, make):
@@ -193,6 +363,11 @@ def refused(match, make):
         refused("every beta must be a number", lambda: pv.TVO(2, (0.0, 1.5))),
         refused("RWS has no kl_weight to warm up", lambda: Plan.make(pv.RWS(2), 3, "constant", None, 2)),
         refused("it has no bound", lambda: pv.SleepPhi().bound(torch.zeros(2))),
+        refused(
+            "pass the data first",
+            lambda: pv.SleepPhi().loss(*(partial(program, torch.zeros(5, 3)) for program in pixels())),
+        ),
+        refused('plate "pixels" takes 2 of 3 within a datum', lambda: pv.SleepPhi().loss(*pixels(), torch.zeros(5, 3))),
     ],
 )
 def test_refusals(make, match):
