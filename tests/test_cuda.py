@@ -50,7 +50,7 @@ def x():
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_same_noise_gives_the_same_loss_and_gradients_as_on_the_cpu(objective, vae, x, monkeypatch):
     def standard_normal(shape, dtype, device):
-        return torch.randn(shape, dtype=dtype).to(device)
+        return torch.randn(shape, dtype=dtype, device="cpu").to(device)
 
     monkeypatch.setattr("torch.distributions.normal._standard_normal", standard_normal)
     results = []

@@ -16,6 +16,7 @@ from pyrovae.engine.probe import look
 from pyrovae.engine.programs import eval_mode
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.runs import Run
+from pyrovae.train import replicas
 from pyrovae.train.compiled import Compiled
 from pyrovae.train.replicas import Batched
 from pyrovae.train.step import Eager
@@ -116,6 +117,38 @@ def test_the_last_batch_is_a_step_of_each_with_its_own_weight(interpreted):
     assert losses.shape == (2,)
     assert losses[1] > losses[0] + 5
     assert all(p.grad is not None for p in pairs[1].parameters())
+
+
+@pytest.mark.parametrize("what", STEPS)
+def test_a_last_batch_that_comes_often_is_one_step_of_all(what, interpreted, monkeypatch):
+    """On the same noise what it is eagerly, gradients, buffers and generators; and each pair is not called for it."""
+    make, objective, factors = STEPS[what]
+    results = []
+    for price in (0, 1000):
+        monkeypatch.setattr(replicas, "WORTHWHILE", price)
+        torch.manual_seed(1)
+        pairs = make()
+        with eval_mode(pairs, training=True):
+            batched = Batched([Compiled(eager(pair), anneals=True) for pair in pairs], factors)
+            for size in (5, 7, 5):
+                with monkeypatch.context() as patch:
+                    patch.setattr(Eager, "__call__", lambda *_: pytest.fail("it runs eagerly")) if not price else None
+                    losses = batched(objective, (DATA[:size],))
+        gradients = [p.grad for pair in pairs for p in pair.parameters()]
+        results.append([losses, *gradients, *(t for pair in pairs for t in pair.state_dict().values()), torch.rand(1)])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+def test_a_last_batch_that_cannot_be_batched_stays_eager(interpreted, monkeypatch):
+    monkeypatch.setattr(replicas, "WORTHWHILE", 0)
+    pairs = vaes(2)
+    for pair in pairs:
+        likelihood = pair.model
+        pair.model = lambda x, run=likelihood: run(x) if len(x) == 50 else (x.sum().item(), run(x))[1]
+    batched = Batched([Compiled(eager(pair)) for pair in pairs], [1.0, 1.0])
+    for _ in range(2):
+        assert batched(pv.ELBO(), (DATA[:5],)).shape == (2,)
+    assert list(batched.functions.values()) == [None]
 
 
 # --- whole trainings -------------------------------------------------------------------------------------------------

@@ -94,14 +94,17 @@ class Checked:
         self.compiled, self.signature = compiled, signature(inputs)
         return compiled
 
+    def expected(self, inputs: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """What the function gives on the noise of the check, and what it changes, as it leaves it."""
+        with isolated_rng(self.seed), self.untouched(), rewritten(), Composed(), full_float32():
+            return self.function(*inputs), [t.clone() for t in self.changes]
+
     def capture(self, inputs: Batch) -> Captured:
         """The graph for inputs such as these.
 
         The function runs eagerly first, so that whatever is wrong with it is said in plain words.
         """
-        function = partial(self.function, *inputs)
-        with isolated_rng(self.seed), self.untouched(), rewritten(), Composed(), full_float32():
-            expected, changed = function(), [t.clone() for t in self.changes]
+        function, (expected, changed) = partial(self.function, *inputs), self.expected(inputs)
         with self.untouched(), pyro.validation_enabled(False):
             graph = capture(function, [*self.state, *tensors(inputs)])
         return Captured(graph, expected, changed)

@@ -46,10 +46,10 @@ class Graph:
         takes = tuple((v.shape, v.stride(), v.dtype, v.device) for v in placeholders(self.module))
         return self.module.code, getattr(self.noise, "code", None), takes
 
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Run the graph, operation by operation, on fresh noise."""
+    def __call__(self, *inputs: Tensor, noise: Callable[[], tuple[Tensor, ...]] | None = None) -> list[Tensor]:
+        """Run the graph, operation by operation, on fresh noise or on what ``noise`` draws."""
         with torch.no_grad():
-            return list(self.module(*inputs, *self.constants, *self.noise()))
+            return list(self.module(*inputs, *self.constants, *(noise or self.noise)()))
 
     def compiled(self) -> Callable[..., list[Tensor]]:
         """The same function through Inductor; graphs that are equal share one compilation.

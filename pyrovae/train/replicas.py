@@ -11,6 +11,7 @@ import copy
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -22,7 +23,8 @@ from torch.optim import Optimizer
 
 from pyrovae import runs
 from pyrovae.arguments import in_range
-from pyrovae.compile.checked import compare, signature, tensors, untouched
+from pyrovae.compile.checked import Checked, compare, signature, tensors, untouched
+from pyrovae.compile.graph import Graph
 from pyrovae.compile.noise import CannotCompile, stacked_noise
 from pyrovae.compile.precision import full_float32
 from pyrovae.data.feed import Feed
@@ -35,6 +37,9 @@ from pyrovae.train.log import Fit
 from pyrovae.train.loop import Trainee, fit, train
 from pyrovae.train.plan import Plan, Setup, optimizer_maker
 from pyrovae.train.step import Step, on_device
+
+WORTHWHILE = 100  # eager steps of one pair, about, for the price of a graph
+Differentiated = tuple[Checked, list[Tensor]]
 
 
 def fit_replicas(
@@ -182,7 +187,9 @@ class Batched:
         self.each, self.factors, self.example = list(each), factors, each[0].example
         self.states = [own.eager.state for own in each]
         self.kind, self.compile_seconds = "replicas", 0.0
-        self.functions: dict[int, Callable[[Batch], Tensor]] = {}
+        self.functions: dict[object, Callable[[Batch], Tensor] | None] = {}
+        self.met: Counter[object] = Counter()  # eager steps, by number of particles and kind of batch
+        self.stacked = [True] * len(each[0].inputs) + [False] * len(tensors(self.example))
         self.objectives: list[Objective] = []
         self.tensors = [own.inputs for own in each]
         shapes = [[(t.shape, t.dtype) for t in own] for own in self.tensors]
@@ -201,21 +208,33 @@ class Batched:
                 tensor.data = tensor.data.clone()
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor:
-        if signature(batch) == self.each[0].signature:
-            return self.static(objective)(batch)
-        own = zip(self.each, self.weighted(objective), strict=True)  # the last batch, of another size
+        other = None if signature(batch) == self.each[0].signature else batch  # the last one of an epoch
+        kind = objective.num_particles, signature(batch)
+        self.met[kind] += len(self.each)
+        function = self.static(objective, other) if other is None or self.met[kind] > WORTHWHILE else None
+        if function is not None:
+            return function(batch)
+        own = zip(self.each, self.weighted(objective), strict=True)
         return torch.stack([torch.as_tensor(one.eager(weighted, batch)) for one, weighted in own])
 
-    def static(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Tensor]:
-        """What computes the gradients of an objective, compiled once for a number of particles."""
-        number = objective.num_particles
-        if number not in self.functions:
+    def static(self, objective: pyro.infer.ELBO, example: Batch | None = None) -> Callable[[Batch], Tensor] | None:
+        """What computes the gradients of an objective, made once for a number of particles.
+
+        It is compiled, but for an example of another size, where a graph may also be refused.
+        """
+        kind = objective.num_particles, None if example is None else signature(example)
+        if kind not in self.functions:
             began = time.perf_counter()
-            self.functions[number] = self.compile(objective)
+            try:
+                self.functions[kind] = self.compile(objective) if example is None else self.other(objective, example)
+            except CannotCompile:
+                if example is None:
+                    raise
+                self.functions[kind] = None
             self.compile_seconds += time.perf_counter() - began
         for one, factor in zip(self.each, self.factors, strict=True):
             one.anneal(objective, factor)
-        return self.functions[number]
+        return self.functions[kind]
 
     def weighted(self, objective: pyro.infer.ELBO) -> list[Objective]:
         """Every pair's own objective; one object each, so that it looks at its pair only once."""
@@ -225,31 +244,52 @@ class Batched:
             own.num_particles, own.kl_weight = ours.num_particles, ours.kl_weight * factor
         return self.objectives
 
+    def differentiated(self, objective: pyro.infer.ELBO) -> list[Differentiated]:
+        """Loss and gradients of every pair, and the parameters whose gradients follow the loss."""
+        return [one.differentiated(w) for one, w in zip(self.each, self.weighted(objective), strict=True)]
+
     def compile(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Tensor]:
-        """One function for all pairs, after a check of each against its own eager results on the same noise."""
-
-        def same_noise() -> tuple[Tensor, ...]:
-            torch.manual_seed(CHECK_SEED)
-            return single.noise()
-
-        own = [one.differentiated(w) for one, w in zip(self.each, self.weighted(objective), strict=True)]
+        """One compiled function for all pairs, which are found to be one program."""
+        own = self.differentiated(objective)
         captured = [function.capture(self.example) for function, _ in own]
         single = captured[0].graph
         for r, (graph, *_) in enumerate(captured):
             if graph.key != single.key or not all(map(torch.equal, graph.constants, single.constants)):
                 raise ValueError(f"replica {r} is not the same program as replica 0: build them alike, but for weights")
-        stacked = [True] * len(self.stacks) + [False] * len(tensors(self.example))
-        compiled = single.batched(len(self.each), stacked).compiled()
+        together = single.batched(len(self.each), self.stacked).compiled()
+        return self.checked(together, single, own, [results for _, *results in captured], self.example)
+
+    def other(self, objective: pyro.infer.ELBO, example: Batch) -> Callable[[Batch], Tensor]:
+        """One function for batches of another size, operation by operation, as they come but once an epoch."""
+        own = self.differentiated(objective)
+        single = own[0][0].capture(example).graph
+        together = single.batched(len(self.each), self.stacked)
+        return self.checked(together, single, own, [function.expected(example) for function, _ in own], example)
+
+    def checked(
+        self,
+        together: Callable[..., list[Tensor]],
+        single: Graph,
+        own: Sequence[Differentiated],
+        results: Sequence[Sequence[list[Tensor]]],
+        example: Batch,
+    ) -> Callable[[Batch], Tensor]:
+        """What puts all gradients in their places, after a check of each pair's against its own eager results."""
+
+        def same_noise() -> tuple[Tensor, ...]:
+            torch.manual_seed(CHECK_SEED)
+            return single.noise()
+
         with isolated_rng(), full_float32(), ExitStack() as undo:
             for state in self.states:
                 undo.enter_context(untouched(state))
-            got = compiled(*self.stacks, *tensors(self.example), noise=stacked_noise([same_noise] * len(own)))
-            for r, ((function, _), (_, expected, changed)) in enumerate(zip(own, captured, strict=True)):
+            got = together(*self.stacks, *tensors(example), noise=stacked_noise([same_noise] * len(own)))
+            for r, ((function, _), (expected, changed)) in enumerate(zip(own, results, strict=True)):
                 compare(expected, [g[r] for g in got], function.precision)
                 compare(changed, function.changes, function.precision)
 
         def gradients(batch: Batch) -> Tensor:
-            losses, *found = compiled(*self.stacks, *tensors(batch))
+            losses, *found = together(*self.stacks, *tensors(batch))
             for r, (one, (_, parameters)) in enumerate(zip(self.each, own, strict=True)):
                 put(one.eager.parameters, {p: g[r] for p, g in zip(parameters, found, strict=True)})
             return losses
