@@ -12,6 +12,7 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
+from pyrovae.engine.fixed import at_fixed_samples
 from pyrovae.engine.programs import depends_on
 from pyrovae.engine.sites import (
     Plates,
@@ -28,7 +29,6 @@ from pyrovae.engine.sites import (
     observed,
     oversampling,
     proposed,
-    refuse_live_point_mass,
     same,
     structure,
 )
@@ -75,6 +75,11 @@ class Layout:
         return sorted(dim for _, dim, _ in self.plates)
 
     @property
+    def row_dims(self) -> list[int]:
+        """The dims of particles and shared plates, in the order of log-weights."""
+        return [d for d in (self.particle_dim, *self.dims) if d is not None]
+
+    @property
     def sizes(self) -> list[int]:
         """The sizes of the shared plates, in the order of :attr:`dims`."""
         return [size for _, _, size in sorted(self.plates, key=lambda key: key[1])]
@@ -103,7 +108,7 @@ class Layout:
             return weights.reshape(-1, *[1] * event_dim)
         if self.particle_dim is None:
             weights = weights.squeeze(0)
-        dims = [d for d in (self.particle_dim, *self.dims) if d is not None]
+        dims = self.row_dims
         shape = [1] * -min(dims, default=0)
         for dim, size in zip(dims, weights.shape, strict=True):
             shape[dim] = size
@@ -119,7 +124,8 @@ class Particles:
     :ivar scale: the factor of the bound: a number, or one for each datum.
     :ivar tempering: by role and site, what is left of a site's scale and tempers it inside log w (usually nothing).
     :ivar copies: the copies of the guide's samples that the model ran on, where it did.
-    :ivar rerun_guide: runs the guide again on its samples held fixed; what :meth:`log_guide_fixed` may need.
+    :ivar rerun_guide: runs the guide again on its samples held fixed, but for these; what :meth:`log_guide_fixed` may
+        need.
     """
 
     layout: Layout
@@ -128,7 +134,7 @@ class Particles:
     scale: Weight = 1.0
     tempering: dict[tuple[Role, str], Weight] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
-    rerun_guide: Callable[[], Sites] = dict
+    rerun_guide: Callable[..., Sites] = dict
     noise: Sites = field(default_factory=dict)
 
     @classmethod
@@ -217,11 +223,9 @@ class Particles:
             nodes = {v.grad_fn for s in sites for v in (s["value"], *attached(s["value"]).values())} - {None}
             cuttable = len(sites) == 1 or not any(depends_on(lp, nodes) for lp in terms.values())
         if not cuttable:
-            again = self.rerun_guide()
-            sites = [again[name] for name in self.guide]
-            for site in sites:
-                refuse_live_point_mass(site)
-            terms = {s["name"]: log_prob(s, in_guide=True) for s in sites}
+            own = [name for name in latent(self.guide) if name not in self.model]
+            again = at_fixed_samples(self.guide, own, self.rerun_guide, self.layout.row_dims)
+            terms = {name: log_prob(again[name], in_guide=True) for name in self.guide}
         return self.total("guide", terms)
 
 

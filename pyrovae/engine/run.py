@@ -86,12 +86,12 @@ def run(
         copied = copies_of(values, copies)
         joint = execute(model, Record(values | copied))
 
-    def rerun_guide() -> Sites:
+    def rerun_guide(own: Mapping[str, Tensor]) -> Sites:
         assert states is not None
         moving = (n for n in values if not isinstance(point_mass(proposed[n]["fn"]), Delta))
         fixed = {n: duplicate(values[n], Tensor.detach) if isinstance(values[n], Tensor) else values[n] for n in moving}
         with pyro.validation_enabled(False), replayed_rng(*states), protected_buffers():
-            return execute(guide, Record(fixed, redraw=True))
+            return execute(guide, Record({**fixed, **own}, redraw=True))
 
     particles = Particles.of(proposed, joint, num_particles, particle_dim, folded, noise=noise, scaled=scaled)
     if folded:

@@ -220,18 +220,6 @@ def same(a: Weight, b: Weight) -> bool:
     return math.isclose(a, b, rel_tol=1e-9)
 
 
-def refuse_live_point_mass(site: Site) -> None:
-    """Refuse a guide's Delta or factor that carries parameters although its parents are fixed."""
-    name, inner = site["name"], point_mass(site["fn"])
-    parts = (inner.v, inner.log_density) if isinstance(inner, Delta) else (inner.log_factor,) if inner else ()
-    if any(part.requires_grad for part in parts):
-        kind = "factor" if isinstance(inner, Unit) else "Delta"
-        raise ValueError(
-            f'guide site "{name}" is a {kind} that carries parameters, so "log q at fixed z" has no meaning for it: '
-            'use an objective with gradient="total"'
-        )
-
-
 def quoted(names: Iterable[str]) -> str:
     """Site names for a message."""
     return ", ".join(f'"{n}"' for n in names) or "none"

@@ -10,13 +10,14 @@ from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyrovae.engine.fixed import refuse_live_point_mass
 from pyrovae.engine.generate import Redraw, generate
 from pyrovae.engine.gradient import Needs, ParticleWeights, finite_weights
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import Batch, Program
 from pyrovae.engine.scores import score_function
-from pyrovae.engine.sites import Site, Sites, drawn, latent, oversampling, proposed, record, refuse_live_point_mass
+from pyrovae.engine.sites import Site, Sites, drawn, latent, oversampling, proposed, record
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.weights import log_mean_exp
 from pyrovae.objectives.base import Objective, Options

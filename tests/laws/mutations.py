@@ -28,6 +28,7 @@ SUITE = [
     *("tests/laws/test_auxiliary.py", "tests/laws/test_structure.py"),
     *("tests/test_importance.py", "tests/test_objectives.py", "tests/laws/test_oracles.py"),
     *("tests/laws/test_wake_sleep.py", "tests/laws/test_subsampling.py", "tests/laws/test_reparameterised.py"),
+    "tests/laws/test_fixed.py",
     *("tests/laws/test_gradients.py", "tests/laws/test_bounds.py", "tests/laws/test_variances.py"),
 ]
 
@@ -114,6 +115,9 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "KL: closed form whatever the guide draws later": [("parents_first(particles, name) and same", "same")],
     "KL: masks of distributions ignored": [("mask = mask & aligned(fn._mask, fn.event_dim * apart)", "pass")],
     "KL: the guide's masks are the model's": [("if kl is None or q.mask is not p.mask", "if kl is None")],
+    "fixed z: auxiliary draws stay": [("draw.detach() - unrows(part", "draw.detach() - 0 * unrows(part")],
+    "fixed z: auxiliary draws flee": [("draw.detach() - unrows(part", "draw.detach() + unrows(part")],
+    "fixed z: the transposed Jacobian": [("torch.linalg.solve(along, off)", "torch.linalg.solve(along.mT, off)")],
     "reparameterised: an update's draw is a site": [("or untraced(site))", ")")],
     "reparameterised: its density is likelihood": [("latent(self.model) | carriers(self.model)", "latent(self.model)")],
     # what is reported
