@@ -40,7 +40,8 @@ class VIMCO(IWAE):
     r"""IWAE, under the name by which users of discrete latent variables know its gradient.
 
     Each non-reparameterised site k is scored with :math:`L - L_{(k)}`, where :math:`L_{(k)}` replaces
-    :math:`\log w_k` by the mean of the others (the geometric mean of their weights).
+    :math:`\log w_k` by the mean of the others (the geometric mean of their weights); inside a plate that not all sites
+    share, each element with only those terms of it that the element reaches.
 
     >>> VIMCO(5)
     VIMCO(num_particles=5)
