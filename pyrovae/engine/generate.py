@@ -5,14 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+import pyro
 import pyro.distributions as dist
 import torch
+from pyro.ops.provenance import get_provenance
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrovae.engine.auxiliary import Origins
 from pyrovae.engine.devices import beside
-from pyrovae.engine.programs import Batch, Program
-from pyrovae.engine.sites import Record, Site, Sites, counts, observed, quoted, refuse_untraced
+from pyrovae.engine.programs import Batch, Program, protected_buffers
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.sites import (
+    Record,
+    Site,
+    Sites,
+    counts,
+    latent,
+    log_prob,
+    observed,
+    quoted,
+    record,
+    refuse_untraced,
+)
 from pyrovae.engine.unwrap import point_mass
 
 
@@ -94,6 +109,26 @@ def generate(program: Program, args: Batch, kwargs: Mapping[str, object], redraw
         known = quoted(name for name, found in record.sites.items() if counts(found))
         raise ValueError(f'the model has no site "{redraw.site}", but {known}: choose one of those')
     return record.sites, record.sites[redraw.site]
+
+
+def refuse_tied(program: Program, args: Batch, kwargs: Mapping[str, object], redrawn: str) -> None:
+    """Refuse a model that weighs its latents by more than the data that it draws at ``redrawn``, however it does."""
+    with (
+        torch.no_grad(), pyro.validation_enabled(False), isolated_rng(), protected_buffers(), beside(args, kwargs)
+    ):  # fmt: skip
+        again = record(program, args, kwargs)  # on other latents: what is written in place leaves no mark
+        with Origins({}), Record() as marked:
+            program(*args, **kwargs)
+    for name, site in observed(marked.sites).items():
+        if name == redrawn or site["mask"] is False:
+            continue
+        tied = get_provenance(lp := log_prob(site))
+        if tied or not torch.equal(lp, log_prob(again[name])):
+            raise ValueError(
+                f'latents simulated with their data are no draws from the posterior here: site "{name}", a factor or '
+                f"an observation that is not simulated, depends on {quoted(sorted(tied or latent(marked.sites)))}: "
+                "take a model without it (for given data, ais_log_likelihood takes it as it is)"
+            )
 
 
 def observing_site(sites: Sites, redrawn: list[str]) -> str:

@@ -44,12 +44,12 @@ class Whole:
                 subsample = torch.arange(part, device=rest[-1] if rest else None)
         return self.original(name, size, part, subsample, *rest)
 
-    def look(self, model: Program | None, guide: Program | None, batch: Batch, kwargs: Mapping[str, object]) -> Look:
-        """A look at a pair, or at one of its programs, with every plate taken whole that can be.
+    def look(self, model: Program, guide: Program | None, batch: Batch, kwargs: Mapping[str, object]) -> Look:
+        """A look at a pair, or at one program alone, with every plate taken whole that can be.
 
         :raises ValueError: for a random subsample of a plate, by name, whose indices the program does not follow.
         """
-        model, guide = model or nothing, guide or nothing
+        guide = nothing if guide is None else guide
         self.drawn, self.taken = {}, set()
         seen = look(model, guide, batch, kwargs)
         own = [f for f in seen.layout.plates.values() if f.size == rows(batch, kwargs)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyrovae.arguments import in_range, one_of, positive_int, rising_betas
 from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
 from pyrovae.engine.devices import beside
-from pyrovae.engine.generate import Redraw, generate, program_of
+from pyrovae.engine.generate import Redraw, generate, program_of, refuse_tied
 from pyrovae.engine.particles import Layout, Particles
 from pyrovae.engine.probe import Look, check_pair
 from pyrovae.engine.programs import Batch, Program, nothing, rows
@@ -134,8 +134,13 @@ def bdmc(
     The gap bounds the error of both. As long as the model fits the data, it says how far
     :func:`ais_log_likelihood` with the same settings can be trusted on them.
 
+    Factors, and observations that stay as they are, must not depend on latents: the latents simulated with a datum
+    would be no draws from their posterior, and the upper bound none.
+
     :param n: how many data to simulate.
     :param like: data as the model takes them, for its shape; see :func:`pyrovae.sample`.
+
+    :raises ValueError: for a factor or an observation, by name, that depends on a latent.
 
     All else is as for :func:`ais_log_likelihood`.
 
@@ -156,6 +161,7 @@ def bdmc(
         whole.look(program, None, (redraw.x, *args), kwargs)
         simulated, data = generate(program, (redraw.x, *args), kwargs, redraw)
         batch = (data["value"], *args)
+        refuse_tied(program, batch, kwargs, data["name"])
         truth = {name: site["value"] for name, site in latent(simulated).items() if name != redraw.site}
         annealer.prepare(program, None, whole.look(program, None, batch, kwargs), batch, kwargs, 2 * n)
         lower, upper = annealer(batch), annealer(batch, truth)

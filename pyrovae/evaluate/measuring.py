@@ -34,7 +34,7 @@ class Batches:
     Inside, plates are taken whole (:class:`~pyrovae.engine.whole.Whole`), and ``seen`` is the look at the first batch.
     Data are cut into batches only where a plate around every site has a row for each: others come whole.
 
-    :param model: None for an evaluation of the guide alone, as ``guide`` for one of the model.
+    :param guide: None for an evaluation of one program alone, whichever it is.
     :param args: as :func:`pyrovae.data.batches` takes them, with ``batch_size`` and ``seed``; the batches go where the
         parameters of the programs live.
     :param default: the batch size where None is given.
@@ -45,7 +45,7 @@ class Batches:
 
     def __init__(
         self,
-        model: Program | None,
+        model: Program,
         guide: Program | None,
         args: Sequence[object],
         kwargs: Mapping[str, object],
@@ -57,7 +57,7 @@ class Batches:
         progress: bool | None = False,
     ) -> None:
         self.pair, self.args, self.kwargs = (model, guide), args, kwargs
-        self.programs = [program for program in self.pair if program is not None]
+        self.programs = (model,) if guide is None else (model, guide)
         self.batch_size, self.default, self.seed = batch_size, default, seed
         self.total = len(args[0]) if len(args) == 1 and isinstance(args[0], datasets.Images) else None
         self.done, self.whole, self.stack = 0, Whole(), ExitStack()

@@ -66,7 +66,7 @@ def active_units(
     Burda, Grosse, Salakhutdinov (2016), *Importance weighted autoencoders*, section 5.2.
     """
     threshold, samples = in_range("threshold", threshold, 0.0), positive_int("samples", samples)
-    batches = Batches(None, guide, (datasets.as_dataset(data),), {}, batch_size, default=500)
+    batches = Batches(guide, None, (datasets.as_dataset(data),), {}, batch_size, default=500)
     means: dict[str, list[Tensor]] = {}
     noise: dict[str, Tensor] = {}
     size = 0
