@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pyrovae.arguments import DataError, one_line
 from pyrovae.engine.randomness import isolated_rng
@@ -29,7 +30,15 @@ CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
 WEIGHTS, STATE = "weights.safetensors", "state.pt"  # of a checkpoint
 
 
-class State(TypedDict):
+class LateState(TypedDict, total=False):
+    """What a checkpoint says of tensors that the first batch does not reach; those of before said nothing."""
+
+    order: list[str]  # of the optimizer's parameters, by name
+    late: list[str]  # the names of the tensors
+    examples: list[tuple[int, tuple[Any, ...]]]  # seeds and batches that reach them
+
+
+class State(LateState):
     """The training loop's state at a checkpoint."""
 
     epoch: int
@@ -292,6 +301,9 @@ def load(run_dir: str | os.PathLike[str], *, pair: nn.Module | None = None, chec
 
 def restore(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, where: str) -> None:
     """Copy ``weights`` into the tensors of the same names; any difference in names or shapes is an error."""
+    for name, tensor in targets.items():
+        if is_lazy(tensor) and name in weights:
+            tensor.materialize(weights[name].shape)  # type: ignore[operator]
     missing, extra = sorted(targets.keys() - weights.keys()), sorted(weights.keys() - targets.keys())
     shapes = [n for n in targets.keys() & weights.keys() if targets[n].shape != weights[n].shape]
     if missing or extra or shapes:

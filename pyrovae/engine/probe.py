@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 from types import SimpleNamespace
 
 import pyro
@@ -15,10 +16,11 @@ import torch
 from pyro.distributions import Unit
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pyrovae.engine.auxiliary import noise_of
 from pyrovae.engine.particles import Layout, Particles, Role
-from pyrovae.engine.programs import Batch, Program, graph_leaves, protected_buffers, reached_modules, warn
+from pyrovae.engine.programs import Batch, Program, graph_leaves, isolated_run, protected_buffers, reached_modules, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import (
     Sites,
@@ -109,7 +111,7 @@ class Look:
             if id(tensor) not in known:
                 known.add(id(tensor))
                 loose[name] = tensor
-        return PairState(self.modules, loose)
+        return PairState(self.modules, loose, len(self.modules))
 
     def leaves(self) -> list[Tensor]:
         """The tensors that require grad and that the log-probabilities of the run depend on."""
@@ -128,11 +130,13 @@ class PairState:
 
     modules: list[nn.Module]
     loose: dict[str, Tensor]
+    first: int  # of the modules, those reached at first; the others joined later
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint must hold, as it is now: a module may have put other tensors in its buffers' place."""
-        return module_state(self.modules) | self.loose
+        later = (module_state([module], f"later.{i}.") for i, module in enumerate(self.modules[self.first :]))
+        return reduce(or_, later, module_state(self.modules[: self.first]) | self.loose)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -140,6 +144,19 @@ class PairState:
         tensors = self.tensors
         first_names = {id(tensor): name for name, tensor in reversed(tensors.items()) if tensor.requires_grad}
         return {name: tensors[name] for name in reversed(first_names.values())}
+
+    def add(self, other: PairState, leaves: Iterable[Tensor]) -> None:
+        """Take in what another run of the pair reached, if the leaves, of a third run, say that it lasts."""
+        lasting = set(map(id, leaves))
+        stored = {id(tensor): f"param.{name}" for name, tensor in pyro.get_param_store().named_parameters()}
+        below = {child for module in self.modules for child in module.modules()}
+        for module in other.modules:
+            if module not in below and any(id(parameter) in lasting for parameter in module.parameters()):
+                self.modules.append(module)
+        known = set(map(id, self.tensors.values()))
+        for tensor in other.loose.values():
+            if id(tensor) not in known and (id(tensor) in stored or id(tensor) in lasting):
+                self.loose[stored.get(id(tensor), f"leaf.later.{len(self.loose)}")] = tensor
 
     def to(self, device: torch.device) -> None:
         """Move everything, in place."""
@@ -152,13 +169,13 @@ class PairState:
 def look(
     model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object] | None = None, *, validate: bool = True
 ) -> Look:
-    """Run a pair once with one particle, leaving no trace in generators and buffers.
+    """Run a pair once with one particle, leaving no trace in generators and buffers; lazy modules come into being.
 
     :param validate: whether Pyro's own checks are made, where they are switched on at all.
     """
     validating = nullcontext() if validate else pyro.validation_enabled(False)
     with (
-        torch.enable_grad(), isolated_rng(), validating, protected_buffers(), reached_modules(model, guide) as reached,
+        torch.enable_grad(), isolated_run(), validating, protected_buffers(), reached_modules(model, guide) as reached,
         poutine.trace(param_only=True) as parameters,
     ):  # fmt: skip
         sites = record_pair(model, guide, args, kwargs or {})
@@ -168,13 +185,14 @@ def look(
     return Look(*sites, [m for m in reached if m not in below], store, noise)
 
 
-def module_state(modules: list[nn.Module]) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of modules, by name; of several modules by number and name."""
-    prefixes = [""] if len(modules) == 1 else [f"{i}." for i in range(len(modules))]
+def module_state(modules: list[nn.Module], prefix: str = "") -> dict[str, Tensor]:
+    """The parameters and persistent buffers that modules have by now, by name; of several by number and name."""
+    prefixes = [prefix] if len(modules) == 1 else [f"{prefix}{i}." for i in range(len(modules))]
     return {
         prefix + name: tensor
         for prefix, module in zip(prefixes, modules, strict=True)
         for name, tensor in module.state_dict(keep_vars=True).items()
+        if not is_lazy(tensor)
     }
 
 

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
 
 Program = Callable[..., Any]
 Batch = tuple[Any, ...]  # what a program takes
+
+ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # the autograd node of a leaf
 
 
 def warn(message: str) -> None:
@@ -66,9 +72,9 @@ def device_of(*programs: Program) -> torch.device | None:
 
 
 @contextmanager
-def on_forward(hook: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Call ``hook`` with every module that is about to run."""
-    handle = register_module_forward_pre_hook(lambda module, _: hook(module))
+def on_forward(hook: Callable[[nn.Module, Batch], None]) -> Iterator[None]:
+    """Call ``hook`` with every module that is about to run, and what it is given."""
+    handle = register_module_forward_pre_hook(hook)
     try:
         yield
     finally:
@@ -80,8 +86,10 @@ def protected_buffers() -> Iterator[None]:
     """Let every module that runs inside work on copies of its buffers (BatchNorm's averages stay as they were)."""
     originals: dict[nn.Module, dict[str, Tensor | None]] = {}
 
-    def lend_copies(module: nn.Module) -> None:
+    def lend_copies(module: nn.Module, inputs: Batch) -> None:
         if module._buffers and module not in originals:
+            if is_lazy(module):
+                module.initialize_parameters(*inputs)  # type: ignore[operator]  # as it does itself before it runs, if that is still to be done
             originals[module] = dict(module._buffers)
             module._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})
 
@@ -97,8 +105,24 @@ def protected_buffers() -> Iterator[None]:
 def reached_modules(*programs: Program) -> Iterator[dict[nn.Module, None]]:
     """Collect, while the programs run inside, every module that they are, belong to or call."""
     found: dict[nn.Module, None] = dict.fromkeys(roots(*programs))
-    with on_forward(lambda module: found.setdefault(module)):
+    with on_forward(lambda module, _: found.setdefault(module)):
         yield found
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a module makes its parameters when it first runs, and has not."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
+@contextmanager
+def isolated_run() -> Iterator[None]:
+    """Leave generators as they were found; but where lazy modules came into being inside, their draws are spent."""
+    lazy: list[bool] = []
+    with isolated_rng(), on_forward(lambda module, _: lazy.append(is_lazy(module))):
+        yield
+        spent = rng_snapshot() if any(lazy) else None
+    if spent is not None:
+        restore_rng(spent)
 
 
 @contextmanager
@@ -117,7 +141,7 @@ def evaluating(*programs: Program) -> Iterator[None]:
     """Run the programs in eval mode, with every module that they are, belong to or come to call; restore the modes."""
     modes: dict[nn.Module, bool] = {}
 
-    def enter(module: nn.Module) -> None:
+    def enter(module: nn.Module, _: Batch = ()) -> None:
         if module not in modes:
             for child in module.modules():
                 modes.setdefault(child, child.training)
@@ -149,6 +173,39 @@ def graph_leaves(root: Tensor) -> list[Tensor]:
     """The leaf tensors that require grad and that ``root`` depends on, in the graph's order."""
     variables = (getattr(node, "variable", None) for node in graph_nodes(root))
     return list({id(v): v for v in variables if isinstance(v, Tensor)}.values())
+
+
+def new_leaves(root: Tensor, known: Container[int]) -> list[Tensor]:
+    """The leaves as in :func:`graph_leaves`, in any order, whose ids are not known: a few microseconds a step."""
+    seen: set[Node] = set()
+    stack: list[Any] = [root.grad_fn]
+    found = []
+    while stack:
+        for parent, _ in stack.pop().next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                if type(parent) is not ACCUMULATE:
+                    stack.append(parent)
+                elif id(leaf := parent.variable) not in known and leaf.requires_grad:
+                    found.append(leaf)
+    return found
+
+
+@contextmanager
+def before_backward(hook: Callable[[Tensor], object]) -> Iterator[None]:
+    """Call ``hook`` with every tensor whose ``backward()`` this thread calls, before its graph is gone."""
+    backward, thread = torch.autograd.backward, get_ident()
+
+    def noted(tensors: Tensor, *args: Any, **kwargs: Any) -> None:
+        if get_ident() == thread:
+            hook(tensors)
+        backward(tensors, *args, **kwargs)
+
+    torch.autograd.backward = noted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.backward = backward
 
 
 def depends_on(root: Tensor, nodes: Collection[Node]) -> bool:

@@ -50,7 +50,11 @@ class RunObjective(pyro.infer.ELBO):
         needs = self.needs if torch.is_grad_enabled() else Needs()
         runner = self.runner(model, guide)
         particles = runner(args, kwargs, self.total_particles, check=self.check, copies=needs.copies, rerun=needs.fixed)
-        return self.particle_loss(particles)
+        loss = self.particle_loss(particles)
+        for copied in particles.copies.values():
+            if copied.is_leaf:
+                copied.requires_grad_(False)  # its gradient is taken: it is no parameter for whoever looks for those
+        return loss
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Minus the bound summed over data, in nats."""

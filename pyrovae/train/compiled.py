@@ -27,7 +27,8 @@ from pyrovae.compile.inductor import COMPILATION, has_compiler, laid_out_as
 from pyrovae.compile.noise import CannotCompile
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import look
-from pyrovae.engine.programs import Batch, Program
+from pyrovae.engine.programs import Batch, Program, protected_buffers
+from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective
 from pyrovae.train.plan import Plan
 from pyrovae.train.step import Eager, Recorded, Step
@@ -46,6 +47,7 @@ class Compiled:
 
     def __init__(self, eager: Eager, *, anneals: bool = False) -> None:
         self.eager, self.anneals, self.example, self.states = eager, anneals, eager.example, eager.states
+        self.reached = eager.reached
         self.kind, self.compile_seconds = "compiled", 0.0
         self.signature = signature(self.example)
         first = eager.parameters[0]
@@ -86,6 +88,9 @@ class Compiled:
     def differentiated(self, objective: pyro.infer.ELBO) -> tuple[Checked, list[Tensor]]:
         """Loss and gradients as a function of a batch; once it ran, the parameters whose gradients follow the loss."""
         objective = copy.copy(traceable(objective))
+        for _ in range(2):  # with these particles it may reach more than the look did; what it reaches twice lasts
+            with isolated_rng(), protected_buffers():
+                self.eager.meet(self.example, self.eager.loss(objective, self.example))
         self.anneal(objective)
         if self.anneals:
             objective.kl_weight = self.kl_weight

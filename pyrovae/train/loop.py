@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pyro.infer
@@ -64,8 +64,8 @@ def fit(
     r"""Train a pair of Pyro programs on an objective, minimising its loss in nats per datum.
 
     Any pair: modules, bound methods, plain functions, ``pyro.param`` programs, Pyro's autoguides; parameters are found
-    wherever they live. Any objective: ours, or any :class:`pyro.infer.ELBO`. The pair ends with the last weights;
-    fitting it again goes on from them with a fresh optimizer and schedule.
+    wherever they live, also those that only some batches reach. Any objective: ours, or any :class:`pyro.infer.ELBO`.
+    The pair ends with the last weights; fitting it again goes on from them with a fresh optimizer and schedule.
 
     :param data: a tensor ``[N, ...]``, :class:`pyrovae.data.Images`, a tuple of tensors, a Dataset or a DataLoader;
         batches that are tuples become ``model(*batch)``. What is held in tensors lives on the device; other data sets
@@ -120,14 +120,14 @@ def fit(
         gradients: Gradients = trainee.eager
         if compile and (compile != "auto" or worthwhile(setup.plan, trainee.eager.parameters, feed)):
             gradients = Compiled(trainee.eager, anneals=bool(setup.plan.kl_warmup))
-        step = on_device(Step(gradients, [trainee.optimizer], setup.clip_norm), feed)
+        step = on_device(Step(gradients, [trainee.optimizer], setup.clip_norm, [trainee.make]), feed)
         training = {"patience": patience, "compile": compile, "num_validation": None}
         if validation is not None:
             held_out = Feed(validation, setup.batch_size, setup.device, num_workers)
             trainee.validation, trainee.patience = Validation(model, guide, held_out, setup.plan.final), patience
             training["num_validation"] = held_out.size
         if run_dir is not None:
-            trainee.open(run_dir, training, config or {}, resume)
+            trainee.open(run_dir, training, config or {}, step, resume)
         return train([trainee], step)[0]
 
 
@@ -136,7 +136,13 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded) -> list[Fit]:
     first, alone = trainees[0], len(trainees) == 1
     setup, plan = first.setup, first.setup.plan
     modules = (module for state in step.gradients.states for module in state.modules)
-    with eval_mode(modules, training=True), ProgressBar("epoch", plan.epochs, setup.progress) as bar:
+    with (
+        eval_mode(modules, training=True),
+        ExitStack() as late,
+        ProgressBar("epoch", plan.epochs, setup.progress) as bar,
+    ):
+        for reach in step.gradients.reached:
+            late.enter_context(reach.modes)
         for epoch in range(len(first.result.history), 0 if first.result.finished else plan.epochs):
             with memory_advice(lambda: setup.advice(first.checkpoint)):
                 losses, metrics = run_epoch(epoch, first.feed, step, plan)
@@ -220,14 +226,19 @@ class Trainee:
             )
         seen.state.to(feed.device)
         self.eager = Eager(model, guide, seen, feed.first(), precision=setup.precision)
-        self.rate, make = maker
-        self.optimizer = make(self.eager.parameters)
+        self.rate, self.make = maker
+        self.optimizer = self.make(self.eager.parameters)
         self.run: runs.Run | None = None
         self.validation: Validation | None = None
         self.patience: int | None = None
 
     def open(
-        self, run_dir: str | os.PathLike[str], training: Mapping[str, object], more: Mapping[str, object], resume: bool
+        self,
+        run_dir: str | os.PathLike[str],
+        training: Mapping[str, object],
+        more: Mapping[str, object],
+        step: Step | Recorded,
+        resume: bool = False,
     ) -> None:
         """Start its run, or take up its last checkpoint; its config.json says ``training`` of that, and ``more``."""
         self.run = run = runs.Run(run_dir)
@@ -246,8 +257,10 @@ class Trainee:
             return
         check_same(run, config)
         history = run.rewind(saved["epoch"])
-        runs.restore(self.eager.state.tensors, run.weights(), where=str(run.path))
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.eager.reach.find(saved.get("examples", []), self.feed.device)
+        step.join()
+        self.eager.reach.restore(run.weights(), saved.get("late", []), where=str(run.path))
+        self.eager.reach.load(self.optimizer, saved["optimizer"], saved.get("order"))
         settle(self.optimizer)
         restore_rng(saved["rng"])
         self.result = Fit(history, best_epoch=saved["best_epoch"], finished=saved["finished"])
@@ -262,7 +275,7 @@ class Trainee:
         if self.run is not None:
             self.run.log(row)
             if self.result.best_epoch == len(self.result.history):
-                self.run.save("best", self.eager.state.tensors)
+                self.run.save("best", self.eager.reach.tensors)
             self.save(self.run)
 
     def save(self, run: runs.Run) -> None:
@@ -270,9 +283,9 @@ class Trainee:
         result = self.result
         state = {
             "epoch": len(result.history), "best_epoch": result.best_epoch, "finished": result.finished,
-            "optimizer": self.optimizer.state_dict(), "rng": rng_snapshot(),
+            "rng": rng_snapshot(), **self.eager.reach.saved(self.optimizer),
         }  # fmt: skip
-        run.save("last", self.eager.state.tensors, state)
+        run.save("last", self.eager.reach.tensors, state)
 
     def close(self, step: Step | Recorded) -> Fit:
         """What came of it; its run is marked as finished."""

@@ -14,7 +14,7 @@ from pyrovae.engine.devices import beside, home_of
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.particles import Particles, combine
 from pyrovae.engine.probe import Look, look
-from pyrovae.engine.programs import Batch, Program, eval_mode, roots
+from pyrovae.engine.programs import Batch, Program, evaluating, roots
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import Sites, counts, latent
@@ -50,7 +50,7 @@ class Monitor:
                 warn_unlogged(error, stacklevel=6)
         if not self.usable:
             return {}
-        with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
+        with torch.no_grad(), isolated_rng(0), evaluating(self.runner.model, self.runner.guide, *self.modules):
             found = self.terms(self.runner(self.batch, {}, scaled=False))
             means = mean_draws(self.runner.guide, self.batch) if len(self.batch[0]) > 1 else {}
             variances = {name: average.mean.var(0) - average.noise.mean(0) for name, average in means.items()}
@@ -95,7 +95,7 @@ class Validation:
     def __call__(self) -> float:
         data = self.feed.images if self.feed.images is not None else self.feed.loader
         total = count = 0.0
-        with torch.no_grad(), isolated_rng(0), eval_mode(self.modules):
+        with torch.no_grad(), isolated_rng(0), evaluating(self.model, self.guide, *self.modules):
             for batch in datasets.batches((data,), self.feed.batch_size, device=self.feed.device):
                 with beside(batch):
                     loss = float(first_loss(self.objective.loss(self.model, self.guide, *batch)))  # type: ignore[attr-defined]

@@ -112,10 +112,11 @@ def fit_replicas(
         except CannotCompile as error:
             warnings.warn(f"cannot train replicas at once: {error}; training one after the other", stacklevel=2)
         else:
-            step = on_device(Step(gradients, [trainee.optimizer for trainee in trainees], setup.clip_norm), feed)
+            optimizers, make = [trainee.optimizer for trainee in trainees], [trainee.make for trainee in trainees]
+            step = on_device(Step(gradients, optimizers, setup.clip_norm, make), feed)
             for r, (replica, trainee) in enumerate(zip(replicas, trainees, strict=True)):
                 if replica.run_dir is not None:
-                    trainee.open(replica.run_dir, {"replica": r, "of": len(replicas)}, {}, resume=False)
+                    trainee.open(replica.run_dir, {"replica": r, "of": len(replicas)}, {}, step)
             return train(trainees, step)
     return [
         fit(
@@ -185,7 +186,7 @@ class Batched:
 
     def __init__(self, each: Sequence[Compiled], factors: Sequence[float]) -> None:
         self.each, self.factors, self.example = list(each), factors, each[0].example
-        self.states = [own.eager.state for own in each]
+        self.states, self.reached = [own.eager.state for own in each], [own.eager.reach for own in each]
         self.kind, self.compile_seconds = "replicas", 0.0
         self.functions: dict[object, Callable[[Batch], Tensor] | None] = {}
         self.met: Counter[object] = Counter()  # eager steps, by number of particles and kind of batch
@@ -246,7 +247,10 @@ class Batched:
 
     def differentiated(self, objective: pyro.infer.ELBO) -> list[Differentiated]:
         """Loss and gradients of every pair, and the parameters whose gradients follow the loss."""
-        return [one.differentiated(w) for one, w in zip(self.each, self.weighted(objective), strict=True)]
+        own = [one.differentiated(w) for one, w in zip(self.each, self.weighted(objective), strict=True)]
+        if any(len(one.inputs) > len(stacked) for one, stacked in zip(self.each, self.tensors, strict=True)):
+            raise CannotCompile("a step reaches parameters that the first look did not")
+        return own
 
     def compile(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Tensor]:
         """One compiled function for all pairs, which are found to be one program."""

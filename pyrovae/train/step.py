@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import pyro.infer
@@ -21,7 +23,10 @@ from pyrovae.data.feed import Feed, as_batch
 from pyrovae.data.images import Images
 from pyrovae.engine.devices import beside
 from pyrovae.engine.probe import Look, PairState
-from pyrovae.engine.programs import Batch, Program
+from pyrovae.engine.programs import Batch, Program, before_backward, new_leaves
+from pyrovae.engine.sites import quoted
+from pyrovae.train.late import Reach
+from pyrovae.train.plan import MakeOptimizer
 
 T = TypeVar("T")
 
@@ -33,6 +38,7 @@ class Gradients(Protocol):
     compile_seconds: float  # what compiling and recording have taken so far
     example: Batch  # of the kind that it is made for
     states: list[PairState]  # of each pair
+    reached: list[Reach]
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
         """The loss per datum, 0-d or one for each pair; nothing is read back from the device."""
@@ -57,7 +63,8 @@ class Eager:
     ) -> None:
         self.model, self.guide, self.state, self.states = model, guide, seen.state, [seen.state]
         self.example, self.precision, self.full_size = example, precision, seen.full_size
-        self.parameters = list(seen.state.parameters.values())
+        self.reach = Reach(model, guide, seen.state)
+        self.reached, self.parameters = [self.reach], self.reach.parameters
         if not self.parameters:
             raise ValueError(
                 "the pair has no parameters to train: use modules, pyro.param or tensors that require grad"
@@ -68,13 +75,24 @@ class Eager:
             parameter.grad = None
         if hasattr(objective, "differentiable_loss"):
             loss = self.loss(objective, batch)
+            if self.meet(batch, loss):
+                loss = self.loss(objective, batch)  # with what a checkpoint held of what is reached only now
             loss.backward()
             return loss.detach()
         size, loss_and_grads = self.size(batch), objective.loss_and_grads  # type: ignore[attr-defined]
-        with networks_in(self.precision), beside(batch):
+        with networks_in(self.precision), beside(batch), before_backward(partial(self.meet, batch)):
             found = first_loss(loss_and_grads(self.announced, self.guide, *batch))
-        torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], size)
+        if gradients := [p.grad for p in self.parameters if p.grad is not None]:
+            torch._foreach_div_(gradients, size)
         return found / size
+
+    def meet(self, batch: Batch, loss: Tensor) -> bool:
+        """Take in what a step reaches for the first time; whether any of it got a saved value just now."""
+        leaves = new_leaves(loss, self.reach.known)
+        restored = self.reach.meet(batch, leaves)
+        for parameter in self.reach.new:
+            parameter.grad = None
+        return restored
 
     def static(self, objective: pyro.infer.ELBO) -> None:
         """Nothing: Python runs at every step."""
@@ -100,19 +118,43 @@ class Step:
 
     takes_index = False  # batches, not the indices of data that live on the device
 
-    def __init__(self, gradients: Gradients, optimizers: Sequence[Optimizer], clip_norm: float | None = None) -> None:
-        self.gradients, self.optimizers, self.clip_norm = gradients, list(optimizers), clip_norm
-        self.base_lr = [float(group["lr"]) for group in self.groups()]
-        self.parameters: list[list[Tensor]] = [
-            [p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers
-        ]
+    def __init__(
+        self,
+        gradients: Gradients,
+        optimizers: Sequence[Optimizer],
+        clip_norm: float | None = None,
+        makers: Sequence[MakeOptimizer] = (),
+    ) -> None:
+        self.gradients, self.optimizers, self.clip_norm, self.makers = gradients, list(optimizers), clip_norm, makers
+        self.factor, self.base_lr = 1.0, [[float(group["lr"]) for group in o.param_groups] for o in optimizers]
+        self.parameters, self.joined = [in_order(optimizer) for optimizer in optimizers], 0
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
         """The losses per datum of one step; nothing is read back from the device."""
         self.clear()
         losses = self.gradients(objective, batch)
+        self.join()
         self.update()
         return losses
+
+    def join(self) -> None:
+        """Give the optimizers what was reached for the first time, under the options that its group has now."""
+        for r, reach in enumerate(self.gradients.reached):
+            if not reach.new:
+                continue
+            optimizer, rates = self.optimizers[r], self.base_lr[r]
+            if any(p is q for p in reach.new for own in self.parameters for q in own):
+                raise ValueError("replicas share a parameter or buffer: give each pair networks of its own")
+            if not self.makers:
+                names = quoted(n for n, p in reach.state.parameters.items() if any(p is q for q in reach.new))
+                warnings.warn(f"a step reached {names} first: add what is not yet in the optimizer", stacklevel=4)
+                reach.new.clear()
+                continue
+            self.joined += 1
+            reach.join(optimizer, self.makers[r])
+            rates += [float(group["lr"]) for group in optimizer.param_groups[len(rates) :]]
+            self.parameters[r] = in_order(optimizer)
+            self.set_lr(self.factor)
 
     def clear(self) -> None:
         """Drop the last gradients, those too of parameters that the pair does not reach."""
@@ -133,7 +175,8 @@ class Step:
 
     def set_lr(self, factor: float) -> None:
         """Scale every learning rate from where it started."""
-        for group, base in zip(self.groups(), self.base_lr, strict=True):
+        self.factor = factor
+        for group, base in zip(self.groups(), chain.from_iterable(self.base_lr), strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(base * factor)
             else:
@@ -168,6 +211,7 @@ class Recorded:
         self.takes_index, example = images is not None, step.gradients.example
         self.whole = all(map(capturable, step.optimizers))
         self.recorded: dict[int, Recording | None] = {}
+        self.joined = step.joined
         if images is None:
             self.slots: Batch = tuple(a.clone() if isinstance(a, Tensor) else a for a in example)
         else:
@@ -188,6 +232,7 @@ class Recorded:
             return self.step(objective, self.gathered(batch))
         for slot, given in zip(tensors(self.slots), tensors(batch), strict=True):
             slot.copy_(given, non_blocking=True)
+        self.join()
         number = objective.num_particles
         if self.whole and not all(known.follows() for known in self.recorded.values() if known):
             self.whole, self.recorded = False, {}  # who changes options once may do so again
@@ -200,6 +245,13 @@ class Recorded:
         if not self.whole:
             self.step.update()
         return losses
+
+    def join(self) -> None:
+        """As the step does; what was recorded moves the former parameters only."""
+        self.step.join()
+        if self.joined < self.step.joined:
+            self.joined = self.step.joined
+            self.recorded.clear()
 
     def record(self, gradients: Callable[[Batch], Tensor]) -> Recording | None:
         """The step on what the slots hold, without its optimizers where they read on the host or change options.
@@ -228,6 +280,11 @@ class Recorded:
     def gathered(self, batch: Batch) -> Batch:
         """A batch of data from its index, where the data live on the device; else the batch as it is."""
         return batch if self.images is None else as_batch(self.images.batch(batch[0]))
+
+
+def in_order(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def on_device(step: Step, feed: Feed) -> Step | Recorded:

@@ -30,6 +30,7 @@ SUITE = [
     *("tests/laws/test_wake_sleep.py", "tests/laws/test_subsampling.py", "tests/laws/test_reparameterised.py"),
     "tests/laws/test_fixed.py",
     *("tests/laws/test_gradients.py", "tests/laws/test_bounds.py", "tests/laws/test_variances.py"),
+    "tests/test_late.py",
 ]
 
 VALUE = "-(bound * particles.scale).sum() - (ascent"
@@ -43,7 +44,7 @@ OTHERS = "others(torch.cumsum, torch.add, 0.0, grouped) / (group - 1)"
 REST = "others(torch.logcumsumexp, torch.logaddexp, -math.inf, log_share)"
 MODEL = "total = dot(weights.model, log_p, alive)"
 KL = "log_prior - log_guide"
-PROBE = "torch.enable_grad(), isolated_rng(), validating, protected_buffers(), reached"
+PROBE = "torch.enable_grad(), isolated_run(), validating, protected_buffers(), reached"
 FIXED = 'fixed = self.gradient != "total"'
 
 RWS = '(wn - wn.square(), zero) if self.gradient == "dreg" else (zero, wn)'
@@ -343,8 +344,17 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "dead particles not masked": [("torch.where(alive, value, 0.0)).sum()", "value).sum()")],
     "dropout drawn anew in the second run": [("replayed_rng(*states), protected_buffers()", "protected_buffers()")],
     "batch norm moved by the second run": [("replayed_rng(*states), protected_buffers()", "replayed_rng(*states)")],
-    "probing draws from the generator": [(PROBE, PROBE.replace("isolated_rng(), ", ""))],
+    "probing draws from the generator": [(PROBE, PROBE.replace("isolated_run(), ", ""))],
     "probing moves batch norm": [(PROBE, PROBE.replace(", protected_buffers()", ""))],
+    # what a pair reaches
+    "lazy modules: the look's noise once more": [("rng_snapshot() if any(lazy) else None", "None")],
+    "lazy modules: the look's data in their buffers": [("            if is_lazy(module):", "            if False:")],
+    "what is reached late is nobody's": [("                    found.append(leaf)", "                    pass")],
+    "what a run makes itself is a parameter": [
+        ("(id(tensor) in stored or id(tensor) in lasting)", "not torch.is_inference(tensor)")
+    ],
+    "copies of samples are parameters": [("copied.requires_grad_(False)", "copied.requires_grad_(True)")],
+    "late parameters overwrite each other": [("leaf.later.{len(self.loose)}", "leaf.later")],
 }
 
 
