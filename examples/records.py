@@ -20,11 +20,28 @@ FOUND = (
 )  # fmt: skip
 
 
+#: What a cell is asked to be, as far as a record says it, and "epochs", where no budget in minutes decides them.
+ASKED = (
+    "table", "layers", "objective", "particles", "groups", "gradient", "beta", "continues", "dataset", "budget_minutes",
+    "batch_size", "lr", "schedule", "adam", "precision", "train", "num_samples", "seed",
+)  # fmt: skip
+
+
+def asked(record):
+    """The settings of a record."""
+    names = ASKED if "budget_minutes" in record else (*ASKED, "epochs")
+    return {key: record[key] for key in names if key in record}
+
+
+def digest(settings):
+    """A short name for any settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def name(settings):
     """A name for a cell of these settings and no others."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     said = (settings[key] for key in ("table", "dataset", "layers", "objective", "particles", "seed"))
-    return "-".join(map(str, (*said, digest))).lower()
+    return "-".join(map(str, (*said, digest(settings)))).lower()
 
 
 def of(folder, settings):
@@ -48,8 +65,21 @@ def write(folder, settings, found):
 
 
 def read(folder):
-    """All records of a folder, in the order of their names."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
+    """All records of a folder, in the order of their names; what is none of a finished cell is refused."""
+    return [checked(path) for path in sorted(Path(folder).glob("*.json"))]
+
+
+def checked(path):
+    """The record in a file, which bears the name that its settings give it."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if missing := [key for key in FOUND if key not in record]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        if path.stem != (right := name(asked(record))):
+            raise ValueError(f'its settings are those of "{right}.json"')
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'"{path}" is no record of a finished cell ({error}): move it away') from error
+    return record
 
 
 def commit():

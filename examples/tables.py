@@ -2,22 +2,28 @@
 
     python examples/tables.py a [--layers 1] [--objective IWAE] [--particles 5 50]
     python examples/tables.py a --data mnist --epochs 80 --batch-size 20
-    python examples/tables.py a --data mnist --minutes 30
-    python examples/tables.py a --data mnist --paper
+    python examples/tables.py b --data mnist --minutes 30
+    python examples/tables.py c --data mnist --paper
 
 Table A is the IWAE paper's first: VAE (the mean of k sampled log-weights, no KL in closed form) and IWAE, k = 1, 5, 50,
-with one stochastic layer and with two. With k = 1 the two are one cell. On the embedded digits, in minutes, by default.
+with one stochastic layer and with two. With k = 1 the two are one cell. Table B trains two of its networks on, each on
+the other's bound: VAE with k = 1, then IWAE with k = 50, and the other way round. The first stage is table A's run; it
+is trained if it is not there. Table C is that of Rainforth et al.: one stochastic layer, 64 samples in all, as IWAE,
+PIWAE, MIWAE, CIWAE and VAE have them; IWAE-64, log p-hat and their difference -KL, along the training too, there on a
+part of the test data. On the embedded digits, in minutes, by default.
 
 Every cell gets one schedule: as many epochs, or as many minutes, or with --paper the paper's: batches of 20, 3,280
-epochs in eight stages, Adam as in the authors' code, where its second moment starts at 1/400, and not at 0 as here.
+epochs in eight stages, Adam as in the authors' code, where its second moment starts at 1/400, and not at 0 as here. A
+second stage is 2/3 as long, with a tenth of the learning rate.
 A cell that is finished has a record, a JSON file, and is not trained again; one that was interrupted goes on from its
-last epoch. Two processes with the same command share the cells between them.
+last epoch. Two processes with the same command share the cells between them. examples/results.py makes a page of the
+records.
 """
 
 import fcntl
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,10 +45,19 @@ class Cell:
     particles: int
     groups: int = 1
     gradient: str = "total"
+    beta: float | None = None
+    continues: "Cell | None" = None  # from whose network it starts
 
     def __str__(self):
+        return f"{self.layers} layer{'s'[: self.layers - 1]}, {self.stages}"
+
+    @property
+    def stages(self):
+        """What it is trained on, in words."""
+        before = f"{self.continues.stages}, then " if self.continues else ""
+        beta = "" if self.beta is None else f"({self.beta})"
         groups = f"{self.groups} x " if self.groups > 1 else ""
-        return f"{self.layers} layer{'s'[: self.layers - 1]}, {self.objective}, k = {groups}{self.particles}"
+        return f"{before}{self.objective}{beta}, k = {groups}{self.particles}"
 
     def network(self, shape):
         """The paper's network."""
@@ -50,13 +65,35 @@ class Cell:
 
     def bound(self):
         """What it is trained on."""
-        make = {"VAE": pv.ELBO, "IWAE": pv.IWAE}[self.objective]
-        return make(self.particles, gradient=self.gradient)
+        make = pv.ELBO if self.objective == "VAE" else getattr(pv, self.objective)
+        own = {"num_groups": self.groups} if self.groups > 1 else {} if self.beta is None else {"beta": self.beta}
+        return make(num_particles=self.particles, gradient=self.gradient, **own)
+
+    def with_gradient(self, gradient):
+        """The same cell with another gradient, but for the VAE's part in it."""
+        first = self.continues and self.continues.with_gradient(gradient)
+        return replace(self, continues=first, gradient=self.gradient if self.objective == "VAE" else gradient)
+
+
+class Busy(Exception):
+    """Another process is at work on what is needed."""
 
 
 BOUNDS = [("VAE", 1), ("VAE", 5), ("VAE", 50), ("IWAE", 5), ("IWAE", 50)]  # IWAE with k = 1 is the VAE
-TABLES = {"a": [Cell("A", layers, objective, k) for layers in (1, 2) for objective, k in BOUNDS]}
-SELECTORS = {"layers": int, "objective": str, "particles": int}
+TABLES = {
+    "a": [Cell("A", layers, objective, k) for layers in (1, 2) for objective, k in BOUNDS],
+    "b": [
+        Cell("B", 1, "IWAE", 50, continues=Cell("A", 1, "VAE", 1)),
+        Cell("B", 1, "VAE", 1, continues=Cell("A", 1, "IWAE", 50)),
+    ],
+    "c": [
+        Cell("C", 1, "IWAE", 64),
+        *(Cell("C", 1, objective, 64 // m, groups=m) for objective in ("PIWAE", "MIWAE") for m in (4, 8)),
+        *(Cell("C", 1, "CIWAE", 64, beta=beta) for beta in (0.05, 0.5)),
+        Cell("C", 1, "VAE", 64),
+    ],
+}
+SELECTORS = {"layers": int, "objective": str, "groups": int, "particles": int, "beta": float}
 #: The schedule, as options by name with their defaults, and what the paper has instead.
 SCHEDULE = {
     "batch_size": (100, "images a step"),
@@ -66,6 +103,9 @@ SCHEDULE = {
     "precision": ("float32", "of the networks' products: float32 or bfloat16"),
 }
 PAPER = {"epochs": 3280, "batch_size": 20, "lr": 1e-3, "schedule": "iwae", "adam": [0.99, 0.999, 5e-6]}
+LAST = {"iwae": "constant"}  # schedules whose last stage is what a second one goes on with
+CURVE = {"points": 10, "images": 200, "samples": 1024}  # of table C, along the training
+IWAE_64_SAMPLES = 640  # of its final IWAE-64: the mean of ten
 RENAMED = {"data": "dataset", "minutes": "budget_minutes", "samples": "num_samples"}  # options, in a record
 
 
@@ -73,26 +113,51 @@ def settings_of(cell, options):
     """All that decides a cell's figures, but for the code and the machine."""
     length = "minutes" if options.minutes else "epochs"
     names = ("data", length, *SCHEDULE, "train", "samples", "seed")
-    return asdict(cell) | {RENAMED.get(name, name): getattr(options, name) for name in names}
+    settings = {name: value for name, value in vars(cell).items() if value is not None}
+    settings |= {RENAMED.get(name, name): getattr(options, name) for name in names}
+    if cell.continues is None:
+        return settings
+    first, length = settings_of(cell.continues, options), RENAMED.get(length, length)
+    lasts = options.second or first[length] * 2 / 3
+    return settings | {
+        "continues": first,
+        length: max(1, round(lasts)) if length == "epochs" else lasts,
+        "lr": options.second_lr or round(first["lr"] / 10, 12),
+        "schedule": LAST.get(first["schedule"], first["schedule"]),
+    }
 
 
 def command_of(settings):
-    """The command that makes this cell and no other."""
+    """The command that makes this cell and no other, or without the names of cells the whole table."""
+    own, first = dict(settings), settings.get("continues", settings)
+    if own.get("groups") == 1:
+        del own["groups"]
+    if own.get("objective") == "VAE":
+        own["gradient"] = first["gradient"]
+    for name in ("epochs", "budget_minutes", *SCHEDULE):
+        own[name] = first.get(name)
+    if first is not settings:
+        own |= {"second": settings.get("epochs", settings.get("budget_minutes")), "second_lr": settings["lr"]}
     words = ["python", "examples/tables.py", settings["table"].lower()]
-    for name in ("data", *SELECTORS, "gradient", "epochs", "minutes", *SCHEDULE, "train", "samples", "seed"):
-        value = settings.get(RENAMED.get(name, name))
+    lengths = ("epochs", "minutes", "second", "second_lr")
+    for name in ("data", *SELECTORS, "gradient", *lengths, *SCHEDULE, "train", "samples", "seed"):
+        value = own.get(RENAMED.get(name, name))
         if value is not None:
             words += ["--" + name.replace("_", "-"), *(value if isinstance(value, list) else [value])]
     return " ".join(map(str, words))
 
 
-def train(cell, settings, epochs, images, **where):
-    """The cell's network, trained."""
+def network(cell, settings, images):
+    """The cell's network, untrained."""
     torch.manual_seed(settings["seed"])
-    pair = cell.network(images.event_shape).initialise(images.x)
+    return cell.network(images.event_shape).initialise(images.x)
+
+
+def fit(pair, cell, settings, epochs, images, **where):
+    """Train a pair as the settings say."""
     first, second, eps = settings["adam"]
     adam = partial(torch.optim.Adam, lr=settings["lr"], betas=(first, second), eps=eps, fused=True)
-    return pair, pv.fit(
+    return pv.fit(
         pair.model, pair.guide, images, objective=cell.bound(), epochs=epochs, batch_size=settings["batch_size"],
         optimizer=adam, schedule=settings["schedule"], precision=settings["precision"], seed=settings["seed"], **where,
     )  # fmt: skip
@@ -104,35 +169,83 @@ def epochs_of(cell, settings, images, run, device):
         return run.config()["training"]["epochs"]
     if "epochs" in settings:
         return settings["epochs"]
-    _, short = train(cell, settings, 2, images.subset(slice(1000)), device=device)
+    pair = network(cell, settings, images)
+    short = fit(pair, cell, settings, 2, images.subset(slice(1000)), device=device)
     return max(1, round(60 * settings["budget_minutes"] * short.history[-1]["images_per_second"] / len(images)))
 
 
-def measure(cell, settings, data, options, folder):
+def train(cell, settings, data, options):
+    """The cell's network, how it was trained, and its run: from its start, or on from its last epoch."""
+    images, run = data.train.subset(slice(options.train)), runs.Run(options.runs / records.name(settings) / "run")
+    epochs, config = epochs_of(cell, settings, images, run, options.device), {"commit": options.commit}
+    if cell.continues and not (run.exists and run.state()):
+        first = settings["continues"]
+        with mine(options.runs / records.name(first)) as free:
+            if not free:
+                raise Busy(f"table {first['table'].lower()}, {cell.continues}, with which it begins")
+            pair, before, run_before = train(cell.continues, first, data, options)
+        config["continued"] = {
+            "record": records.name(first), "epochs": len(before.history), "train_bound": before.history[-1]["bound"],
+            "commit": run_before.config()["commit"],
+        }  # fmt: skip
+    else:
+        pair = network(cell, settings, images)
+    if cell.table == "C":
+        seen = data.test.subset(slice(CURVE["images"]))
+        pair.metrics = partial(along, pair, seen, run, max(1, epochs // CURVE["points"]), settings["seed"])
+    fitted = fit(
+        pair, cell, settings, epochs, images, device=options.device, run_dir=run.path, resume=True, config=config
+    )
+    return pair, fitted, run
+
+
+def along(pair, images, run, every, seed, *_):
+    """What table C shows, after every so many epochs; fit asks for it after each, and logs it."""
+    if (len(run.history()) + 1) % every:
+        return {}
+    found = pv.posterior_gap(pair.model, pair.guide, images, num_samples=CURVE["samples"], seed=seed)
+    return {"iwae_64": found.iwae, "log_p": found.log_p}
+
+
+def gap(pair, test, nll, history, seed):
+    """What table C shows, in the end and along the training."""
+    found = pv.posterior_gap(pair.model, pair.guide, test, num_samples=IWAE_64_SAMPLES, seed=seed)
+    keys = ("epoch", "iwae_64", "log_p")
+    return {
+        "iwae_64": found.iwae, "iwae_64_samples": found.num_samples, "log_p": -nll, "minus_kl": found.iwae + nll,
+        "curve": {
+            "images": min(CURVE["images"], len(test)), "samples": CURVE["samples"],
+            "points": [{key: row[key] for key in keys} for row in history if "iwae_64" in row],
+        },
+    }  # fmt: skip
+
+
+def measure(cell, settings, data, options):
     """Train the cell, or go on with it, and measure it."""
-    images, run = data.train.subset(slice(options.train)), runs.Run(folder / "run")
-    epochs = epochs_of(cell, settings, images, run, options.device)
-    pair, fitted = train(
-        cell, settings, epochs, images, device=options.device, run_dir=run.path, resume=True,
-        config={"commit": options.commit},
-    )  # fmt: skip
+    pair, fitted, run = train(cell, settings, data, options)
     estimate = pv.log_likelihood(
         pair.model, pair.guide, data.test, num_samples=settings["num_samples"], seed=settings["seed"]
     )
     sampled, averaged = (pv.active_units(pair.guide, data.test, samples=draws) for draws in (1, 64))
-    begun, device = run.config()["commit"], fitted.timings["device"]
-    return {
+    config, device = run.config(), fitted.timings["device"]
+    found = {
         "nll": estimate.nll, "nll_std_error": estimate.nll_std_error, "unreliable": estimate.unreliable,
         "active_units": {
             site: {"at_one_draw": sampled[site].count, "averaged": averaged[site].count, "of": units.variances.numel()}
             for site, units in sampled.items()
         },
-        "epochs": epochs, "train_bound": fitted.history[-1]["bound"], "num_train": len(images),
+        "epochs": len(fitted.history), "train_bound": fitted.history[-1]["bound"],
+        "num_train": config["training"]["num_data"],
         "minutes": fitted.timings["seconds"] / 60, "cpu_minutes": sum(h["cpu_seconds"] for h in fitted.history) / 60,
         "device": device, "processor": records.processor(device), "threads": fitted.timings["threads"],
         "path": fitted.timings["path"], "versions": runs.versions(), "commit": options.commit,
         "command": command_of(settings),
-    } | ({} if begun == options.commit else {"begun_at_commit": begun})  # fmt: skip
+    }  # fmt: skip
+    if cell.table == "C":
+        found |= gap(pair, data.test, estimate.nll, fitted.history, settings["seed"])
+    if config["commit"] != options.commit:
+        found["begun_at_commit"] = config["commit"]
+    return found | {key: config[key] for key in ("continued",) if key in config}
 
 
 @contextmanager
@@ -151,13 +264,19 @@ def mine(folder):
 def chosen(options):
     """The cells that the options name."""
     cells = [
-        Cell(**asdict(cell) | ({} if cell.objective == "VAE" else {"gradient": options.gradient}))
+        cell.with_gradient(options.gradient)
         for cell in TABLES[options.table]
         if all(getattr(cell, key) in (getattr(options, key) or [getattr(cell, key)]) for key in SELECTORS)
     ]
     if not cells:
         there = "; ".join(map(str, TABLES[options.table]))
         raise ValueError(f"table {options.table} has no such cell: choose among {there}")
+    for cell in cells:
+        cell.bound()  # is refused here, and not when its turn comes
+        if cell.table == "C" and options.samples < 64:
+            raise ValueError(
+                f"log p-hat of table C needs more samples than IWAE-64, got {options.samples}: raise --samples"
+            )
     return cells
 
 
@@ -170,6 +289,8 @@ def parse():
         **select,
         **SCHEDULE,
         gradient=("total", "of the cells beside the VAE's: total, stl or dreg"),
+        second=(float, "epochs of a second stage, or minutes with --minutes: else 2/3 of the first's"),
+        second_lr=(float, "its learning rate: else a tenth of the first's"),
         train=int,
         samples=5000,
         seed=(0, "of weights, noise and order"),
@@ -197,19 +318,28 @@ def main():
         parser.error(str(error))
     for cell in cells:
         settings = settings_of(cell, options)
-        folder, said = options.runs / records.name(settings), f"table {options.table}, {options.data}, {cell}"
-        with mine(folder) as free:
-            if not free:
-                print(f"{said}: another process is at work on it")
-                continue
-            record = records.of(options.records, settings)
-            if record is None:
-                record = measure(cell, settings, data, options, folder)
-                records.write(options.records, settings, record)
-        active = " + ".join(str(units["at_one_draw"]) for units in record["active_units"].values())
-        length = f"{record['epochs']} epochs, {record['minutes']:.1f} minutes"
-        print(f"{said}: NLL {record['nll']:.2f} ± {record['nll_std_error']:.2g}, {active} active units, {length}")
+        said = f"table {options.table}, {options.data}, {cell}"
+        with mine(options.runs / records.name(settings)) as free:
+            try:
+                if not free:
+                    raise Busy("it")
+                record = records.of(options.records, settings)
+                if record is None:
+                    record = measure(cell, settings, data, options)
+                    records.write(options.records, settings, record)
+            except Busy as needed:
+                print(f"{said}: another process is at work on {needed}")
+            else:
+                print(f"{said}: {summary(record)}")
         sys.stdout.flush()
+
+
+def summary(record):
+    """A record in a line."""
+    active = " + ".join(str(units["at_one_draw"]) for units in record["active_units"].values())
+    gap = f", IWAE-64 {record['iwae_64']:.2f}, -KL {record['minus_kl']:.2f}" if "iwae_64" in record else ""
+    length = f"{record['epochs']} epochs, {record['minutes']:.1f} minutes"
+    return f"NLL {record['nll']:.2f} ± {record['nll_std_error']:.2g}{gap}, {active} active units, {length}"
 
 
 if __name__ == "__main__":

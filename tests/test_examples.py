@@ -210,6 +210,10 @@ def tables(out):
     assert (rows[:, 3] <= 50 * rows[:, 0]).all()
 
 
+def results(out):
+    assert re.search(r"tables\.md: 0 records$", out)
+
+
 SMALL = ["--epochs", "1", "--samples", "10"]
 DRAWN = ["--output", "{tmp}"]
 EXAMPLES = [  # what is run, with which arguments, and who checks what it prints; files go to {tmp}
@@ -229,6 +233,7 @@ EXAMPLES = [  # what is run, with which arguments, and who checks what it prints
     (binary_latents, SMALL),
     (zoo, ["--epochs", "1", "--samples", "5", *DRAWN, "--only", "pca", "autoencoder", "vae"]),
     (tables, ["a", *SMALL, "--particles", "1", "5", "--runs", "{tmp}", "--records", "{tmp}"]),
+    (results, ["--records", "{tmp}", "--page", "{tmp}/tables.md"]),
     (deep, [*SMALL, "--images", "50", *DRAWN]),
     (deep, ["--train", "200", "--batch-size", "50", "--minutes", "0.01", "--samples", "10", "--images", "50"]),
 ]
@@ -245,7 +250,7 @@ def test_example(check, arguments, monkeypatch, capsys, tmp_path):
 
 
 def test_every_example_is_tested():
-    helpers = {"head", "morphology", "records"}  # what the examples import
+    helpers = {"head", "morphology", "published", "records"}  # what the examples import
     examples = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert examples - helpers == {check.__name__ for check, _ in EXAMPLES}
 

@@ -1,13 +1,18 @@
-"""The tables' cells: each has one record, made by one command, and goes on where it was interrupted."""
+"""The tables' cells: each has one record, made by one command, and goes on where it was interrupted; and their page."""
 
 import json
+import re
 import runpy
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import records
+import results
+import tables
 
+import pyrovae as pv
 from pyrovae.train import loop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +39,26 @@ def table(monkeypatch, tmp_path):
 
 SMALL = ["--epochs", "3", "--train", "200", "--samples", "20", "--batch-size", "50"]
 ONE = ["a", "--layers", "2", "--objective", "IWAE", "--particles", "5", *SMALL]
+
+
+def named(found):
+    return {records.name(records.asked(record)): record for record in found}
+
+
+class Interrupting:
+    """A method that dies once, before it does anything, at a call of that number."""
+
+    def __init__(self, method, at):
+        self.method, self.at, self.calls = method, at, 0
+
+    def __get__(self, owner, _=None):
+        def call(*arguments):
+            self.calls += 1
+            if self.calls == self.at:
+                raise KeyboardInterrupt
+            return self.method(owner, *arguments)
+
+        return call
 
 
 def without_times(record):
@@ -96,11 +121,68 @@ def test_a_budget_in_minutes_becomes_epochs(table):
     assert record["budget_minutes"] == 0.001
 
 
+def test_a_second_stage_begins_with_the_network_of_its_first_which_is_trained_once(table, monkeypatch, tmp_path):
+    ((name, first),) = named(table("a", "--layers", "1", "--particles", "1", *SMALL)).items()
+    stages = ["b", "--objective", "IWAE", *SMALL]
+    run_epoch, calls = loop.run_epoch, []
+    monkeypatch.setattr(loop, "run_epoch", lambda *arguments: calls.append(arguments) or run_epoch(*arguments))
+    still = named(table(*stages, "--second", "1", "--second-lr", "1e-12"))
+    assert len(calls) == 1
+    (record,) = (record for record in still.values() if record["table"] == "B")
+    assert record["nll"] == pytest.approx(first["nll"], abs=1e-4)  # such a rate changes nothing
+    assert record["continues"] == records.asked(first)
+    assert record["continued"]["record"] == name
+    assert record["continued"]["epochs"] == 3
+
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    (tmp_path / "records").rename(tmp_path / "others")
+    calls.clear()
+    (record,) = table(*shlex.split(record["command"])[2:])
+    assert len(calls) == 4, "without the first stage's run both are trained"
+    assert without_times(record) == without_times(next(r for r in still.values() if r["table"] == "B"))
+
+    calls.clear()
+    assert len(table(*stages)) == 2
+    (record,) = (record for record in table(*stages) if record["epochs"] == 2)
+    assert (len(calls), record["lr"]) == (2, 2e-4), "2/3 as long, with a tenth of the rate"
+
+
+def test_a_second_stage_waits_for_a_first_that_another_process_trains(table, monkeypatch, capsys, tmp_path):
+    (first,) = table("a", "--layers", "1", "--particles", "1", *SMALL)
+    with tables.mine(tmp_path / "runs" / records.name(records.asked(first))):
+        assert len(table("b", "--objective", "IWAE", *SMALL)) == 1
+    assert "another process is at work on table a, 1 layer, VAE, k = 1, with which it begins" in capsys.readouterr().out
+
+
+def test_table_c_has_the_gap_in_the_end_and_along_the_training_however_often_interrupted(table, monkeypatch, tmp_path):
+    monkeypatch.setattr(loop.Trainee, "save", interrupted := Interrupting(loop.Trainee.save, at=2))
+    exact = pv.posterior_gap
+    monkeypatch.setattr(pv, "posterior_gap", lambda *data, **options: exact(*data, **options | {"num_samples": 128}))
+    cell = ["c", "--objective", "MIWAE", "--groups", "4", *SMALL, "--samples", "100"]
+    with pytest.raises(KeyboardInterrupt):
+        table(*cell)
+    assert interrupted.calls == 2
+    (record,) = table(*cell)
+    assert [point["epoch"] for point in record["curve"]["points"]] == [1, 2, 3]
+    assert record["log_p"] == -record["nll"]
+    assert record["minus_kl"] == pytest.approx(record["iwae_64"] - record["log_p"])
+    assert (record["particles"], record["groups"]) == (16, 4)
+    for point in record["curve"]["points"]:
+        assert point["iwae_64"] < point["log_p"]
+    assert record["curve"]["points"][0]["log_p"] < record["curve"]["points"][-1]["log_p"]
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    (tmp_path / "records").rename(tmp_path / "others")
+    (whole,) = table(*cell)
+    assert without_times(whole) == without_times(record)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["d"], "invalid choice: 'd'"),
         (["a", "--particles", "7"], "no such cell: choose among 1 layer, VAE, k = 1;"),
+        (["c", "--objective", "VAE", "--samples", "63"], "more samples than IWAE-64, got 63"),
+        (["b", "--gradient", "steepest"], "steepest"),
         (["a", "--data", "mnsit"], "did you mean 'mnist'"),
         (["a", "--data", "omniglot28", "--data-dir", "nowhere"], "chardata.mat"),
         (["a", "--epochs", "2", "--paper"], "not allowed with argument --epochs"),
@@ -110,3 +192,111 @@ def test_what_is_unknown_or_missing_is_said(table, capsys, arguments, said):
     with pytest.raises(SystemExit, match="2"):
         table(*arguments)
     assert said in capsys.readouterr().err
+
+
+def trained(monkeypatch, *arguments, **found):
+    """A record of the one cell that the arguments of the script name, with these figures."""
+    monkeypatch.setattr(sys, "argv", ["tables.py", *arguments])
+    options = tables.parse().parse_args()
+    (cell,) = tables.chosen(options)
+    settings = tables.settings_of(cell, options)
+    known = {
+        "epochs": options.epochs, "nll": 87.0, "nll_std_error": 0.004, "minutes": 9.0, "cpu_minutes": 8.0, "threads": 1,
+        "active_units": {"z": {"at_one_draw": 18, "averaged": 18, "of": 50}}, "device": "cpu", "processor": "abacus",
+        "path": "compiled", "versions": {"torch": "2"}, "commit": "c0ffee0", "command": tables.command_of(settings),
+    }  # fmt: skip
+    return settings | known | found
+
+
+def rows_of(page):
+    """The cells of all tables of a page, by their first."""
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    return [(name, row) for name, *row in lines if name[:1].isdigit()]
+
+
+MNIST = ["a", "--data", "mnist", "--layers", "1"]
+
+
+def test_the_page_sets_figures_beside_the_published_and_says_what_was_not_run(monkeypatch):
+    vae = trained(monkeypatch, *MNIST, "--particles", "1")
+    iwae = trained(monkeypatch, *MNIST, "--particles", "50", "--objective", "IWAE", nll=85.5)
+    page = results.page([vae, iwae])
+    rows = dict(rows_of(page))
+    assert rows["1 layer, VAE, k = 1"][:6] == ["87.00 ± 0.004", "86.76", "+0.24", "18", "18", "19"]
+    assert rows["1 layer, IWAE, k = 50"][:3] == ["85.50 ± 0.004", "84.78", "+0.72"]
+    assert [name for name, row in rows.items() if row[0] == "*not run*"] == [
+        str(cell) for cell in tables.TABLES["a"] if (cell.layers, cell.objective, cell.particles) not in
+        {(1, "VAE", 1), (1, "IWAE", 50)}
+    ]  # fmt: skip
+    for known in (vae["command"], iwae["command"], "abacus", "c0ffee0", "On OMNIGLOT *not run*"):
+        assert known in page
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"commit": "decade5"}, {"epochs": 31}, {"seed": 1}, {"lr": 1e-4}, {"precision": "bfloat16"}, {"num_samples": 9}],
+    ids=str,
+)
+def test_cells_of_another_commit_schedule_or_seed_stand_in_a_table_of_their_own(monkeypatch, other):
+    vae = trained(monkeypatch, *MNIST, "--particles", "1")
+    iwae = trained(monkeypatch, *MNIST, "--particles", "50", "--objective", "IWAE") | other
+    rows = rows_of(results.page([vae, iwae]))
+    assert len(rows) == 2 * len(tables.TABLES["a"])
+    assert sum(row[0] != "*not run*" for _, row in rows) == 2
+
+
+def test_orderings_are_counted_and_those_that_fail_are_named(monkeypatch):
+    vae = trained(monkeypatch, *MNIST, "--particles", "1")
+    five = trained(monkeypatch, *MNIST, "--particles", "5", "--objective", "IWAE", nll=86.0)
+    fifty = trained(monkeypatch, *MNIST, "--particles", "50", "--objective", "IWAE", nll=86.5)
+    page = results.page([vae, five, fifty])
+    assert "* IWAE is better with more particles: 1 of 2; not IWAE k = 50, 1 layer(s).\n" in page
+
+
+def test_the_other_tables_beside_the_published(monkeypatch):
+    first = trained(monkeypatch, *MNIST, "--particles", "1")
+    (name,) = named([first])
+    second = trained(
+        monkeypatch, "b", "--data", "mnist", "--objective", "IWAE", nll=85.0,
+        continued={"record": name, "epochs": 30, "commit": "facade5", "train_bound": -87.0},
+    )  # fmt: skip
+    gap = {"iwae_64": -86.0, "log_p": -84.5, "minus_kl": -1.5}
+    curve = {"images": 7, "samples": 128, "points": [{"epoch": 1, "iwae_64": -100.0, "log_p": -98.0}]}
+    miwae = trained(
+        monkeypatch, "c", "--data", "mnist", "--objective", "MIWAE", "--groups", "8", **gap, nll=84.5, curve=curve
+    )
+    page = results.page([first, second, miwae])
+    rows = dict(rows_of(page))
+    assert rows["1 layer, VAE, k = 1, then IWAE, k = 50"][:6] == [
+        "87.00, 18", "85.00 ± 0.004", "84.88", "+0.12", "18", "22"
+    ]  # fmt: skip
+    assert "facade5" in page
+    assert rows["1 layer, MIWAE, k = 8 x 8"][:9] == [
+        "-86.00", "-85.69 ± 0.04", "-0.31", "-84.50", "-84.97 ± 0.10", "+0.47", "-1.50", "-0.72 ± 0.11", "-0.78"
+    ]  # fmt: skip
+    assert "first 7 test images, log p-hat in them from 128 samples" in page
+
+
+def test_what_is_no_record_of_a_finished_cell_is_refused(monkeypatch, tmp_path):
+    record = trained(monkeypatch, *MNIST, "--particles", "1")
+    path = tmp_path / f"{records.name(records.asked(record))}.json"
+    path.write_text(json.dumps(record))
+    assert records.read(tmp_path) == [record]
+    for broken, said in [
+        (json.dumps(record)[:-9], "no record of a finished cell"),
+        (json.dumps({key: value for key, value in record.items() if key != "nll"}), "it lacks nll"),
+        (json.dumps(record | {"seed": 3}), "its settings are those of"),
+    ]:
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=said):
+            records.read(tmp_path)
+    with pytest.raises(ValueError, match="stand in no table"):
+        results.page([record | {"particles": 7}])
+
+
+def test_the_page_in_the_documentation_is_what_its_records_give():
+    folder = ROOT / "docs" / "results"
+    text = (folder / "tables.md").read_text(encoding="utf-8")
+    assert text == results.page(records.read(folder)), "make it again: python examples/results.py"
+    for drawn in re.findall(r"\]\((.*\.png)\)", text):
+        assert (folder / drawn).is_file()
