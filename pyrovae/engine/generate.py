@@ -52,9 +52,13 @@ class Redraw(Messenger):
         return super().__enter__()
 
     def is_view(self, value: object) -> bool:
-        """Whether an observation is x, or shares its memory."""
-        own = self.x.untyped_storage().data_ptr()
-        return isinstance(value, Tensor) and value.untyped_storage().data_ptr() == own != 0
+        """Whether an observation is x, or shares its memory (which the tensors of torch.func do not show)."""
+        if value is self.x or not isinstance(value, Tensor):
+            return value is self.x
+        try:
+            return value.untyped_storage().data_ptr() == self.x.untyped_storage().data_ptr() != 0
+        except NotImplementedError:
+            return False
 
     def _pyro_sample(self, msg: Site) -> None:  # type: ignore[override]
         if msg["is_observed"] and (msg["name"] == self.site or self.is_view(msg["value"])):

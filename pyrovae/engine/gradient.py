@@ -40,14 +40,13 @@ class ParticleWeights(NamedTuple):
 class Needs(NamedTuple):
     """What an objective needs of a run of a pair, besides its log-weights.
 
-    :ivar copies: the copies of the samples on which the model runs, where model and path may differ.
-    :ivar path: whether the guide follows its samples at all.
+    :ivar copies: the copies of the samples on which the model runs, where model and path may differ; "fixed" where the
+        guide does not follow its samples at all.
     :ivar fixed: whether path + score may differ from 0, so that log q at fixed samples enters.
     :ivar reinforce: whether sites without rsample follow their score.
     """
 
     copies: Copies = None
-    path: bool = True
     fixed: bool = False
     reinforce: bool = True
 
@@ -82,8 +81,8 @@ def surrogate(
     elif needs.copies == "live":
         total = along_live_copies(particles, parts.log_p, weights, alive)
     else:
-        total = along_detached_copies(particles, parts.log_p, weights, alive, path=needs.path)
-    if needs.copies and needs.path and parts.guide is not None:
+        total = along_detached_copies(particles, parts.log_p, weights, alive)
+    if needs.copies in ("live", "detached") and parts.guide is not None:
         total = total - dot(weights.path * parts.kl_weight, parts.guide, alive)
     if needs.fixed and (log_q := particles.log_guide_fixed()) is not None:
         total = total + dot(parts.kl_weight * (weights.path + weights.score), log_q, alive)
@@ -110,13 +109,11 @@ def along_live_copies(particles: Particles, log_p: Tensor, weights: ParticleWeig
     return dot(weights.model, log_p, alive)
 
 
-def along_detached_copies(
-    particles: Particles, log_p: Tensor, weights: ParticleWeights, alive: Tensor, *, path: bool
-) -> Tensor:
+def along_detached_copies(particles: Particles, log_p: Tensor, weights: ParticleWeights, alive: Tensor) -> Tensor:
     """Two backward passes through the model: to the samples with ``path``, to the parameters with ``model``."""
     total = dot(weights.model, log_p, alive)
-    leaves = [leaf for copy in particles.copies.values() for leaf in (copy, *attached(copy).values())] if path else []
-    if not leaves or not log_p.requires_grad:
+    leaves = [leaf for copy in particles.copies.values() for leaf in (copy, *attached(copy).values())]
+    if not any(leaf.requires_grad for leaf in leaves) or not log_p.requires_grad:
         return total
     along = torch.autograd.grad(dot(weights.path, log_p, alive), leaves, retain_graph=True, allow_unused=True)
     drawn = [particles.guide[name]["value"] for name in particles.copies]

@@ -27,7 +27,7 @@ from pyrovae.engine.randomness import replayed_rng, rng_state
 from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, drawn, duplicate
 from pyrovae.engine.unwrap import point_mass
 
-Copies = Literal["detached", "live"] | None
+Copies = Literal["live", "detached", "fixed"] | None
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def run(
 ) -> Particles:
     """Run guide, then model on its samples, with ``num_particles`` particles to the left of ``nesting`` plates.
 
-    With ``copies`` the model runs on copies of the samples, "detached" or "live", kept in ``Particles.copies``.
+    With ``copies`` the model runs on copies of the samples, of the kind named, kept in ``Particles.copies``.
     ``rerun`` keeps what :meth:`Particles.log_guide_fixed` needs. With ``fold`` the particles are folded into the batch
     instead of a plate. With ``scaled=False`` every scale is ignored. ``noise`` are the guide's draws that leave log w.
     """
@@ -100,11 +100,12 @@ def run(
 
 
 def copies_of(values: Mapping[str, Tensor], kind: Copies) -> dict[str, Tensor]:
-    """Copies of the samples that gradients flow through: cut off, or live under another name."""
+    """Copies of the samples that gradients flow through: live under another name, cut off, or without gradient."""
     if kind is None:
         return {}
+    how = {"live": renamed, "detached": cut_off, "fixed": Tensor.detach}[kind]
     moved = {name: value for name, value in values.items() if getattr(value, "requires_grad", False)}
-    return {n: duplicate(v, renamed if kind == "live" else cut_off) for n, v in moved.items()}
+    return {name: duplicate(value, how) for name, value in moved.items()}
 
 
 def renamed(value: Tensor) -> Tensor:

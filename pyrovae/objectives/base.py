@@ -163,7 +163,7 @@ class Objective(Configured, RunObjective):
             self.kl_weight, self.likelihood_weight,
         )  # fmt: skip
         log_w = parts.log_w
-        if not log_w.requires_grad:
+        if not (log_w.requires_grad or particles.copies):
             return -(self.bound(log_w) * particles.scale).sum()
         needs = self.needs
         scores = score_functions(particles) if needs.reinforce else {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro.infer
@@ -18,6 +20,25 @@ from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import Program, roots
 from pyrovae.engine.runner import Runner
+
+UNDER_FUNC = {
+    "transformed by a functorch": "finds derivatives inside of its loss, which torch.func cannot transform: call "
+    "backward() on the loss, or take an objective whose model and guide follow one bound of the library's",
+    "different inplace randomness": "draws by torch.distributions, in place, which vmap cannot do differently for each "
+    'set of parameters: pass randomness="same", or train models side by side with pyrovae.fit_replicas',
+}
+
+
+@contextmanager
+def refusals_of_func(objective: object) -> Iterator[None]:
+    """Say in plain words what torch.func cannot transform."""
+    try:
+        yield
+    except RuntimeError as error:
+        for symptom, words in UNDER_FUNC.items():
+            if symptom in str(error):
+                raise ValueError(f"{objective!r} {words}") from error
+        raise
 
 
 class RunObjective(pyro.infer.ELBO):
@@ -49,10 +70,13 @@ class RunObjective(pyro.infer.ELBO):
         """Minus the bound summed over data, 0-d, in nats; its ``backward()`` gives this objective's estimator."""
         needs = self.needs if torch.is_grad_enabled() else Needs()
         runner = self.runner(model, guide)
-        particles = runner(args, kwargs, self.total_particles, check=self.check, copies=needs.copies, rerun=needs.fixed)
-        loss = self.particle_loss(particles)
+        with refusals_of_func(self):
+            particles = runner(
+                args, kwargs, self.total_particles, check=self.check, copies=needs.copies, rerun=needs.fixed
+            )
+            loss = self.particle_loss(particles)
         for copied in particles.copies.values():
-            if copied.is_leaf:
+            if copied.is_leaf and copied.requires_grad:
                 copied.requires_grad_(False)  # its gradient is taken: it is no parameter for whoever looks for those
         return loss
 

@@ -45,7 +45,7 @@ class TVO(Objective):
     """
 
     weighs_kl = False
-    needs = Needs(copies="detached", path=False, fixed=True, reinforce=False)  # the guide follows its score alone
+    needs = Needs(copies="fixed", fixed=True, reinforce=False)  # the guide follows its score alone
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ class RWS(Objective):
     @property
     def needs(self) -> Needs:
         """The guide follows its score alone, or its samples alone; no site is scored besides."""
-        return Needs(copies="detached", path=self.gradient == "dreg", fixed=True, reinforce=False)
+        return Needs(copies="live" if self.gradient == "dreg" else "fixed", fixed=True, reinforce=False)
 
     def weights(self, log_w: Tensor) -> ParticleWeights:
         """As in the equations; ``reinforce`` is 0."""

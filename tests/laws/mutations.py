@@ -256,6 +256,9 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
             'site["mask"] is not None or (fn.has_rsample and not rejects(fn)) else score',
         )
     ],
+    "copies: RWS follows samples that it holds fixed": [
+        ('"detached": cut_off, "fixed": Tensor.detach', '"detached": cut_off, "fixed": renamed')
+    ],
     "copies: the soft draw is lost": [("        setattr(new, name, duplicate(tensor, how))", "        pass")],
     "copies: the soft draw is not cut off": [
         ("setattr(new, name, duplicate(tensor, how))", "setattr(new, name, tensor)")
