@@ -257,6 +257,23 @@ def test_point_estimates_are_map_under_total_and_refused_under_stl(kind):
         refused(ValueError, r'".*" is a Delta', pv.ELBO(gradient=gradient).differentiable_loss, auto_model, guide, x)
 
 
+def test_autodiscreteparallel_is_drawn_and_scored():
+    means, weights, x = torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([0.5, 0.3, 0.2]), torch.full((4000,), 0.7)
+    model = model_of(lambda c: normal(means[c]), lambda x: dist.Categorical(weights), "c")
+    joint = weights.log() + lp(normal(means), x[0])
+    guide = autoguide.AutoDiscreteParallel(model)
+    guide(x)
+    guide.c_probs = joint.softmax(-1).expand(len(x), 3).clone()
+    torch.testing.assert_close(pv.log_weights(model, guide, x), joint.logsumexp(0).expand(1, len(x)))
+    guide.c_probs = torch.tensor([0.6, 0.1, 0.3]).expand(len(x), 3).clone()
+    (parameter,) = guide.parameters()  # one of each datum: as many estimates
+    _, (found,) = seeded_loss(pv.ELBO(2), model, guide, x, params=[parameter])
+    one = parameter.detach()[0].requires_grad_()
+    q = torch.distributions.transform_to(dist.constraints.simplex)(one)
+    (exact,) = torch.autograd.grad(-(q * (joint - q.log())).sum(), one)
+    assert ((found.mean(0) - exact).abs() < 5 * found.std(0) / len(x) ** 0.5).all()  # false alarms: 2e-6
+
+
 # --- folding --------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyro.distributions import Unit
+from pyro.infer.autoguide import AutoDiscreteParallel
 
 from pyrovae.engine.probe import Look
 from pyrovae.engine.scores import score_function
@@ -38,8 +39,9 @@ def refuse_scored_sites(seen: Look, gradient: str) -> None:
 
 def refuse_without_gradient(seen: Look, objective: str) -> None:
     """Refuse sites marked for enumeration, and guide factors that do not say how they depend on parameters."""
+    drawn = marked_by_themselves(seen)
     for name, site in (*seen.guide.items(), *seen.model.items()):
-        if site["infer"].get("enumerate"):
+        if site["infer"].get("enumerate") and name not in drawn:
             raise ValueError(
                 f'site "{name}" is marked for enumeration, which {objective} cannot do: '
                 "use pyro.infer.TraceEnum_ELBO, or remove the mark"
@@ -47,6 +49,12 @@ def refuse_without_gradient(seen: Look, objective: str) -> None:
     for name, site in seen.particles.guide.items():
         if isinstance(point_mass(site["fn"]), Unit) and not says_rsample(site["fn"]):
             raise ValueError(f'guide factor "{name}" must say has_rsample=True or False: pass it to pyro.factor')
+
+
+def marked_by_themselves(seen: Look) -> set[str]:
+    """The sites that an AutoDiscreteParallel draws: it marks them whatever the objective."""
+    guides = [part for module in seen.modules for part in module.modules() if isinstance(part, AutoDiscreteParallel)]
+    return {site["name"] for guide in guides for site, *_ in guide._discrete_sites}
 
 
 def refuse_unscored_noise(seen: Look, objective: str) -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import in_range
-from pyrovae.engine.kl import is_divergence, kl_in_place, over_plates
+from pyrovae.engine.kl import is_divergence, kl_in_place, over_plates, parents_first
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
+from pyrovae.engine.programs import warn
 from pyrovae.engine.scores import score_functions, terms_of
 from pyrovae.engine.sites import carriers, frames, latent
 from pyrovae.engine.unwrap import point_mass
@@ -82,6 +83,11 @@ class ELBO(Objective):
                 raise ValueError(
                     f'free_bits needs a KL for each unit, but site "{name}" is masked or scaled in one program '
                     "otherwise than in the other, or has an improper prior: treat it alike, or pass free_bits=0"
+                )
+            if not parents_first(seen.particles, name):
+                warn(
+                    f'free_bits take the KL of site "{name}" by its draws, whose mean is noisy, because the guide '
+                    "draws it before what the model may compute it from: draw latents in the order of the model"
                 )
 
     def free_bits_loss(self, particles: Particles) -> Tensor:
