@@ -46,6 +46,7 @@ def measure(pair: Pair, test: Images, *, samples: int, seed: int) -> Results:
             "num_samples": count,
             "median_ess": estimate.ess.median().item(),
             "unreliable": estimate.unreliable,
+            "criterion": estimate.criterion,
             "warning": estimate.warning() if sampled else None,
             "precision": estimate.dtype,
         }

@@ -51,6 +51,7 @@ class Results(TypedDict, total=False):
     num_samples: int
     median_ess: float
     unreliable: float
+    criterion: str
     warning: str | None
     precision: str
     accuracy: float
@@ -103,7 +104,8 @@ def likelihood_rows(results: Results) -> list[Row]:
     ]
     if kind in KINDS:
         return [*rows, ("measured", f"{KINDS[kind]}, {counted}")]
-    reliability = f"median ESS {results['median_ess']:.0f}, Pareto k > 0.7 for {results['unreliable']:.1%} of images"
+    criterion = results.get("criterion", "Pareto k > 0.7")
+    reliability = f"median ESS {results['median_ess']:.0f}, {criterion} for {results['unreliable']:.1%} of images"
     return [*rows, ("measured with", f"{results['num_samples']:,} samples, {counted}"), ("", reliability)]
 
 

@@ -44,6 +44,14 @@ def is_masked(fn: Distribution) -> bool:
     return any(isinstance(layer, MaskedDistribution) for layer in layers(fn))
 
 
+def is_discrete(fn: Distribution) -> bool:
+    """Whether all values of a distribution are known to be discrete."""
+    try:
+        return bool(getattr(fn.support, "is_discrete", False))
+    except NotImplementedError:
+        return False
+
+
 def unmasked(fn: Distribution) -> Distribution:
     """A distribution without its outer masks."""
     return next(layer for layer in layers(fn) if not isinstance(layer, MaskedDistribution))

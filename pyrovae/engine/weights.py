@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TIED = 1e-3  # between logs of weights that are equal but for rounding
+SHARE = 0.1  # of a sum, which matters
+
 
 def log_mean_exp(log_w: Tensor) -> Tensor:
     r""":math:`\log \frac1K \sum_k w_k` over the first axis."""
@@ -56,14 +59,45 @@ class Sums:
         return torch.where(torch.isneginf(self.log_sum), math.inf, variance.sqrt())
 
 
-class Tally:
-    """Running sums of ``number`` weights in float64, with the largest ones kept for the Pareto fit."""
+@dataclass(frozen=True)
+class Top:
+    """The log of the largest of some weights, and how many of them are as large, to a thousandth."""
 
-    def __init__(self, number: int) -> None:
-        self.number, self.keep = number, min(tail_size(number) + 1, number)
+    log_w: Tensor
+    number: Tensor
+
+    @classmethod
+    def of(cls, log_w: Tensor) -> Top:
+        """The largest along the first axis."""
+        top = log_w.max(0).values
+        return cls(top, (log_w >= top - TIED).sum(0))
+
+    def __add__(self, other: Top) -> Top:
+        top = torch.maximum(self.log_w, other.log_w)
+        mine, others = (torch.where(t.log_w >= top - TIED, t.number, 0) for t in (self, other))
+        return Top(top, mine + others)
+
+    def draws(self, sums: Sums) -> Tensor:
+        """How many draws the sum rests on: as many as hold the largest weight, if these are a tenth of it; or the ESS.
+
+        A value that was drawn so few times may as well have been drawn once more, or not at all.
+        """
+        share = (self.number.double().log() + self.log_w - sums.log_sum).exp()
+        return torch.where(share > SHARE, self.number.minimum(sums.ess), sums.ess)
+
+
+class Tally:
+    """Running sums of ``number`` weights in float64, with the largest ones kept for the Pareto fit.
+
+    Of ``discrete`` latents, whose weights are tied, there is none; what counts is how many draws hold the largest one.
+    """
+
+    def __init__(self, number: int, *, discrete: bool = False) -> None:
+        self.number, self.keep, self.discrete = number, min(tail_size(number) + 1, number), discrete
         self.pending: list[Tensor] = []
         self.merged: Sums | None = None
         self.largest: Tensor | None = None
+        self.top: Top | None = None
 
     def add(self, log_w: Tensor) -> None:
         """Let log-weights ``[some, *plates]`` in."""
@@ -75,17 +109,23 @@ class Tally:
         """Add up what has come in."""
         log_w, self.pending = torch.cat(self.pending), []
         self.merged = Sums.of(log_w) if self.merged is None else self.merged + Sums.of(log_w)
+        if self.discrete:
+            self.top = Top.of(log_w) if self.top is None else self.top + Top.of(log_w)
+            return
         candidates = log_w if self.largest is None else torch.cat([self.largest, log_w])
         self.largest = candidates.movedim(0, -1).topk(min(self.keep, len(candidates)), -1).values.movedim(-1, 0)
 
-    def results(self) -> tuple[Sums, Tensor]:
-        """The sums of all weights, and Pareto k."""
+    def results(self) -> tuple[Sums, Tensor, Tensor]:
+        """The sums of all weights, Pareto k (NaN for discrete latents), and the draws they rest on (NaN for others)."""
         if self.pending:
             self.merge()
         assert self.merged is not None
+        unknown = torch.full_like(self.merged.log_sum, math.nan)
+        if self.top is not None:
+            return self.merged, unknown, self.top.draws(self.merged)
         assert self.largest is not None
         k = pareto_k(self.largest.reshape(self.keep, -1).T, self.number)
-        return self.merged, k.view_as(self.merged.log_sum)
+        return self.merged, k.view_as(self.merged.log_sum), unknown
 
 
 def tail_size(num_samples: int) -> int:
@@ -97,7 +137,8 @@ def pareto_k(largest: Tensor, num_samples: int) -> Tensor:
     r"""Shape :math:`\hat k` of the generalised Pareto distribution fitted to the weights' right tail, ``[B]``.
 
     Above 0.7 the importance-sampling estimate and its standard error cannot be trusted. Equal to ArviZ's ``psislw``;
-    infinite where four or fewer weights make up the tail.
+    infinite where four or fewer weights make up the tail, but -inf where that is full of the largest weight: nothing
+    exceeds it.
 
     :param largest: the ``tail_size(num_samples) + 1`` largest log-weights of each datum, ``[B, M + 1]``, descending.
     :param num_samples: S, how many weights there were in all.
@@ -111,7 +152,8 @@ def pareto_k(largest: Tensor, num_samples: int) -> Tensor:
     x = largest.double() - largest[:, :1].double()
     cutoff = x[:, -1:].clamp(min=math.log(torch.finfo(torch.float64).tiny))
     lengths = (x > cutoff).sum(1)
-    k = torch.full_like(x[:, 0], math.inf)
+    full = (lengths == 0) & torch.isfinite(largest[:, 0]) & (x.shape[1] > 5)
+    k = torch.where(full, -math.inf, torch.full_like(x[:, 0], math.inf))
     for n in lengths.unique().tolist():  # one length, unless weights are tied
         if n > 4:
             rows = (lengths == n).nonzero().squeeze(1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyrovae.arguments import in_range
 
 RELIABLE_K = 0.7
+ENOUGH = 100  # draws that carry an estimate
 EQUAL = 1e-3  # relative spread of the weights of a posterior-equal guide, which is rounding only
 
 
@@ -63,8 +64,11 @@ class LikelihoodEstimate(Estimate):
 
     ``std_error`` is the delta-method standard error of each :math:`\log \hat p`, ``ess`` the effective sample size
     :math:`(\sum w)^2 / \sum w^2`, ``pareto_k`` the tail shape of the weights: above 0.7 neither the estimate nor its
-    standard error can be trusted. All are ``[B]``, or 0-d for a pair with joint weights. ``draws`` are the posterior
-    draws that were asked for, by site, ``[num_draws, B, *other plates, *event]`` (without B for joint weights).
+    standard error can be trusted. Weights of latents that are all discrete have no such tail, and k is NaN; what says
+    whether they can be trusted is ``carrying_draws`` (NaN elsewhere): the ESS, or how many draws hold the largest
+    weight, where these are fewer and hold more than a tenth of the sum. It should be 100. All are ``[B]``, or 0-d for a
+    pair with joint weights. ``draws`` are the posterior draws that were asked for, by site, ``[num_draws, B, *other
+    plates, *event]`` (without B for joint weights).
     """
 
     log_prob: Tensor
@@ -77,6 +81,7 @@ class LikelihoodEstimate(Estimate):
     path: str = "eager"
     refine_steps: int = 0
     draws: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    carrying_draws: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
 
     @property
     def num_weights(self) -> int:
@@ -84,9 +89,16 @@ class LikelihoodEstimate(Estimate):
 
     @property
     def unreliable(self) -> float:
-        """The share of data whose Pareto k is above 0.7; weights that are all but equal are reliable whatever it is."""
+        """The share of data of which :attr:`criterion` is so; weights that are all but equal are always reliable."""
         spread = self.std_error * math.sqrt(self.num_samples)
-        return ((self.pareto_k > RELIABLE_K) & (spread > EQUAL)).double().mean().item()
+        doubtful = (self.pareto_k > RELIABLE_K) | (self.carrying_draws < ENOUGH)
+        return (doubtful & (spread > EQUAL)).double().mean().item()
+
+    @property
+    def criterion(self) -> str:
+        """What makes an estimate unreliable, by kind of latents."""
+        discrete = self.pareto_k.isnan().any()
+        return f"fewer than {ENOUGH} draws carry the weight" if discrete else f"Pareto k > {RELIABLE_K}"
 
     def warning(self) -> str | None:
         """What a reader must know before quoting :attr:`nll`, or None."""
@@ -94,7 +106,7 @@ class LikelihoodEstimate(Estimate):
         notes = [f"log p(x) is -inf for {lost} of {self.log_prob.numel()} data"] if lost else []
         if self.unreliable > 0:
             notes.append(
-                f"Pareto k > {RELIABLE_K} for {self.unreliable:.1%} of the data: neither their log p(x) nor "
+                f"{self.criterion} for {self.unreliable:.1%} of the data: neither their log p(x) nor "
                 "its standard error can be trusted; use more samples or a better guide"
             )
         return "; ".join(notes) or None
@@ -126,7 +138,12 @@ class LikelihoodEstimate(Estimate):
             **groups,
             attrs={"num_samples": self.num_samples, "seed": seed, "dtype": self.dtype},
             log_likelihood=table(log_prob=self.log_prob),
-            sample_stats=table(std_error=self.std_error, ess=self.ess, pareto_k=self.pareto_k),
+            sample_stats=table(
+                std_error=self.std_error,
+                ess=self.ess,
+                pareto_k=self.pareto_k,
+                carrying_draws=self.carrying_draws.expand_as(self.ess),
+            ),
         )
 
 

@@ -19,7 +19,7 @@ from pyrovae.engine.programs import Batch, Program, protected_buffers, rows
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import frames, latent, untraced
-from pyrovae.engine.unwrap import point_mass
+from pyrovae.engine.unwrap import is_discrete, point_mass
 from pyrovae.engine.weights import Tally
 from pyrovae.engine.whole import refuse_part
 from pyrovae.evaluate.estimate import LikelihoodEstimate
@@ -107,10 +107,10 @@ def log_likelihood(
                 number = data.total or rows(batch, kwargs)
                 sampler.prepare(data.seen, batch, number, num_draws, seed, chunk_size, compiles)
             results.append(sampler(batch, data.done))
-    log_prob, std_error, ess, k = (torch.cat(c, -1) if c[0].dim() else c[0] for c in zip(*results, strict=True))
+    log_prob, std_error, ess, k, draws = (torch.cat(c, -1) if c[0].dim() else c[0] for c in zip(*results, strict=True))
     return LikelihoodEstimate(
         log_prob, std_error, ess, k, num_samples, seed, str(sampler.dtype).removeprefix("torch."), sampler.weigh.kind,
-        refine_steps, sampler.resampler.results(),
+        refine_steps, sampler.resampler.results(), draws,
     )  # fmt: skip
 
 
@@ -143,6 +143,9 @@ class Sampler:
         state = tensors_of(seen.modules)
         self.exact = not latent(seen.guide) and not latent(seen.model) and not any(map(untraced, seen.model.values()))
         self.resampler = Resampler(num_draws, seed, seen)
+        drawn = [site["fn"] for run in (seen.guide, seen.model) for site in latent(run).values()]
+        discrete = [is_discrete(fn) for fn in drawn if point_mass(fn) is None]
+        self.discrete = any(discrete) and all(discrete)
         with protected_buffers(), isolated_rng(), PeakBytes() as used:
             refuse_without_density(self.run(batch, 2))
         self.dtype = measure(seen.particles).dtype
@@ -161,21 +164,21 @@ class Sampler:
         return [measure(particles), *self.resampler.values(particles)]
 
     def __call__(self, batch: Batch, first: int) -> tuple[Tensor, ...]:
-        """log_prob, std_error, ess and pareto_k of one batch, which begins with datum ``first``."""
-        tally = Tally(self.num_samples)
+        """log_prob, std_error, ess, pareto_k and carrying_draws of one batch, which begins with datum ``first``."""
+        tally = Tally(self.num_samples, discrete=self.discrete)
         for log_w, *values in self.passes(self.num_samples, lambda size: self.weigh(size, *batch)):
             tally.add(log_w)
             self.resampler.add(log_w, values)
             del values  # or two passes would be held at a time
         self.resampler.finish()
-        sums, k = tally.results()
+        sums, k, draws = tally.results()
         bad = torch.isnan(sums.log_mean) | torch.isposinf(sums.log_mean)
         if bad.any():
             where = first + int(bad.reshape(-1).nonzero()[0])
             raise ValueError(
                 f"the log-weights of datum {where} are NaN or +inf: check that data and parameters are finite"
             )
-        return sums.log_mean, torch.zeros_like(sums.log_mean) if self.exact else sums.std_error, sums.ess, k
+        return sums.log_mean, torch.zeros_like(sums.log_mean) if self.exact else sums.std_error, sums.ess, k, draws
 
 
 def refuse_without_density(particles: Particles) -> None:

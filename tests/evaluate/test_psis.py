@@ -37,6 +37,9 @@ def test_equal_to_arviz(tail, num):
     log_w = torch.stack([TAILS[tail](generator, num).double() for _ in range(6)])
     with np.errstate(all="ignore"):
         expected = [float(arviz.psislw(row.numpy())[1]) for row in log_w]
+    if tail in ("two values", "equal"):  # nothing exceeds the largest, where ArviZ says infinite
+        assert expected == [math.inf] * 6
+        expected = [-math.inf] * 6
     np.testing.assert_allclose(shape(log_w).numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -44,6 +47,14 @@ def test_equal_to_arviz(tail, num):
 def test_a_tail_of_four_or_fewer_is_infinite(num):
     assert tail_size(num) <= 4
     assert shape(torch.randn(3, num, dtype=torch.float64)).tolist() == [math.inf] * 3
+
+
+def test_a_tail_full_of_the_largest_weight_is_minus_infinite():
+    """So many of 500 are the largest, the others half of it; the tail has 68, and one that they exceed."""
+    for largest, k in ((69, -math.inf), (500, -math.inf), (68, None), (4, math.inf), (1, math.inf)):
+        log_w = torch.where(torch.arange(500) < largest, 0.0, torch.tensor(0.5, dtype=torch.float64).log())
+        found = shape(log_w.unsqueeze(0))
+        assert math.isfinite(found) if k is None else found.item() == k
 
 
 def test_dead_data_are_infinite_not_nan():
