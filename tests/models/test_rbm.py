@@ -12,8 +12,9 @@ from torch.nn.functional import softplus
 
 import pyrovae as pv
 from pyrovae import runs
+from pyrovae.compile.noise import rewritten
 from pyrovae.data import DataError
-from pyrovae.models import RBM, partition
+from pyrovae.models import RBM, contrastive, partition
 from pyrovae.models.contrastive import epoch_metrics
 from pyrovae.models.partition import anneal, enumerate_states
 from pyrovae.models.rbm import Marginal
@@ -315,6 +316,21 @@ def test_training_comes_near_maximum_likelihood():
     assert found["maximum"] > -3.2
     assert min(found["CD-1"], found["CD-10"], found["persistent"]) > before + 1
     assert max(found["CD-10"], found["persistent"]) <= found["maximum"] + 0.1
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_compiled_training_is_the_eager_one_on_the_same_noise(persistent, interpreted, monkeypatch):
+    """The last batch of an epoch is of another size, and runs eagerly."""
+    x, results = torch.rand(50, 6).round(), []
+    for compile in (False, True):
+        monkeypatch.setattr(contrastive, "worthwhile", lambda *_, compile=compile: compile)
+        torch.manual_seed(3)
+        machine = RBM(6, 4)
+        with rewritten():
+            machine.fit(x, epochs=3, batch_size=20, cd_steps=2, persistent=persistent)
+        results.append(list(machine.parameters()))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert len(interpreted) == 1
 
 
 def test_history():
