@@ -9,11 +9,13 @@ from pyro.distributions import ImproperUniform
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, kl_divergence, register_kl
+from torch.distributions.kl import _KL_REGISTRY
 
 from pyrovae.engine.particles import Layout, Particles, Role
 from pyrovae.engine.sites import Site, Weight, latent, masked, same
 from pyrovae.engine.unwrap import elementwise, innermost, is_masked, layers, point_mass
 
+BASES = "torch.distributions", "pyro.distributions.torch"  # what Pyro's own classes add there is speed
 OfSite = TypeVar("OfSite", Tensor | bool, Weight)  # a mask or a scale
 
 
@@ -85,12 +87,18 @@ def parents_first(particles: Particles, name: str) -> bool:
 
 def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
     """KL(q || p), if it is registered; a Delta's lacks its log_density, and masks inside of an event may differ."""
-    if point_mass(q) is not None or is_masked(q) or is_masked(p):
+    if point_mass(q) is not None or is_masked(q) or is_masked(p) or not all(map(has_own_law, (*layers(q), *layers(p)))):
         return None
     try:
         return kl_divergence(q, p)
     except NotImplementedError:
         return None
+
+
+def has_own_law(fn: Distribution) -> bool:
+    """Whether the KL of a class is meant for its density, and not for that of the class which it alters."""
+    altered = next(cls for cls in type(fn).__mro__ if "log_prob" in vars(cls))
+    return altered.__module__.startswith(BASES) or any(altered in pair for pair in _KL_REGISTRY)
 
 
 def sides(particles: Particles, name: str) -> tuple[Side, Side]:

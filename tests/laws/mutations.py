@@ -114,6 +114,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         )
     ],
     "KL: closed form whatever the guide draws later": [("parents_first(particles, name) and same", "same")],
+    "KL: of the base of a class that alters it": [(" or not all(map(has_own_law, (*layers(q), *layers(p))))", "")],
     "KL: masks of distributions ignored": [("mask = mask & aligned(fn._mask, fn.event_dim * apart)", "pass")],
     "KL: the guide's masks are the model's": [("if kl is None or q.mask is not p.mask", "if kl is None")],
     "fixed z: auxiliary draws stay": [("draw.detach() - unrows(part", "draw.detach() - 0 * unrows(part")],

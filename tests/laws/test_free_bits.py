@@ -72,6 +72,7 @@ def test_kl_of_a_full_covariance_normal_against_independent_normals_is_closed_fo
     assert mean_field + float(dist.Normal(0.0, 1.0).log_prob(x).sum()) == pytest.approx(paid)
 
 
+@pytest.mark.filterwarnings("ignore:free_bits take the KL")
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 def test_vanishing_free_bits_are_the_elbo_in_the_mean(pair, agree):
     """Also where the guide draws a site before the parents that the model gives it: there no closed form is right."""
@@ -147,3 +148,39 @@ def test_masks_that_differ_leave_the_sampled_terms(of_model, of_guide, agree):
     if of_model != of_guide or of_model != "none":
         with pytest.raises(ValueError, match='site "z" is masked or scaled in one program otherwise'):
             pv.ELBO(free_bits=0.1).loss(*pair, X)
+
+
+class Doubled(dist.Normal):
+    """Of twice the scale that it is given: a class whose KL is not that of its base."""
+
+    def log_prob(self, value):
+        return super().log_prob((value + self.loc) / 2) - math.log(2)
+
+    def rsample(self, sample_shape=()):
+        return 2 * super().rsample(sample_shape) - self.loc
+
+
+FAMILIES = {
+    "folded": lambda loc: dist.FoldedDistribution(dist.Normal(loc, 1.0)),
+    "doubled": lambda loc: Doubled(loc, 1.0),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_class_that_alters_the_density_of_its_base_has_not_its_kl(family, agree):
+    make = FAMILIES[family]
+
+    def program(loc, observed):
+        def run(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", make(torch.full((len(x),), loc)))
+                if observed:
+                    pyro.sample("x", dist.Normal(0.0, 1.0), obs=x[:, 0])
+
+        return run
+
+    line = torch.linspace(1e-9 if family == "folded" else -20, 20, 8001)
+    q, p = make(torch.tensor(1.0)).log_prob(line), make(torch.tensor(0.0)).log_prob(line)
+    exact = torch.trapezoid(q.exp() * (q - p), line)
+    particles = run(program(0.0, True), program(1.0, False), (X,), {}, num_particles=3000, nesting=1)
+    agree("site_kl", family, "mean", site_kl(particles, "z").flatten(), exact)
