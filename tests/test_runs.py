@@ -245,7 +245,8 @@ OLD_CONFIG = """{
   "objective": {
     "class": "pyrovae.objectives.bounds:IWAE",
     "arguments": {
-      "num_particles": 3, "kl_weight": 1.0, "likelihood_weight": 1.0, "gradient": "total", "fold_particles": false
+      "num_particles": 3, "kl_weight": 1.0, "likelihood_weight": 1.0, "gradient": "total", "fold_particles": false,
+      "vectorize_particles": true
     }
   },
   "versions": {"pyrovae": "0.1.0", "python": "3.11.7", "torch": "2.14.1", "pyro-ppl": "1.9.2", "numpy": "2.4.6"},

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyrovae.engine.programs import graph_leaves
 from pyrovae.engine.sites import Site, Sites
+from pyrovae.engine.stacked import Stacked
 from pyrovae.engine.unwrap import point_mass
 
 Draws = dict[str, Tensor]
@@ -46,8 +47,10 @@ def at_fixed_samples(guide: Sites, own: Sequence[str], rerun: Callable[[Draws], 
 
 def parts_of(site: Site) -> tuple[Tensor, ...]:
     """What a point mass is made of; nothing of any other site."""
-    inner = point_mass(site["fn"])
-    return (inner.v, inner.log_density) if isinstance(inner, Delta) else (inner.log_factor,) if inner else ()
+    fn = site["fn"]
+    inside = [point_mass(part) for part in (fn.parts if isinstance(fn, Stacked) else [fn]) if part is not None]
+    deltas = [part for mass in inside if isinstance(mass, Delta) for part in (mass.v, mass.log_density)]
+    return (*deltas, *(mass.log_factor for mass in inside if isinstance(mass, Unit)))
 
 
 def refuse_live_point_mass(site: Site) -> None:

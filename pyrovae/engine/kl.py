@@ -13,6 +13,7 @@ from torch.distributions.kl import _KL_REGISTRY
 
 from pyrovae.engine.particles import Layout, Particles, Role
 from pyrovae.engine.sites import Site, Weight, latent, masked, same
+from pyrovae.engine.stacked import Stacked, stack
 from pyrovae.engine.unwrap import elementwise, innermost, is_masked, layers, point_mass
 
 BASES = "torch.distributions", "pyro.distributions.torch"  # what Pyro's own classes add there is speed
@@ -89,6 +90,13 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
     """KL(q || p), if it is registered; a Delta's lacks its log_density, and masks inside of an event may differ."""
     if point_mass(q) is not None or is_masked(q) or is_masked(p) or not all(map(has_own_law, (*layers(q), *layers(p)))):
         return None
+    if isinstance(q, Stacked) and isinstance(p, Stacked):
+        pairs = zip(q.parts, p.parts, strict=True)
+        each = [None if a is None or b is None else closed_form(a, b) for a, b in pairs]
+        known = [(kl is None) == (part is None) for kl, part in zip(each, q.parts, strict=True)]
+        return stack(each, q.nesting) if all(known) else None
+    if (shape := torch.broadcast_shapes(q.batch_shape, p.batch_shape)) != q.batch_shape or shape != p.batch_shape:
+        q, p = q.expand(shape), p.expand(shape)  # a replayed site is not broadcast over the particles
     try:
         return kl_divergence(q, p)
     except NotImplementedError:
@@ -108,7 +116,8 @@ def sides(particles: Particles, name: str) -> tuple[Side, Side]:
 
     def side(role: Role, site: Site) -> Side:
         fn, mask = site["fn"], True if site["mask"] is None else aligned(site["mask"], site["fn"].event_dim * apart)
-        for fn in layers(site["fn"]):
+        several = apart and isinstance(site["fn"], Stacked)
+        for fn in layers(elementwise(site["fn"]) if several else site["fn"]):  # type: ignore[arg-type]
             if isinstance(fn, MaskedDistribution):
                 mask = mask & aligned(fn._mask, fn.event_dim * apart)
             elif not (apart and isinstance(fn, Independent)):

@@ -22,6 +22,7 @@ from pyrovae.engine.sites import (
     attached,
     carriers,
     counted,
+    draws,
     duplicate,
     frames,
     latent,
@@ -124,6 +125,7 @@ class Particles:
     :ivar scale: the factor of the bound: a number, or one for each datum.
     :ivar tempering: by role and site, what is left of a site's scale and tempers it inside log w (usually nothing).
     :ivar copies: the copies of the guide's samples that the model ran on, where it did.
+    :ivar runs: the sites of guide and model in each of the runs, where particles ran one after the other.
     :ivar rerun_guide: runs the guide again on its samples held fixed, but for these; what :meth:`log_guide_fixed` may
         need.
     """
@@ -136,6 +138,7 @@ class Particles:
     copies: dict[str, Tensor] = field(default_factory=dict)
     rerun_guide: Callable[..., Sites] = dict
     noise: Sites = field(default_factory=dict)
+    runs: list[tuple[Sites, ...]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -220,7 +223,8 @@ class Particles:
         cuttable = not any(point_mass(s["fn"]) for s in sites)
         if cuttable:
             terms = {s["name"]: log_prob(s, duplicate(s["value"], Tensor.detach)) for s in sites}
-            nodes = {v.grad_fn for s in sites for v in (s["value"], *attached(s["value"]).values())} - {None}
+            values = [v for s in sites for d in draws(s) for v in (d, *attached(d).values())]
+            nodes = {v.grad_fn for v in values if v.grad_fn is not None}
             cuttable = len(sites) == 1 or not any(depends_on(lp, nodes) for lp in terms.values())
         if not cuttable:
             own = [name for name in latent(self.guide) if name not in self.model]

@@ -10,8 +10,8 @@ parts of the log-weights
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal
 
@@ -24,23 +24,11 @@ from pyrovae.engine.fold import Fold, check_folded, fold_arguments
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import replayed_rng, rng_state
+from pyrovae.engine.separate import joined, values_of
 from pyrovae.engine.sites import PARTICLE_PLATE, ParticlePlate, Record, Sites, drawn, duplicate
 from pyrovae.engine.unwrap import point_mass
 
 Copies = Literal["live", "detached", "fixed"] | None
-
-
-@contextmanager
-def shape_hint(num_particles: int) -> Iterator[None]:
-    """With one particle the pair ran; where it fails with several, its networks are the likely reason."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        error.add_note(
-            f"with {num_particles} particles, networks see leading dimensions [K, B, ...]: "
-            "let them take any, or pass fold_particles=True"
-        )
-        raise
 
 
 def run(
@@ -56,47 +44,56 @@ def run(
     rerun: bool = False,
     scaled: bool = True,
     noise: Collection[str] = (),
+    separate: bool = False,
 ) -> Particles:
     """Run guide, then model on its samples, with ``num_particles`` particles to the left of ``nesting`` plates.
 
     With ``copies`` the model runs on copies of the samples, of the kind named, kept in ``Particles.copies``.
     ``rerun`` keeps what :meth:`Particles.log_guide_fixed` needs. With ``fold`` the particles are folded into the batch
     instead of a plate. With ``scaled=False`` every scale is ignored. ``noise`` are the guide's draws that leave log w.
+    With ``separate`` particles run one after the other, and may have different sites.
     """
-    folded, particle_dim = fold is not False and num_particles > 1, None
+    several, particle_dim = num_particles > 1, None
+    folded, apart = fold is not False and several, separate and several
     whole = *args, *kwargs.values()
     if folded:
         args, kwargs = fold_arguments(args, kwargs, num_particles, fold)
-    elif num_particles > 1:
+    elif several:
         particle_dim = -1 - nesting
 
-    def execute(program: Program, record: Record) -> Sites:
+    def once(program: Program, record: Record) -> Sites:
         with beside(args, kwargs), record:
-            if particle_dim is None:
-                program(*args, **kwargs)
-            else:
-                with shape_hint(num_particles), ParticlePlate(PARTICLE_PLATE, num_particles, dim=particle_dim):
-                    program(*args, **kwargs)
+            program(*args, **kwargs)
         return record.sites
 
+    def execute(program: Program, values: dict[str, Tensor], *, redraw: bool = False) -> Sites:
+        if apart:
+            each = (values_of(proposed, values, k) for k in range(num_particles))
+            runs.append([once(program, Record(own, redraw=redraw)) for own in each])
+            return joined(runs[-1], nesting)
+        with nullcontext() if particle_dim is None else ParticlePlate(PARTICLE_PLATE, num_particles, dim=particle_dim):
+            return once(program, Record(values, redraw=redraw))
+
+    runs: list[list[Sites]] = []
+    proposed: Sites = {}
     with pyro.validation_enabled(False):
         states = rng_state() if rerun else None
-        proposed = execute(guide, Record())
+        proposed = execute(guide, {})
         values = {name: value for name, value in drawn(proposed).items() if name not in noise}
         copied = copies_of(values, copies)
-        joint = execute(model, Record(values | copied))
+        joint = execute(model, values | copied)
 
     def rerun_guide(own: Mapping[str, Tensor]) -> Sites:
         assert states is not None
         moving = (n for n in values if not isinstance(point_mass(proposed[n]["fn"]), Delta))
         fixed = {n: duplicate(values[n], Tensor.detach) if isinstance(values[n], Tensor) else values[n] for n in moving}
         with pyro.validation_enabled(False), replayed_rng(*states), protected_buffers():
-            return execute(guide, Record({**fixed, **own}, redraw=True))
+            return execute(guide, {**fixed, **own}, redraw=True)
 
     particles = Particles.of(proposed, joint, num_particles, particle_dim, folded, noise=noise, scaled=scaled)
     if folded:
         check_folded(particles, whole, (*args, *kwargs.values()))
-    return replace(particles, copies=copied, rerun_guide=rerun_guide)
+    return replace(particles, copies=copied, rerun_guide=rerun_guide, runs=list(zip(*runs, strict=True)))
 
 
 def copies_of(values: Mapping[str, Tensor], kind: Copies) -> dict[str, Tensor]:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import positive_int
+from pyrovae.engine.auxiliary import noise_of
 from pyrovae.engine.fold import Fold, check_fold
 from pyrovae.engine.particles import Particles, measure
-from pyrovae.engine.probe import Look, checked_look, warn_of_strays
-from pyrovae.engine.programs import Batch, Program, roots
+from pyrovae.engine.probe import Look, check_pair, checked_look, warn_of_strays
+from pyrovae.engine.programs import Batch, Program, roots, warn
 from pyrovae.engine.run import Copies, run
+from pyrovae.engine.separate import Deeper
+from pyrovae.engine.sites import Sites
 from pyrovae.memory import is_out_of_memory
 
 Check = Callable[[Look], None]
@@ -23,10 +26,14 @@ class Runner:
     """Runs a pair, and looks at it and checks it whenever a run has another structure than those before.
 
     :param fold: whether particles are folded into the batch.
+    :param vectorize: whether they run together; where that fails, they run one after the other, after a warning.
     """
 
-    def __init__(self, model: Program, guide: Program, *, fold: Fold = False) -> None:
-        self.model, self.guide, self.fold = model, guide, fold
+    def __init__(self, model: Program, guide: Program, *, fold: Fold = False, vectorize: bool = True) -> None:
+        self.model, self.guide, self.fold, self.separate = model, guide, fold, not vectorize
+        if fold is not False and self.separate:
+            raise ValueError("fold_particles folds particles that run together: drop it, or vectorize_particles=False")
+        self.proven = False  # that particles can run together
         self.known: dict[object, set[tuple[object, ...]]] = {}
         self.nesting, self.noise = 0, frozenset[str]()
 
@@ -72,25 +79,66 @@ class Runner:
             try:
                 found = run(
                     self.model, self.guide, args, kwargs, num_particles=num_particles, nesting=self.nesting,
-                    fold=self.fold, copies=copies, rerun=rerun, scaled=scaled, noise=self.noise,
+                    fold=self.fold, copies=copies, rerun=rerun, scaled=scaled, noise=self.noise, separate=self.separate,
                 )  # fmt: skip
-            except (RuntimeError, ValueError) as error:  # perhaps of a plate that came to lie where the particles are
-                number = len(known)
-                if num_particles > 1 and not is_out_of_memory(error):
-                    self.look(args, kwargs, check)
-                if len(known) == number:
+            except Deeper as deeper:
+                self.nesting = deeper.nesting
+                continue
+            except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+                if num_particles == 1 or is_out_of_memory(error):
+                    raise
+                if not (self.changed(args, kwargs, check) or self.gives_way(error)):
                     raise
                 continue
-            if found.structure in known:
-                return found
-            self.look(args, kwargs, check)
-            known.add(found.structure)
+            self.proven = self.proven or num_particles > 1
+            if found.runs:
+                for sites in found.runs:
+                    self.meet_run(args, kwargs, sites, check)
+            elif found.structure not in known:
+                self.look(args, kwargs, check)
+                known.add(found.structure)
             if assumed == (self.nesting, self.noise):
                 return found
 
+    def changed(self, args: Batch, kwargs: Mapping[str, object], check: Check | None) -> bool:
+        """Whether another look shows another structure than those that are known."""
+        known = self.structures
+        number = len(known)  # a plate may have come to lie where the particles are
+        self.look(args, kwargs, check)
+        return len(known) > number
+
+    def gives_way(self, error: Exception) -> bool:
+        """Let particles run one after the other from now on, where they have never run together."""
+        if self.separate or self.proven or self.fold is not False:
+            return False
+        self.separate = True
+        warn(
+            "particles run one after the other, because together they fail "
+            f"({type(error).__name__}: {' '.join(str(error).split())}): vectorize_particles=False asks for it without "
+            "this warning; where only networks are at fault, which see leading dimensions [K, B, ...], "
+            "fold_particles=True is faster"
+        )
+        return True
+
+    def meet_run(
+        self, args: Batch, kwargs: Mapping[str, object], sites: tuple[Sites, ...], check: Check | None
+    ) -> None:
+        """Check one of several runs that may differ, as control flow makes them."""
+        guide, model = sites
+        if Particles.of(guide, model, noise=self.noise).structure not in self.structures:
+            seen = Look(guide, model, [], {}, noise_of(self.guide, args, kwargs, guide, model))
+            check_pair(seen)
+            self.meet(seen, check)
+
 
 def log_weights(
-    model: Program, guide: Program, *args: Any, num_particles: int = 1, fold_particles: Fold = False, **kwargs: Any
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int = 1,
+    fold_particles: Fold = False,
+    vectorize_particles: bool = True,
+    **kwargs: Any,
 ) -> Tensor:
     r"""The importance log-weights :math:`\log p(x_b, z_{kb}) - \log q(z_{kb} \mid x_b)`, ``[K, B]`` in nats.
 
@@ -101,6 +149,8 @@ def log_weights(
     :param num_particles: K, the number of draws from the guide.
     :param fold_particles: fold the particles into the batch, for networks that take one batch dimension only; True, or
         the positions and names of the arguments that have a row for each datum.
+    :param vectorize_particles: False for particles that run one after the other, as they do (after a warning) where
+        together they fail: Python's control flow on a latent, networks with random weights.
     :raises ValueError: if the guide does not match the model, naming the site.
 
     >>> import pyro, torch, pyro.distributions as dist
@@ -115,5 +165,5 @@ def log_weights(
     >>> log_w.shape, bool(log_w.std() < 1e-6)  # the guide is the posterior: every weight is log p(x)
     (torch.Size([4, 3]), True)
     """
-    runner = Runner(model, guide, fold=fold_particles)
+    runner = Runner(model, guide, fold=fold_particles, vectorize=vectorize_particles)
     return measure(runner(args, kwargs, positive_int("num_particles", num_particles), scaled=False))

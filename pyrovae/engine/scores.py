@@ -19,6 +19,7 @@ from torch.distributions import Distribution, Independent, TransformedDistributi
 
 from pyrovae.engine.particles import Layout, Particles, Role, is_number
 from pyrovae.engine.sites import Plates, Site, Sites, Weight, frames, latent, log_prob
+from pyrovae.engine.stacked import Stacked
 from pyrovae.engine.unwrap import layers
 
 Terms = list[tuple[Plates, Tensor]]  # of log w, each with the plates that it lies in
@@ -38,6 +39,8 @@ def rejects(fn: Distribution) -> bool:
 
 def score_of(fn: Distribution, value: Tensor, rsample: bool) -> Tensor:
     """The score function under masks, sums over an event, and transforms."""
+    if isinstance(fn, Stacked):
+        return fn.each(lambda part, own: score_of(part, own, rsample), value)
     if isinstance(fn, MaskedDistribution):
         return score_of(fn.base_dist, value, rsample)
     if isinstance(fn, Independent):

@@ -18,6 +18,7 @@ from torch.distributions import Distribution, Independent
 
 from pyrovae.engine.devices import beside
 from pyrovae.engine.programs import Batch, Program
+from pyrovae.engine.stacked import Stacked
 from pyrovae.engine.unwrap import point_mass, unwrapped
 
 Site = dict[str, Any]  # a message of Pyro's
@@ -95,6 +96,12 @@ def duplicate(value: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
     for name, tensor in attached(value).items():
         setattr(new, name, duplicate(tensor, how))
     return new
+
+
+def draws(site: Site) -> list[Tensor]:
+    """The value of a site as the program had it, or the values in each run."""
+    fn = site["fn"]
+    return [v for v in fn.values if v is not None] if isinstance(fn, Stacked) else [site["value"]]
 
 
 def counts(site: Site) -> bool:
@@ -187,6 +194,8 @@ def delta_density(fn: TorchDistribution, value: Tensor) -> Tensor:
     """The density of a guide's Delta as it stands: its value is its own, no equality is tested."""
     if isinstance(fn, Delta):
         return fn.log_density
+    if isinstance(fn, Stacked):
+        return fn.each(delta_density, value)
     if isinstance(fn, Independent):
         return sum_rightmost(delta_density(fn.base_dist, value), fn.reinterpreted_batch_ndims)
     return fn.log_prob(value)

@@ -11,6 +11,8 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform, biject_to, constraints
 
+from pyrovae.engine.stacked import Stacked
+
 # --- distributions ---------------------------------------------------------------------------------------------------
 
 
@@ -29,8 +31,8 @@ def innermost(fn: Distribution) -> Distribution:
 
 
 def unwrapped(fn: Distribution) -> Distribution:
-    """The distribution under any ``Independent`` or mask."""
-    return next(layer for layer in layers(fn) if not isinstance(layer, Independent | MaskedDistribution))
+    """The distribution under any ``Independent`` or mask; of several runs the first's."""
+    return next(layer for layer in layers(fn) if not isinstance(layer, Independent | MaskedDistribution | Stacked))
 
 
 def point_mass(fn: Distribution) -> Delta | Unit | None:
@@ -59,6 +61,10 @@ def unmasked(fn: Distribution) -> Distribution:
 
 def elementwise(fn: Distribution) -> Distribution | None:
     """The distribution of single units, ``[*batch, units]``, if the event is made of independent elements."""
+    if isinstance(fn, Stacked):
+        parts = [None if part is None else elementwise(part) for part in fn.parts]
+        apart = all(part is None or inner is not None for part, inner in zip(fn.parts, parts, strict=True))
+        return Stacked(parts, fn.values, fn.nesting + fn.event_dim) if apart else None
     fn = unmasked(fn)
     inner = next(layer for layer in layers(fn) if not isinstance(layer, Independent))
     return inner if fn.event_shape and not inner.event_shape else None

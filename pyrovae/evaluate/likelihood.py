@@ -37,6 +37,7 @@ def log_likelihood(
     chunk_size: int | None = None,
     batch_size: int | None = None,
     fold_particles: Fold = False,
+    vectorize_particles: bool = True,
     memory: int = MEMORY,
     refine_steps: int = 0,
     num_draws: int = 0,
@@ -61,6 +62,7 @@ def log_likelihood(
         same seed gives the same draws only with the same chunk_size, which None chooses from sizes alone.
     :param batch_size: data per pass; None passes tensors whole, and takes 100 from a Dataset.
     :param fold_particles: fold particles into the batch, as for :func:`pyrovae.log_weights`.
+    :param vectorize_particles: False for particles that run one after the other, as there.
     :param memory: bytes that a pass may take; 2 GiB by default.
     :param refine_steps: of gradient by which the guide is fitted to each datum before it proposes, as by
         :func:`pyrovae.refine`; such an evaluation runs eagerly, and says so wherever it is printed.
@@ -96,7 +98,8 @@ def log_likelihood(
     num_draws = positive_int("num_draws", num_draws, minimum=0)
     check_compile(compile)
     data = Batches(model, guide, args, kwargs, batch_size, seed=seed, title="log p(x)", progress=progress)
-    sampler = Sampler(model, guide, kwargs, num_samples, fold_particles, memory)
+    runner = Runner(model, guide, fold=fold_particles, vectorize=vectorize_particles)
+    sampler = Sampler(runner, kwargs, num_samples, memory)
     results: list[tuple[Tensor, ...]] = []
     with data:
         for batch in data:
@@ -117,10 +120,8 @@ def log_likelihood(
 class Sampler:
     """Draws log-weights of a pair, batch by batch, and sums them up."""
 
-    def __init__(
-        self, model: Program, guide: Program, kwargs: Mapping[str, object], num_samples: int, fold: Fold, memory: int
-    ) -> None:
-        self.runner, self.kwargs = Runner(model, guide, fold=fold), kwargs
+    def __init__(self, runner: Runner, kwargs: Mapping[str, object], num_samples: int, memory: int) -> None:
+        self.runner, self.kwargs = runner, kwargs
         self.num_samples, self.memory = num_samples, memory
 
     def prepare(

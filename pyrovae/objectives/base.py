@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
     likelihood_weight: float | Tensor
     gradient: Gradient
     fold_particles: Fold
+    vectorize_particles: bool
 
 
 class Objective(Configured, RunObjective):
@@ -48,6 +49,8 @@ class Objective(Configured, RunObjective):
         reparameterised equal (Tucker et al. 2018: unbiased, and its signal-to-noise ratio grows with K).
     :param fold_particles: fold particles into the batch, for networks that take one batch dimension only; True, or the
         positions and names of the arguments that have a row for each datum, where True cannot know.
+    :param vectorize_particles: False for particles that run one after the other, with any control flow; so they do,
+        after a warning, where they cannot run together.
     :raises ValueError: for values out of range, at construction; for impossible sites, by name, at the first call.
 
     >>> import torch
@@ -78,8 +81,9 @@ class Objective(Configured, RunObjective):
         likelihood_weight: float | Tensor = 1.0,
         gradient: Gradient = "total",
         fold_particles: Fold = False,
+        vectorize_particles: bool = True,
     ) -> None:
-        super().__init__(vectorize_particles=True)
+        super().__init__(vectorize_particles=bool(vectorize_particles))
         self.num_particles = positive_int("num_particles", num_particles)
         self.kl_weight = weight("kl_weight", kl_weight)
         if not self.weighs_kl and (isinstance(self.kl_weight, Tensor) or self.kl_weight != 1):

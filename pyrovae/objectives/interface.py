@@ -103,9 +103,9 @@ class RunObjective(pyro.infer.ELBO):
 
     def runner(self, model: Program, guide: Program) -> Runner:
         """What runs a pair; it is checked at its first call, and where it shows another structure later."""
-        pair = model, guide, self.gradient, self.fold_particles
+        pair = model, guide, self.gradient, self.fold_particles, self.vectorize_particles
         if self._known is None or self._known[0] != pair:
-            self._known = pair, Runner(model, guide, fold=self.fold_particles)
+            self._known = pair, Runner(model, guide, fold=self.fold_particles, vectorize=self.vectorize_particles)
         return self._known[1]
 
     def meet(self, model: Program, guide: Program, seen: Look) -> None:

@@ -25,7 +25,7 @@ SUITE = [
     *("tests/laws/test_derivatives.py", "tests/laws/test_scored.py", "tests/laws/test_local.py"),
     "tests/laws/test_identities.py",
     *("tests/laws/test_scales.py", "tests/laws/test_free_bits.py"),
-    *("tests/laws/test_auxiliary.py", "tests/laws/test_structure.py"),
+    *("tests/laws/test_auxiliary.py", "tests/laws/test_structure.py", "tests/laws/test_separate.py"),
     *("tests/test_importance.py", "tests/test_objectives.py", "tests/laws/test_oracles.py"),
     *("tests/laws/test_wake_sleep.py", "tests/laws/test_subsampling.py", "tests/laws/test_reparameterised.py"),
     "tests/laws/test_fixed.py",
@@ -317,10 +317,26 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("check_model_guide_match(*(SimpleNamespace(nodes=sites) for sites in (wanted, drawn)))", "pass")
     ],
     "joint weights without a word": [("if strays := seen.strays:", "if strays := []:")],
+    # particles one after the other
+    "apart: all models run on the first one's copies": [("fn.split(value)[run]", "fn.split(value)[0]")],
+    "apart: what a run lacks counts": [
+        ("torch.zeros_like(known[0]) if v is None", "torch.ones_like(known[0]) if v is None")
+    ],
+    "apart: draws are held fixed by their stack alone": [
+        ("return [v for v in fn.values if v is not None] if isinstance(fn, Stacked) else", "return")
+    ],
+    "apart: no masks": [('"mask": joined_mask(parts, nesting)', '"mask": None')],
+    "apart: later runs are not checked": [("for sites in found.runs:", "for sites in found.runs[:1]:")],
+    "apart: without a word": [
+        ('        warn(\n            "particles run', '        str(\n            "particles run')
+    ],
+    "apart: units of one site together": [
+        ("return Stacked(parts, fn.values, fn.nesting + fn.event_dim) if apart else None", "return None")
+    ],
     # what is folded
     "folding repeats whatever has as many rows": [("            if a.dim() > 1:", "            if False:")],
     "folding repeats the first argument, data or not": [
-        ("if particles.layout.sizes not in ([rows], []):", "if False:")
+        ("if (sizes := particles.layout.sizes) not in ([rows], []):", "if False:")
     ],
     # what of a guide's run counts
     "the model's observations in log q": [
