@@ -21,6 +21,7 @@ from pyrovae.engine.probe import look
 from pyrovae.engine.programs import eval_mode
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.train import late, loop
+from pyrovae.train import step as stepping
 from tests.pairs import guide_of
 from tests.training import dying_at, rows
 
@@ -240,6 +241,30 @@ def test_neither_the_parameters_in_use_nor_the_size_of_the_graph_must_tell():
         model, read = hidden()
         train(model, objective=objective)
         assert read()[1].item() != 0
+
+
+def test_after_many_steps_only_some_are_watched(monkeypatch):
+    monkeypatch.setattr(stepping, "WATCHED", 4)
+    seen, walk = [], stepping.new_leaves
+    monkeypatch.setattr(stepping, "new_leaves", lambda *a: seen.append(a) or walk(*a))
+    nets, branch = [Shift(), Shift()], SimpleNamespace(steps=0)
+
+    def model(x, k):
+        branch.steps += 1
+        observe(x, nets[branch.steps > 40](x))
+
+    train(model, epochs=20)
+    assert nets[1].mu.item() != 0
+    assert len(seen) == 4 + 80 // 8
+
+
+def test_each_particle_of_pyros_counts_where_one_is_reached_first():
+    results = []
+    for number in (1, 3):
+        model, read = leaves()
+        train(model, objective=infer.TraceGraph_ELBO(number))
+        results.append(means(read))
+    assert results[0] == close(results[1])
 
 
 def test_a_branch_that_chance_decides_is_trained():

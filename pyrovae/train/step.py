@@ -28,6 +28,8 @@ from pyrovae.engine.sites import quoted
 from pyrovae.train.late import Reach
 from pyrovae.train.plan import MakeOptimizer
 
+WATCHED, WATCH_EVERY = 500, 8  # steps whose graphs are gone through, which takes some 30 us, and which after those
+
 T = TypeVar("T")
 
 
@@ -65,6 +67,7 @@ class Eager:
         self.example, self.precision, self.full_size = example, precision, seen.full_size
         self.reach = Reach(model, guide, seen.state)
         self.reached, self.parameters = [self.reach], self.reach.parameters
+        self.steps, self.sizes = 0, set[int]()
         if not self.parameters:
             raise ValueError(
                 "the pair has no parameters to train: use modules, pyro.param or tensors that require grad"
@@ -74,8 +77,9 @@ class Eager:
         for parameter in self.parameters:
             parameter.grad = None
         if hasattr(objective, "differentiable_loss"):
+            made = torch.autograd._get_sequence_nr()
             loss = self.loss(objective, batch)
-            if self.meet(batch, loss):
+            if self.watches(torch.autograd._get_sequence_nr() - made) and self.meet(batch, loss):
                 loss = self.loss(objective, batch)  # with what a checkpoint held of what is reached only now
             loss.backward()
             return loss.detach()
@@ -88,11 +92,19 @@ class Eager:
 
     def meet(self, batch: Batch, loss: Tensor) -> bool:
         """Take in what a step reaches for the first time; whether any of it got a saved value just now."""
-        leaves = new_leaves(loss, self.reach.known)
-        restored = self.reach.meet(batch, leaves)
-        for parameter in self.reach.new:
+        waiting = len(self.reach.new)
+        restored = self.reach.meet(batch, new_leaves(loss, self.reach.known))
+        for parameter in self.reach.new[waiting:]:
             parameter.grad = None
         return restored
+
+    def watches(self, size: int) -> bool:
+        """Whether to go through a graph of so many operations: the first ones, new kinds, and now and then one more."""
+        self.steps += 1
+        if self.steps > WATCHED and self.steps % WATCH_EVERY and size in self.sizes:
+            return False
+        self.sizes.add(size)
+        return True
 
     def static(self, objective: pyro.infer.ELBO) -> None:
         """Nothing: Python runs at every step."""
