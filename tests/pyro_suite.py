@@ -88,7 +88,34 @@ class Entry(NamedTuple):
     reason: str
 
 
-LISTED: list[Entry] = []
+EMPTY = "refused: a model must observe or draw something"
+WORDS = "refused as Pyro does, in other words or by another exception"
+ONCE = "asserts the shapes of particles in every run; ours look at a pair once with one particle"
+
+LISTED = [
+    Entry("test_valid_models.py::test_empty_model_empty_guide_ok*", "the model has no sample site", EMPTY),
+    Entry("test_valid_models.py::test_factor_in_guide_*", "the model has no sample site", EMPTY),
+    Entry("test_valid_models.py::test_*variable_clash_*", 'two sample sites named "x"', WORDS),
+    Entry("test_inference.py::SafetyTests::test_duplicate_names", '"loc_q_2" is not a latent site of the model', WORDS),
+    Entry("test_inference.py::SafetyTests::test_duplicate_obs_name", 'two sample sites named "loc_q"', WORDS),
+    Entry(
+        "test_inference.py::SafetyTests::test_extra_samples", '"loc_q_2" is not a latent site of the model',
+        "refused, where Pyro warns: a draw of the guide that the model lacks and that is not marked as auxiliary",
+    ),
+    Entry(
+        "test_valid_models.py::test_enum_discrete_misuse_warning(Trace*", '"x" is marked for enumeration',
+        "refused, where Pyro warns: enumeration",
+    ),
+    Entry(
+        "test_valid_models.py::test_iplate_in_guide_not_model_error(True-*", "DID NOT RAISE",
+        "accepted: a plate of the guide alone, which is around no site",
+    ),
+    Entry("test_valid_models.py::test_vectorized_num_particles*", r"torch.Size\(\[2\]\) == torch.Size", ONCE),
+    Entry(
+        "test_gradient.py::test_particle_gradient(Trace_ELBO-*", "AssertionError|At key",
+        "one draw of a score-function estimator: ours has another, of the same mean",
+    ),
+]  # fmt: skip
 
 # --- the plugin ------------------------------------------------------------------------------------------------------
 
@@ -127,13 +154,15 @@ class Suite:
             return
         kind: str = report.outcome
         if report.failed and self.made:
-            if entry := entry_of(item.nodeid, str(call.excinfo.value if call.excinfo else "")):
+            if entry := entry_of(item.nodeid, call.excinfo and call.excinfo.value):
                 self.listed[entry] += 1
                 kind, report.outcome, report.wasxfail = entry.reason, "skipped", entry.reason
         elif not self.made:
             kind = "no objective of ours" + (", failed" if report.failed else "")
             if report.failed:
                 report.outcome, report.wasxfail = "skipped", kind
+        if report.failed:
+            sys.stderr.write(f"\n{item.nodeid}: {call.excinfo and call.excinfo.exconly().splitlines()[0]}\n")
         self.counts[kind] += 1
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -149,10 +178,14 @@ class Suite:
         return [entry for entry in LISTED if not self.listed[entry]]
 
 
-def entry_of(test: str, raised: str) -> Entry | None:
+def entry_of(test: str, error: BaseException | None) -> Entry | None:
     """The entry that lists a test's failure, if one does."""
     name = test.rpartition("/")[2].replace("[", "(").replace("]", ")")  # brackets mean something to fnmatch
-    return next((e for e in LISTED if fnmatch(name, e.tests) and re.search(e.raises, raised)), None)
+    said = []
+    while error is not None:
+        said.append(str(error))
+        error = error.__cause__ or error.__context__
+    return next((e for e in LISTED if fnmatch(name, e.tests) and re.search(e.raises, "\n".join(said))), None)
 
 
 def main(folder: str, *options: str) -> int:

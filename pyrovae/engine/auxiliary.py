@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -36,15 +37,26 @@ class Origins(Messenger):
             msg["value"] = track_provenance(detach_provenance(msg["value"]), through | {name})
 
 
-def noise_of(guide: Program, args: Batch, kwargs: Mapping[str, object], run: Sites, model: Sites) -> frozenset[str]:
-    """The names of the guide's draws that the model lacks and no Delta is computed from, of this run of the guide.
+class Auxiliary(NamedTuple):
+    """What a guide draws that its model lacks.
 
-    :raises ValueError: where Deltas are computed from more random numbers, or fewer, than they have.
+    :ivar noise: the names of draws that no Delta is computed from.
+    :ivar lacking: the Deltas that are computed from fewer random numbers, in all, than they have: they have no density.
+    """
+
+    noise: frozenset[str] = frozenset()
+    lacking: tuple[str, ...] = ()
+
+
+def auxiliary_of(guide: Program, args: Batch, kwargs: Mapping[str, object], run: Sites, model: Sites) -> Auxiliary:
+    """What this run of the guide has drawn that the model lacks.
+
+    :raises ValueError: where Deltas are computed from more random numbers than they have.
     """
     wanted = latent(model)
     own = {name: site for name, site in latent(run).items() if name not in wanted}
     if not own:
-        return frozenset()
+        return Auxiliary()
     with (
         torch.no_grad(), pyro.validation_enabled(False), isolated_rng(), protected_buffers(),
         beside(args, kwargs), Origins(own), Record(drawn(run)) as record,
@@ -57,13 +69,14 @@ def noise_of(guide: Program, args: Batch, kwargs: Mapping[str, object], run: Sit
     read = frozenset().union(*origins.values())
     random = {name for name in read if not isinstance(point_mass(own[name]["fn"]), Delta)}
     moved = {name: free_size(wanted[name]) for name, found in origins.items() if found & random}
-    if (size := sum(own[name]["value"].numel() for name in random)) != sum(moved.values()):
+    size, free = sum(own[name]["value"].numel() for name in random), sum(moved.values())
+    if size > free:
         raise ValueError(
-            f"guide sites {quoted(moved)} are Deltas of {sum(moved.values())} free numbers in all, computed from "
+            f"guide sites {quoted(moved)} are Deltas of {free} free numbers in all, computed from "
             f"{quoted(sorted(random))}, which draw {size}: the density of these is then not that of the Deltas; draw "
             "what else is random at another site"
         )
-    return frozenset(own) - read
+    return Auxiliary(frozenset(own) - read, tuple(moved) if size < free else ())
 
 
 def parts_of(mass: Delta) -> list[Tensor]:

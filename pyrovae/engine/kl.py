@@ -129,4 +129,4 @@ def sides(particles: Particles, name: str) -> tuple[Side, Side]:
 
 def aligned(of_site: OfSite, units_dim: int) -> OfSite:
     """A mask or scale of the batch, with axes of size 1 for the units to its right."""
-    return of_site.reshape(*of_site.shape, *[1] * units_dim) if isinstance(of_site, Tensor) else of_site
+    return of_site.reshape((*of_site.shape, *[1] * units_dim)) if isinstance(of_site, Tensor) else of_site

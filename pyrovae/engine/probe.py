@@ -18,7 +18,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pyrovae.engine.auxiliary import noise_of
+from pyrovae.engine.auxiliary import Auxiliary, auxiliary_of
 from pyrovae.engine.particles import Layout, Particles, Role
 from pyrovae.engine.programs import Batch, Program, graph_leaves, isolated_run, protected_buffers, reached_modules, warn
 from pyrovae.engine.randomness import isolated_rng
@@ -44,14 +44,19 @@ class Look:
     :ivar model: the model's sites, on the guide's samples.
     :ivar modules: the modules that the programs are, belong to or call, none of them below another.
     :ivar store: the tensors of Pyro's parameter store that the programs use, unconstrained, by name.
-    :ivar noise: draws of the guide that do not count in log q.
+    :ivar auxiliary: what the guide draws that the model lacks.
     """
 
     guide: Sites
     model: Sites
     modules: list[nn.Module]
     store: dict[str, Tensor]
-    noise: frozenset[str]
+    auxiliary: Auxiliary
+
+    @property
+    def noise(self) -> frozenset[str]:
+        """Draws of the guide that do not count in log q."""
+        return self.auxiliary.noise
 
     @cached_property
     def particles(self) -> Particles:
@@ -179,10 +184,10 @@ def look(
         poutine.trace(param_only=True) as parameters,
     ):  # fmt: skip
         sites = record_pair(model, guide, args, kwargs or {})
-    noise = noise_of(guide, args, kwargs or {}, *sites)
+    auxiliary = auxiliary_of(guide, args, kwargs or {}, *sites)
     below = {child for module in reached for child in module.modules() if child is not module}
     store = {name: site["value"].unconstrained() for name, site in parameters.trace.nodes.items()}  # type: ignore[union-attr]
-    return Look(*sites, [m for m in reached if m not in below], store, noise)
+    return Look(*sites, [m for m in reached if m not in below], store, auxiliary)
 
 
 def module_state(modules: list[nn.Module], prefix: str = "") -> dict[str, Tensor]:

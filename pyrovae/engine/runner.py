@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import positive_int
-from pyrovae.engine.auxiliary import noise_of
+from pyrovae.engine.auxiliary import auxiliary_of
 from pyrovae.engine.fold import Fold, check_fold
 from pyrovae.engine.particles import Particles, measure
 from pyrovae.engine.probe import Look, check_pair, checked_look, warn_of_strays
@@ -126,7 +126,8 @@ class Runner:
         """Check one of several runs that may differ, as control flow makes them."""
         guide, model = sites
         if Particles.of(guide, model, noise=self.noise).structure not in self.structures:
-            seen = Look(guide, model, [], {}, noise_of(self.guide, args, kwargs, guide, model))
+            auxiliary = auxiliary_of(self.guide, args, kwargs, guide, model)
+            seen = Look(guide, model, roots(self.model, self.guide), {}, auxiliary)
             check_pair(seen)
             self.meet(seen, check)
 

@@ -2,7 +2,7 @@ r"""log p(x) by importance sampling, with a standard error and a warning where n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from pyrovae.engine.probe import Look, check_pair, warn_of_strays
 from pyrovae.engine.programs import Batch, Program, protected_buffers, rows
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
-from pyrovae.engine.sites import frames, latent, untraced
+from pyrovae.engine.sites import frames, latent, quoted, untraced
 from pyrovae.engine.unwrap import is_discrete, point_mass
 from pyrovae.engine.weights import Tally
 from pyrovae.engine.whole import refuse_part
@@ -148,7 +148,7 @@ class Sampler:
         discrete = [is_discrete(fn) for fn in drawn if point_mass(fn) is None]
         self.discrete = any(discrete) and all(discrete)
         with protected_buffers(), isolated_rng(), PeakBytes() as used:
-            refuse_without_density(self.run(batch, 2))
+            refuse_without_density(self.run(batch, 2), seen.auxiliary.lacking)
         self.dtype = measure(seen.particles).dtype
         saved = 0.0 if self.exact else SAVED * number * self.num_samples * sum(t.numel() for t in state)
         self.weigh = Checked(self.weights, state, wanted=wanted(compile, saved), stacklevel=6)
@@ -182,12 +182,17 @@ class Sampler:
         return sums.log_mean, torch.zeros_like(sums.log_mean) if self.exact else sums.std_error, sums.ess, k, draws
 
 
-def refuse_without_density(particles: Particles) -> None:
+def refuse_without_density(particles: Particles, lacking: Sequence[str]) -> None:
     """A continuous latent at a point mass has no density, unless that transforms another draw and says by how much.
 
-    Autoguides do: their draw is auxiliary, or the Delta carries the log-density.
+    Autoguides do: their draw is auxiliary, or the Delta carries the log-density. It must be as many numbers, too.
     """
     measure(particles)  # also counts towards the memory of a pass
+    if lacking:
+        raise ValueError(
+            f"the pair has no log p(x): guide sites {quoted(lacking)} are Deltas of more numbers than are drawn for "
+            "them in all; draw them from a distribution with a density"
+        )
     auxiliary = any(site["infer"].get("is_auxiliary") for site in particles.guide.values())
     for name, site in latent(particles.guide).items():
         prior = particles.model.get(name)

@@ -194,6 +194,8 @@ class Objective(Configured, RunObjective):
             checks.refuse_scored_sites(seen, self.gradient)
         if torch.is_grad_enabled():
             checks.refuse_without_gradient(seen, type(self).__name__)
+            if self.needs.fixed:
+                checks.refuse_lacking(seen)
             if not self.needs.reinforce:
                 checks.refuse_unscored_noise(seen, type(self).__name__)
 

@@ -51,6 +51,15 @@ def refuse_without_gradient(seen: Look, objective: str) -> None:
             raise ValueError(f'guide factor "{name}" must say has_rsample=True or False: pass it to pyro.factor')
 
 
+def refuse_lacking(seen: Look) -> None:
+    """Refuse Deltas of more numbers than are drawn for them, where log q at fixed samples enters."""
+    if lacking := seen.auxiliary.lacking:
+        raise ValueError(
+            f"guide sites {quoted(lacking)} are Deltas of more numbers than are drawn for them in all, so that "
+            '"log q at fixed z" has no meaning for them: use an objective with gradient="total"'
+        )
+
+
 def marked_by_themselves(seen: Look) -> set[str]:
     """The sites that an AutoDiscreteParallel draws: it marks them whatever the objective."""
     guides = [part for module in seen.modules for part in module.modules() if isinstance(part, AutoDiscreteParallel)]

@@ -12,6 +12,7 @@ from torch.distributions import StickBreakingTransform
 
 import pyrovae as pv
 from tests.laws.programs import normal, seeded_loss
+from tests.state import refused
 
 Y = torch.tensor([1.3, 0.2, -0.4], dtype=torch.float64)
 OBJECTIVES = [
@@ -124,3 +125,20 @@ def test_deltas_of_every_datum(objective, fold):
     objective = type(objective)(**objective.config | {"fold_particles": fold})
     p = {name: torch.tensor(value, requires_grad=True) for name, value in PHI.items()}
     agree(objective, local, partial(computed, p), partial(plain, p), list(p.values()), Y)
+
+
+# --- Deltas of more numbers than are drawn for them -----------------------------------------------------------------
+
+
+def test_deltas_that_lack_draws_train_by_their_total_derivative_alone():
+    auto = autoguide.AutoStructured(
+        three, conditionals={"a": "normal", "s": "delta", "c": "delta"}, dependencies={"s": {"a": "linear"}}
+    )
+    parameters = scattered(auto, Y)
+    ours = seeded_loss(pv.ELBO(), three, auto, Y, params=parameters)
+    theirs = seeded_loss(pyro.infer.Trace_ELBO(), three, auto, Y, params=parameters)
+    assert ours[0] == pytest.approx(theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1])
+    for objective in (pv.ELBO(gradient="stl"), pv.RWS(2)):
+        refused(ValueError, '"a", "s" are Deltas of more numbers', objective.differentiable_loss, three, auto, Y)
+    refused(ValueError, '"a", "s" are Deltas of more numbers', pv.log_likelihood, three, auto, Y)

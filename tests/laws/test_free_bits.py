@@ -133,6 +133,15 @@ def test_masks_by_handler_and_on_distributions_count_alike(of_model, of_guide, c
     assert paid == pytest.approx(counted * KL, rel=1e-6)  # in closed form, two particles or not
 
 
+@pytest.mark.parametrize(("kept", "counted"), [(True, 12), (False, 0)])
+@pytest.mark.parametrize("wrap", [bool, torch.tensor])
+@pytest.mark.parametrize("how", ["handler", "distribution"])
+def test_one_mask_for_all(how, wrap, kept, counted):
+    pair = masked_pair((how, wrap(kept)), (how, wrap(kept)))
+    paid = pv.ELBO(2, free_bits=1e-9).loss(*pair, X) + float(dist.Normal(0.0, 1.0).log_prob(X[:, 0]).sum())
+    assert paid == pytest.approx(counted * KL, rel=1e-6, abs=1e-6)
+
+
 @pytest.mark.parametrize("of_model", list(MASKS))
 @pytest.mark.parametrize("of_guide", list(MASKS))
 def test_masks_that_differ_leave_the_sampled_terms(of_model, of_guide, agree):
