@@ -76,6 +76,7 @@ def main():
         torch.manual_seed(0)
         vae = pv.models.VAE((1, 8, 8), latent_dim=units, hidden=(64,)).initialise(digits.train.x)
         pv.fit(vae.model, vae.guide, digits.train, objective=pv.IWAE(5), epochs=options.epochs)
+        vae.cpu()  # where the data are
         table(f"VAE, {units} latent units", vae.model, vae.guide, x, quadrature(vae, x), options)
         bracket = anneal(pv.bdmc, vae, options.images, options=options)
         ends = (bracket.lower.log_prob.mean(), bracket.upper.log_prob.mean())

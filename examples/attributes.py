@@ -45,6 +45,7 @@ def main():
     )
     pv.fit(cvae.model, cvae.guide, (drawings, scaled), objective=pv.ELBO(), epochs=options.epochs)
 
+    cvae.cpu()  # where the data are
     wanted = torch.cartesian_prod(torch.linspace(-2, 2, 7), torch.linspace(-2, 2, 7))
     x = splits.test.x[:1]
     with torch.no_grad():

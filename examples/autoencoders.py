@@ -35,11 +35,13 @@ def train(pair, data, epochs):
     """Train an autoencoder and fit a density to its codes; PCA has a fit, and a density, of its own."""
     if isinstance(pair, pv.models.PCA):
         pair.fit(data)
+        pair.cpu()
         return
     pair.initialise(data.x)
     lr = 1e-3 if pair.config["hidden"] else 1e-2
     pv.fit(pair.model, pair.guide, data, objective=pv.ELBO(), epochs=epochs, lr=lr, schedule="cosine")
     pair.fit_density(data)
+    pair.cpu()  # where the data are
 
 
 def squared_error(pair, seen, wanted):

@@ -33,6 +33,7 @@ def main():
     some = test.subset(slice(1000))
     print("log p(x | y):", pv.log_likelihood(cvae.model, cvae.guide, some, num_samples=200, seed=0))
 
+    cvae.cpu()  # where the data are
     rows = torch.arange(10).repeat_interleave(10)
     pv.plots.image_grid(pv.sample(cvae, 100, rows, seed=0), options.output / "samples.png", columns=10)
     first = torch.stack([(test.labels == label).nonzero()[0, 0] for label in range(10)])

@@ -34,13 +34,13 @@ def parts(epochs):
 
 def measure(vae, test, samples):
     """Codes [N, 2]; reconstruction and KL, in nats per datum; the estimate of log p(x)."""
-    x = test.fixed().x
+    x = test.fixed().x.to(next(vae.parameters()).device)
     with torch.no_grad():
         posterior = vae.posterior(x)
         reconstruction = vae.likelihood(posterior.sample()).log_prob(x).mean()
         kl = kl_divergence(posterior, vae.prior(x).expand(x.shape[:1])).mean()
     return (
-        posterior.mean,
+        posterior.mean.cpu(),
         reconstruction,
         kl,
         pv.log_likelihood(vae.model, vae.guide, test, num_samples=samples, seed=0),

@@ -23,7 +23,7 @@ def describe(rbm, test):
     """log Z with its error, and what follows from it."""
     with torch.no_grad():
         log_z, error = rbm.log_partition(return_std_error=True)
-        log_p = rbm.log_prob(test.x).mean()
+        log_p = rbm.log_prob(test.x.to(rbm.weight.device)).mean()
     return f"log Z {log_z:.2f} ± {error:.2g}, test log p(x) {log_p:.2f} nats"
 
 

@@ -21,6 +21,7 @@ def encoded(train, test, dim, epochs):
     pv.fit(vae.model, vae.guide, dynamic, objective=pv.ELBO(), epochs=epochs, lr=2e-3, schedule="cosine")
     some = pv.data.Images(test.x[:1000], binarization="dynamic")
     print("VAE, log p(x):", pv.log_likelihood(vae.model, vae.guide, some, num_samples=100, seed=0))
+    vae.cpu()  # where the data are
     with torch.no_grad():
         return vae.encode(train.x), vae.encode(test.x)
 
@@ -59,7 +60,7 @@ def main():
             model.model, model.guide, (x[rows], y[rows]), objective=pv.ELBO(), epochs=epochs, batch_size=200, lr=2e-3,
             schedule=schedule,
         )  # fmt: skip
-        print(f"{stage}: test accuracy {model.accuracy(x_test, test.labels):.2%}")
+        print(f"{stage}: test accuracy {model.cpu().accuracy(x_test, test.labels):.2%}")
     found = pv.log_likelihood(model.model, model.guide, x_test[:1000], num_samples=1000, batch_size=100, seed=0)
     print("semi-supervised VAE, log p of", "x:" if options.pixels else "codes:", found)
 

@@ -14,7 +14,7 @@ from pyrovae.arguments import in_range, one_of, positive_int, sizes
 from pyrovae.data.feed import as_dataset
 from pyrovae.engine.devices import home_of
 from pyrovae.engine.generate import Redraw, generate, program_of
-from pyrovae.engine.programs import Batch, Program, evaluating, roots
+from pyrovae.engine.programs import Batch, Program, evaluating, held_by, roots
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import Site
 from pyrovae.engine.unwrap import finite_mean, innermost
@@ -87,7 +87,7 @@ def sample(
 def blank(program: Program, n: int, like: object, args: Batch, kwargs: Mapping[str, object]) -> Tensor:
     """Zeros ``[n, *event]`` of the dtype and on the device that the model works with; ``args`` and more follow them."""
     modules = roots(program)
-    parameter = next((p for m in modules for p in m.parameters() if p.is_floating_point()), None)
+    parameter = next((tensor for tensor in held_by(program) if tensor.is_floating_point()), None)
     if like is None:
         shape = next((module.input_shape for module in modules if hasattr(module, "input_shape")), None)
         if shape is None:

@@ -122,3 +122,9 @@ def test_an_error_of_a_program_is_told_by_the_run_proper(monkeypatch):
 
 def test_modules_are_asked_and_not_run():
     assert home_of(nn.Linear(2, 2, device="meta").forward, args=(X,)) == torch.device("meta")
+
+
+def test_a_module_without_parameters_lives_where_its_buffers_do():
+    module = nn.BatchNorm1d(2, affine=False, device="meta")
+    assert home_of(module, args=(X,)) == torch.device("meta")
+    assert pv.sampling.blank(pv.models.PCA((2, 3), 2).to("meta").model, 4, None, (), {}).device == torch.device("meta")

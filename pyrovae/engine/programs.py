@@ -66,9 +66,14 @@ def roots(*programs: Program) -> list[nn.Module]:
     return list(found)
 
 
+def held_by(*programs: Program) -> Iterator[Tensor]:
+    """The parameters and buffers of each of the programs' modules."""
+    return (tensor for module in roots(*programs) for tensor in (*module.parameters(), *module.buffers()))
+
+
 def device_of(*programs: Program) -> torch.device | None:
-    """Where the first parameter of the programs' modules lives; None if they have none."""
-    return next((p.device for module in roots(*programs) for p in module.parameters()), None)
+    """Where the first parameter, or else buffer, of the programs' modules lives; None if they have none."""
+    return next((tensor.device for tensor in held_by(*programs)), None)
 
 
 @contextmanager

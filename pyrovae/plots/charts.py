@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from pyrovae.arguments import positive_int, sizes
-from pyrovae.engine.programs import evaluating, roots
+from pyrovae.engine.programs import evaluating, held_by
 from pyrovae.plots.images import DPI, INK, LINES, MUTED, StrPath, as_numpy, mosaic, rgb, save
 
 BLUE, ORANGE, IDLE = "#2f6796", "#d0743c", "#c9ccd2"
@@ -265,7 +265,7 @@ def manifold(
     up, right = torch.meshgrid(levels.flip(0), levels, indexing="ij")
     z = torch.zeros(steps * steps, latent_dim, dtype=torch.float64)
     z[:, 0], z[:, 1] = right.flatten(), up.flatten()
-    parameter = next((p for module in roots(decode) for p in module.parameters()), torch.empty(0))
+    parameter = next((tensor for tensor in held_by(decode) if tensor.is_floating_point()), torch.empty(0))
     with torch.no_grad(), evaluating(decode):
         images = decode(z.to(parameter.device, parameter.dtype))
     pixels = rgb(images.reshape(len(z), *event_shape), "what decode returns")
