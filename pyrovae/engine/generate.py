@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Self
 
 import pyro
@@ -115,22 +116,29 @@ def generate(program: Program, args: Batch, kwargs: Mapping[str, object], redraw
     return record.sites, record.sites[redraw.site]
 
 
+def ties(run: Callable[[], Sites]) -> dict[str, frozenset[str]]:
+    """The observed sites of a program, factors among them, that depend on its latents, and on which.
+
+    :param run: runs the program, for its sites.
+    """
+    with torch.no_grad(), pyro.validation_enabled(False), isolated_rng(), protected_buffers(), Origins({}):
+        marked = observed(run())
+    found = {name: get_provenance(log_prob(site)) for name, site in marked.items() if site["mask"] is not False}
+    return {name: latents for name, latents in found.items() if latents}
+
+
 def refuse_tied(program: Program, args: Batch, kwargs: Mapping[str, object], redrawn: str) -> None:
     """Refuse a model that weighs its latents by more than the data that it draws at ``redrawn``, however it does."""
-    with (
-        torch.no_grad(), pyro.validation_enabled(False), isolated_rng(), protected_buffers(), beside(args, kwargs)
-    ):  # fmt: skip
-        again = record(program, args, kwargs)  # on other latents: what is written in place leaves no mark
-        with Origins({}), Record() as marked:
-            program(*args, **kwargs)
-    for name, site in observed(marked.sites).items():
+    tied = ties(run := partial(record, program, args, kwargs))
+    with torch.no_grad(), pyro.validation_enabled(False), isolated_rng(), protected_buffers():
+        one, other = run(), run()  # on other latents: what is written in place leaves no mark
+    for name, site in observed(one).items():
         if name == redrawn or site["mask"] is False:
             continue
-        tied = get_provenance(lp := log_prob(site))
-        if tied or not torch.equal(lp, log_prob(again[name])):
+        if name in tied or not torch.equal(log_prob(site), log_prob(other[name])):
             raise ValueError(
                 f'latents simulated with their data are no draws from the posterior here: site "{name}", a factor or '
-                f"an observation that is not simulated, depends on {quoted(sorted(tied or latent(marked.sites)))}: "
+                f"an observation that is not simulated, depends on {quoted(sorted(tied.get(name, latent(one))))}: "
                 "take a model without it (for given data, ais_log_likelihood takes it as it is)"
             )
 

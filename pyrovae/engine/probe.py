@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from operator import or_
 from types import SimpleNamespace
 
@@ -31,6 +31,7 @@ from pyrovae.engine.sites import (
     log_prob,
     observed,
     quoted,
+    record,
     record_pair,
 )
 from pyrovae.engine.unwrap import point_mass
@@ -45,6 +46,7 @@ class Look:
     :ivar modules: the modules that the programs are, belong to or call, none of them below another.
     :ivar store: the tensors of Pyro's parameter store that the programs use, unconstrained, by name.
     :ivar auxiliary: what the guide draws that the model lacks.
+    :ivar again: runs the model once more, on draws of its own.
     """
 
     guide: Sites
@@ -52,6 +54,7 @@ class Look:
     modules: list[nn.Module]
     store: dict[str, Tensor]
     auxiliary: Auxiliary
+    again: Callable[[], Sites]
 
     @property
     def noise(self) -> frozenset[str]:
@@ -187,7 +190,8 @@ def look(
     auxiliary = auxiliary_of(guide, args, kwargs or {}, *sites)
     below = {child for module in reached for child in module.modules() if child is not module}
     store = {name: site["value"].unconstrained() for name, site in parameters.trace.nodes.items()}  # type: ignore[union-attr]
-    return Look(*sites, [m for m in reached if m not in below], store, auxiliary)
+    again = partial(record, model, args, kwargs or {})
+    return Look(*sites, [m for m in reached if m not in below], store, auxiliary, again)
 
 
 def module_state(modules: list[nn.Module], prefix: str = "") -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from pyrovae.engine.probe import Look, check_pair, checked_look, warn_of_strays
 from pyrovae.engine.programs import Batch, Program, roots, warn
 from pyrovae.engine.run import Copies, run
 from pyrovae.engine.separate import Deeper
-from pyrovae.engine.sites import Sites
+from pyrovae.engine.sites import Sites, record
 from pyrovae.memory import is_out_of_memory
 
 Check = Callable[[Look], None]
@@ -127,7 +128,8 @@ class Runner:
         guide, model = sites
         if Particles.of(guide, model, noise=self.noise).structure not in self.structures:
             auxiliary = auxiliary_of(self.guide, args, kwargs, guide, model)
-            seen = Look(guide, model, roots(self.model, self.guide), {}, auxiliary)
+            again = partial(record, self.model, args, kwargs)
+            seen = Look(guide, model, roots(self.model, self.guide), {}, auxiliary, again)
             check_pair(seen)
             self.meet(seen, check)
 

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from typing import Any, Unpack
 
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Unit
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrovae.engine.fixed import refuse_live_point_mass
-from pyrovae.engine.generate import Redraw, generate
+from pyrovae.engine.generate import Redraw, generate, ties
 from pyrovae.engine.gradient import Needs, ParticleWeights, finite_weights
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import Batch, Program
 from pyrovae.engine.scores import score_function
-from pyrovae.engine.sites import Site, Sites, drawn, latent, oversampling, proposed, record
+from pyrovae.engine.sites import Site, Sites, drawn, latent, observed, oversampling, proposed, quoted, record
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.weights import log_mean_exp
 from pyrovae.objectives.base import Objective, Options
@@ -91,7 +91,8 @@ class SleepPhi(Objective):
     >>> SleepPhi().loss_and_grads(model, guide, torch.zeros(100)) > 0
     True
 
-    :raises ValueError: for Deltas of the guide that are no autoguide's, for parts of a datum that are subsampled.
+    :raises ValueError: for Deltas of the guide that are no autoguide's, for parts of a datum that are subsampled, for
+        factors and observations beside the data that depend on latents.
 
     Hinton et al. (1995), *The wake-sleep algorithm for unsupervised neural networks*.
     """
@@ -111,6 +112,13 @@ class SleepPhi(Objective):
     def check(self, seen: Look) -> None:
         """As of any objective; what a guide's Deltas are computed from must follow from their values."""
         super().check(seen)
+        kinds = {name: point_mass(site["fn"]) for name, site in observed(seen.model).items()}
+        tied = [name for name in (ties(seen.again) if len(kinds) > 1 else ()) if not isinstance(kinds[name], Delta)]
+        if len(tied) > 1 or any(isinstance(kinds[name], Unit) for name in tied):
+            raise ValueError(
+                f"SleepPhi dreams what one site observes, but {quoted(tied)} depend on latents, and dreams do not "
+                "follow factors, nor what stays observed: leave factors out, and observe the data at one site"
+            )
         for name, value in sources(seen.guide, seen.model).items():
             if not torch.allclose(value, seen.guide[name]["value"], rtol=1e-3, atol=1e-3):
                 raise ValueError(

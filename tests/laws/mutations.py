@@ -87,6 +87,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "sleep: rows of another place": [('x.index_copy(0, dreamt[frame.name]["value"], value)', "x")],
     "sleep: noise has a density": [("Particles.of(run, {}, noise=noise, scaled", "Particles.of(run, {}, scaled")],
     "sleep: noise has no score": [("if score is None:", "if True:")],
+    "sleep: factors of latents ignored": [("if len(tied) > 1 or any(", "if any(isinstance(None, Unit) and ")],
     "sleep: Deltas not inverted": [("if found := sources(run, dreamt):", "if found := {}:")],
     "TVO: right sum": [("(following - beta, beta, v,", "(following - beta, following, v,")],
     "TVO: weights of the next temperature": [

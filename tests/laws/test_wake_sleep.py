@@ -331,6 +331,32 @@ def test_sleep_refuses_deltas_that_it_cannot_invert(guide, match):
         pv.SleepPhi().differentiable_loss(two_sites, guide, torch.zeros(2))
 
 
+@pytest.mark.parametrize("beside", ["factor", "label of z", "label", "factor of none"])
+def test_sleep_refuses_what_its_dreams_do_not_follow(beside):
+    labels = torch.tensor([0.0, 1.0, 1.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.4))  # no gradient tells of it
+            z = pyro.sample("z", dist.Normal(k, 1.0))
+            if beside.startswith("factor"):
+                pyro.factor("f", 0.3 * (k if beside == "factor" else x))
+            else:
+                pyro.sample("y", dist.Bernoulli(logits=k if beside == "label of z" else torch.tensor(0.2)), obs=labels)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(logits=x))
+            pyro.sample("z", dist.Normal(x + k, 1.0))
+
+    if beside in ("label", "factor of none"):
+        pv.SleepPhi().loss(model, guide, torch.zeros(3))
+    else:
+        with pytest.raises(ValueError, match="depend on latents, and dreams do not follow"):
+            pv.SleepPhi().loss(model, guide, torch.zeros(3))
+
+
 def pixels():
     def model(x):
         with pyro.plate("data", len(x), dim=-2):
