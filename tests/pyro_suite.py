@@ -35,30 +35,30 @@ import pyrovae as pv
 class Plain(pv.ELBO):
     """The ELBO."""
 
-    def __init__(self, num_particles: int = 1) -> None:
-        super().__init__(num_particles)
+    def __init__(self, num_particles: int = 1, vectorize_particles: bool = True) -> None:
+        super().__init__(num_particles, vectorize_particles=vectorize_particles)
 
 
 class ClosedForm(Plain):
     """The ELBO with every KL in closed form that has one."""
 
-    def __init__(self, num_particles: int = 1) -> None:
-        super().__init__(num_particles)
+    def __init__(self, num_particles: int = 1, vectorize_particles: bool = True) -> None:
+        super().__init__(num_particles, vectorize_particles)
         self.free_bits = -math.inf  # below which no unit ever is
 
 
 class Renyi(pv.Renyi):
     """Pyro's defaults are alpha = 0 and two particles."""
 
-    def __init__(self, alpha: float = 0.0, num_particles: int = 2) -> None:
-        super().__init__(alpha, num_particles)
+    def __init__(self, alpha: float = 0.0, num_particles: int = 2, vectorize_particles: bool = True) -> None:
+        super().__init__(alpha, num_particles, vectorize_particles=vectorize_particles)
 
 
 class WakeSleep(pv.RWS):
     """The wake phase alone, as is Pyro's default."""
 
-    def __init__(self, num_particles: int = 2, model_has_params: bool = True) -> None:
-        super().__init__(num_particles)
+    def __init__(self, num_particles: int = 2, model_has_params: bool = True, vectorize_particles: bool = True) -> None:
+        super().__init__(num_particles, vectorize_particles=vectorize_particles)
 
 
 OURS = {
@@ -71,21 +71,22 @@ OURS = {
     "RenyiELBO": Renyi,
     "ReweightedWakeSleep": WakeSleep,
 }
-#: How Pyro runs particles, which ours find out for themselves.
+#: What ours find out for themselves, or have no use for.
 DROPPED = {
-    "max_plate_nesting", "max_iarange_nesting", "vectorize_particles", "strict_enumeration_warning",
-    "ignore_jit_warnings", "jit_options", "retain_graph", "tail_adaptive_beta",
+    "max_plate_nesting", "max_iarange_nesting", "strict_enumeration_warning", "ignore_jit_warnings", "jit_options",
+    "retain_graph",
 }  # fmt: skip
 
 # --- what fails, and why ---------------------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
-    """Tests that fail for a reason: patterns of their ids, and of what is raised."""
+    """Tests that fail for a reason: patterns of their ids, and of what is raised; ``always``, or by chance."""
 
     tests: str
     raises: str
     reason: str
+    always: bool = True
 
 
 EMPTY = "refused: a model must observe or draw something"
@@ -112,10 +113,20 @@ LISTED = [
     ),
     Entry("test_valid_models.py::test_vectorized_num_particles*", r"torch.Size\(\[2\]\) == torch.Size", ONCE),
     Entry(
-        "test_gradient.py::test_particle_gradient(Trace_ELBO-*", "AssertionError|At key",
+        "test_gradient.py::test_particle_gradient(Trace_ELBO-*", "At key",
         "one draw of a score-function estimator: ours has another, of the same mean",
     ),
+    Entry(
+        "test_autoguide.py::test_exact_batch(AutoLowRankMultivariateNormal)", r"3.8\d+ vs 3.837",
+        "chance: a loss of 100 draws, of standard error .006, is held to .01 at one seed", always=False,
+    ),
+    Entry(
+        "test_gradient.py::test_plate(*-nonreparam)", "",
+        "noise above .06: what a guide draws after a plate may hang on all of it, and is then scored with all of it",
+    ),
 ]  # fmt: skip
+#: Of Pyro's unit tests, those that take minutes each.
+SLOW = ["test_posterior_predictive_svi_manual_guide"]
 
 # --- the plugin ------------------------------------------------------------------------------------------------------
 
@@ -126,7 +137,7 @@ class Suite:
     def __init__(self, substitute: bool) -> None:
         self.made = False
         self.counts: Counter[str] = Counter()
-        self.listed: Counter[Entry] = Counter()
+        self.listed: dict[Entry, bool] = {}  # whether a test of it has failed, of those that have run
         for name, base in OURS.items():
             theirs = getattr(pyro.infer, name)
             mine = self.stand_in(name, base if substitute else theirs)
@@ -143,6 +154,12 @@ class Suite:
 
         return type(name, (base,), {"__init__": __init__})
 
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leave the slow ones out, unless all are asked for."""
+        if "all" not in config.getoption("stage"):
+            config.hook.pytest_deselected(items=[item for item in items if any(name in item.nodeid for name in SLOW)])
+            items[:] = [item for item in items if not any(name in item.nodeid for name in SLOW)]
+
     def pytest_runtest_setup(self) -> None:
         self.made = False
 
@@ -153,9 +170,11 @@ class Suite:
         if report.when != "call" and report.passed:
             return
         kind: str = report.outcome
+        for entry in filter(lambda entry: fnmatch(name_of(item), entry.tests), LISTED):
+            self.listed.setdefault(entry, False)
         if report.failed and self.made:
-            if entry := entry_of(item.nodeid, call.excinfo and call.excinfo.value):
-                self.listed[entry] += 1
+            if entry := entry_of(item, call.excinfo and call.excinfo.value):
+                self.listed[entry] = True
                 kind, report.outcome, report.wasxfail = entry.reason, "skipped", entry.reason
         elif not self.made:
             kind = "no objective of ours" + (", failed" if report.failed else "")
@@ -175,17 +194,21 @@ class Suite:
 
     def unused(self) -> list[Entry]:
         """Entries of the list that excuse nothing."""
-        return [entry for entry in LISTED if not self.listed[entry]]
+        return [entry for entry, needed in self.listed.items() if entry.always and not needed]
 
 
-def entry_of(test: str, error: BaseException | None) -> Entry | None:
+def name_of(item: pytest.Item) -> str:
+    """File and name of a test, without brackets, which mean something to fnmatch."""
+    return item.nodeid.rpartition("/")[2].replace("[", "(").replace("]", ")")
+
+
+def entry_of(item: pytest.Item, error: BaseException | None) -> Entry | None:
     """The entry that lists a test's failure, if one does."""
-    name = test.rpartition("/")[2].replace("[", "(").replace("]", ")")  # brackets mean something to fnmatch
     said = []
     while error is not None:
         said.append(str(error))
         error = error.__cause__ or error.__context__
-    return next((e for e in LISTED if fnmatch(name, e.tests) and re.search(e.raises, "\n".join(said))), None)
+    return next((e for e in LISTED if fnmatch(name_of(item), e.tests) and re.search(e.raises, "\n".join(said))), None)
 
 
 def main(folder: str, *options: str) -> int:
@@ -203,8 +226,7 @@ def main(folder: str, *options: str) -> int:
     done = pytest.main(
         ["-q", "--tb=short", "-p", "no:cacheprovider", "--stage", stage, "-W", newer, *chosen, *rest], plugins=[suite]
     )
-    whole = chosen and not rest
-    return int(done) or int(bool(whole and suite.unused()))
+    return int(done) or int(bool(suite.unused()))
 
 
 if __name__ == "__main__":
