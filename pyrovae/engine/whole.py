@@ -23,6 +23,7 @@ class Whole:
     def __init__(self) -> None:
         self.drawn: dict[str, int] = {}  # the size of every plate that subsamples at random
         self.taken: set[str] = set()
+        self.looked = False
 
     def __enter__(self) -> Self:
         self.original = SubsampleMessenger._subsample
@@ -36,7 +37,7 @@ class Whole:
         self, name: str, size: int | None = None, part: int | None = None, subsample: Tensor | None = None, *rest: Any
     ) -> tuple[int, int, Tensor | None]:
         """Pyro's choice of a plate's sizes and indices, without chance."""
-        if subsample is None and size is not None and part is not None and part < size:
+        if self.looked and subsample is None and size is not None and part is not None and part < size:
             self.drawn[name] = part
             if name in self.taken:
                 part = size
@@ -50,7 +51,7 @@ class Whole:
         :raises ValueError: for a random subsample of a plate, by name, whose indices the program does not follow.
         """
         guide = nothing if guide is None else guide
-        self.drawn, self.taken = {}, set()
+        self.drawn, self.taken, self.looked = {}, set(), True
         seen = look(model, guide, batch, kwargs)
         own = [f for f in seen.layout.plates.values() if f.size == rows(batch, kwargs)]
         given = any(oversampling(f) == 1 for f in own)

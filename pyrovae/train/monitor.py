@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import pyro.infer
 import torch
@@ -17,8 +18,9 @@ from pyrovae.engine.probe import Look, look
 from pyrovae.engine.programs import Batch, Program, evaluating, roots
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
-from pyrovae.engine.sites import Sites, counts, latent
+from pyrovae.engine.sites import Sites, counts, frames, latent
 from pyrovae.engine.unwrap import point_mass
+from pyrovae.engine.whole import Whole
 from pyrovae.evaluate.units import mean_draws
 from pyrovae.train.step import first_loss
 
@@ -36,14 +38,23 @@ class Monitor:
         self.runner, self.modules, self.batch = Runner(model, guide), seen.modules, feed.first(watched)
         self.size, self.joint = feed.size or len(self.batch[0]), seen.joint
         # What was seen of a pair holds for its batch; of another size it is looked at when it is first measured.
-        self.known, self.usable = len(self.batch[0]) == len(feed.first()[0]), True
+        partly = not seen.joint and seen.unscaled.uncommon_subsampled
+        self.known, self.usable = not partly and len(self.batch[0]) == len(feed.first()[0]), True
+        self.whole = Whole()
         self.runner.meet(seen)
 
     def __call__(self) -> dict[str, object]:
         """What one run shows: :meth:`terms`, ``active_units`` by site, and the pair's own metrics."""
+        with self.whole:
+            return self.watched()
+
+    def watched(self) -> dict[str, object]:
+        """The same, where plates inside a datum are taken whole."""
         if not self.known:
             self.known = True
             try:
+                if not self.joint:
+                    self.whole.look(self.runner.model, self.runner.guide, self.batch, {})
                 self.runner.look(self.batch, {})
             except Exception as error:  # a pair that runs at its own batch size only; training may go on
                 self.usable = False
@@ -62,21 +73,29 @@ class Monitor:
 
     def terms(self, particles: Particles) -> dict[str, object]:
         """``reconstruction`` = E log p(x | z) and ``kl``, in nats per datum, and ``kl_per_unit`` by site."""
+        # joint weights are totals: of the likelihood over this batch, of the KL over all data
+        held, size = (len(self.batch[0]), self.size) if self.joint else (1, 1)
         kls = {
-            name: site_kl(particles, name).flatten(0, -2).mean(0)
+            name: site_kl(particles, name).flatten(0, -2).mean(0) / self.repeats(particles, name)
             for name in latent(particles.model)
             if point_mass(particles.guide[name]["fn"]) is None
         }
         if kls.keys() == latent(particles.model).keys():
             carried = particles.log_carried()
-            kl = sum(each.sum().item() for each in kls.values()) - (0.0 if carried is None else carried.mean().item())
+            totals = (
+                each.sum().item() * (size if self.repeats(particles, name) > 1 else 1) for name, each in kls.items()
+            )
+            kl = sum(totals) - (0.0 if carried is None else carried.mean().item())
         else:  # point masses (autoguides, codes) have a KL only together with the sites that they transform
             kl = -combine(None, particles.log_prior(), particles.log_guide(), 1, 1).mean().item()
-        # joint weights are totals: of the likelihood over this batch, of the KL over all data
-        held, size = (len(self.batch[0]), self.size) if self.joint else (1, 1)
         found: dict[str, object] = {"kl_per_unit": {name: each.tolist() for name, each in kls.items()}, "kl": kl / size}
         likelihood = particles.log_likelihood()
         return found if likelihood is None else {"reconstruction": likelihood.mean().item() / held} | found
+
+    def repeats(self, particles: Particles, name: str) -> int:
+        """Over how many data the KL of a site is summed: joint weights have no axis for those of local latents."""
+        held = len(self.batch[0])
+        return held if self.joint and any(size == held for _, _, size in frames(particles.model[name])) else 1
 
 
 def warn_unlogged(error: Exception, stacklevel: int) -> None:
@@ -90,13 +109,16 @@ class Validation:
     def __init__(self, model: Program, guide: Program, feed: Feed, objective: pyro.infer.ELBO) -> None:
         seen = look_on(feed, model, guide)
         self.model, self.guide, self.modules, self.feed, self.objective = model, guide, seen.modules, feed, objective
-        self.full_size = seen.full_size
+        self.full_size, self.joint = seen.full_size, seen.joint
 
     def __call__(self) -> float:
         data = self.feed.images if self.feed.images is not None else self.feed.loader
         total = count = 0.0
         with torch.no_grad(), isolated_rng(0), evaluating(self.model, self.guide, *self.modules):
-            for batch in datasets.batches((data,), self.feed.batch_size, device=self.feed.device):
+            batches: Iterable[Batch] = datasets.batches((data,), self.feed.batch_size, device=self.feed.device)
+            if self.joint:  # all data share latents, and come as one batch
+                batches = [tuple(map(torch.cat, zip(*batches, strict=True)))]
+            for batch in batches:
                 with beside(batch):
                     loss = float(first_loss(self.objective.loss(self.model, self.guide, *batch)))  # type: ignore[attr-defined]
                 total -= loss / (self.full_size or len(batch[0])) * len(batch[0])

@@ -14,7 +14,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyrovae as pv
+from pyrovae.data.feed import Feed
 from pyrovae.evaluate import active_units, information, posterior_gap
+from pyrovae.train.monitor import Monitor, Validation, look_on
 from tests.state import refused
 
 pytestmark = pytest.mark.double(23)
@@ -261,3 +263,36 @@ def test_particles_are_not_folded_into_a_plate_of_fixed_size():
     match = "what was folded has 80 rows, but its data plate has size 40"
     refused(ValueError, match, pv.log_likelihood, *pair, X[:40], num_samples=2, fold_particles=True)
     assert math.isfinite(pv.log_likelihood(*pair, X[:40], num_samples=2).nll)
+
+
+# --- what is logged of a training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [X, DataLoader(TensorDataset(X), 50)], ids=["tensor", "DataLoader"])
+def test_validation_data_that_share_a_latent_come_whole(data):
+    found = Validation(shared, shared_posterior, Feed(data, 50, torch.device("cpu")), pv.IWAE(3))()
+    assert found == pytest.approx(log_prob_of_row(X).item() / 150)
+
+
+def monitored(model, guide, x, batch_size):
+    feed = Feed(x, batch_size, torch.device("cpu"))
+    return Monitor(model, guide, look_on(feed, model, guide), feed)()
+
+
+def test_kl_beside_a_shared_latent_is_per_datum_for_local_ones():
+    def model(x, mean=0.0):
+        z = pyro.sample("z", dist.Normal(3 * mean, 1.0))
+        with pyro.plate("data", 150, subsample=torch.arange(len(x))):
+            u = pyro.sample("u", dist.Normal(x.new_tensor(mean), 1.0))
+            if not mean:
+                pyro.sample("x", dist.Normal(z + u, 1.0), obs=x)
+
+    found = monitored(model, partial(model, mean=0.5), X, 50)  # on 100 of the 150
+    assert found["kl_per_unit"] == {"z": pytest.approx([1.5**2 / 2]), "u": pytest.approx([0.125])}
+    assert found["kl"] == pytest.approx(1.5**2 / 2 / 150 + 0.125)
+
+
+def test_the_reconstruction_is_that_of_the_whole_of_a_datum():
+    x = X[:40].view(5, 8)
+    found = monitored(partial(pixels, kind="random"), pixels_posterior, x, 5)
+    assert found["reconstruction"] - found["kl"] == pytest.approx(log_prob_of_row(x).mean().item(), abs=0.5)
