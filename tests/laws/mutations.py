@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ENGINE = ["pyrovae/engine", "pyrovae/objectives"]
+ENGINE = ["pyrovae/engine", "pyrovae/objectives", "pyrovae/evaluate"]
 VARIABLE = "PYROVAE_MUTATION"
 # The quickest to kill first.
 SUITE = [
@@ -31,6 +31,8 @@ SUITE = [
     "tests/laws/test_fixed.py",
     *("tests/laws/test_gradients.py", "tests/laws/test_bounds.py", "tests/laws/test_variances.py"),
     "tests/test_late.py",
+    *("tests/evaluate/test_psis.py", "tests/evaluate/test_discrete.py", "tests/evaluate/test_simulated.py"),
+    "tests/evaluate/test_whole.py",
 ]
 
 VALUE = "-(bound * particles.scale).sum() - (ascent"
@@ -50,6 +52,9 @@ FIXED = 'fixed = self.gradient != "total"'
 RWS = '(wn - wn.square(), zero) if self.gradient == "dreg" else (zero, wn)'
 DREAM = "loss = -(log_q * particles.scale).sum()"
 THERMODYNAMIC = "(correction * above - 1 - beta * above)"
+
+CUT = "if self.seen.layout.sizes[-1:] != [number] and next(batches, None) is not None:"
+TIES = "if tied or not torch.equal(lp, log_prob(again[name])):"
 
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
     # the bounds
@@ -376,6 +381,33 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "copies of samples are parameters": [("copied.requires_grad_(False)", "copied.requires_grad_(True)")],
     "late parameters overwrite each other": [("leaf.later.{len(self.loose)}", "leaf.later")],
+    # evaluations
+    "evaluated: joint weights are cut": [(CUT, "if False:")],
+    "evaluated: data are cut along another plate": [
+        ("self.seen.layout.sizes[-1:] != [number]", "not self.seen.layout.sizes")
+    ],
+    "evaluated: a random subsample stays": [("self.taken = self.drawn.keys() - ", "self.taken = set() and ")],
+    "evaluated: the batch's own plate is taken whole": [("set() if given else {f.name for f in own}", "set()")],
+    "evaluated: a given part is all": [("if oversampling(f) != 1 and (f.dim, f.size) not in shared:", "if False:")],
+    "evaluated: data that follow no index are repeated": [
+        ("value.shape[axis] != frame.size", "value.shape[axis] not in (1, frame.size)")
+    ],
+    "simulated: factors of latents pass": [(TIES, "if False:")],
+    "simulated: ties are told by marks alone": [(TIES, "if tied:")],
+    "simulated: ties are told by values alone": [(TIES, TIES.replace("tied or ", ""))],
+    "simulated: factors free of latents do not pass": [(TIES, "if True:")],
+    "tail: full of the largest weight, it is infinite": [
+        ("torch.where(full, -math.inf,", "torch.where(full, math.inf,")
+    ],
+    "tail: of four, it is minus infinite": [(" & (x.shape[1] > 5)", "")],
+    "discrete: the largest weight counted in one pass": [("mine + others", "torch.maximum(mine, others)")],
+    "discrete: counted exactly": [("log_w >= top - TIED).sum(0)", "log_w >= top).sum(0)")],
+    "discrete: the effective sample size alone": [("share > SHARE", "share > 2")],
+    "discrete: the count alone": [
+        ("self.number.minimum(sums.ess), sums.ess)", "self.number.double(), self.number.double())")
+    ],
+    "discrete: as if continuous": [("any(discrete) and all(discrete)", "False")],
+    "discrete: as soon as one latent is": [("any(discrete) and all(discrete)", "any(discrete)")],
 }
 
 
