@@ -228,6 +228,9 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "local: dead terms are left out": [("torch.where(lost > gone, -math.inf, whole - part)", "whole - part")],
     "local: no N/B": [("signal, 0.0) * scale * torch", "signal, 0.0) * torch")],
+    "local: without tempering": [
+        ("weight * particles.tempering.get((role, name), 1.0) * log_prob", "weight * log_prob")
+    ],
     "local: without kl_weight": [('("model", particles.prior, b)', '("model", particles.prior, 1.0)')],
     "local: without likelihood_weight": [
         (

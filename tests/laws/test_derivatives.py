@@ -72,6 +72,30 @@ def test_renyi_is_precise_in_single_precision_near_alpha_one(power, spread):
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6 * spread)
 
 
+def test_renyi_is_precise_near_alpha_one_where_one_of_many_has_all_the_weight():
+    log_w = torch.full((100_000, 1), -1e5)
+    log_w[0] = -3.0
+    found = pv.Renyi(0.99, len(log_w)).bound(log_w.float())
+    assert float(found) == pytest.approx(-3 - 100 * math.log(len(log_w)), rel=1e-6)
+
+
+def test_wake_sleep_reports_the_bound_of_iwae():
+    log_w = torch.randn(4, 3)
+    torch.testing.assert_close(pv.RWS(4).bound(log_w), log_w.exp().mean(0).log())
+
+
+@pytest.mark.parametrize("objective", SHIPPED[:-1], ids=repr)
+def test_particles_without_weight_are_replaced_like_others(objective):
+    log_w = torch.randn(objective.total_particles, 4)
+    log_w[1, 0] = log_w[0, 1] = log_w[:2, 2] = -math.inf
+    found, wanted = (
+        derivatives.learning_signal(b, log_w, objective.num_particles)
+        for b in (objective.path_bound, by_autograd(objective.path_bound))
+    )
+    known = objective.path_bound(log_w).isfinite()
+    torch.testing.assert_close(found[:, known], wanted[:, known])
+
+
 @pytest.mark.parametrize("objective", [*SHIPPED, Pessimist(6)], ids=repr)
 def test_particles_and_data_without_weight_give_no_nan(objective):
     log_w = torch.randn(objective.total_particles, 3)

@@ -37,13 +37,14 @@ def logits(p, late):
     return of_g, of_z
 
 
-def programs(p, size=1, late=False):
-    """The pair of so many repetitions."""
+def programs(p, size=1, late=False, full=2):
+    """The pair of so many repetitions, its data of so many in full."""
+    plate = {"name": "data", "size": full, "subsample": torch.arange(len(X)), "dim": -1}
 
     def model():
         with pyro.plate("repetitions", size, dim=-2):
             g = pyro.sample("g", dist.Bernoulli(logits=p["a"].expand(size, 1)))
-            with pyro.plate("data", len(X), dim=-1):
+            with pyro.plate(**plate):
                 z = pyro.sample("z", dist.Bernoulli(logits=p["b"] * (2 * g - 1)))
                 pyro.sample("x", dist.Normal(p["w"] * z + g, 0.8), obs=X)
 
@@ -51,25 +52,27 @@ def programs(p, size=1, late=False):
         of_g, of_z = logits(p, late)
         with pyro.plate("repetitions", size, dim=-2):
             if late:
-                with pyro.plate("data", len(X), dim=-1):
+                with pyro.plate(**plate):
                     z = pyro.sample("z", dist.Bernoulli(logits=of_z(None).expand(size, len(X))))
             g = pyro.sample("g", dist.Bernoulli(logits=of_g(z if late else None) + torch.zeros(size, 1)))
             if not late:
-                with pyro.plate("data", len(X), dim=-1):
+                with pyro.plate(**plate):
                     pyro.sample("z", dist.Bernoulli(logits=of_z(g)))
 
     return model, guide
 
 
-def exact(bound, num, late=False, kl_weight=1.0, likelihood_weight=1.0):
+def exact(bound, num, late=False, kl_weight=1.0, likelihood_weight=1.0, full=2):
     """The gradient of the expected bound, by all tuples of states."""
     p, of = parameters(), lambda l, v: dist.Bernoulli(logits=l).log_prob(v)  # noqa: E741
     of_g, of_z = logits(p, late)
     states = torch.cartesian_prod(*[BIT] * (1 + len(X)))
     g, z = states[:, :1], states[:, 1:]
     log_q = of(of_g(z), g).sum(-1) + of(of_z(g), z).sum(-1)
-    prior = of(p["a"], g).sum(-1) + of(p["b"] * (2 * g - 1), z).sum(-1)
-    log_w = likelihood_weight * dist.Normal(p["w"] * z + g, 0.8).log_prob(X).sum(-1) + kl_weight * (prior - log_q)
+    likelihood = dist.Normal(p["w"] * z + g, 0.8).log_prob(X).sum(-1)
+    kl_of_z = (of(of_z(g), z) - of(p["b"] * (2 * g - 1), z)).sum(-1)
+    log_w = kl_weight * (of(p["a"], g) - of(of_g(z), g)).sum(-1)
+    log_w = log_w + full / len(X) * (likelihood_weight * likelihood - kl_weight * kl_of_z)
     tuples = torch.tensor(list(itertools.product(range(len(states)), repeat=num))).T
     expectation = (log_q[tuples].sum(0).exp() * bound(log_w[tuples])).sum()
     return dict(zip(p, torch.autograd.grad(expectation, list(p.values())), strict=True))
@@ -103,6 +106,13 @@ def test_mean_gradient_is_exact(objective, late, agree):
     truth, draws = exact(bound, objective.total_particles, late, **options), found(objective, R, late=late)
     for name in truth:
         agree(repr(objective), "local-last" if late else "local", f"d/d{name}", draws[name], truth[name])
+
+
+def test_a_subsample_has_the_mean_of_its_scaled_data(agree):
+    for objective in (pv.ELBO(1), pv.ELBO(3)):
+        truth, draws = exact(pv.ELBO(1).bound, 1, full=6), found(objective, R, full=6)
+        for name in truth:
+            agree(repr(objective), "local, subsampled", f"d/d{name}", draws[name], truth[name])
 
 
 def test_groups_have_the_mean_of_theirs(agree):
