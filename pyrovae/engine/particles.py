@@ -198,9 +198,10 @@ class Particles:
             total = self.layout.reduce(lp) if total is None else total + self.layout.reduce(lp)
         return None if total is None else self.layout.expand(total)
 
-    def log_guide(self) -> Tensor | None:
-        """log q(z | x), ``[K, *plates]``; None for a guide without sites."""
-        return self.total("guide", {name: log_prob(site, in_guide=True) for name, site in self.guide.items()})
+    def log_guide(self, cut: Collection[str] = ()) -> Tensor | None:
+        """log q(z | x), ``[K, *plates]``, without gradients of the sites ``cut``; None for a guide without sites."""
+        terms = {name: log_prob(site, in_guide=True) for name, site in self.guide.items()}
+        return self.total("guide", {name: lp.detach() if name in cut else lp for name, lp in terms.items()})
 
     def log_prior(self) -> Tensor | None:
         """log p(z), with what point masses carry of it, ``[K, *plates]``."""

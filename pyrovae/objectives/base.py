@@ -3,6 +3,7 @@ r"""The contract of an objective: a bound on log-weights, and the coefficients t
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -162,15 +163,15 @@ class Objective(Configured, RunObjective):
 
     def particle_loss(self, particles: Particles) -> Tensor:
         """The loss of one run of the pair."""
+        needs = self.needs
+        scores = score_functions(particles) if needs.reinforce and torch.is_grad_enabled() else {}
         parts = Parts(
-            particles.log_likelihood(), particles.log_prior(), particles.log_guide(),
+            particles.log_likelihood(), particles.log_prior(), particles.log_guide(self.noise_alone(particles, scores)),
             self.kl_weight, self.likelihood_weight,
         )  # fmt: skip
         log_w = parts.log_w
-        if not (log_w.requires_grad or particles.copies):
+        if not (particles.copies or any(live.requires_grad for live in (log_w, *scores.values()))):
             return -(self.bound(log_w) * particles.scale).sum()
-        needs = self.needs
-        scores = score_functions(particles) if needs.reinforce else {}
         local = {} if self.has_own_weights else local_plates(particles, scores)
         log_score = particles.total("guide", {n: s for n, s in scores.items() if n not in local}, tempered=False)
         needs = needs._replace(reinforce=log_score is not None)
@@ -185,6 +186,13 @@ class Objective(Configured, RunObjective):
             scores = {name: scores[name] for name in local}
             ascent = ascent + local_ascent(particles, scores, terms, self.path_bound, self.num_particles)
         return -(bound * particles.scale).sum() - (ascent - ascent.detach())
+
+    def noise_alone(self, particles: Particles, scored: Iterable[str]) -> list[str]:
+        """The draws whose -log q has a gradient in log w of mean 0, as its coefficient is a number."""
+        bound = self.path_bound
+        if self.has_own_weights or not (isinstance(bound, PowerMeans) and bound.linear(self.total_particles)):
+            return []
+        return [name for name in scored if name in particles.guide and not particles.guide[name]["fn"].has_rsample]
 
     def check(self, seen: Look) -> None:
         """Refuse a pair that this objective cannot train or measure."""

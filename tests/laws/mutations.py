@@ -243,16 +243,18 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "local: free bits without the likelihood": [
         ('("model", particles.likelihood, self.likelihood_weight), ("model", *rest)', '("model", *rest)')
     ],
+    "score: none where the log-weights have no gradient": [("in (log_w, *scores.values()))", "in (log_w,))")],
+    "score: noise alone in linear bounds": [("lp.detach() if name in cut else lp", "lp")],
+    "score: the slope of a bound that is not linear left out": [
+        ("isinstance(bound, PowerMeans) and bound.linear(self.total_particles)", "isinstance(bound, PowerMeans)")
+    ],
+    "score: rejection's own log q left out": [
+        ('if name in particles.guide and not particles.guide[name]["fn"].has_rsample', "if name in particles.guide")
+    ],
     "score: rejection has none": [
         ("return None if fn.has_rsample and not rejects(fn) else", "return None if fn.has_rsample else")
     ],
     "score: rejection has all": [("return fn.score_parts(value).score_function", "return fn.log_prob(value)")],
-    "score: not summed over an event": [
-        (
-            "return sum_rightmost(score_of(fn.base_dist, value, rsample), fn.reinterpreted_batch_ndims)",
-            "return score_of(fn.base_dist, value, rsample).mean(-1)",
-        )
-    ],
     "score: not pulled back": [("value = transform.inv(value)", "pass")],
     "score: masked": [
         (

@@ -52,8 +52,12 @@ def assert_equal(pair, ours, theirs):
         torch.testing.assert_close(our_grads[n], their_grads[n], rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("pair", [GAUSSIAN, POSTERIOR, MULTIVARIATE, HIERARCHY], ids=name)
-@pytest.mark.parametrize("num", [1, 4])
+@pytest.mark.parametrize(
+    ("pair", "num"),
+    [(pair, num) for pair in (GAUSSIAN, POSTERIOR, MULTIVARIATE, HIERARCHY) for num in (1, 4)]
+    + [(pair, 1) for pair in (MIXTURE, NET, MIXED, MIXED_LIVE)],  # several particles have a baseline, Pyro's have none
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_elbo_is_trace_elbo_seed_by_seed(pair, num):
     assert_equal(pair, pv.ELBO(num), Trace_ELBO(num_particles=num, **VECTOR))
 
