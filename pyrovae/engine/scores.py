@@ -87,6 +87,14 @@ def terms_of(particles: Particles, *parts: tuple[Role, Sites, Weight]) -> Terms:
         ]
 
 
+def weight_terms(particles: Particles, kl_weight: Weight, likelihood_weight: Weight) -> Terms:
+    """The terms of the log-weights."""
+    return terms_of(
+        particles, ("model", particles.likelihood, likelihood_weight), ("model", particles.prior, kl_weight),
+        ("guide", particles.guide, -kl_weight),
+    )  # fmt: skip
+
+
 @dataclass
 class Reach:
     """What single elements reach of the log-weights: finite terms, and how many that make a weight 0."""

@@ -3,7 +3,6 @@ r"""The contract of an objective: a bound on log-weights, and the coefficients t
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -15,12 +14,12 @@ from pyrovae.engine.fold import Fold
 from pyrovae.engine.gradient import Needs, ParticleWeights, Parts, finite_weights, surrogate
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
-from pyrovae.engine.scores import local_plates, score_functions, terms_of
+from pyrovae.engine.scores import local_plates, score_functions, weight_terms
 from pyrovae.engine.sites import Weight
 from pyrovae.objectives import checks
 from pyrovae.objectives.derivatives import Bound, curvature, learning_signal, slope
 from pyrovae.objectives.interface import RunObjective
-from pyrovae.objectives.local import local_ascent
+from pyrovae.objectives.local import local_ascent, noise_alone
 from pyrovae.objectives.means import PowerMeans
 
 Gradient = Literal["total", "stl", "dreg"]
@@ -165,8 +164,9 @@ class Objective(Configured, RunObjective):
         """The loss of one run of the pair."""
         needs = self.needs
         scores = score_functions(particles) if needs.reinforce and torch.is_grad_enabled() else {}
+        cut = () if self.has_own_weights else noise_alone(particles, scores, self.path_bound)
         parts = Parts(
-            particles.log_likelihood(), particles.log_prior(), particles.log_guide(self.noise_alone(particles, scores)),
+            particles.log_likelihood(), particles.log_prior(), particles.log_guide(cut),
             self.kl_weight, self.likelihood_weight,
         )  # fmt: skip
         log_w = parts.log_w
@@ -178,21 +178,10 @@ class Objective(Configured, RunObjective):
         bound, weights = self.followed_weights(log_w.detach(), particles, needs)
         ascent = surrogate(particles, parts, log_w, weights, needs, log_score)
         if local:
-            b = self.kl_weight
-            terms = terms_of(
-                particles, ("model", particles.likelihood, self.likelihood_weight), ("model", particles.prior, b),
-                ("guide", particles.guide, -b),
-            )  # fmt: skip
+            terms = weight_terms(particles, self.kl_weight, self.likelihood_weight)
             scores = {name: scores[name] for name in local}
             ascent = ascent + local_ascent(particles, scores, terms, self.path_bound, self.num_particles)
         return -(bound * particles.scale).sum() - (ascent - ascent.detach())
-
-    def noise_alone(self, particles: Particles, scored: Iterable[str]) -> list[str]:
-        """The draws whose -log q has a gradient in log w of mean 0, as its coefficient is a number."""
-        bound = self.path_bound
-        if self.has_own_weights or not (isinstance(bound, PowerMeans) and bound.linear(self.total_particles)):
-            return []
-        return [name for name in scored if name in particles.guide and not particles.guide[name]["fn"].has_rsample]
 
     def check(self, seen: Look) -> None:
         """Refuse a pair that this objective cannot train or measure."""

@@ -3,7 +3,7 @@ r"""The learning signal of sites whose draws reach only part of the log-weights,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.scores import Reach, Terms, in_place, local_plates, particles_first
 from pyrovae.objectives.derivatives import Bound, change, mean_of_others
+from pyrovae.objectives.means import PowerMeans
 
 
 def local_ascent(particles: Particles, scores: Mapping[str, Tensor], terms: Terms, bound: Bound, group: int) -> Tensor:
@@ -36,3 +37,10 @@ def local_ascent(particles: Particles, scores: Mapping[str, Tensor], terms: Term
             scale = in_place(layout, scale, signal.dim() - 1)
         parts.append((torch.where(usable, signal, 0.0) * scale * torch.where(score.isfinite(), score, 0.0)).sum())
     return torch.stack(parts).sum()
+
+
+def noise_alone(particles: Particles, scored: Iterable[str], bound: Bound) -> list[str]:
+    """The draws without rsample whose -log q has a gradient of mean 0, as its coefficient in the bound is a number."""
+    if not (isinstance(bound, PowerMeans) and bound.linear(particles.layout.num_particles)):
+        return []
+    return [name for name in scored if name in particles.guide and not particles.guide[name]["fn"].has_rsample]

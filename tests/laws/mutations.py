@@ -231,12 +231,9 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "local: without tempering": [
         ("weight * particles.tempering.get((role, name), 1.0) * log_prob", "weight * log_prob")
     ],
-    "local: without kl_weight": [('("model", particles.prior, b)', '("model", particles.prior, 1.0)')],
+    "local: without kl_weight": [('("model", particles.prior, kl_weight)', '("model", particles.prior, 1.0)')],
     "local: without likelihood_weight": [
-        (
-            '("model", particles.likelihood, self.likelihood_weight), ("model", particles.prior',
-            '("model", particles.likelihood, 1.0), ("model", particles.prior',
-        )
+        ('("model", particles.likelihood, likelihood_weight)', '("model", particles.likelihood, 1.0)')
     ],
     "local: follows the model's bound": [("scores, terms, self.path_bound, self", "scores, terms, self.bound, self")],
     "local: free bits without the KL": [("terms.append((frames(particles.guide[name]), -of_site.detach()))", "pass")],
@@ -246,7 +243,10 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "score: none where the log-weights have no gradient": [("in (log_w, *scores.values()))", "in (log_w,))")],
     "score: noise alone in linear bounds": [("lp.detach() if name in cut else lp", "lp")],
     "score: the slope of a bound that is not linear left out": [
-        ("isinstance(bound, PowerMeans) and bound.linear(self.total_particles)", "isinstance(bound, PowerMeans)")
+        (
+            "isinstance(bound, PowerMeans) and bound.linear(particles.layout.num_particles)",
+            "isinstance(bound, PowerMeans)",
+        )
     ],
     "score: rejection's own log q left out": [
         ('if name in particles.guide and not particles.guide[name]["fn"].has_rsample', "if name in particles.guide")
