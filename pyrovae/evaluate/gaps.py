@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrovae.arguments import positive_int
 from pyrovae.engine.programs import Program, graph_leaves, protected_buffers
 from pyrovae.engine.runner import log_weights
-from pyrovae.engine.sites import Sites, counted, latent, log_prob, record
+from pyrovae.engine.sites import Sites, counted, latent, log_prob, proposed, record
 from pyrovae.engine.weights import log_mean_exp
 from pyrovae.engine.whole import refuse_part
 from pyrovae.evaluate.measuring import Batches, RunningMean, measuring
@@ -155,12 +155,13 @@ def gradient_snr(
     """
     repetitions = positive_int("repetitions", repetitions, minimum=2)
     with measuring(model, guide, seed=seed), protected_buffers(), torch.enable_grad():
-        proposed = record(guide, args, kwargs)
-        values = {name: site["value"] for name, site in latent(proposed).items()}
+        drawn = record(guide, args, kwargs)
+        values = {name: site["value"] for name, site in latent(drawn).items()}
         fixed = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
-        of_guide = leaves(proposed, in_guide=True)
+        joint = record(model, args, kwargs, fixed)
+        of_guide = leaves(proposed(drawn, joint), in_guide=True)
         known = {id(p) for p in of_guide}
-        of_model = [p for p in leaves(record(model, args, kwargs, fixed), in_guide=False) if id(p) not in known]
+        of_model = [p for p in leaves(joint, in_guide=False) if id(p) not in known]
         parameters = [*of_model, *of_guide]
         if not parameters:
             raise ValueError("the pair has no parameters: there is no gradient to measure")

@@ -19,6 +19,7 @@ from pyrovae.engine.programs import Batch, Program, protected_buffers, rows
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import frames, latent, quoted, untraced
+from pyrovae.engine.stacked import Stacked
 from pyrovae.engine.unwrap import is_discrete, point_mass
 from pyrovae.engine.weights import Tally
 from pyrovae.engine.whole import refuse_part
@@ -233,6 +234,11 @@ class Resampler:
     def values(self, run: Particles) -> list[Tensor]:
         """The model's latents of one pass, each ``[K, *[size or 1] * nesting, *event]``."""
         found, number = [], run.layout.num_particles
+        if self.num_draws and (uneven := self.uneven(run)):
+            raise ValueError(
+                f"num_draws keeps sites that all particles have, in the same plates, but {quoted(uneven)} come and go, "
+                "or change plates: pass num_draws=0"
+            )
         for name, event_dim in self.event_dims.items():
             value = run.model[name]["value"]
             missing = [1] * (1 + self.nesting + event_dim - value.dim())
@@ -243,6 +249,13 @@ class Resampler:
                 value = value.reshape(*missing, *value.shape)
                 found.append(value.expand(number, *value.shape[1:]))
         return found
+
+    def uneven(self, run: Particles) -> list[str]:
+        """The latents that are not in every particle of this run as they were when first looked at."""
+        sites = latent(run.model)
+        partly = [n for n, s in sites.items() if isinstance(s["fn"], Stacked) and None in s["fn"].parts]
+        moved = [n for n, s in sites.items() if {d for _, d, _ in frames(s)} != self.plates.get(n)]
+        return [*dict.fromkeys([*(self.event_dims.keys() ^ sites.keys()), *partly, *moved])]
 
     def add(self, log_w: Tensor, values: list[Tensor]) -> None:
         """Let a pass in: its log-weights ``[K, *plates]``, and its :meth:`values`."""

@@ -55,8 +55,21 @@ def test_a_guide_made_by_effects_has_true_weights(kind):
     stl = pv.IWAE(3, gradient="stl").differentiable_loss(mean_model, guide, Y)
     for gradient in torch.autograd.grad(stl, list(guide.parameters())):
         assert gradient.abs().max() < 1e-10  # at the posterior it has no noise
-    # the guide's parameters are its own, although its run contains what the model observes
-    assert pv.evaluate.gradient_snr(pv.ELBO(), mean_model, guide, Y, repetitions=5).guide >= 0
+
+
+def test_parameters_of_the_model_are_not_those_of_a_guide_that_runs_it():
+    shift = torch.tensor(0.3, requires_grad=True)
+
+    def shifted(y):
+        mean = pyro.sample("mean", normal(y.new_zeros(())))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", normal(mean + shift), obs=y)
+
+    guide = autoguide.AutoNormalMessenger(shifted, init_scale=0.5)
+    guide(Y)
+    found = pv.evaluate.gradient_snr(pv.ELBO(), shifted, guide, Y, repetitions=5)
+    assert math.isfinite(found.model)  # NaN of a program without parameters
+    assert math.isfinite(found.guide)
 
 
 def test_free_bits_and_dreams_of_a_guide_made_by_effects():

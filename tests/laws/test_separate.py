@@ -154,11 +154,12 @@ def test_control_flow_has_true_weights_and_is_told_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         log_w = pv.log_weights(branching, branching_guide, X, num_particles=6, **APART)
-        estimate = pv.log_likelihood(branching, branching_guide, X, num_samples=60, seed=0, num_draws=3, **APART)
+        estimate = pv.log_likelihood(branching, branching_guide, X, num_samples=60, seed=0, **APART)
     assert all(v in [pytest.approx(r) for r in log_ratio.tolist()] for v in log_w.tolist())
     exact = log_joint().logsumexp(0)
     assert abs(estimate.log_prob - exact) < 5 * estimate.std_error
-    assert estimate.draws["c"].shape == (3,)
+    kept = partial(pv.log_likelihood, num_samples=8, seed=0, num_draws=3, **APART)
+    refused(ValueError, 'num_draws.*"z"', kept, branching, branching_guide, X)
 
 
 class Given(Messenger):
@@ -226,8 +227,9 @@ def test_networks_of_random_weights_take_particles():
         assert loss.item() == pytest.approx(-exact.item())
         (slope,) = torch.autograd.grad(loss, model.offset)
         assert slope.isfinite()
-    estimate = pv.log_likelihood(model, weight_guide, x, y, num_samples=10, seed=0, **APART)
+    estimate = pv.log_likelihood(model, weight_guide, x, y, num_samples=10, seed=0, num_draws=4, **APART)
     assert estimate.log_prob.item() == pytest.approx(exact.item())
+    assert estimate.draws["linear.weight"].shape == (4, 1, 2)
 
 
 def test_a_network_of_random_weights_is_trained_by_fit():
