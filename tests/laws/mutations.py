@@ -54,7 +54,7 @@ DREAM = "loss = -(log_q * particles.scale).sum()"
 THERMODYNAMIC = "(correction * above - 1 - beta * above)"
 
 CUT = "if self.seen.layout.sizes[-1:] != [number] and next(batches, None) is not None:"
-TIES = "if tied or not torch.equal(lp, log_prob(again[name])):"
+TIES = "if name in tied or not torch.equal(log_prob(site), log_prob(other[name])):"
 
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
     # the bounds
@@ -398,8 +398,8 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("value.shape[axis] != frame.size", "value.shape[axis] not in (1, frame.size)")
     ],
     "simulated: factors of latents pass": [(TIES, "if False:")],
-    "simulated: ties are told by marks alone": [(TIES, "if tied:")],
-    "simulated: ties are told by values alone": [(TIES, TIES.replace("tied or ", ""))],
+    "simulated: ties are told by marks alone": [(TIES, "if name in tied:")],
+    "simulated: ties are told by values alone": [(TIES, TIES.replace("name in tied or ", ""))],
     "simulated: factors free of latents do not pass": [(TIES, "if True:")],
     "tail: full of the largest weight, it is infinite": [
         ("torch.where(full, -math.inf,", "torch.where(full, math.inf,")
