@@ -448,6 +448,44 @@ def test_a_step_of_ones_own_runs_where_its_pair_is(digits):
     assert losses[-5:].mean() < losses[:5].mean() - 3
 
 
+@several
+def test_draws_on_any_device_are_told_apart(monkeypatch):
+    """Of two latents of one shape, on a device that is not the current one."""
+    parameter = torch.zeros((), device="cuda:1", dtype=torch.float64, requires_grad=True)
+
+    def latents(x):
+        return [pyro.sample(name, dist.Normal(parameter + 0 * x, 1.0)) for name in ("a", "b")]
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            latents(x)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a, b = latents(x)
+            pyro.sample("x", dist.Normal(a - b, 1.0), obs=x)
+
+    x = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    eager, compiled = (pv.log_likelihood(model, guide, x, num_samples=50, seed=0, compile=how) for how in (False, True))
+    assert compiled.path == "compiled"
+    torch.testing.assert_close(compiled.log_prob, eager.log_prob, rtol=1e-8, atol=1e-8)
+
+
+@several
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_run_goes_on_on_another_device_of_its_kind(compile, tmp_path, digits):
+    results = []
+    for ended in ("cuda:1", "cuda:0"):
+        settings = {"epochs": 3, "run_dir": tmp_path / ended, "compile": compile}
+        dying_at(
+            loop, "run_epoch", 3, lambda settings=settings: fitted(make_vae(), digits, device="cuda:1", **settings)
+        )
+        vae = make_vae(seed=9)
+        fitted(vae, digits, device=ended, resume=True, **settings)
+        results.append(torch.cat([p.flatten().cpu() for p in weights(vae)]))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_run_goes_on_where_there_are_fewer_devices(compile, tmp_path, digits, monkeypatch):
     began = f"cuda:{torch.cuda.device_count() - 1}"

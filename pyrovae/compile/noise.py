@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from pyrovae.engine.randomness import rng_state
+
 aten = torch.ops.aten
 
 READS = "the program reads a tensor's value on the host (.item(), if, float)"
@@ -106,9 +108,8 @@ class Draws(rewritten):
             raise CannotCompile("it draws from a generator of its own")
         if is_random(func) and func not in REWRITES:
             with _disable_current_modes():
-                state = torch.get_rng_state().numpy().tobytes()
-                if torch.cuda.is_initialized():
-                    state += torch.cuda.get_rng_state().numpy().tobytes()
+                cpu, others = rng_state()
+                state = b"".join(generator.numpy().tobytes() for generator in (cpu, *others))
             self.made.append((func, state))
         if func is aten._local_scalar_dense.default and not any(args[0] is made for made in self.scalars):
             raise CannotCompile(READS)

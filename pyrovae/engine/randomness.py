@@ -63,15 +63,19 @@ def rng_snapshot() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "current": torch.cuda.current_device() if torch.cuda.is_initialized() else 0,
         "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "python": random.getstate(),
     }
 
 
 def restore_rng(snapshot: Mapping[str, Any]) -> None:
-    """Put every generator back to where :func:`rng_snapshot` saw it."""
+    """Put every generator back to where :func:`rng_snapshot` saw it; the current device's goes on on that of today."""
     torch.set_rng_state(snapshot["torch"])
-    for device, state in zip(range(torch.cuda.device_count()), snapshot["cuda"], strict=False):
+    states = dict(zip(range(torch.cuda.device_count()), snapshot["cuda"], strict=False))
+    if states:
+        states[torch.cuda.current_device()] = snapshot["cuda"][snapshot.get("current", 0)]
+    for device, state in states.items():
         torch.cuda.set_rng_state(state, device)
     kind, keys, *rest = snapshot["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
