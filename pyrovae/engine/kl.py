@@ -88,13 +88,13 @@ def parents_first(particles: Particles, name: str) -> bool:
 
 def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
     """KL(q || p), if it is registered; a Delta's lacks its log_density, and masks inside of an event may differ."""
-    if point_mass(q) is not None or is_masked(q) or is_masked(p) or not all(map(has_own_law, (*layers(q), *layers(p)))):
-        return None
     if isinstance(q, Stacked) and isinstance(p, Stacked):
         pairs = zip(q.parts, p.parts, strict=True)
         each = [None if a is None or b is None else closed_form(a, b) for a, b in pairs]
         known = [(kl is None) == (part is None) for kl, part in zip(each, q.parts, strict=True)]
         return stack(each, q.nesting) if all(known) else None
+    if point_mass(q) is not None or is_masked(q) or is_masked(p) or not all(map(has_own_law, (*layers(q), *layers(p)))):
+        return None
     if (shape := torch.broadcast_shapes(q.batch_shape, p.batch_shape)) != q.batch_shape or shape != p.batch_shape:
         q, p = q.expand(shape), p.expand(shape)  # a replayed site is not broadcast over the particles
     try:
