@@ -312,7 +312,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "the guide's tempering not in dreg": [("next(iter(particles.guide_tempering), 1.0)", "1.0")],
     "tempering outside of the bound": [("lp = lp * self.tempering[role, name]", "pass")],
     # what of a pair is seen again
-    "a structure once seen is seen for good": [("            if found.structure in known:", "            if known:")],
+    "a structure once seen is seen for good": [("elif found.structure not in known:", "elif not known:")],
     "plates of a later call lie where particles are": [
         ("max(self.nesting, seen.nesting)", "self.nesting or seen.nesting")
     ],
@@ -364,7 +364,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
             "for name, value in drawn(proposed).items()}",
         )
     ],
-    "what Deltas are computed from as noise": [("return frozenset(own) - read", "return frozenset(own)")],
+    "what Deltas are computed from as noise": [("Auxiliary(frozenset(own) - read,", "Auxiliary(frozenset(own),")],
     "Deltas of Deltas cut off": [
         ("get_provenance(parts_of(mass)) if name in self.own and", "frozenset() if name in self.own and")
     ],
