@@ -29,7 +29,8 @@ PLAIN = (PyroDistribution.score_parts, MaskedDistribution.score_parts, ExpandedD
 def score_function(site: Site) -> Tensor | None:
     """What of log q the draw itself carries no gradient of, masked or not; None of a reparameterised draw."""
     fn = site["fn"]
-    return None if fn.has_rsample and not rejects(fn) else score_of(fn, site["value"], fn.has_rsample)
+    score: Tensor | float = 0.0 if fn.has_rsample and not rejects(fn) else score_of(fn, site["value"], fn.has_rsample)
+    return score if isinstance(score, Tensor) else None
 
 
 def rejects(fn: Distribution) -> bool:
@@ -38,7 +39,7 @@ def rejects(fn: Distribution) -> bool:
 
 
 def score_of(fn: Distribution, value: Tensor, rsample: bool) -> Tensor:
-    """The score function under masks, sums over an event, and transforms."""
+    """The score function under masks, sums over an event, and transforms; the number 0 where a class says so."""
     if isinstance(fn, Stacked):
         return fn.each(lambda part, own: score_of(part, own, rsample), value)
     if isinstance(fn, MaskedDistribution):

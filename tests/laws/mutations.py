@@ -251,9 +251,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "score: rejection's own log q left out": [
         ('if name in particles.guide and not particles.guide[name]["fn"].has_rsample', "if name in particles.guide")
     ],
-    "score: rejection has none": [
-        ("return None if fn.has_rsample and not rejects(fn) else", "return None if fn.has_rsample else")
-    ],
+    "score: rejection has none": [("0.0 if fn.has_rsample and not rejects(fn) else", "0.0 if fn.has_rsample else")],
     "score: rejection has all": [("return fn.score_parts(value).score_function", "return fn.log_prob(value)")],
     "score: not pulled back": [("value = transform.inv(value)", "pass")],
     "score: masked": [
@@ -263,13 +261,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         )
     ],
     "score: masked by a handler": [
-        (
-            "fn.has_rsample and not rejects(fn) else score",
-            'site["mask"] is not None or (fn.has_rsample and not rejects(fn)) else score',
-        )
-    ],
-    "copies: RWS follows samples that it holds fixed": [
-        ('"detached": cut_off, "fixed": Tensor.detach', '"detached": cut_off, "fixed": renamed')
+        ("0.0 if fn.has_rsample and", '0.0 if site["mask"] is not None or fn.has_rsample and')
     ],
     "copies: the soft draw is lost": [("        setattr(new, name, duplicate(tensor, how))", "        pass")],
     "copies: the soft draw is not cut off": [

@@ -112,6 +112,25 @@ def test_the_score_is_found_under_wrappers(wrap):
     torch.testing.assert_close(plain[1], other[1])
 
 
+class Whole(dist.Gamma):
+    """A distribution that says in its own words that its draws carry all of the gradient."""
+
+    def score_parts(self, value):
+        return dist.score_parts.ScoreParts(self.log_prob(value), 0, self.log_prob(value))
+
+
+@pytest.mark.parametrize("event_dim", [0, 1])
+@pytest.mark.parametrize("gradient", ["total", "dreg"])
+def test_no_score_is_no_score(event_dim, gradient):
+    found = []
+    for kind in (Whole, dist.Gamma):
+        a, r = (torch.full((50,) + (1,) * event_dim, value, requires_grad=True) for value in (1.3, 0.8))
+        pair = gamma_pair(lambda: kind(a, r).to_event(event_dim), event_dim)  # noqa: B023
+        found.append(seeded_loss(pv.IWAE(3, gradient=gradient), *pair, torch.full((50,), COUNT), params=(a, r)))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("objective", [pv.ELBO(gradient="stl"), pv.IWAE(3, gradient="dreg"), pv.RWS(gradient="dreg")])
 def test_rejection_is_refused_where_draws_must_carry_all(objective):
     pair = gamma_pair(lambda: RejectionGamma(*gamma_parameters((2,))).expand([2]))
