@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from pyro.distributions import Unit
 from pyro.infer.autoguide import AutoDiscreteParallel
 
 from pyrovae.engine.probe import Look
 from pyrovae.engine.scores import score_function
-from pyrovae.engine.sites import latent, quoted, says_rsample
+from pyrovae.engine.sites import latent, oversampling, quoted, same, says_rsample
 from pyrovae.engine.unwrap import point_mass
 
 
@@ -18,6 +20,18 @@ def refuse_uncommon_subsample(seen: Look, objective: str, particles: int) -> Non
             f'{objective} with {particles} particles cannot subsample plate "{subsampled[0]}", which not '
             "every site is inside of: its weights are joint over the data; use pyrovae.ELBO, or the whole data set"
         )
+
+
+def refuse_unlike_subsamples(seen: Look) -> None:
+    """Refuse a latent whose plates subsample otherwise in the guide than in the model: its scales would not cancel."""
+    model, guide = latent(seen.model), latent(seen.guide)
+    for name in model.keys() & guide.keys():
+        a, b = (math.prod(map(oversampling, run[name]["cond_indep_stack"])) for run in (model, guide))
+        if not same(a, b):
+            raise ValueError(
+                f'each draw of site "{name}" stands for {a:g} in the model and for {b:g} in the guide, as their plates '
+                "subsample: give the plates one size and one subsample in both"
+            )
 
 
 def refuse_scored_sites(seen: Look, gradient: str) -> None:

@@ -304,6 +304,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "the guide's tempering not in dreg": [("next(iter(particles.guide_tempering), 1.0)", "1.0")],
     "tempering outside of the bound": [("lp = lp * self.tempering[role, name]", "pass")],
     # what of a pair is seen again
+    "one program may subsample alone": [("checks.refuse_unlike_subsamples(seen)", "pass")],
     "a structure once seen is seen for good": [("elif found.structure not in known:", "elif not known:")],
     "plates of a later call lie where particles are": [
         ("max(self.nesting, seen.nesting)", "self.nesting or seen.nesting")

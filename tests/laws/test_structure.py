@@ -48,6 +48,31 @@ VERBS = {
 }
 
 
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("subsampling", ["model", "guide"])
+def test_a_site_that_one_program_alone_subsamples_is_refused_in_training(subsampling, sequential):
+    def program(role, x, loc):
+        parts = 6 if subsampling == role else 3
+        if sequential:
+            for i in pyro.plate("units", parts, subsample=torch.arange(3)):
+                yield pyro.sample(f"z_{i}", normal(loc[i]))
+        else:
+            with pyro.plate("data", parts, subsample=torch.arange(3)):
+                yield pyro.sample("z", normal(loc))
+
+    def unlike_model(x):
+        z = torch.stack(list(program("model", x, torch.zeros(3))), -1)
+        with pyro.plate("rows", 3, dim=-2):
+            pyro.sample("x", normal(z.sum(-1, keepdim=True)), obs=x[:, :1])
+
+    def unlike_guide(x):
+        list(program("guide", x, x[:, 0]))
+
+    match = "stands for 2 in the model and for 1" if subsampling == "model" else "stands for 1 in the model and for 2"
+    for objective in (pv.ELBO(), pv.ELBO(2), pv.RWS(2)):
+        refused(ValueError, match, objective.loss, unlike_model, unlike_guide, X)
+
+
 @pytest.mark.parametrize("validate", [True, False])
 @pytest.mark.parametrize(
     ("program", "guide"),
