@@ -4,7 +4,7 @@
 
 FOLDER is a checkout of pyro-ppl/pyro; its ``tests/infer`` are run with the Pyro that is installed. Nothing of them is
 copied here: before they are imported, Pyro's names for its objectives are made to mean ours (``OURS``). The objectives
-that enumerate or are no bound stay Pyro's, and a test that makes none of ours is not counted.
+that enumerate or are no bound stay Pyro's, and a test that makes none of ours is left out.
 
 What we refuse by design, and what tests the inside of Pyro's own objectives, stands in ``LISTED``, with the reason and
 the message that must be raised; an entry of which no test fails any more is reported as a failure. At the end comes a
@@ -14,6 +14,7 @@ table. ``--all`` runs the tests that train to convergence as well, which takes a
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -71,6 +72,7 @@ OURS = {
     "RenyiELBO": Renyi,
     "ReweightedWakeSleep": WakeSleep,
 }
+NAMES = re.compile("|".join(OURS))
 #: What ours find out for themselves, or have no use for.
 DROPPED = {
     "max_plate_nesting", "max_iarange_nesting", "strict_enumeration_warning", "ignore_jit_warnings", "jit_options",
@@ -155,10 +157,11 @@ class Suite:
         return type(name, (base,), {"__init__": __init__})
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leave the slow ones out, unless all are asked for."""
-        if "all" not in config.getoption("stage"):
-            config.hook.pytest_deselected(items=[item for item in items if any(name in item.nodeid for name in SLOW)])
-            items[:] = [item for item in items if not any(name in item.nodeid for name in SLOW)]
+        """Keep the tests of our objectives; unless all are asked for, without the slow ones."""
+        slow = [] if "all" in config.getoption("stage") else SLOW
+        kept = [item for item in items if is_ours(item) and not any(name in item.nodeid for name in slow)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
 
     def pytest_runtest_setup(self) -> None:
         self.made = False
@@ -197,6 +200,12 @@ class Suite:
         return [entry for entry, needed in self.listed.items() if entry.always and not needed]
 
 
+def is_ours(item: Any) -> bool:
+    """Whether a test makes one of our objectives, by its parameters, or else by its source."""
+    named = re.search("ELBO|WakeSleep|EnergyDistance|MMD", item.name)
+    return bool(NAMES.search(item.name if named else inspect.getsource(item.cls or item.function)))
+
+
 def name_of(item: pytest.Item) -> str:
     """File and name of a test, without brackets, which mean something to fnmatch."""
     return item.nodeid.rpartition("/")[2].replace("[", "(").replace("]", ")")
@@ -217,8 +226,7 @@ def main(folder: str, *options: str) -> int:
     suite = Suite(substitute="--theirs" not in options)
     os.chdir(folder)  # its tests are a package of the same name as ours
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
-    names = re.compile("|".join(OURS))
-    files = [str(f) for f in sorted(Path("tests/infer").rglob("test_*.py")) if names.search(f.read_text())]
+    files = [str(f) for f in sorted(Path("tests/infer").rglob("test_*.py")) if NAMES.search(f.read_text())]
     stage = "all" if "--all" in options else "unit"
     rest = [option for option in options if option not in own]
     chosen = [] if any(option.startswith("tests/") for option in rest[:1]) else files
