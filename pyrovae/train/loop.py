@@ -207,7 +207,7 @@ class Trainee:
         except Exception as error:  # for instance a latent that only Pyro's enumeration knows; training may go on
             if isinstance(own, Objective):
                 raise
-            warn_unlogged(error, stacklevel=4)
+            warn_unlogged(error)
             seen = look_on(feed, model, guide, validate=False)
         else:
             self.monitor = Monitor(model, guide, seen, feed)

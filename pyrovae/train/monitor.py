@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 import pyro.infer
@@ -15,7 +14,7 @@ from pyrovae.engine.devices import beside, home_of
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.particles import Particles, combine
 from pyrovae.engine.probe import Look, look
-from pyrovae.engine.programs import Batch, Program, evaluating, roots
+from pyrovae.engine.programs import Batch, Program, evaluating, roots, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import Sites, counts, frames, latent
@@ -58,7 +57,7 @@ class Monitor:
                 self.runner.look(self.batch, {})
             except Exception as error:  # a pair that runs at its own batch size only; training may go on
                 self.usable = False
-                warn_unlogged(error, stacklevel=6)
+                warn_unlogged(error)
         if not self.usable:
             return {}
         with torch.no_grad(), isolated_rng(0), evaluating(self.runner.model, self.runner.guide, *self.modules):
@@ -98,9 +97,9 @@ class Monitor:
         return held if self.joint and any(size == held for _, _, size in frames(particles.model[name])) else 1
 
 
-def warn_unlogged(error: Exception, stacklevel: int) -> None:
+def warn_unlogged(error: Exception) -> None:
     """Say why nothing is logged of the units."""
-    warnings.warn(f"KL and active units will not be logged: {' '.join(str(error).split())}", stacklevel=stacklevel)
+    warn(f"KL and active units will not be logged: {' '.join(str(error).split())}")
 
 
 class Validation:
