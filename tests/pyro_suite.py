@@ -115,10 +115,6 @@ LISTED = [
     ),
     Entry("test_valid_models.py::test_vectorized_num_particles*", r"torch.Size\(\[2\]\) == torch.Size", ONCE),
     Entry(
-        "test_gradient.py::test_particle_gradient(Trace_ELBO-*", "At key",
-        "one draw of a score-function estimator: ours has another, of the same mean",
-    ),
-    Entry(
         "test_autoguide.py::test_exact_batch(AutoLowRankMultivariateNormal)", r"3.8\d+ vs 3.837",
         "chance: a loss of 100 draws, of standard error .006, is held to .01 at one seed", always=False,
     ),
