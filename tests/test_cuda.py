@@ -2,6 +2,7 @@
 
 import gc
 import math
+import threading
 import warnings
 from contextlib import nullcontext
 
@@ -419,6 +420,29 @@ def test_recurrent_layers_are_compiled_and_recorded(layer):
         )
     assert result.timings["path"] == "cuda graph"
     assert result.history[-1]["bound"] > result.history[0]["bound"] + 3
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_other_threads_may_wait_for_the_device_meanwhile(compile, digits):
+    done, failed = threading.Event(), []
+
+    def busy():
+        try:
+            while not done.is_set():
+                torch.ones(5, device="cuda").sum().item()
+                torch.cuda.synchronize()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        result = fitted(make_vae(), digits, compile=compile, epochs=2)
+    finally:
+        done.set()
+        thread.join()
+    assert not failed
+    assert result.timings["path"] == ("cuda graph" if compile else "eager")
 
 
 several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device on this machine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -86,15 +87,26 @@ def options(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 @contextmanager
 def unwaiting() -> Iterator[None]:
-    """Make an error of what waits for the device."""
-    before = torch.cuda.get_sync_debug_mode()
+    """Refuse what waits for the device; other threads may wait, and so torch is to warn, and not to raise."""
+    before, mine, shown = torch.cuda.get_sync_debug_mode(), threading.get_ident(), warnings.showwarning
+    waits: list[str] = []
+
+    def note(message: Warning | str, *where: Any, **more: Any) -> None:
+        if "synchroniz" not in str(message).lower():
+            shown(message, *where, **more)
+        elif "called" in str(message) and threading.get_ident() == mine:
+            waits.append(one_line(message, 100))
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it does not find all that waits
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+        warnings.filterwarnings("always", message=".*synchroniz")
+        warnings.showwarning = note  # type: ignore[assignment]
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    if waits:
+        raise CannotRecord(f"it waits for the device ({waits[0]})")
 
 
 @contextmanager
