@@ -30,8 +30,10 @@ def beside(args: Batch, kwargs: Mapping[str, object] | None = None) -> AbstractC
 
     On the CPU it is none.
     """
-    place = batch_device(args, kwargs or {})
-    return nullcontext() if place is None or place.type == "cpu" else MadeOn(place)
+    for a in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(a, Tensor) and not a.is_cpu:
+            return MadeOn(a.device)
+    return nullcontext()
 
 
 class MadeOn(TorchFunctionMode):
