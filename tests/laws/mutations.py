@@ -23,7 +23,7 @@ VARIABLE = "PYROVAE_MUTATION"
 # The quickest to kill first.
 SUITE = [
     *("tests/laws/test_derivatives.py", "tests/laws/test_scored.py", "tests/laws/test_local.py"),
-    "tests/laws/test_identities.py",
+    *("tests/laws/test_identities.py", "tests/test_devices.py"),
     *("tests/laws/test_scales.py", "tests/laws/test_free_bits.py"),
     *("tests/laws/test_auxiliary.py", "tests/laws/test_structure.py", "tests/laws/test_separate.py"),
     *("tests/test_importance.py", "tests/test_objectives.py", "tests/laws/test_oracles.py"),
@@ -57,6 +57,16 @@ CUT = "if self.seen.layout.sizes[-1:] != [number] and next(batches, None) is not
 TIES = "if name in tied or not torch.equal(log_prob(site), log_prob(other[name])):"
 
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
+    # where programs run
+    "devices: what names none is on the CPU": [('given["device"] = self.device', "pass")],
+    "devices: a generator is taken along": [(' or given.get("generator") is not None', "")],
+    "devices: a tensor is taken along": [("taken = func in CONVERTED and any(", "taken = False and any(")],
+    "devices: the CPU says where as well": [
+        ("if isinstance(a, Tensor) and not a.is_cpu:", "if isinstance(a, Tensor):")
+    ],
+    "devices: only modules are asked": [("found is not None or place is None or not may_differ(place)", "True")],
+    "devices: a run that stopped leaves parameters": [("del store[name]", "pass")],
+    "devices: buffers do not say where": [("(*module.parameters(), *module.buffers()))", "module.parameters())")],
     # the bounds
     "IWAE without log K": [(LOG_MEAN, "log_sum")],
     "IWAE with the log of another number": [(LOG_MEAN, LOG_MEAN.replace("number", "(number + 1)"))],
