@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import pyro.infer
 import torch
@@ -13,7 +14,7 @@ from pyrovae.data.feed import Feed, as_batch
 from pyrovae.engine.devices import beside, home_of
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.particles import Particles, combine
-from pyrovae.engine.probe import Look, look
+from pyrovae.engine.probe import Look, check_pair, look
 from pyrovae.engine.programs import Batch, Program, evaluating, roots, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
@@ -40,34 +41,49 @@ class Monitor:
         partly = not seen.joint and seen.unscaled.uncommon_subsampled
         self.known, self.usable = not partly and len(self.batch[0]) == len(feed.first()[0]), True
         self.whole = Whole()
-        self.runner.meet(seen)
+        with self.measuring():
+            self.runner.meet(seen)
 
     def __call__(self) -> dict[str, object]:
-        """What one run shows: :meth:`terms`, ``active_units`` by site, and the pair's own metrics."""
-        with self.whole:
-            return self.watched()
+        """What one run shows: :meth:`terms`, ``active_units`` by site, and the pair's own metrics.
+
+        Plates inside a datum are taken whole.
+        """
+        with self.whole, self.measuring():
+            if not self.known:
+                self.known = True
+                try:
+                    self.look()
+                except Exception as error:  # a pair that runs at its own batch size only; training may go on
+                    self.usable = False
+                    warn_unlogged(error)
+            return self.watched() if self.usable else {}
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """How the pair is run here."""
+        programs = self.runner.model, self.runner.guide
+        with torch.no_grad(), isolated_rng(0), evaluating(*programs, *self.modules):
+            yield
+
+    def look(self) -> None:
+        """Look at the pair on the data that are watched, once."""
+        if self.joint:
+            self.runner.look(self.batch, {})
+        else:
+            seen = self.whole.look(self.runner.model, self.runner.guide, self.batch, {})
+            check_pair(seen)
+            self.runner.meet(seen)
 
     def watched(self) -> dict[str, object]:
-        """The same, where plates inside a datum are taken whole."""
-        if not self.known:
-            self.known = True
-            try:
-                if not self.joint:
-                    self.whole.look(self.runner.model, self.runner.guide, self.batch, {})
-                self.runner.look(self.batch, {})
-            except Exception as error:  # a pair that runs at its own batch size only; training may go on
-                self.usable = False
-                warn_unlogged(error)
-        if not self.usable:
-            return {}
-        with torch.no_grad(), isolated_rng(0), evaluating(self.runner.model, self.runner.guide, *self.modules):
-            found = self.terms(self.runner(self.batch, {}, scaled=False))
-            means = mean_draws(self.runner.guide, self.batch) if len(self.batch[0]) > 1 else {}
-            variances = {name: average.mean.var(0) - average.noise.mean(0) for name, average in means.items()}
-            found["active_units"] = {name: int((variance > 0.01).sum()) for name, variance in variances.items()}
-            for module in roots(self.runner.model, self.runner.guide):
-                if callable(own := getattr(module, "metrics", None)):
-                    found |= own(*self.batch)
+        """What one run shows."""
+        found = self.terms(self.runner(self.batch, {}, scaled=False))
+        means = mean_draws(self.runner.guide, self.batch) if len(self.batch[0]) > 1 else {}
+        variances = {name: average.mean.var(0) - average.noise.mean(0) for name, average in means.items()}
+        found["active_units"] = {name: int((variance > 0.01).sum()) for name, variance in variances.items()}
+        for module in roots(self.runner.model, self.runner.guide):
+            if callable(own := getattr(module, "metrics", None)):
+                found |= own(*self.batch)
         return found
 
     def terms(self, particles: Particles) -> dict[str, object]:
