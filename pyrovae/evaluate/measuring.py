@@ -104,7 +104,8 @@ class Batches:
         if self.batch_size is not None or isinstance(source, DataLoader | IterableDataset):
             raise ValueError(
                 "the pair has latents outside the data plate, so that its weights are joint over the data, which "
-                "therefore cannot come in batches: pass them whole, as tensors, without batch_size"
+                "therefore cannot come in batches: pass them whole, as tensors, without batch_size (information: with "
+                "num_data of them all)"
             )
         return next(self.cut(length(source) if isinstance(source, Dataset) else None))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.arguments import in_range, positive_int
-from pyrovae.engine.kl import sides, site_kl
+from pyrovae.engine.kl import kl_in_place, sides
 from pyrovae.engine.programs import Batch, Program, rows
 from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import frames, latent, masked, record
@@ -126,7 +126,7 @@ def information(
     error of about :math:`N^{-1/2}` nats.
 
     :param args: data as :func:`pyrovae.log_likelihood` takes them.
-    :param num_data: N, how many of the data to use.
+    :param num_data: N, how many of the data to use; no fewer than there are of data that share latents.
     :return: ``{site: Information}`` for every latent site in a data plate.
 
     >>> import pyro, pyro.distributions as dist
@@ -161,7 +161,7 @@ def information(
                     "any draw says all: take a guide that draws the site itself"
                 )
             fn, mask, _ = sides(particles, name)[0]
-            kl, value = site_kl(particles, name)[0].double().mean(0), site["value"]
+            kl, value = kl_in_place(particles, name).double().mean(0), site["value"]
             own = fn.log_prob(value)
             counted = torch.as_tensor(mask, device=own.device).expand_as(own)
             share = (counted / counted.sum(0)).log()  # of each datum in the aggregate

@@ -32,6 +32,8 @@ def local_ascent(particles: Particles, scores: Mapping[str, Tensor], terms: Term
             target = target + mean_of_others(torch.where(gone > 0, -math.inf, part), group)
         signal = -change(bound, log_w, target)
         score, scale = particles_first(layout, unplaced), particles.scale
+        dim = max(signal.dim(), score.dim())
+        signal, score = (t.reshape(len(t), *[1] * (dim - t.dim()), *t.shape[1:]) for t in (signal, score))
         usable = known & torch.isfinite(signal)
         if isinstance(scale, Tensor) and scale.dim():
             scale = in_place(layout, scale, signal.dim() - 1)

@@ -141,3 +141,22 @@ def test_data_at_which_a_site_is_masked_carry_nothing_and_are_no_part_of_its_agg
 
 def reading(x):
     return dist.Normal(torch.stack([2 * x, 0 * x], -1), 0.4).to_event(1)
+
+
+def test_data_that_share_a_latent_have_a_kl_each():
+    x = torch.linspace(-2.0, 2.0, 6)
+
+    def shared(x):
+        g = pyro.sample("g", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(g, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("g", dist.Normal(0.5, 1e-9))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    found = pv.information(shared, guide, x)
+    exact = torch.distributions.kl_divergence(dist.Normal(x / 2, 0.7), dist.Normal(torch.tensor(0.5), 1.0)).mean()
+    torch.testing.assert_close(found["z"].kl, exact.double().reshape(1))
+    assert list(found) == ["z"]

@@ -212,6 +212,9 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "reinforce: large changes by an expansion": [("more.abs() < 0.5", "more.abs() < 1e9")],
     "reinforce: particles without weight have no score": [(REINFORCE, "dot(weights.reinforce, log_score, alive)")],
     # single sites and elements
+    "local: a plate inside of a datum taken for the particles": [
+        ("*[1] * (dim - t.dim()), *t.shape[1:]", "*t.shape[1:]")
+    ],
     "local: the whole weight as the signal": [
         ("part, gone = reach.part(plates.get(name, {}))", "part, gone = whole, lost")
     ],

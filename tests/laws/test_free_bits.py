@@ -193,3 +193,36 @@ def test_a_class_that_alters_the_density_of_its_base_has_not_its_kl(family, agre
     exact = torch.trapezoid(q.exp() * (q - p), line)
     particles = run(program(0.0, True), program(1.0, False), (X,), {}, num_particles=3000, nesting=1)
     agree("site_kl", family, "mean", site_kl(particles, "z").flatten(), exact)
+
+
+class Heads(dist.Bernoulli):
+    """Draws that are the same however many are drawn at a time."""
+
+    def sample(self, sample_shape=()):
+        return torch.ones(self._extended_shape(sample_shape), dtype=self.logits.dtype)
+
+
+def test_folded_bits_follow_their_scores_where_the_model_has_plates_inside_of_a_datum():
+    rows = torch.tensor([[-1.0, 0.3, 0.8, 1.2], [0.1, 0.5, -0.4, 2.0], [0.9, -0.2, 0.6, 0.7]], dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Bernoulli(x.new_tensor(0.3)))
+            with pyro.plate("inside", 4, dim=-2):
+                pyro.sample("x", dist.Normal(0.2 + z, 1.0), obs=x.T)
+
+    def gradient(**how):
+        slope = torch.tensor([0.4, 0.4], dtype=torch.float64, requires_grad=True)
+
+        def guide(x):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Bernoulli(logits=slope[0] * x.sum(1)))
+                with pyro.plate("noise", 2, dim=-2):
+                    pyro.sample("u", Heads(logits=slope[1] * x[:, :2].T), infer={"is_auxiliary": True})
+
+        pyro.set_rng_seed(3)
+        pv.ELBO(3, free_bits=0.1, **how).loss_and_grads(model, guide, rows)
+        return slope.grad
+
+    torch.testing.assert_close(gradient(fold_particles=True), gradient(vectorize_particles=False))
+    torch.testing.assert_close(gradient(fold_particles=True), gradient())
