@@ -206,6 +206,7 @@ PLAIN = {
     "gumbel softmax": lambda p: F.gumbel_softmax(p, hard=True),
     "uniform in place": lambda p: p + torch.empty(3).uniform_(-2, 5),
     "exponential in place": lambda p: p + torch.empty(3).exponential_(2.0),
+    "one number in place": lambda p: p + torch.empty(()).normal_() * torch.empty(1).uniform_(-2, 5),
     "order": lambda p: p[torch.randperm(4)],
     "integers": lambda p: p * torch.randint(2, 9, (3,)),
 }

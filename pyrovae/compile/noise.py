@@ -145,6 +145,8 @@ def lift_noise(module: fx.GraphModule, made: Sequence[tuple[OpOverload, bytes]])
     for node, (function, state) in zip(nodes, made, strict=True):
         name = function.name().removeprefix("aten::")
         filled = node.args[0] if function._schema.is_mutable else None
+        while isinstance(filled, fx.Node) and filled.target is aten.alias.default and len(filled.users) == 1:
+            filled = filled.args[0]  # tracing aliases a tensor of one number before it is filled
         if isinstance(filled, fx.Node) and (filled.all_input_nodes or len(filled.users) > 1):
             raise CannotCompile(f'"{name}" fills a tensor that is used elsewhere as well')
         numbers = repr([a for a in (*node.args, *node.kwargs.values()) if not isinstance(a, fx.Node)])
