@@ -718,7 +718,7 @@ def test_as_dataset_refuses(grey):
     [
         constraints.boolean, constraints.independent(constraints.boolean, 3), constraints.unit_interval,
         constraints.real, constraints.independent(constraints.real, 3), constraints.nonnegative_integer,
-        constraints.dependent, None,
+        constraints.dependent, None, constraints.multinomial(1),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool])
@@ -751,6 +751,7 @@ def test_grey_values_under_bernoulli():
         ([-1.0, 0.3], constraints.unit_interval, ("[0, 0] = -1.0", "negative")),
         ([1.0, -1.0], constraints.positive, ("[0, 1] = -1.0", "-1.0 to 1.0", "gaussian")),
         ([0.5, 1.0], constraints.integer_interval(0, 255), ("[0, 0] = 0.5", "transform")),
+        ([0.5, 1.0], constraints.multinomial(3), ("[0, 0] = 0.5", "transform")),
         ([0.0, float("nan")], constraints.real, ("[0, 1] = nan", "finite")),
         ([float("inf"), 0.0], constraints.real, ("[0, 0] = inf", "finite")),
         ([float("inf"), 0.0], constraints.dependent, ("[0, 0] = inf", "finite")),

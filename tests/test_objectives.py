@@ -252,6 +252,12 @@ def noise():
     return dist.Normal(torch.zeros(4), 1.0)
 
 
+def enumerated(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
 def with_factor(**options):
     def run(x):
         with pyro.plate("data", len(x)):
@@ -279,6 +285,7 @@ LATENT = program(("z", noise), ("x", noise))
         (pv.IWAE(3, gradient="dreg"), LATENT, with_factor(has_rsample=True), r'"penalty".*total'),
         (pv.ELBO(), LATENT, with_factor(), r'"penalty".*has_rsample'),
         (pv.ELBO(), LATENT, program(), r'model site "z".*guide'),
+        (pv.ELBO(), enumerated, program(), r'"z" is marked for enumeration.*guide.*TraceEnum_ELBO'),
         (pv.IWAE(2), program(("x", noise)), program(("y", noise)), r'guide site "y"'),
         (pv.ELBO(), LATENT, program(("z", noise), ("y", noise)), r'guide site "y"'),
         (pv.ELBO(), program(), program(), "no sample site"),

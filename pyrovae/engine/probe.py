@@ -227,7 +227,12 @@ def check_match(seen: Look) -> None:
     drawn, wanted = latent(seen.guide), latent(seen.model)
     if not counted(seen.model):
         raise ValueError("the model has no sample site: it must observe something; add pyro.sample(..., obs=x)")
-    for name in wanted:
+    for name, site in wanted.items():
+        if name not in drawn and site["infer"].get("enumerate"):
+            raise ValueError(
+                f'model site "{name}" is marked for enumeration and not drawn by the guide: sample it in the guide, or '
+                "train with pyro.infer.TraceEnum_ELBO, which alone sums it out"
+            )
         if name not in drawn:
             raise ValueError(
                 f'model site "{name}" is neither observed nor drawn by the guide, which draws {quoted(drawn)}: '

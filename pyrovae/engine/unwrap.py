@@ -99,6 +99,8 @@ def widest(support: constraints.Constraint) -> constraints.Constraint | None:
     support = plain(support)
     if constraints.is_dependent(support):
         return None
+    if isinstance(support, constraints.multinomial):
+        return constraints.nonnegative_integer  # other data may have other numbers of trials
     support = copy.copy(support)
     for name, extreme in (("lower_bound", torch.min), ("upper_bound", torch.max)):
         if isinstance(bound := getattr(support, name, None), Tensor):
