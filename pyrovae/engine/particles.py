@@ -260,7 +260,13 @@ def per_datum(scale: Weight, layout: Layout) -> Weight:
     dims = [d for d in range(-scale.dim(), 0) if d not in layout.dims]
     if any(scale.shape[d] != 1 for d in dims):
         raise ValueError(f"a scale of shape {tuple(scale.shape)} varies within a datum: give one per datum")
-    return scale.squeeze(dims).expand(layout.sizes) if dims else scale
+    scale = scale.squeeze(dims).expand(layout.sizes)
+    if not layout.folded:
+        return scale
+    of_particles = scale.unflatten(0, (layout.num_particles, -1))
+    if not same(of_particles, of_particles[0]):
+        raise ValueError("a scale varies with the particles folded into the batch: give one per datum")
+    return of_particles[0]
 
 
 def combine(

@@ -212,6 +212,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "reinforce: large changes by an expansion": [("more.abs() < 0.5", "more.abs() < 1e9")],
     "reinforce: particles without weight have no score": [(REINFORCE, "dot(weights.reinforce, log_score, alive)")],
     # single sites and elements
+    "scales: by what folded particles draw": [("not same(of_particles, of_particles[0])", "False")],
     "local: a plate inside of a datum taken for the particles": [
         ("*[1] * (dim - t.dim()), *t.shape[1:]", "*t.shape[1:]")
     ],

@@ -152,3 +152,36 @@ def test_a_guide_of_another_precision_than_the_data_has_the_same_gradient(make, 
     found, same = (seeded_loss(objective, model, guide, x, params=[w]) for x in (X[:, 0], X[:, 0].float()))
     assert found[0] == pytest.approx(same[0], rel=1e-5)
     torch.testing.assert_close(found[1], same[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [pv.IWAE, pv.MIWAE])
+def test_a_scale_for_each_datum_is_one_for_each_where_particles_are_folded_into_the_batch(make):
+    theta, weights = torch.tensor(0.6, requires_grad=True), torch.tensor([0.5, 3.0])
+
+    def model(x, labels):
+        with pyro.plate("data", len(x)), poutine.scale(scale=weights[labels]):
+            pyro.sample("x", normal(theta * pyro.sample("z", normal(0.0))), obs=x)
+
+    def guide(x, labels):
+        with pyro.plate("data", len(x)), poutine.scale(scale=weights[labels]):
+            pyro.sample("z", normal(theta * x, 0.8))
+
+    batch = X[:, 0], torch.arange(len(X)) % 2
+    plain, folded = (
+        seeded_loss(make(num_particles=3, fold_particles=fold), model, guide, *batch, params=[theta])
+        for fold in (False, True)
+    )
+    assert folded[0] == pytest.approx(plain[0], rel=1e-12)
+    torch.testing.assert_close(folded[1], plain[1])
+
+
+def test_a_scale_by_what_folded_particles_draw_is_refused():
+    def program(x, observe):
+        with pyro.plate("data", len(x)), poutine.scale(scale=1 + torch.arange(len(x)) // 3):
+            z = pyro.sample("z", normal(0.0))
+            if observe:
+                pyro.sample("x", normal(z), obs=x)
+
+    x = torch.arange(3.0)
+    with pytest.raises(ValueError, match="varies with the particles"):
+        pv.ELBO(2, fold_particles=True).loss(lambda x: program(x, True), lambda x: program(x, False), x)
