@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from pyro.distributions import Unit
 from pyro.infer.autoguide import AutoDiscreteParallel
 
@@ -35,8 +36,8 @@ def refuse_unlike_subsamples(seen: Look) -> None:
 
 
 def refuse_scored_sites(seen: Look, gradient: str) -> None:
-    """Refuse latents without rsample, where the gradient flows through them; with dreg, latents of several scales."""
-    drawn, scales = latent(seen.guide), [float(t) for t in seen.particles.guide_tempering]
+    """Refuse latents without rsample, where the gradient flows through them; with dreg, several scales of latents."""
+    drawn, scales = latent(seen.guide), [torch.as_tensor(t) for t in seen.particles.guide_tempering]
     for name, site in drawn.items():
         if score_function(site) is not None:
             why = "draws by rejection" if site["fn"].has_rsample else "has no rsample"
@@ -44,10 +45,10 @@ def refuse_scored_sites(seen: Look, gradient: str) -> None:
                 f'gradient="{gradient}" needs reparameterised sites, but guide site "{name}" '
                 f'({type(site["fn"]).__name__}) {why}: use gradient="total"'
             )
-    if gradient == "dreg" and len(set(scales)) > 1:
+    if gradient == "dreg" and any(t.dim() or not same(t, scales[0]) for t in scales):
         raise ValueError(
-            f'gradient="dreg" needs one scale for all latent sites, but {quoted(drawn)} are scaled by '
-            f'{scales}: use gradient="total"'
+            f'gradient="dreg" needs one scale for all latent sites and data, but {quoted(drawn)} are scaled by '
+            f'{[t.tolist() for t in scales]}: use gradient="total"'
         )
 
 

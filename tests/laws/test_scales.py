@@ -118,6 +118,31 @@ def test_dreg_refuses_latents_tempered_differently():
     pv.IWAE(3).differentiable_loss(model, guide, X)
 
 
+@pytest.mark.parametrize("fold", [False, True])
+def test_latents_tempered_datum_by_datum_stick_the_landing_and_are_refused_by_dreg(fold):
+    x, phi, scale = X[:, 0], torch.tensor(0.4, requires_grad=True), torch.arange(1.0, 1.0 + len(X)).to(X) / 2
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=scale.repeat(len(x) // len(scale))):
+                z = pyro.sample("z", normal(0.0))
+            pyro.sample("x", normal(z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)), poutine.scale(scale=scale.repeat(len(x) // len(scale))):
+            pyro.sample("z", normal(phi * x, 0.8))
+
+    loss, (gradient,) = seeded_loss(pv.ELBO(3, gradient="stl", fold_particles=fold), model, guide, x, params=[phi])
+    pyro.set_rng_seed(3)
+    z = normal(phi * x, 0.8).expand([3, len(x)]).rsample()
+    kl = lp(normal(phi.detach() * x, 0.8), z) - lp(normal(0.0), z)
+    by_hand = (scale * kl - lp(normal(z), x)).mean(0).sum()
+    assert loss == pytest.approx(by_hand.item())
+    torch.testing.assert_close(gradient, torch.autograd.grad(by_hand, phi)[0])
+    with pytest.raises(ValueError, match='sites and data, but "z"'):
+        pv.IWAE(3, gradient="dreg", fold_particles=fold).loss(model, guide, x)
+
+
 @pytest.mark.parametrize("objective", [pv.ELBO(2), pv.IWAE(3), pv.IWAE(3, gradient="dreg"), pv.RWS(3)], ids=repr)
 def test_two_scales_without_latents_are_the_weighted_likelihood(objective):
     w = torch.tensor(0.3, requires_grad=True)
