@@ -20,7 +20,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ["pyrovae/engine", "pyrovae/objectives", "pyrovae/evaluate"]
 VARIABLE = "PYROVAE_MUTATION"
-# The quickest to kill first.
 SUITE = [
     *("tests/laws/test_derivatives.py", "tests/laws/test_scored.py", "tests/laws/test_local.py"),
     *("tests/laws/test_identities.py", "tests/test_devices.py"),
@@ -34,6 +33,25 @@ SUITE = [
     *("tests/evaluate/test_psis.py", "tests/evaluate/test_discrete.py", "tests/evaluate/test_simulated.py"),
     "tests/evaluate/test_whole.py",
 ]
+#: By the first word of a mutation's name, what the suite begins with: where its killer is likely to be.
+FIRST = {
+    **dict.fromkeys(("RWS", "sleep", "TVO", "copies"), "tests/laws/test_wake_sleep.py"),
+    "devices": "tests/test_devices.py",
+    "score": "tests/laws/test_scored.py",
+    "local": "tests/laws/test_local.py",
+    "KL": "tests/laws/test_free_bits.py",
+    "structure": "tests/laws/test_structure.py",
+    "folded": "tests/test_importance.py",
+    "auxiliary": "tests/laws/test_auxiliary.py",
+    "apart": "tests/laws/test_separate.py",
+    "reparameterised": "tests/laws/test_reparameterised.py",
+    "fixed z": "tests/laws/test_fixed.py",
+    **dict.fromkeys(("late", "lazy modules"), "tests/test_late.py"),
+    "evaluated": "tests/evaluate/test_whole.py",
+    "simulated": "tests/evaluate/test_simulated.py",
+    "discrete": "tests/evaluate/test_discrete.py",
+    "tail": "tests/evaluate/test_psis.py",
+}
 
 VALUE = "-(bound * particles.scale).sum() - (ascent"
 DREG = "path - kl_weight * curvature(self.path_bound, log_w)"
@@ -318,23 +336,23 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "the guide's tempering not in dreg": [("next(iter(particles.guide_tempering), 1.0)", "1.0")],
     "tempering outside of the bound": [("lp = lp * self.tempering[role, name]", "pass")],
     # what of a pair is seen again
-    "one program may subsample alone": [("checks.refuse_unlike_subsamples(seen)", "pass")],
-    "a structure once seen is seen for good": [("elif found.structure not in known:", "elif not known:")],
-    "plates of a later call lie where particles are": [
+    "structure: one program may subsample alone": [("checks.refuse_unlike_subsamples(seen)", "pass")],
+    "structure: a structure once seen is seen for good": [("elif found.structure not in known:", "elif not known:")],
+    "structure: plates of a later call lie where particles are": [
         ("max(self.nesting, seen.nesting)", "self.nesting or seen.nesting")
     ],
-    "of sizes nothing is known": [("sizes.setdefault(size, len(sizes) + 1)", "0")],
-    "a guide's plate by its name": [
+    "structure: of sizes nothing is known": [("sizes.setdefault(size, len(sizes) + 1)", "0")],
+    "structure: a guide's plate by its name": [
         ("places = [{key[1:] for key in frames(site)} for site in guide]", "places = [frames(site) for site in guide]"),
         ("all(key[1:] in p for p in places)", "all(key in p for p in places)"),
     ],
-    "a model's plate by its size alone": [
+    "structure: a model's plate by its size alone": [
         ("all(key in s for s in stacks) and", "all(key[1:] in {k[1:] for k in s} for s in stacks) and")
     ],
-    "a site of two shapes": [
+    "structure: a site of two shapes": [
         ("check_model_guide_match(*(SimpleNamespace(nodes=sites) for sites in (wanted, drawn)))", "pass")
     ],
-    "joint weights without a word": [("if strays := seen.strays:", "if strays := []:")],
+    "structure: joint weights without a word": [("if strays := seen.strays:", "if strays := []:")],
     # particles one after the other
     "apart: all models run on the first one's copies": [("fn.split(value)[run]", "fn.split(value)[0]")],
     "apart: what a run lacks counts": [
@@ -352,27 +370,31 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("return Stacked(parts, fn.values, fn.nesting + fn.event_dim) if apart else None", "return None")
     ],
     # what is folded
-    "folding repeats whatever has as many rows": [("            if a.dim() > 1:", "            if False:")],
-    "folding repeats the first argument, data or not": [
+    "folded: folding repeats whatever has as many rows": [("            if a.dim() > 1:", "            if False:")],
+    "folded: folding repeats the first argument, data or not": [
         ("if (sizes := particles.layout.sizes) not in ([rows], []):", "if False:")
     ],
     # what of a guide's run counts
-    "the model's observations in log q": [
+    "auxiliary: the model's observations in log q": [
         ('(not site["is_observed"] or is_own_factor(site, model.get(name)))', "True")
     ],
-    "the model's factors in log q": [("(of_model is None or says_rsample(inner)", "(True or says_rsample(inner)")],
-    "noise in log q": [("for name in list(own) if name in noise}", "for name in list(own) if name in ()}")],
-    "noise without its score": [
+    "auxiliary: the model's factors in log q": [
+        ("(of_model is None or says_rsample(inner)", "(True or says_rsample(inner)")
+    ],
+    "auxiliary: noise in log q": [("for name in list(own) if name in noise}", "for name in list(own) if name in ()}")],
+    "auxiliary: noise without its score": [
         ("for name, site in (particles.guide | particles.noise).items()", "for name, site in particles.guide.items()")
     ],
-    "noise held fixed": [
+    "auxiliary: noise held fixed": [
         (
             "for name, value in drawn(proposed).items() if name not in noise}",
             "for name, value in drawn(proposed).items()}",
         )
     ],
-    "what Deltas are computed from as noise": [("Auxiliary(frozenset(own) - read,", "Auxiliary(frozenset(own),")],
-    "Deltas of Deltas cut off": [
+    "auxiliary: what Deltas are computed from as noise": [
+        ("Auxiliary(frozenset(own) - read,", "Auxiliary(frozenset(own),")
+    ],
+    "auxiliary: Deltas of Deltas cut off": [
         ("get_provenance(parts_of(mass)) if name in self.own and", "frozenset() if name in self.own and")
     ],
     # dead particles, state
@@ -387,12 +409,12 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     # what a pair reaches
     "lazy modules: the look's noise once more": [("rng_snapshot() if any(lazy) else None", "None")],
     "lazy modules: the look's data in their buffers": [("            if is_lazy(module):", "            if False:")],
-    "what is reached late is nobody's": [("                    found.append(leaf)", "                    pass")],
-    "what a run makes itself is a parameter": [
+    "late: what is reached late is nobody's": [("                    found.append(leaf)", "                    pass")],
+    "late: what a run makes itself is a parameter": [
         ("(id(tensor) in stored or id(tensor) in lasting)", "not torch.is_inference(tensor)")
     ],
-    "copies of samples are parameters": [("copied.requires_grad_(False)", "copied.requires_grad_(True)")],
-    "late parameters overwrite each other": [("leaf.later.{len(self.loose)}", "leaf.later")],
+    "late: copies of samples are parameters": [("copied.requires_grad_(False)", "copied.requires_grad_(True)")],
+    "late: late parameters overwrite each other": [("leaf.later.{len(self.loose)}", "leaf.later")],
     # evaluations
     "evaluated: joint weights are cut": [(CUT, "if False:")],
     "evaluated: data are cut along another plate": [
@@ -477,7 +499,9 @@ def attack(name: str) -> tuple[str, str | None, float, str]:
     with tempfile.TemporaryFile("w+") as output:
         for descriptor in (1, 2):
             os.dup2(output.fileno(), descriptor)
-        code = pytest.main([*SUITE, "-x", "-q", "--tb=line", "-p", "no:cacheprovider"], plugins=[first])
+        likely = FIRST.get(name.split(":")[0], SUITE[0])
+        files = [likely, *(file for file in SUITE if file != likely)]
+        code = pytest.main([*files, "-x", "-q", "--tb=line", "-p", "no:cacheprovider"], plugins=[first])
         sys.stdout.flush()
         output.seek(0)
         broken = output.read() if first.name is None and code != 0 else ""
