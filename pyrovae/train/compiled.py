@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -27,7 +26,7 @@ from pyrovae.compile.inductor import COMPILATION, has_compiler, laid_out_as
 from pyrovae.compile.noise import CannotCompile
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import look
-from pyrovae.engine.programs import Batch, Program, protected_buffers
+from pyrovae.engine.programs import Batch, Program, protected_buffers, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective
 from pyrovae.train.plan import Plan
@@ -67,7 +66,7 @@ class Compiled:
                 self.compile(objective)
             except CannotCompile as error:
                 if self.kind == "compiled":
-                    warnings.warn(f"cannot compile: {error}; running eagerly", stacklevel=2)
+                    warn(f"cannot compile: {error}; running eagerly")
                 self.functions[number], self.kind = None, "eager"
             self.compile_seconds += time.perf_counter() - began
         self.anneal(objective)

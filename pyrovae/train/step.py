@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -23,7 +22,7 @@ from pyrovae.data.feed import Feed, as_batch
 from pyrovae.data.images import Images
 from pyrovae.engine.devices import beside
 from pyrovae.engine.probe import Look, PairState
-from pyrovae.engine.programs import Batch, Program, before_backward, new_leaves
+from pyrovae.engine.programs import Batch, Program, before_backward, new_leaves, warn
 from pyrovae.engine.sites import quoted
 from pyrovae.train.late import Reach
 from pyrovae.train.plan import MakeOptimizer
@@ -159,7 +158,7 @@ class Step:
                 raise ValueError("replicas share a parameter or buffer: give each pair networks of its own")
             if not self.makers:
                 names = quoted(n for n, p in reach.state.parameters.items() if any(p is q for q in reach.new))
-                warnings.warn(f"a step reached {names} first: add what is not yet in the optimizer", stacklevel=4)
+                warn(f"a step reached {names} first: add what is not yet in the optimizer")
                 reach.new.clear()
                 continue
             self.joined += 1
@@ -282,9 +281,7 @@ class Recorded:
         try:
             recording = Recording(body, self.gradients.states, self.step.optimizers)
         except CannotRecord as error:
-            warnings.warn(
-                f"cannot record the step: {error}; running it compiled, but not as a CUDA graph", stacklevel=2
-            )
+            warn(f"cannot record the step: {error}; running it compiled, but not as a CUDA graph")
             recording = None
         self.gradients.compile_seconds += time.perf_counter() - began
         return recording
