@@ -10,7 +10,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pyrovae.arguments import DataError
+from pyrovae.errors import DataError
 
 __all__ = ["slant", "stroke_width"]
 

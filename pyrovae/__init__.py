@@ -6,7 +6,7 @@ any objective, and log p(x) is measured by importance sampling with a standard e
 
 __version__ = "0.1.0"
 
-from pyrovae import data, evaluate, models, nn, objectives, parts, plots
+from pyrovae import data, errors, evaluate, models, nn, objectives, parts, plots
 from pyrovae.engine.runner import log_weights
 from pyrovae.evaluate import (
     AISEstimate,
@@ -50,7 +50,7 @@ from pyrovae.train.replicas import fit_replicas
 __all__ = [
     "CIWAE", "ELBO", "IWAE", "MIWAE", "PIWAE", "RWS", "TVO", "VIMCO", "AISEstimate", "Bracket", "Fit", "GradientSNR",
     "Information", "LikelihoodEstimate", "Objective", "ParticleWeights", "PosteriorGap", "Renyi", "SleepPhi", "VRMax",
-    "active_units", "ais_log_likelihood", "bdmc", "data", "evaluate", "fit", "fit_replicas", "gradient_snr",
+    "active_units", "ais_log_likelihood", "bdmc", "data", "errors", "evaluate", "fit", "fit_replicas", "gradient_snr",
     "inflate", "information", "load", "log_likelihood", "log_weights", "models", "nn", "objectives", "parts", "plots",
     "posterior_gap", "refine", "sample", "training_step",
 ]  # fmt: skip

@@ -15,10 +15,6 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class DataError(ValueError):
-    """The data themselves are bad or absent; a wrong *argument* is a plain ``ValueError``."""
-
-
 def positive_int(name: str, value: object, minimum: int = 1) -> int:
     """``value`` as an int of at least ``minimum``, or one clear error."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pyrovae.arguments import DataError, one_line
+from pyrovae.arguments import one_line
 from pyrovae.engine.randomness import isolated_rng
+from pyrovae.errors import CheckpointError
 
 CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
 WEIGHTS, STATE = "weights.safetensors", "state.pt"  # of a checkpoint
@@ -109,7 +110,7 @@ class Run:
         write_json(self.path / CONFIG, config)
 
     def config(self) -> dict[str, Any]:
-        """What the run was made of, its classes by their paths of today; a DataError where that is not to be read.
+        """What the run was made of, its classes by their paths of today; or a CheckpointError.
 
         By name: model and objective (class and arguments, or None), versions, training, settings and data, or more.
         """
@@ -122,7 +123,7 @@ class Run:
                     described["class"] = public_path(str(described["class"]))
             return config
         except (OSError, ValueError) as error:
-            raise DataError(
+            raise CheckpointError(
                 f'"{self.path}" holds no run: {CONFIG} is absent or unreadable ({reason(error)}); pass the folder that '
                 "pyrovae train or pyrovae.fit(run_dir=...) wrote"
             ) from error
@@ -152,7 +153,7 @@ class Run:
         """Forget the metrics of epochs after ``epoch``, which a resumed run will log again."""
         rows = self.history()[:epoch]
         if [row.get("epoch") for row in rows] != list(range(1, epoch + 1)):
-            raise DataError(
+            raise CheckpointError(
                 f'"{self.path / METRICS}" is damaged: its epochs do not run from 1 to {epoch}, where the '
                 "last checkpoint is; restore it, or train again"
             )
@@ -186,11 +187,15 @@ class Run:
     def weights(self, name: str = "last") -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
         if (folder := self.checkpoint(name)) is None:
-            raise DataError(f'"{self.path}" has no checkpoint "{name}": train at least one epoch, or pass another run')
+            raise CheckpointError(
+                f'"{self.path}" has no checkpoint "{name}": train at least one epoch, or pass another run'
+            )
         try:
             return load_file(folder / WEIGHTS)
         except (SafetensorError, OSError) as error:
-            raise DataError(f'"{folder / WEIGHTS}" is damaged ({reason(error)}): restore it, or train again') from error
+            raise CheckpointError(
+                f'"{folder / WEIGHTS}" is damaged ({reason(error)}): restore it, or train again'
+            ) from error
 
     def state(self) -> State | None:
         """The loop's state at the last checkpoint, or None before the first."""
@@ -202,7 +207,9 @@ class Run:
                 raise ValueError("it is no state of a run")
             return cast(State, state)
         except Exception as error:
-            raise DataError(f'"{folder / STATE}" is damaged ({reason(error)}): restore it, or train again') from error
+            raise CheckpointError(
+                f'"{folder / STATE}" is damaged ({reason(error)}): restore it, or train again'
+            ) from error
 
 
 def versions() -> dict[str, str]:
@@ -279,7 +286,7 @@ def load(run_dir: str | os.PathLike[str], *, pair: nn.Module | None = None, chec
 
     :param pair: an object to load the weights into, for a class that has no ``.config``.
     :param checkpoint: ``"last"`` or ``"best"``.
-    :raises DataError: if the folder holds no run, or its files are damaged or of another class.
+    :raises CheckpointError: if the folder holds no run, or its files are damaged or of another class.
 
     >>> load("runs/digits").guide  # doctest: +SKIP
     """
@@ -294,7 +301,9 @@ def load(run_dir: str | os.PathLike[str], *, pair: nn.Module | None = None, chec
         with isolated_rng():
             pair = find_class(described["class"], outside=run.path)(**described["arguments"])
     elif described and as_json(describe(pair)) not in (None, described):
-        raise DataError(f'the run "{run.path}" holds {described}, the pair is {describe(pair)}: pass the same model')
+        raise CheckpointError(
+            f'the run "{run.path}" holds {described}, the pair is {describe(pair)}: pass the same model'
+        )
     restore(dict(pair.state_dict(keep_vars=True)), run.weights(checkpoint), where=str(run.path))
     return pair.eval()
 
@@ -307,7 +316,7 @@ def restore(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, whe
     missing, extra = sorted(targets.keys() - weights.keys()), sorted(weights.keys() - targets.keys())
     shapes = [n for n in targets.keys() & weights.keys() if targets[n].shape != weights[n].shape]
     if missing or extra or shapes:
-        raise DataError(
+        raise CheckpointError(
             f'the weights of "{where}" are of another model: missing {shortened(missing)}, unknown {shortened(extra)}, '
             f"of other shape {shortened(sorted(shapes))}; pass the model they were saved from"
         )

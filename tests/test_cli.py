@@ -403,7 +403,7 @@ def test_absent_files_say_what_to_put_where(run, tmp_path):
 
 
 def test_evaluating_a_folder_without_a_run(run, tmp_path):
-    assert "holds no run" in run("evaluate", tmp_path, code=3).err
+    assert "holds no run" in run("evaluate", tmp_path, code=4).err
 
 
 def test_debug_shows_the_traceback(run):

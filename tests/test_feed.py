@@ -6,9 +6,9 @@ import torch
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from pyrovae.arguments import DataError
 from pyrovae.data import Images
 from pyrovae.data.feed import Feed
+from pyrovae.errors import DataError
 from tests.state import refused
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
-from pyrovae.arguments import DataError
+from pyrovae.errors import DataError
 from pyrovae.train.monitor import Monitor
 from tests.pairs import guide_of, model_of
 from tests.training import Rows

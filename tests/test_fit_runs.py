@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 import pyrovae as pv
 from pyrovae import runs
-from pyrovae.arguments import DataError
+from pyrovae.errors import CheckpointError
 from pyrovae.train import loop, monitor
 from pyrovae.train.log import describe_objective
 from tests import training
@@ -324,7 +324,7 @@ def test_settings_that_changed_are_refused_on_resume(tmp_path, change):
 def test_a_damaged_run_is_not_resumed(tmp_path, file):
     train(run_dir=tmp_path, epochs=2)
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-30])
-    with pytest.raises(DataError):
+    with pytest.raises(CheckpointError):
         train(run_dir=tmp_path, epochs=2, resume=True)
 
 

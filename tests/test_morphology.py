@@ -6,7 +6,7 @@ import pytest
 import torch
 from morphology import slant, stroke_width
 
-from pyrovae.arguments import DataError
+from pyrovae.errors import DataError
 
 
 def stroke(width, angle=0.0, size=40, length=26.0, finer=8):

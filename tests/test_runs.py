@@ -14,8 +14,8 @@ from torch import nn
 
 import pyrovae as pv
 from pyrovae import runs
-from pyrovae.arguments import DataError
 from pyrovae.engine.randomness import restore_rng, rng_snapshot
+from pyrovae.errors import CheckpointError
 from pyrovae.runs import Run
 from tests.state import refused
 from tests.training import Killed, dying_at
@@ -131,15 +131,15 @@ def test_a_last_line_cut_short_is_left_out(run, cut):
 )
 def test_metrics_that_lag_behind_the_checkpoint_are_refused(run, text):
     (run.path / runs.METRICS).write_bytes(text.encode("latin1"))
-    refused(DataError, "epochs do not run from 1 to 2", run.rewind, 2)
+    refused(CheckpointError, "epochs do not run from 1 to 2", run.rewind, 2)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "3", b"\xff\xfe"])
 def test_a_bad_config_is_one_clear_error(run, text):
     path = run.path / runs.CONFIG
     path.unlink() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(DataError, r"config\.json is absent or unreadable", run.config)
-    refused(DataError, "holds no run", pv.load, run.path)
+    refused(CheckpointError, r"config\.json is absent or unreadable", run.config)
+    refused(CheckpointError, "holds no run", pv.load, run.path)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 7, None, b"garbage" * 100])
@@ -148,18 +148,18 @@ def test_damaged_checkpoints_are_data_errors(run, file, damage):
     run.save("last", WEIGHTS, state())
     path = run.path / "last" / file
     path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
-    with pytest.raises(DataError, match=rf'{file}" is damaged'):
+    with pytest.raises(CheckpointError, match=rf'{file}" is damaged'):
         run.weights() if file == runs.WEIGHTS else run.state()
 
 
 def test_a_state_without_its_parts_is_damaged(run):
     run.save("last", WEIGHTS, {"epoch": 1})
-    refused(DataError, "no state of a run", run.state)
+    refused(CheckpointError, "no state of a run", run.state)
 
 
 def test_no_checkpoint_is_said_so(run):
     assert run.state() is None
-    refused(DataError, 'no checkpoint "best"', run.weights, "best")
+    refused(CheckpointError, 'no checkpoint "best"', run.weights, "best")
 
 
 # --- loading ---------------------------------------------------------------------------------------
@@ -193,10 +193,10 @@ def test_a_pickle_in_a_run_is_never_executed(tmp_path, capsys, file):
     run, _ = saved(tmp_path)
     (run.path / "last" / file).write_bytes(pickle.dumps(Bomb()))
     torch.save(Bomb(), run.path / "last" / "more.pt")
-    with pytest.raises(DataError):
+    with pytest.raises(CheckpointError):
         run.state() if file == runs.STATE else pv.load(run.path)
     torch.save({"epoch": Bomb()}, run.path / "last" / runs.STATE)
-    with pytest.raises(DataError):
+    with pytest.raises(CheckpointError):
         run.state()
     assert "BOOM" not in capsys.readouterr().out
 
@@ -296,7 +296,7 @@ class Tuples(nn.Linear):
 def test_a_config_with_tuples_is_the_same_after_json(tmp_path):
     run, model = saved(tmp_path, Tuples())
     assert value_of(pv.load(run.path, pair=Tuples()).state_dict()) == value_of(model.state_dict())
-    refused(DataError, "pass the same model", pv.load, run.path, pair=Tuples((2, 2)))
+    refused(CheckpointError, "pass the same model", pv.load, run.path, pair=Tuples((2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_weights_of_another_model_are_refused_whole(tmp_path, change, match):
     run.save("last", weights, state())
     other = pv.models.VAE((4,), latent_dim=2, hidden=(3,))
     before = value_of(other.state_dict())
-    refused(DataError, match, pv.load, run.path, pair=other)
+    refused(CheckpointError, match, pv.load, run.path, pair=other)
     assert value_of(other.state_dict()) == before
 
 

@@ -10,14 +10,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from torch import OutOfMemoryError
 
 from pyrovae import plots, runs
 from pyrovae.app import measure, pictures, tables
 from pyrovae.app import train as training
 from pyrovae.app.job import as_seen_by, example, reopen, reopen_with_data
 from pyrovae.app.settings import Settings, parse_settings
-from pyrovae.arguments import DataError, one_line, pick_device, positive_int
+from pyrovae.arguments import one_line, pick_device, positive_int
+from pyrovae.errors import INTERRUPTED, exit_code
 from pyrovae.memory import keep_freed_memory
 from pyrovae.sampling import sample as draw
 
@@ -34,7 +34,6 @@ Device = Annotated[str, typer.Option(help='"auto" (CUDA where there is one), "cp
 Checkpoint = Annotated[str, typer.Option(help='"last" or "best".')]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 SampleSeed = Annotated[int, typer.Option(help="Of the samples.")]
-INTERRUPTED = 130
 
 
 @app.callback()
@@ -159,7 +158,7 @@ def list_() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line: exit code 2 for bad arguments, 3 for bad data, one line and no traceback."""
+    """Run the command line: the exit codes of :mod:`pyrovae.errors`, one line for an error and no traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -176,11 +175,9 @@ def main(arguments: list[str] | None = None) -> None:
         elif hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
             code = fail(error.format_message(), getattr(error, "exit_code", 2), debug)
         else:
-            kinds = {DataError: 3, ValueError: 2, TypeError: 2, FloatingPointError: 1, OSError: 1, OutOfMemoryError: 1}
-            known = next((code for kind, code in kinds.items() if isinstance(error, kind)), None)
-            if known is None:
-                raise
-            code = fail(error, known, debug)
+            code = exit_code(error)
+            known = error if code != 1 else f"{type(error).__name__}: {error}; --debug shows where"
+            code = fail(known, code, debug)
     if code == INTERRUPTED:  # some releases of typer return it, others raise
         fail("interrupted; go on with --resume", code, debug=False)
     sys.exit(code or 0)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from pyrovae import models, runs
 from pyrovae.app.settings import CODES, Parts, Settings, keywords
-from pyrovae.arguments import DataError, one_of
+from pyrovae.arguments import one_of
 from pyrovae.data import Images, Splits, load
 from pyrovae.engine.programs import evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import counts, record_pair
 from pyrovae.engine.unwrap import is_boolean
+from pyrovae.errors import DataError
 from pyrovae.models.base import Pair, as_pair
 from pyrovae.parts.labels import hide_labels
 

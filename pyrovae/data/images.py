@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import Dataset
 
-from pyrovae.arguments import DataError, one_of
+from pyrovae.arguments import one_of
 from pyrovae.data.support import BY_255, DROP, at, first_outside
+from pyrovae.errors import DataError
 
 BINARIZATIONS = ("none", "dynamic", "static", "threshold")
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.arguments import DataError, one_line
+from pyrovae.arguments import one_line
 from pyrovae.data.images import as_tensor, channels_first
+from pyrovae.errors import DataError
 
 OTHER_ROOT = "name another root (--data-dir, $PYROVAE_DATA)"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp", ".gif"}

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from pyrovae.arguments import DataError, one_of
+from pyrovae.arguments import one_of
 from pyrovae.data.images import BINARIZATIONS, Images
 from pyrovae.data.readers import SOURCES, permutation
+from pyrovae.errors import DataError
 
 DATASETS: dict[str, str] = {name: description for name, (description, _) in SOURCES.items()}
 """The names that :func:`load` knows, each with a line about it."""

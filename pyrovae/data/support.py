@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyrovae.arguments import DataError
 from pyrovae.engine.unwrap import is_boolean, widest
+from pyrovae.errors import DataError
 
 CHUNK_BYTES = 64 * 2**20
 DROP = "drop or replace such data, for instance with torch.nan_to_num"
@@ -36,7 +36,7 @@ def check_support(
     >>> check_support(torch.tensor([[0.0, 0.53]]), constraints.boolean)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    pyrovae.arguments.DataError: data[0, 1] = 0.53 is outside the support of site "x" (boolean: 0 or 1); the values...
+    pyrovae.errors.DataError: data[0, 1] = 0.53 is outside the support of site "x" (boolean: 0 or 1); the values...
     """
     support = None if support is None else widest(support)
     x = torch.atleast_1d(x.detach())

@@ -9,8 +9,9 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyrovae.arguments import DataError, in_range, one_of, positive_int, sizes
+from pyrovae.arguments import in_range, one_of, positive_int, sizes
 from pyrovae.configured import Configured
+from pyrovae.errors import DataError
 from pyrovae.nn.conv import Decoder
 from pyrovae.nn.residual import PatchDecoder, ResidualDecoder
 from pyrovae.parts.likelihoods import Likelihood

@@ -12,8 +12,8 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 
 from pyrovae import data as datasets
-from pyrovae.arguments import DataError
 from pyrovae.engine.programs import evaluating
+from pyrovae.errors import DataError
 from pyrovae.models.vae import OneLatent
 from pyrovae.parts.shared import Broadcasting, Shape
 

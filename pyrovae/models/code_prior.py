@@ -9,7 +9,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrovae.arguments import DataError, positive_int
+from pyrovae.arguments import positive_int
+from pyrovae.errors import DataError
 from pyrovae.models.base import Pair
 from pyrovae.parts.codes import AutoregressiveCodes, GatedConvolutions
 

@@ -11,7 +11,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyrovae.arguments import DataError, positive_int, sizes
+from pyrovae.arguments import positive_int, sizes
+from pyrovae.errors import DataError
 from pyrovae.models.vae import OneLatent
 from pyrovae.nn.conv import networks
 from pyrovae.nn.mlp import MLP

@@ -14,6 +14,7 @@ from pyrovae.compile.checked import Checked, wanted
 from pyrovae.compile.inductor import has_compiler
 from pyrovae.data.feed import Feed
 from pyrovae.engine.randomness import isolated_rng
+from pyrovae.errors import NumericalError
 from pyrovae.models.base import Pair
 from pyrovae.models.partition import Energy, bits
 from pyrovae.progress import ProgressBar
@@ -115,7 +116,7 @@ class ContrastiveDivergence(Pair):
         :return: one row per epoch.
         :raises DataError: for data other than zeros and ones.
         :raises ValueError: for arguments out of range.
-        :raises FloatingPointError: where a parameter is no longer finite.
+        :raises NumericalError: where a parameter is no longer finite.
 
         Hinton, *Training products of experts by minimizing contrastive divergence*, 2002; Tieleman, *Training
         restricted Boltzmann machines using approximations to the likelihood gradient*, 2008.
@@ -176,7 +177,7 @@ class ContrastiveDivergence(Pair):
             if persistent:
                 self.chains = states.flatten(1)
         if not all(torch.isfinite(p).all() for p in self.parameters()):
-            raise FloatingPointError("a parameter of the RBM became NaN or infinite: lower lr")
+            raise NumericalError("a parameter of the RBM became NaN or infinite: lower lr")
 
 
 @torch.no_grad()

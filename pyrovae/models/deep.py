@@ -13,7 +13,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from pyrovae.arguments import DataError, sizes
+from pyrovae.arguments import sizes
+from pyrovae.errors import DataError
 from pyrovae.models.base import Pair, layer_number
 from pyrovae.nn.mlp import fold, glorot, module_list, zero
 from pyrovae.nn.residual import PatchDecoder, PyramidEncoder, ResidualBlock

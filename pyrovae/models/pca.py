@@ -12,9 +12,10 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyrovae.arguments import DataError, pick_device, positive_int
+from pyrovae.arguments import pick_device, positive_int
 from pyrovae.data.feed import as_dataset, batches
 from pyrovae.data.support import check_support
+from pyrovae.errors import DataError
 from pyrovae.models.vae import OneLatent
 from pyrovae.parts.pixels import Gaussian
 

@@ -13,8 +13,9 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 
-from pyrovae.arguments import DataError, one_of, positive_int, sizes
+from pyrovae.arguments import one_of, positive_int, sizes
 from pyrovae.data.support import check_support
+from pyrovae.errors import DataError
 from pyrovae.models.contrastive import ContrastiveDivergence, clipped_logit
 from pyrovae.models.partition import LARGEST, LogPartition, bits
 from pyrovae.parts.shared import Constraints, Shape

@@ -12,8 +12,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyrovae.arguments import DataError
 from pyrovae.engine.randomness import isolated_rng
+from pyrovae.errors import DataError
 from pyrovae.models.code_prior import CodePrior
 from pyrovae.models.vae import OneLatent
 from pyrovae.nn.residual import ResidualDecoder, ResidualEncoder, code_grid

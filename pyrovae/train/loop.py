@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyrovae import runs
-from pyrovae.arguments import DataError, positive_int
+from pyrovae.arguments import positive_int
 from pyrovae.compile.checked import check_compile
 from pyrovae.compile.recording import settle
 from pyrovae.data.feed import Feed
@@ -24,6 +24,7 @@ from pyrovae.engine.probe import check_pair, look, warn_of_strays
 from pyrovae.engine.programs import Program, eval_mode, roots
 from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
 from pyrovae.engine.sites import counted, counts, log_prob
+from pyrovae.errors import DataError, NumericalError
 from pyrovae.memory import memory_advice
 from pyrovae.objectives.base import Objective
 from pyrovae.progress import ProgressBar
@@ -92,7 +93,7 @@ def fit(
     :param progress: show a progress bar; None shows it on terminals only.
     :raises DataError: for data outside the observed sites' support, saying where.
     :raises ValueError: for arguments out of range.
-    :raises FloatingPointError: where the loss becomes NaN, naming the site; the last checkpoint is kept.
+    :raises NumericalError: where the loss becomes NaN, naming the site; the last checkpoint is kept.
 
     >>> import pyrovae as pv
     >>> digits = pv.data.load("digits", binarization="dynamic").train
@@ -148,7 +149,7 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded) -> list[Fit]:
                 losses, metrics = run_epoch(epoch, first.feed, step, plan)
             for r, trainee in enumerate(trainees):
                 if math.isnan(losses[r]) or (not alone and math.isinf(losses[r])) or not step.finite(r):
-                    raise FloatingPointError(trainee.blame(epoch + 1, None if alone else r))
+                    raise NumericalError(trainee.blame(epoch + 1, None if alone else r))
                 trainee.add(metrics | step.metrics(r), losses[r].item())
             mean = "" if alone else " on average"
             bar.update(epoch + 1, f"{-losses.mean():.2f} nats{mean}, {metrics['images_per_second']:,.0f} images/s")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyrovae as pv
-from pyrovae.arguments import DataError
+from pyrovae.errors import DataError
 from tests.pairs import guide_of, model_of
 from tests.training import Rows
 

@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 
 import pyrovae as pv
-from pyrovae.arguments import DataError
+from pyrovae.errors import DataError
 from pyrovae.models import CodePrior
 from tests.state import refused
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import pyrovae as pv
-from pyrovae.arguments import DataError
+from pyrovae.errors import DataError
 from pyrovae.models import ConditionalVAE
 from tests.state import refused
 

@@ -11,7 +11,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch.nn.functional import cross_entropy, log_softmax
 
 import pyrovae as pv
-from pyrovae.arguments import DataError
+from pyrovae.errors import DataError
 from pyrovae.models import SemiSupervisedVAE
 from pyrovae.parts import PartialLabel, SoftOneHot, Weighted, hide_labels
 from tests.state import refused

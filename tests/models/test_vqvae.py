@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyrovae as pv
-from pyrovae.arguments import DataError
 from pyrovae.compile.precision import bfloat16_networks
+from pyrovae.errors import DataError
 from pyrovae.models import VQVAE, CodePrior, VectorQuantizer
 from tests.state import refused
 
