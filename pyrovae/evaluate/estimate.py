@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from pyrovae.arguments import in_range
@@ -36,6 +35,8 @@ class Estimate:
         with Student's t, for the standard error is itself estimated from S weights (or chains). It is as right as they
         are: with a Pareto k above 0.7, or chains that have not reached the posterior, it covers less.
         """
+        from scipy.stats import t as student
+
         reach = student.ppf((1 + in_range("level", level, 0.0, 1.0)) / 2, max(self.num_weights - 1, 1))
         dead = torch.isinf(self.std_error)
         width = torch.where(dead | (self.std_error == 0), 0.0, self.std_error * reach)
