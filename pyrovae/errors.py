@@ -39,9 +39,11 @@ class ResourceError(OSError):
 
 
 EXIT_CODES: dict[type[BaseException], int] = {  # the first that fits
-    DataError: 3, CheckpointError: 4, ArithmeticError: 5, OSError: 6, MemoryError: 6, OutOfMemoryError: 6,
+    DataError: 3, CheckpointError: 4, ArithmeticError: 5, OSError: 6, MemoryError: 6,
     ValueError: 2, TypeError: 2, KeyboardInterrupt: INTERRUPTED,
 }  # fmt: skip
+#: What torch's plain RuntimeErrors say where the machine has not got the memory, or no machine could.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory: you tried", "Storage size calculation overflowed")
 
 
 def exit_code(error: BaseException) -> int:
@@ -50,4 +52,9 @@ def exit_code(error: BaseException) -> int:
     >>> exit_code(DataError("labels are needed")), exit_code(KeyError("x"))
     (3, 1)
     """
-    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
+    return 6 if is_out_of_memory(error) else next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on any device."""
+    return isinstance(error, OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)

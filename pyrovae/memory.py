@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,12 +17,54 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyrovae.errors import ResourceError, is_out_of_memory
+
 T = TypeVar("T")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on any device."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def free_memory() -> float:
+    """Bytes of the machine's memory that this process may still take, infinite where the system does not say.
+
+    The least of what is free, what its control group leaves, and what its own limit (``ulimit -v``) leaves.
+    """
+    limits = [int(kib) * 1024 for kib in re.findall(r"^MemAvailable: *(\d+)", read("/proc/meminfo"), re.MULTILINE)]
+    for most, now in CONTROL_GROUPS:
+        if (limit := read(most).strip()).isdigit() and (used := read(now).strip()).isdigit():
+            limits.append(int(limit) - int(used))
+    with suppress(ImportError, ValueError, IndexError):  # a system without such limits
+        import resource
+
+        if (own := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+            limits.append(own - int(read("/proc/self/statm").split()[0]) * resource.getpagesize())
+    return min(limits, default=math.inf)
+
+
+CONTROL_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def read(path: str) -> str:
+    """What a file of the system says; nothing where there is none."""
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except OSError:
+        return ""
+
+
+def require_memory(size: float, what: str, advice: str) -> None:
+    """Refuse what takes ``size`` bytes of the machine's memory before it is allocated, if there are fewer.
+
+    >>> require_memory(1e18, "a sheet of 10**9 images", "ask for fewer")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    pyrovae.errors.ResourceError: a sheet of 10**9 images takes 931,322,574.6 GiB of memory, ... are free: ask for fewer
+    """
+    if size > (free := free_memory()):
+        raise ResourceError(
+            f"{what} takes {size / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} GiB are free: {advice}"
+        )
 
 
 def keep_freed_memory() -> None:

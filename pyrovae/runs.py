@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from pyrovae.arguments import one_line
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.errors import CheckpointError
+from pyrovae.files import replacing
 
 CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
 WEIGHTS, STATE = "weights.safetensors", "state.pt"  # of a checkpoint
@@ -50,13 +51,9 @@ class State(LateState):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that no reader, and no crash, ever meets half of it."""
-    aside = path.with_name(path.name + ".new")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    """Replace a file whole."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: object) -> None:

@@ -28,7 +28,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("objectives", "compile", "data", "plots", "runs"),
     ("engine",),
     ("nn", "schedules"),
-    ("arguments", "errors", "progress", "configured", "memory", "ranks"),
+    ("arguments", "configured", "files", "memory", "progress", "ranks"),
+    ("errors",),
 )
 RUN = 6  # lines that make a duplicate
 

@@ -18,7 +18,7 @@ from pyrovae.engine.programs import Batch, Program, roots, warn
 from pyrovae.engine.run import Copies, run
 from pyrovae.engine.separate import Deeper
 from pyrovae.engine.sites import Sites, record
-from pyrovae.memory import is_out_of_memory
+from pyrovae.errors import is_out_of_memory
 
 Check = Callable[[Look], None]
 

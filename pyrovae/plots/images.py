@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyrovae.arguments import positive_int
+from pyrovae.files import replacing
 
 INK, MUTED, LINES = "#2b2d31", "#6f747c", "#e6e7ea"
 DPI = 150
@@ -119,13 +120,8 @@ def write_pixels(
 
 
 def save(figure: Figure, path: StrPath) -> Path:
-    """Write a figure aside and rename it, so that no half of a picture is ever there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """Write a figure as a PNG."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
+    return Path(path)
