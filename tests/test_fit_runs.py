@@ -232,9 +232,9 @@ def uninterrupted():
 INSTANTS = [
     *((loop, "run_epoch", n, False) for n in (1, 2, 4)),
     *((runs.Run, "log", n, after) for n in (1, 3) for after in (False, True)),
-    *((runs.Path, "replace", n, after) for n in range(1, 8) for after in (False, True)),
+    *((Path, "replace", n, after) for n in range(1, 8) for after in (False, True)),
     *((runs.Run, "save", n, True) for n in (1, 2, 4, 6)),
-    *((runs, "write_json", 1, after) for after in (False, True)),
+    *((runs.run, "write_json", 1, after) for after in (False, True)),
 ]
 
 

@@ -4,8 +4,10 @@ import json
 import math
 import pickle
 import random
+import shutil
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,7 +49,7 @@ def value_of(weights):
             {"t": torch.tensor([1.0, math.inf]), "n": np.float64(2), "i": np.int64(3)},
             {"t": [1.0, None], "n": 2.0, "i": 3},
         ),
-        ({"p": runs.Path("a/b"), "f": nn.Linear, "o": object()}, {"p": "a/b", "f": "Linear", "o": "object"}),
+        ({"p": Path("a/b"), "f": nn.Linear, "o": object()}, {"p": "a/b", "f": "Linear", "o": "object"}),
     ],
 )
 def test_json_is_strict_and_holds_everything(tmp_path, content, expected):
@@ -74,7 +76,7 @@ def test_tied_and_strided_tensors_can_be_saved(run):
 
 
 OPERATIONS = [
-    (runs.shutil, "rmtree"), (runs.Path, "replace"), (runs.Path, "mkdir"), (runs, "save_file"), (torch, "save"),
+    (shutil, "rmtree"), (Path, "replace"), (Path, "mkdir"), (runs.run, "save_file"), (torch, "save"),
 ]  # fmt: skip
 
 
