@@ -1,0 +1,68 @@
+"""A run's weights, back in a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.errors import CheckpointError
+from pyrovae.runs.classes import describe, find_class
+from pyrovae.runs.files import as_json
+from pyrovae.runs.run import Run
+
+
+def load(run_dir: str | os.PathLike[str], *, pair: nn.Module | None = None, checkpoint: str = "last") -> nn.Module:
+    """Build the model of a run again, with its weights, in eval mode.
+
+    No code in the run is executed: the config is JSON, the weights are safetensors, and the class is imported from the
+    installed package (or your own module) and must be an ``nn.Module``.
+
+    :param pair: an object to load the weights into, for a class that has no ``.config``.
+    :param checkpoint: ``"last"`` or ``"best"``.
+    :raises CheckpointError: if the folder holds no run, or its files are damaged or of another class.
+
+    >>> load("runs/digits").guide  # doctest: +SKIP
+    """
+    run = Run(run_dir)
+    described = run.config().get("model")
+    if pair is None:
+        if not (isinstance(described, dict) and described.keys() >= {"class", "arguments"}):
+            raise ValueError(
+                f'the run "{run.path}" was made of programs without a .config, which cannot be built again: '
+                "build the pair yourself and pass pair="
+            )
+        with isolated_rng():
+            pair = find_class(described["class"], outside=run.path)(**described["arguments"])
+    elif described and as_json(describe(pair)) not in (None, described):
+        raise CheckpointError(
+            f'the run "{run.path}" holds {described}, the pair is {describe(pair)}: pass the same model'
+        )
+    restore(dict(pair.state_dict(keep_vars=True)), run.weights(checkpoint), where=str(run.path))
+    return pair.eval()
+
+
+def restore(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy ``weights`` into the tensors of the same names; any difference in names or shapes is an error."""
+    for name, tensor in targets.items():
+        if is_lazy(tensor) and name in weights:
+            tensor.materialize(weights[name].shape)  # type: ignore[operator]
+    missing, extra = sorted(targets.keys() - weights.keys()), sorted(weights.keys() - targets.keys())
+    shapes = [n for n in targets.keys() & weights.keys() if targets[n].shape != weights[n].shape]
+    if missing or extra or shapes:
+        raise CheckpointError(
+            f'the weights of "{where}" are of another model: missing {shortened(missing)}, unknown {shortened(extra)}, '
+            f"of other shape {shortened(sorted(shapes))}; pass the model they were saved from"
+        )
+    with torch.no_grad():
+        for name, tensor in targets.items():
+            tensor.copy_(weights[name])
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first names of some, for a message."""
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])]) or "none"
