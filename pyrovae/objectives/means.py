@@ -74,7 +74,7 @@ def value_and_share(power: float, log_w: Tensor) -> tuple[Tensor, Tensor]:
     scaled = powers(power, log_w)
     log_sum = scaled.logsumexp(0)
     value = near_mean(power, log_w) if abs(power) < 0.1 else powers(1 / power, log_sum - math.log(number))
-    return value, (scaled - log_sum).exp()
+    return value, scaled.softmax(0)
 
 
 def near_mean(power: float, log_w: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ class TVO(Objective):
 
     def weights(self, log_w: Tensor) -> ParticleWeights:
         """As in the equations; ``path`` and ``reinforce`` are 0."""
-        log_w = log_w.detach()
+        bound, best = self.bound(log_w.detach()), log_w.detach().amax(0)
+        log_w = log_w.detach() - torch.where(torch.isfinite(best), best, 0.0)  # that differences are not rounded
         correction = log_w.shape[0] / (log_w.shape[0] - 1)
         model, score = torch.zeros_like(log_w), torch.zeros_like(log_w)
         for step, beta, v, mean in self._terms(log_w):
@@ -80,7 +81,7 @@ class TVO(Objective):
             model = model + step * v * (1 + beta * above)
             score = score + step * v * (correction * above - 1 - beta * above)
         zero = torch.zeros_like(log_w)
-        return finite_weights(ParticleWeights(model, zero, score, zero), self.bound(log_w))
+        return finite_weights(ParticleWeights(model, zero, score, zero), bound)
 
     def _terms(self, log_w: Tensor) -> list[tuple[float, float, Tensor, Tensor]]:
         """D_j, beta_j, v_j and f_j of every partition; a particle of weight 0 counts only where all count alike."""

@@ -31,7 +31,7 @@ SUITE = [
     *("tests/laws/test_gradients.py", "tests/laws/test_bounds.py", "tests/laws/test_variances.py"),
     "tests/test_late.py",
     *("tests/evaluate/test_psis.py", "tests/evaluate/test_discrete.py", "tests/evaluate/test_simulated.py"),
-    "tests/evaluate/test_whole.py",
+    *("tests/evaluate/test_whole.py", "tests/fuzz/test_objectives.py"),
 ]
 #: By the first word of a mutation's name, what the suite begins with: where its killer is likely to be.
 FIRST = {
@@ -51,6 +51,7 @@ FIRST = {
     "simulated": "tests/evaluate/test_simulated.py",
     "discrete": "tests/evaluate/test_discrete.py",
     "tail": "tests/evaluate/test_psis.py",
+    "rounded": "tests/fuzz/test_objectives.py",
 }
 
 VALUE = "-(bound * particles.scale).sum() - (ascent"
@@ -89,7 +90,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "IWAE without log K": [(LOG_MEAN, "log_sum")],
     "IWAE with the log of another number": [(LOG_MEAN, LOG_MEAN.replace("number", "(number + 1)"))],
     "sum of wn * log w as the bound": [
-        ("return value, (scaled - log_sum).exp()", "return (scaled.softmax(0) * log_w).sum(0), scaled.softmax(0)")
+        ("return value, scaled.softmax(0)", "return (scaled.softmax(0) * log_w).sum(0), scaled.softmax(0)")
     ],
     "softmax of plus the loss": [("log_w if power == 1 else power * log_w", "-power * log_w")],
     "reported: RWS without log K": [
@@ -396,6 +397,11 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "auxiliary: Deltas of Deltas cut off": [
         ("get_provenance(parts_of(mass)) if name in self.own and", "frozenset() if name in self.own and")
+    ],
+    # what rounding does to large log-weights
+    "rounded: shares by a difference": [("return value, scaled.softmax(0)", "return value, (scaled - log_sum).exp()")],
+    "rounded: TVO of what was not shifted": [
+        ("torch.where(torch.isfinite(best), best, 0.0)  #", "torch.zeros_like(best)  #")
     ],
     # dead particles, state
     "a hopeless datum has a gradient": [
