@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import pyrovae as pv
 from pyrovae.compile import graph as graphs
 from pyrovae.compile.noise import rewritten
-from pyrovae.compile.precision import bfloat16_networks, full_float32, networks_in, readable
+from pyrovae.compile.precision import bfloat16_networks, choose_precision, full_float32, networks_in, readable
 from pyrovae.engine.probe import look
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.train.compiled import Compiled
@@ -22,6 +22,41 @@ from pyrovae.train.step import Eager
 pytestmark = pytest.mark.seed(47)
 
 EPS = torch.finfo(torch.bfloat16).eps
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "units", "rows", "taken"),
+    [
+        ("float32", True, 10_000, "float32"),
+        ("bfloat16", True, 1, "bfloat16"),
+        ("auto", True, 100, "bfloat16"),
+        ("auto", True, 99, "float32"),
+        ("auto", False, 10_000, "float32"),
+    ],
+)
+def test_auto_takes_bfloat16_where_it_is_faster(asked, units, rows, taken, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": units}, raising=False)
+    assert choose_precision(asked, CPU, rows) == taken
+    assert not recwarn.list
+
+
+def test_bfloat16_without_units_for_it_is_warned_of_once(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False}, raising=False)
+    vae = pv.models.VAE((4,), latent_dim=1, hidden=(3,))
+    with pytest.warns(UserWarning, match='no units for bfloat16.*"auto"') as warned:
+        pv.fit(vae.model, vae.guide, torch.ones(8, 4), objective=pv.ELBO(), epochs=1, precision="bfloat16")
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize(("data", "taken"), [(100, "bfloat16"), (99, "float32")])
+def test_a_job_says_what_auto_took(data, taken, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    vae, x = pv.models.VAE((4,), latent_dim=1, hidden=(3,)), torch.ones(200, 4)
+    options = {"batch_size": data, "precision": "auto", "compile": False}
+    result = pv.fit(vae.model, vae.guide, x, objective=pv.ELBO(), epochs=1, **options)
+    assert result.timings["precision"] == taken
 
 
 WEIGHT = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(0))

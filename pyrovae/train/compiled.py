@@ -24,9 +24,10 @@ from torch.optim import Optimizer
 from pyrovae.compile.checked import Checked, distinct, signature, tensors, untouched
 from pyrovae.compile.inductor import COMPILATION, has_compiler, laid_out_as
 from pyrovae.compile.noise import CannotCompile
+from pyrovae.compile.precision import choose_precision
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import look
-from pyrovae.engine.programs import Batch, Program, protected_buffers, warn
+from pyrovae.engine.programs import Batch, Program, protected_buffers, rows, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective
 from pyrovae.train.plan import Plan
@@ -149,7 +150,7 @@ def training_step(
     :param optimizer: a ``torch.optim`` optimizer over the pair's parameters.
     :param batch: the arguments of model and guide, as an example; batches of another shape run eagerly.
     :param clip_norm: largest 2-norm of the gradient.
-    :param precision: "float32", or "bfloat16" for networks that multiply in bfloat16.
+    :param precision: "float32", "bfloat16" for networks that multiply in bfloat16, or "auto".
     :returns: a function ``step(*batch)`` that gives the loss, 0-d, not read back from the device.
     :raises CannotCompile: with the reason, for a pair that cannot become a static graph.
 
@@ -163,10 +164,13 @@ def training_step(
     True
     """
     seen = look(model, guide, batch, validate=False)
-    gradients = Compiled(Eager(model, guide, seen, batch, precision=precision))
+    eager = Eager(model, guide, seen, batch)
+    device = eager.parameters[0].device
+    eager.precision = choose_precision(precision, device, rows(batch, {}) * objective.total_particles)
+    gradients = Compiled(eager)
     gradients.compile(objective)
     step = Step(gradients, [optimizer], clip_norm)
-    run = Recorded(step) if gradients.eager.parameters[0].is_cuda else step
+    run = Recorded(step) if device.type == "cuda" else step
     return lambda *batch: run(objective, batch)  # type: ignore[return-value]
 
 

@@ -84,7 +84,8 @@ def fit(
     :param patience: stop after that many epochs without a better validation bound.
     :param compile: True for one static training step (see :mod:`pyrovae.compile`); what cannot be compiled runs eagerly
         after a warning. "auto" compiles where the number and size of the steps promise a shorter job.
-    :param precision: "float32", or "bfloat16": networks multiply in bfloat16, all else stays float32.
+    :param precision: "float32", or "bfloat16": networks multiply in bfloat16, all else stays float32; "auto" is that
+        where the processor has units for it and batch_size times particles is at least 100.
     :param device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
     :param seed: of the noise, the order of the data and the binarisation; torch's global generator is left as found.
     :param run_dir: a folder for config, metrics and checkpoints (every epoch; with ``validation`` the best as well).

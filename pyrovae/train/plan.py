@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyrovae.arguments import in_range, one_of, pick_device, positive_int, sizes
-from pyrovae.compile.precision import PRECISIONS
+from pyrovae.arguments import in_range, pick_device, positive_int, sizes
+from pyrovae.compile.precision import choose_precision
 from pyrovae.data.feed import Feed
 from pyrovae.objectives.base import Objective
 from pyrovae.schedules import Schedule, make_schedule
@@ -103,8 +103,9 @@ class Setup:
         self.plan = plan
         self.batch_size = positive_int("batch_size", batch_size)
         self.clip_norm = None if clip_norm is None else in_range("clip_norm", clip_norm, 1e-12)
-        self.precision: str = one_of("precision", precision, PRECISIONS)
         self.device = pick_device(device)
+        rows = self.batch_size * max(plan.particles or (getattr(plan.objective, "total_particles", 1),))
+        self.precision = choose_precision(precision, self.device, rows)
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
             raise ValueError(f"seed must be an integer, got {seed!r}: pass one, and another one for another run")
         self.seed, self.progress = int(seed), progress
