@@ -167,8 +167,8 @@ def test_a_users_own_class_trains_and_comes_back(run, tmp_path):
     )
     arguments = ["train", "my_pair:MyPair", "--epochs", 1, "--samples", 10, "--set", "width=4", "--run-dir", "mine"]
     run(*arguments, "--objective", "iwae", "--particles", 3)
-    run("evaluate", "mine", "--samples", 10)
-    run("sample", "mine", "-n", 4)
+    run("evaluate", "mine", "--samples", 10, "--trust")
+    run("sample", "mine", "-n", 4, "--trust")
 
 
 OWN = """
@@ -244,8 +244,8 @@ def test_a_users_own_class_says_what_it_can(run, tmp_path):
     run("train", "own:Conditional", *TINY, "--run-dir", "c")
     assert not (tmp_path / "c/manifold.png").exists()
     assert json.loads((tmp_path / "c/results.json").read_text())["largest"] == 9
-    run("sample", "c", "-n", 3, "--label", 9)
-    run("evaluate", "c", "--samples", 5)
+    run("sample", "c", "-n", 3, "--label", 9, "--trust")
+    run("evaluate", "c", "--samples", 5, "--trust")
     assert "NoGuide has no .guide(x)" in run("train", "own:NoGuide", *TINY, "--run-dir", "n", code=2).err
 
 

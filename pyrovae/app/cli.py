@@ -14,7 +14,7 @@ from rich.console import Console
 from pyrovae import plots, runs
 from pyrovae.app import measure, pictures, tables
 from pyrovae.app import train as training
-from pyrovae.app.job import as_seen_by, example, reopen, reopen_with_data
+from pyrovae.app.job import Terms, as_seen_by, example, reopen, reopen_with_data
 from pyrovae.app.settings import Settings, parse_settings
 from pyrovae.arguments import one_line, pick_device, positive_int
 from pyrovae.errors import INTERRUPTED, exit_code
@@ -33,6 +33,9 @@ DataDir = Annotated[str | None, typer.Option(help="Folder of the data sets; else
 Device = Annotated[str, typer.Option(help='"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...')]
 Checkpoint = Annotated[str, typer.Option(help='"last" or "best".')]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Import the class that the run names, though it is not pyrovae's.")
+]
 SampleSeed = Annotated[int, typer.Option(help="Of the samples.")]
 
 
@@ -65,6 +68,7 @@ def train(
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; a new one under runs/ by default.")] = None,
     samples: Annotated[int, typer.Option(help="Samples per test image of the final NLL.")] = 5000,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    trust: Trust = False,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,10 +80,11 @@ def train(
 
     Without arguments: a VAE on the embedded digits.
     """
-    given = {k: v for k, v in context.params.items() if k not in ("run_dir", "resume", "set_")}
+    given = {k: v for k, v in context.params.items() if k not in ("run_dir", "resume", "trust", "set_")}
     explicit = {k for k in given if getattr(context.get_parameter_source(k), "name", "DEFAULT") != "DEFAULT"}
     job = Settings(**given, settings=parse_settings(set_ or []))
-    training.train(job, run_dir=run_dir, resume=resume, explicit=explicit | ({"settings"} if set_ else set()), out=out)
+    explicit |= {"settings"} if set_ else set()
+    training.train(job, run_dir=run_dir, resume=resume, explicit=explicit, terms=Terms(trust), out=out)
 
 
 @app.command()
@@ -94,11 +99,12 @@ def evaluate(
     diagnostics: Annotated[
         bool, typer.Option("--diagnostics", help="What each unit carries, and where the bound is lost.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Measure a run's test NLL with its standard error, and its active units; writes results.json."""
     positive_int("samples", samples)
     place = pick_device(device)
-    pair, splits = reopen_with_data(run, data_dir, checkpoint)
+    pair, splits = reopen_with_data(run, data_dir, checkpoint, Terms(trust))
     pair, test = pair.to(place), splits.test
     if (ais or diagnostics) and pair.likelihood_is != "estimate":
         raise ValueError(
@@ -133,10 +139,11 @@ def sample(
     output: Annotated[Path | None, typer.Option(help="PNG to write; samples.png in the run by default.")] = None,
     checkpoint: Checkpoint = "last",
     seed: SampleSeed = 0,
+    trust: Trust = False,
 ) -> None:
     """Draw new data from a run's model into a picture."""
     number = positive_int("number", number)
-    pair, _, _ = reopen(run, checkpoint)
+    pair, _, _ = reopen(run, checkpoint, Terms(trust))
     images = draw(
         pair.module, number, *pictures.labels_for(pair, number, label),
         returns="draws" if draws else "means", temperature=temperature, seed=seed, like=example(run),

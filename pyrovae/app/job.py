@@ -19,9 +19,19 @@ from pyrovae.engine.programs import evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import counts, record_pair
 from pyrovae.engine.unwrap import is_boolean
-from pyrovae.errors import DataError
+from pyrovae.errors import CheckpointError, DataError
 from pyrovae.models.base import Pair, as_pair
 from pyrovae.parts.labels import hide_labels
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a run is opened: what whoever opens it lets pass.
+
+    :ivar trust: import the class that its config names.
+    """
+
+    trust: bool = False
 
 
 @dataclass
@@ -36,17 +46,20 @@ class Task:
     vqvae: models.VQVAE | None  # whose codes the data are
 
     @classmethod
-    def of(cls, job: Settings, *, run: Path | None = None, explicit: Collection[str] = ()) -> Task:
-        """Read the data and build the pair; no class is taken from ``run``, no objective by whom trains by a rule."""
-        parts, name = Parts.of(job, run=run), job.objective
+    def of(cls, job: Settings, terms: Terms, *, named: bool = True, explicit: Collection[str] = ()) -> Task:
+        """Read the data and build the pair; no objective is taken by whom trains by a rule.
+
+        :param named: whether the user named the model, and no run did.
+        """
+        parts, name = Parts.of(job, trust=named or terms.trust), job.objective
         if "objective" in explicit and issubclass(parts.model_class, Pair) and parts.model_class.train_on:
             raise ValueError(f"{job.model} has a rule of its own to train by, got objective {name}: leave it out")
-        splits = load_data(job, parts, None)
-        source = reopen(Path(job.data.removeprefix(CODES)))[0] if job.data.startswith(CODES) else None
+        splits = load_data(job, parts, None, terms=terms)
+        source = reopen(Path(job.data.removeprefix(CODES)), terms=terms)[0] if job.data.startswith(CODES) else None
         vqvae = cast(models.VQVAE | None, source)
         pair = build(parts, splits.train, job.seed, vqvae)
         if observes_bits(pair, as_seen_by(pair, splits.train)):
-            splits = load_data(job, parts, None, "dynamic")
+            splits = load_data(job, parts, None, "dynamic", terms)
         return cls(job, parts, pair, splits, as_seen_by(pair, splits.train), vqvae)
 
     def config(self) -> dict[str, object]:
@@ -56,10 +69,12 @@ class Task:
         return {"settings": asdict(self.job), "data": data}
 
 
-def load_data(job: Settings, parts: Parts, root: str | None, binarization: str | None = None) -> Splits:
+def load_data(
+    job: Settings, parts: Parts, root: str | None, binarization: str | None = None, terms: Terms = Terms()
+) -> Splits:
     """The data set of an experiment, labelled where it has labels; grey, unless asked otherwise."""
     if job.data.startswith(CODES):
-        return encode_data(job.data.removeprefix(CODES), root or job.data_dir)
+        return encode_data(job.data.removeprefix(CODES), root or job.data_dir, terms)
     options = ({} if binarization is None else {"binarization": binarization}) | parts.data
     kept = cast(int | None, options.pop("labels_per_class", None))
     splits = load(job.data, root or job.data_dir, labels=None, seed=job.seed, **options)  # type: ignore[arg-type]
@@ -69,9 +84,11 @@ def load_data(job: Settings, parts: Parts, root: str | None, binarization: str |
     return splits._replace(train=splits.train.relabelled(labels))
 
 
-def encode_data(folder: str, root: str | None) -> Splits:
+def encode_data(folder: str, root: str | None, terms: Terms) -> Splits:
     """The data of a VQ-VAE's run as the codes that it gives them, ``[N, h, w]``."""
-    pair, splits = reopen_with_data(Path(folder), root)
+    if str(runs.Run(folder).config().get("data", {}).get("name")).startswith(CODES):
+        raise CheckpointError(f'the data of the run "{folder}" are codes themselves: pass the run of a VQVAE on images')
+    pair, splits = reopen_with_data(Path(folder), root, terms=terms)
     if not isinstance(pair, models.VQVAE):
         raise ValueError(f'"{CODES}{folder}" needs the run of a VQVAE, got {type(pair).__name__}: pass another run')
     device = next(pair.parameters()).device
@@ -131,23 +148,27 @@ def example(folder: Path) -> Tensor:
     return torch.zeros(1, *runs.Run(folder).config()["data"]["shape"])
 
 
-def reopen_with_data(folder: Path, root: str | None = None, checkpoint: str = "last") -> tuple[Pair, Splits]:
+def reopen_with_data(
+    folder: Path, root: str | None = None, checkpoint: str = "last", terms: Terms = Terms()
+) -> tuple[Pair, Splits]:
     """The trained pair of a run, and the data that it was trained and is to be measured on."""
-    pair, job, parts = reopen(folder, checkpoint)
-    return pair, load_data(job, parts, root, runs.Run(folder).config()["data"].get("binarization", "none"))
+    pair, job, parts = reopen(folder, checkpoint, terms)
+    with runs.opening(folder):
+        return pair, load_data(job, parts, root, runs.Run(folder).config()["data"].get("binarization", "none"), terms)
 
 
-def reopen(folder: Path, checkpoint: str = "last") -> tuple[Pair, Settings, Parts]:
+def reopen(folder: Path, checkpoint: str = "last", terms: Terms = Terms()) -> tuple[Pair, Settings, Parts]:
     """The trained pair of a run, with the settings it was made with."""
     one_of("checkpoint", checkpoint, ("last", "best"))
     config = runs.Run(folder).config()
     if "settings" not in config:
         raise ValueError(f'the run "{folder}" was not made by pyrovae train: load it in Python with pyrovae.load')
-    job = Settings(**config["settings"])
-    parts = Parts.of(job, run=folder)
-    # The arguments of a class without .config are the settings.
-    built = None if config.get("model") else build(parts, Images(example(folder)), job.seed).module
-    return as_pair(runs.load(folder, pair=built, checkpoint=checkpoint)), job, parts
+    with runs.opening(folder):
+        job = Settings.of(config["settings"])
+        parts = Parts.of(job, trust=terms.trust)
+        # The arguments of a class without .config are the settings.
+        built = None if config.get("model") else build(parts, Images(example(folder)), job.seed).module
+    return as_pair(runs.load(folder, pair=built, checkpoint=checkpoint, trust=terms.trust)), job, parts
 
 
 def run_folder(job: Settings, run_dir: Path | None, resume: bool) -> Path:

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any, Self, get_type_hints
 
 from torch import nn
 
@@ -40,6 +40,15 @@ class Settings:
     seed: int = 0
     samples: int = 5000
     settings: dict[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Self:
+        """Settings as a run's config holds them, which anyone may have written."""
+        kinds: dict[str, Any] = get_type_hints(cls) | {"lr": int | float, "settings": dict}
+        for name, value in given.items():
+            if not isinstance(value, kinds[one_of("setting", name, kinds)]):
+                raise TypeError(f"the setting {name} must be {kinds[name]}, got {type(value).__name__}")
+        return cls(**given)
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, object]:
@@ -79,10 +88,10 @@ class Parts:
     data: dict[str, object]
 
     @classmethod
-    def of(cls, job: Settings, *, run: Path | None = None) -> Parts:
-        """Look every name up, and give each setting to the part that knows it; no class is taken from ``run``."""
+    def of(cls, job: Settings, *, trust: bool = True) -> Parts:
+        """Look every name up, and give each setting to the part that knows it; ``trust`` as for a run's class."""
         own = ":" in job.model
-        model_class = runs.find_class(job.model, outside=run) if own else lookup("model", job.model, models.MODELS)
+        model_class = runs.find_class(job.model, trust=trust) if own else lookup("model", job.model, models.MODELS)
         objective_class = lookup("objective", job.objective.lower(), objectives.OBJECTIVES)
         rule = model_class.train_on if issubclass(model_class, Pair) else None
         known: dict[str, Iterable[str]] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pyrovae import runs
-from pyrovae.app.job import Task, as_seen_by, run_folder
+from pyrovae.app.job import Task, Terms, as_seen_by, run_folder
 from pyrovae.app.measure import measure
 from pyrovae.app.pictures import pictures
 from pyrovae.app.settings import CODES, Settings, keywords
@@ -21,7 +21,7 @@ from pyrovae.train.log import Fit
 from pyrovae.train.loop import fit
 
 
-def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[str], out: Console) -> None:
+def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[str], terms: Terms, out: Console) -> None:
     """Train a model, measure it, draw its pictures: the main job.
 
     :param explicit: names of the settings that were given, which a resumed run must not have begun without.
@@ -30,10 +30,12 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
     run = runs.Run(folder)
     if resume and run.exists:
         given = {name: value for name, value in dataclasses.asdict(job).items() if name in explicit}
-        job = Settings(**run.config().get("settings", dataclasses.asdict(job)) | given)
+        with runs.opening(folder):
+            job = Settings.of(run.config().get("settings", dataclasses.asdict(job)) | given)
     positive_int("samples", job.samples)
     pick_device(job.device)
-    task = Task.of(job, run=folder if resume else None, explicit=explicit)
+    named = not (resume and run.exists) or "model" in explicit
+    task = Task.of(job, terms, named=named, explicit=explicit)
     pair, test = task.pair, task.splits.test
     rule, held_out = pair.train_on, task.splits.validation
     method = str(task.parts.objective) if rule is None else "its own rule"

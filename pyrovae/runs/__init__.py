@@ -2,11 +2,11 @@
 
 from pyrovae.runs.classes import class_path, describe, find_class, public_path
 from pyrovae.runs.files import CONFIG, METRICS, RESULTS, STATE, WEIGHTS, as_json, write_json
-from pyrovae.runs.loading import load, restore
+from pyrovae.runs.loading import load, opening, restore
 from pyrovae.runs.manifest import versions
 from pyrovae.runs.run import Run
 
 __all__ = [
     "CONFIG", "METRICS", "RESULTS", "STATE", "WEIGHTS", "Run", "as_json", "class_path", "describe", "find_class",
-    "load", "public_path", "restore", "versions", "write_json",
+    "load", "opening", "public_path", "restore", "versions", "write_json",
 ]  # fmt: skip

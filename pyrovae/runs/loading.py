@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.errors import CheckpointError
+from pyrovae.errors import CheckpointError, DataError
 from pyrovae.runs.classes import describe, find_class
-from pyrovae.runs.files import as_json
+from pyrovae.runs.files import CONFIG, as_json, reason
 from pyrovae.runs.run import Run
 
 
-def load(run_dir: str | os.PathLike[str], *, pair: nn.Module | None = None, checkpoint: str = "last") -> nn.Module:
+def load(
+    run_dir: str | os.PathLike[str], *, pair: nn.Module | None = None, checkpoint: str = "last", trust: bool = False
+) -> nn.Module:
     """Build the model of a run again, with its weights, in eval mode.
 
-    No code in the run is executed: the config is JSON, the weights are safetensors, and the class is imported from the
-    installed package (or your own module) and must be an ``nn.Module``.
+    No code in the run is executed, and none is imported for it: the config is JSON, the weights are safetensors, and
+    the class must be one of pyrovae's, unless you say otherwise.
 
-    :param pair: an object to load the weights into, for a class that has no ``.config``.
+    :param pair: an object to load the weights into; nothing is imported then.
     :param checkpoint: ``"last"`` or ``"best"``.
+    :param trust: import whatever class the config names, such as one of your own, and call it.
     :raises CheckpointError: if the folder holds no run, or its files are damaged or of another class.
 
     >>> load("runs/digits").guide  # doctest: +SKIP
@@ -36,14 +41,27 @@ def load(run_dir: str | os.PathLike[str], *, pair: nn.Module | None = None, chec
                 f'the run "{run.path}" was made of programs without a .config, which cannot be built again: '
                 "build the pair yourself and pass pair="
             )
-        with isolated_rng():
-            pair = find_class(described["class"], outside=run.path)(**described["arguments"])
+        with isolated_rng(), opening(run.path):
+            pair = find_class(described["class"], trust=trust)(**described["arguments"])
     elif described and as_json(describe(pair)) not in (None, described):
         raise CheckpointError(
             f'the run "{run.path}" holds {described}, the pair is {describe(pair)}: pass the same model'
         )
     restore(dict(pair.state_dict(keep_vars=True)), run.weights(checkpoint), where=str(run.path))
     return pair.eval()
+
+
+@contextmanager
+def opening(run: Path) -> Iterator[None]:
+    """Whatever cannot be made as a run's config says is the run's fault."""
+    try:
+        yield
+    except (CheckpointError, DataError):
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f'the run "{run}" cannot be opened, its {CONFIG} asks for what there is not: {reason(error)}'
+        ) from error
 
 
 def restore(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, where: str) -> None:

@@ -1,0 +1,225 @@
+"""Opening, resuming and comparing runs: whose code is imported, whose results are shown, on which data."""
+
+import sys
+from pathlib import Path
+
+from tests.faults.matrix import fault, small_run
+
+EVIL = "from pathlib import Path\nPath({!r}).write_text('imported')\nfrom torch.nn import Linear as M\n"
+OWN = """
+import pyro, pyro.distributions as dist
+from torch import nn
+
+class MyPair(nn.Module):
+    def __init__(self, input_shape=(1, 8, 8)):
+        super().__init__()
+        self.config = {"input_shape": list(input_shape)}
+        self.decoder, self.encoder = nn.Linear(2, 64), nn.Linear(64, 2)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            logits = self.decoder(z).unflatten(-1, (1, 8, 8))
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x.flatten(1)), 1.0).to_event(1))
+"""
+QUICK = ("--epochs", "1", "--samples", "5", "--device", "cpu")
+
+
+def forged(run: Path, folder: Path, **changes: object) -> Path:
+    """A run that is whole and says something else: a copy under the changed config, as the library writes it."""
+    from pyrovae.runs import Run
+
+    source, made = Run(run), Run(folder)
+    config = source.config()
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        inner = config
+        for name in parents:
+            inner = inner[name]
+        inner[last] = value
+    made.start(config)
+    for row in source.history():
+        made.log(row)
+    made.save("last", source.weights(), source.state())
+    return folder
+
+
+def planted(folder: Path, where: str) -> str:
+    """A module that leaves a file when it is imported, as a class path that would import it."""
+    mark = folder / "imported"
+    code = EVIL.format(str(mark))
+    if where == "beside the run":
+        (folder / "evil.py").write_text(code)
+        return "evil:M"
+    if where == "inside the run":
+        (folder / "run" / "evil.py").write_text(code)
+        return "run.evil:M"
+    if where == "a link out of the run":
+        (folder / "elsewhere").mkdir()
+        (folder / "elsewhere" / "evil.py").write_text(code)
+        (folder / "run" / "evil.py").symlink_to(folder / "elsewhere" / "evil.py")
+        return "run.evil:M"
+    if where == "a parent package":
+        (folder / "package").mkdir()
+        (folder / "package" / "__init__.py").write_text(code)
+        return "package.no.such:M"
+    return where
+
+
+PLACES = {
+    "beside the run": "beside the run", "inside the run": "inside the run", "a link": "a link out of the run",
+    "a parent": "a parent package", "venv": "venv.__main__:X", "antigravity": "antigravity:X",
+    "torch": "torch.nn:Linear", "exec": "builtins:exec", "our main": "pyrovae.__main__:X",
+    "through ours": "pyrovae.models:vae.nn.Linear",
+    "not exported": "pyrovae.models:Pair", "parts": "pyrovae.parts:Flow",
+}  # fmt: skip
+
+
+def untouched(folder: Path, before: set[str]) -> None:
+    assert not (folder / "imported").exists()
+    assert not {"evil", "run", "run.evil", "package", "venv", "venv.__main__", "antigravity"} & (
+        set(sys.modules) - before
+    )
+
+
+def foreign(folder: Path, where: str, model: bool = True) -> Path:
+    """A run whose config names a class that is not ours, as its model's or as its settings'."""
+    forged(small_run(folder / "kept"), folder / "run")
+    path = planted(folder, where)
+    described = {"class": path, "arguments": {}}
+    return forged(folder / "kept", folder / "run", **({"model": described} if model else {"settings__model": path}))
+
+
+@fault("B2", "evaluate", 4, "is not pyrovae's.*--trust", each=PLACES)
+def a_run_names_a_class_of_a_strangers(folder: Path, where: str):
+    run, before = foreign(folder, where), set(sys.modules)
+    yield "evaluate", run, "--samples", "5"
+    untouched(folder, before)
+
+
+@fault("B2", "evaluate", 4, "is not pyrovae's.*--trust", each=PLACES)
+def the_settings_of_a_run_name_a_class_of_a_strangers(folder: Path, where: str):
+    run, before = foreign(folder, where, model=False), set(sys.modules)
+    yield "evaluate", run, "--samples", "5"
+    untouched(folder, before)
+
+
+@fault("B2", "sample", 4, "is not pyrovae's.*--trust", each=dict(list(PLACES.items())[:5]))
+def a_run_to_sample_from_names_a_class_of_a_strangers(folder: Path, where: str):
+    run, before = foreign(folder, where), set(sys.modules)
+    yield "sample", run
+    untouched(folder, before)
+
+
+@fault("B2", "train --resume", 4, "is not pyrovae's.*--trust", each=dict(list(PLACES.items())[:5]))
+def a_run_to_go_on_with_names_a_class_of_a_strangers(folder: Path, where: str):
+    run, before = foreign(folder, where, model=False), set(sys.modules)
+    yield "train", "--resume", "--run-dir", run
+    untouched(folder, before)
+
+
+@fault("B2", "load", 4, "is not pyrovae's.*trust=True", each=PLACES)
+def a_run_to_load_names_a_class_of_a_strangers(folder: Path, where: str):
+    import pyrovae as pv
+
+    run, before = foreign(folder, where), set(sys.modules)
+    yield lambda: pv.load(run)
+    untouched(folder, before)
+
+
+@fault("B2", "evaluate", 4, "is not pyrovae's.*--trust", each={"settings": "settings__model", "model": "model"})
+def the_codes_are_those_of_a_strangers_class(folder: Path, what: str):
+    inner = foreign(folder, "beside the run", model=what == "model")
+    forged(folder / "kept", folder / "outer", settings__data=f"codes:{inner}", data__name=f"codes:{inner}")
+    before = set(sys.modules)
+    yield "evaluate", folder / "outer"
+    untouched(folder, before)
+
+
+@fault("B2", "train", 4, "is not pyrovae's.*--trust")
+def codes_are_asked_for_of_a_strangers_run(folder: Path):
+    inner, before = foreign(folder, "beside the run"), set(sys.modules)
+    yield "train", "code_prior", "--data", f"codes:{inner}", *QUICK
+    untouched(folder, before)
+
+
+@fault("C", "evaluate", 4, "codes themselves")
+def the_codes_of_a_run_are_its_own(folder: Path):
+    name = f"codes:{folder / 'run'}"
+    yield "evaluate", forged(small_run(folder / "kept"), folder / "run", settings__data=name, data__name=name)
+
+
+def own_run(folder: Path, *more: str) -> Path:
+    """A run of a user's own class, made by the command line."""
+    from tests.faults.matrix import command
+
+    (folder / "mine.py").write_text(OWN)
+    assert command("train", "mine:MyPair", *QUICK, "--run-dir", folder / "run", *more).code == 0
+    return folder / "run"
+
+
+@fault("B2", "evaluate", 0, r"test NLL +\d")
+def ones_own_class_is_trusted(folder: Path):
+    yield "evaluate", own_run(folder), "--trust", "--samples", "5"
+
+
+@fault("B2", "evaluate", 4, '"mine:MyPair" is not pyrovae')
+def ones_own_class_is_not_trusted(folder: Path):
+    yield "evaluate", own_run(folder), "--samples", "5"
+
+
+@fault("B2", "sample", 0, "wrote")
+def ones_own_class_is_trusted_to_sample(folder: Path):
+    yield "sample", own_run(folder), "--trust", "-n", "4"
+
+
+@fault("B2", "train --resume", 0, "finished")
+def ones_own_class_is_named_again(folder: Path):
+    yield "train", "mine:MyPair", "--resume", "--run-dir", own_run(folder)
+
+
+@fault("B2", "train --resume", 0, "finished")
+def ones_own_class_is_trusted_to_go_on(folder: Path):
+    yield "train", "--resume", "--trust", "--run-dir", own_run(folder)
+
+
+@fault("B2", "train --resume", 4, '"mine:MyPair" is not pyrovae')
+def ones_own_class_is_not_trusted_to_go_on(folder: Path):
+    yield "train", "--resume", "--run-dir", own_run(folder)
+
+
+@fault("B2", "load", each={"trust": True, "pair": False})
+def ones_own_class_is_loaded(folder: Path, trust: bool):
+    import pyrovae as pv
+
+    run = own_run(folder)
+    import mine
+
+    outcome = yield lambda: pv.load(run, trust=True) if trust else pv.load(run, pair=mine.MyPair())
+    weights = pv.runs.Run(run).weights()
+    assert all((value == weights[name]).all() for name, value in outcome.value.state_dict().items())
+
+
+def arguments(**more: object) -> dict[str, object]:
+    return {"model__arguments": {"input_shape": [1, 8, 8], **more}}
+
+
+WRONG = {
+    "objective": {"settings__objective": "os:system"}, "likelihood": arguments(likelihood="os:system"),
+    "activation": arguments(activation="builtins.eval"), "unknown argument": arguments(colour=3),
+    "arguments of another shape": {"model__arguments": [1, 8]}, "prior": arguments(prior="mine:prior"),
+    "data": {"settings__data": "http://example.org"}, "unknown setting": {"settings__colour": 3},
+    "setting of another type": {"settings__model": 3}, "seed": {"settings__seed": "os"},
+    "settings of another shape": {"settings": [3]}, "shape": {"model": None, "data__shape": "abc"},
+}  # fmt: skip
+
+
+@fault("B2", "evaluate", 4, "asks for what there is not", each=WRONG)
+def a_run_asks_for_what_there_is_not(folder: Path, changes: dict[str, object]):
+    run = forged(small_run(folder / "kept"), folder / "run", **changes)
+    yield "evaluate", run, "--samples", "5"
+    assert not (run / "results.json").exists()
