@@ -28,7 +28,7 @@ from pyrovae.compile.noise import CannotCompile, rewritten
 from pyrovae.compile.recording import options
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import look
-from pyrovae.engine.programs import eval_mode
+from pyrovae.engine.programs import in_modes, training_modes
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.models import CodePrior
 from pyrovae.train import compiled as compiling
@@ -195,7 +195,7 @@ def eager_of(name):
 
 
 def training_mode(eager):
-    return eval_mode(eager.state.modules, training=True)
+    return in_modes(training_modes(*eager.state.modules))
 
 
 def state_of(eager):

@@ -165,16 +165,22 @@ def test_progress_is_silent_where_there_is_no_terminal(capfd):
 
 
 @pytest.mark.parametrize(
-    ("bounds", "patience", "best", "stops"),
+    ("grows", "bounds", "patience", "best", "stops"),
     [
-        ([-3.0, -1.0, -2.0, -2.0], 2, 2, 4),
-        ([-3.0, -1.0, -2.0, -2.0], 1, 2, 3),
-        ([-3.0, -2.0, -1.0, -0.5], 1, 4, 4),
-        ([-1.0, -1.0, -1.0, -1.0], 3, 1, 4),
-        ([math.nan, -2.0, -math.inf, -3.0], None, 2, 4),
+        ({}, [-3.0, -1.0, -2.0, -2.0], 2, 2, 4),
+        ({}, [-3.0, -1.0, -2.0, -2.0], 1, 2, 3),
+        ({}, [-3.0, -2.0, -1.0, -0.5], 1, 4, 4),
+        ({}, [-1.0, -1.0, -1.0, -1.0], 3, 1, 4),
+        ({}, [math.nan, -2.0, -math.inf, -3.0], None, 2, 4),
+        ({"kl_warmup": 1}, [-1.0, -2.0, -3.0, -3.0], 1, 2, 3),
+        ({"kl_warmup": 1.5}, [-1.0, -2.0, -4.0, -3.0], 1, 4, 4),
+        ({"particles": (1, 3)}, [-1.0, -2.0, -3.0, -4.0], 1, 3, 4),
+        ({"kl_warmup": 9}, [-1.0, -2.0, -3.0, -4.0], 1, 4, 4),
     ],
 )
-def test_early_stopping_and_the_best_checkpoint(tmp_path, monkeypatch, bounds, patience, best, stops):
+def test_early_stopping_and_the_best_checkpoint(tmp_path, monkeypatch, grows, bounds, patience, best, stops):
+    """Neither the best nor a stop is before the objective is its final one; the last epoch is taken for that."""
+    options = {"particles": None, "kl_warmup": 0, "patience": patience, "run_dir": tmp_path} | grows
     remaining, weights = iter(bounds), []
 
     def validated(self):
@@ -182,13 +188,13 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path, monkeypatch, bounds, p
         return next(remaining)
 
     monkeypatch.setattr(monitor.Validation, "__call__", validated)
-    pair, result = train(patience=patience, run_dir=tmp_path)
+    pair, result = train(**options)
     assert (result.best_epoch, len(result.history), result.finished) == (best, stops, True)
     run = runs.Run(tmp_path)
     assert torch.equal(run.weights("best")["log_scale"], weights[best - 1])
     assert torch.equal(run.weights("last")["log_scale"], pair.log_scale)
     assert torch.equal(pair.log_scale, weights[-1])
-    pair, again = train(patience=patience, run_dir=tmp_path, resume=True)
+    pair, again = train(**options, resume=True)
     assert (again.best_epoch, len(again.history)) == (best, stops)
 
 

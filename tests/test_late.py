@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyrovae as pv
 from pyrovae import runs
 from pyrovae.engine.probe import look
-from pyrovae.engine.programs import eval_mode
+from pyrovae.engine.programs import evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.train import late, loop
 from pyrovae.train import step as stepping
@@ -491,7 +491,7 @@ def test_lazy_modules_come_into_being_as_without_us(what):
     torch.manual_seed(3)
     lazy = Lazy()
     norm = lazy.encoder[1]
-    with nullcontext() if what == "loss" else eval_mode([lazy]):
+    with nullcontext() if what == "loss" else evaluating(lazy):
         USES[what](lazy)
     for (name, ours), (_, theirs) in zip(lazy.named_parameters(), plain.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name

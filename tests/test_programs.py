@@ -14,7 +14,15 @@ from pyro.infer import config_enumerate
 from torch import nn
 
 from pyrovae.engine.probe import look
-from pyrovae.engine.programs import eval_mode, evaluating, graph_leaves, protected_buffers, reached_modules, roots
+from pyrovae.engine.programs import (
+    evaluating,
+    graph_leaves,
+    in_modes,
+    protected_buffers,
+    reached_modules,
+    roots,
+    training_modes,
+)
 from pyrovae.engine.randomness import isolated_rng, replayed_rng, rng_state
 
 pytestmark = pytest.mark.seed(3)
@@ -101,13 +109,16 @@ def test_buffers_come_back_bit_for_bit():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_eval_mode_restores_each_modules_own_mode(training):
-    pair = Pair()
-    pair.train()
+def test_what_is_frozen_stays_in_eval_mode_unless_all_is_in_it(training):
+    pair = Pair().train(training)
     pair.net[1].eval()
-    with eval_mode([pair], training=training):
-        assert {m.training for m in pair.modules()} == {training}
-    assert [m.training for m in pair.net] == [True, False, True]
+    pair.net[2].train()
+    with in_modes(training_modes(pair.model, pair.net)):  # a program below another is no root of its own
+        assert [m.training for m in pair.net] == [True, not training, True]
+        assert (pair.training, pair.net.training) == (True, True)
+        pair.net[0].eval()
+    assert [m.training for m in pair.net] == [training, False, True]
+    assert (pair.training, pair.net.training) == (training, training)
 
 
 def test_evaluating_reaches_modules_that_a_closure_calls():

@@ -13,7 +13,7 @@ import pyrovae as pv
 from pyrovae.compile import graph as graphs
 from pyrovae.compile.noise import stacked_noise
 from pyrovae.engine.probe import look
-from pyrovae.engine.programs import eval_mode
+from pyrovae.engine.programs import in_modes, training_modes
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.runs import Run
 from pyrovae.train import replicas
@@ -78,7 +78,7 @@ def test_on_the_same_noise_each_has_the_gradients_it_has_alone(what, interpreted
     alone = []
     for r, (pair, factor) in enumerate(zip(twins, factors, strict=True)):
         own = type(objective)(**objective.config | {"kl_weight": objective.kl_weight * factor})
-        with eval_mode([pair], training=True), isolated_rng(r):
+        with in_modes(training_modes(pair)), isolated_rng(r):
             loss = eager(pair)(own, (x,))  # nothing here draws what `rewritten` would change
         alone.append([loss, *(p.grad for p in pair.parameters())])
 
@@ -89,7 +89,7 @@ def test_on_the_same_noise_each_has_the_gradients_it_has_alone(what, interpreted
 
         return draw
 
-    with eval_mode(pairs, training=True):
+    with in_modes(training_modes(*pairs)):
         replicas = Batched([Compiled(eager(pair), anneals=True) for pair in pairs], factors)
         source = replicas.each[0].differentiated(objective)[0].capture((x,)).graph.noise
         original = graphs.Graph.batched
@@ -128,7 +128,7 @@ def test_a_last_batch_that_comes_often_is_one_step_of_all(what, interpreted, mon
         monkeypatch.setattr(replicas, "WORTHWHILE", price)
         torch.manual_seed(1)
         pairs = make()
-        with eval_mode(pairs, training=True):
+        with in_modes(training_modes(*pairs)):
             batched = Batched([Compiled(eager(pair), anneals=True) for pair in pairs], factors)
             for size in (5, 7, 5):
                 with monkeypatch.context() as patch:

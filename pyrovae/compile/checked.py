@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, InitVar, dataclass, field
@@ -19,7 +18,7 @@ from pyrovae.compile.inductor import COMPILATION
 from pyrovae.compile.noise import CannotCompile, rewritten
 from pyrovae.compile.precision import full_float32
 from pyrovae.engine.probe import PairState
-from pyrovae.engine.programs import Batch
+from pyrovae.engine.programs import Batch, warn
 from pyrovae.engine.randomness import isolated_rng
 
 SAVED = 1e-11  # seconds that compiling saves, per parameter and sample of one datum (measured on CPUs)
@@ -49,7 +48,6 @@ class Checked:
     :param seed: of the noise that both are compared on.
     :param wanted: False for a function that is to run eagerly.
     :param reason: why it cannot be compiled, where that is known beforehand.
-    :param stacklevel: of the warning, for it to name the line of the user.
     """
 
     function: Callable[..., list[Tensor]]
@@ -61,7 +59,6 @@ class Checked:
     seed: int = 0
     wanted: InitVar[bool] = True
     reason: str | None = None
-    stacklevel: int = 4
 
     def __post_init__(self, wanted: bool) -> None:
         self.kind = "compiled" if wanted else "eager"
@@ -74,7 +71,7 @@ class Checked:
                 self.compile(inputs)
             except CannotCompile as error:
                 self.kind = "eager"
-                warnings.warn(f"cannot compile: {error}; running eagerly", stacklevel=self.stacklevel)
+                warn(f"cannot compile: {error}; running eagerly")
         if self.compiled is not None and signature(inputs) == self.signature:
             return self.compiled(*tensors(inputs))
         return self.function(*inputs)

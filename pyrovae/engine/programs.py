@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -24,6 +24,7 @@ from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
 
 Program = Callable[..., Any]
 Batch = tuple[Any, ...]  # what a program takes
+Modes = dict[nn.Module, bool]  # whether each is in train mode
 
 ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # the autograd node of a leaf
 
@@ -130,21 +131,55 @@ def isolated_run() -> Iterator[None]:
         restore_rng(spent)
 
 
-@contextmanager
-def eval_mode(modules: Iterable[nn.Module], *, training: bool = False) -> Iterator[None]:
-    """Run the modules, and all below them, in eval mode (or train mode); restore each one's own mode afterwards."""
-    modes = {child: child.training for module in modules for child in module.modules()}
-    with ExitStack() as stack:
-        for module, mode in modes.items():
-            stack.callback(setattr, module, "training", mode)
+def modes_of(modules: Iterable[nn.Module]) -> Modes:
+    """The modes of modules, and of all below them."""
+    return {child: child.training for module in modules for child in module.modules()}
+
+
+def set_modes(modes: Modes) -> None:
+    """Put each module in its mode, and none below it."""
+    for module, training in modes.items():
+        if module.training is not training:
             module.training = training
+
+
+@contextmanager
+def in_modes(modes: Modes) -> Iterator[None]:
+    """Run modules in given modes; restore each one's own afterwards, whatever was done to it meanwhile."""
+    found = {module: module.training for module in modes}
+    try:
+        set_modes(modes)
         yield
+    finally:
+        set_modes(found)
+
+
+def training_modes(*programs: Program) -> Modes:
+    """The modes in which the programs' modules are trained.
+
+    What is frozen below a module in train mode stays in eval mode; a module that is in eval mode itself, as one that
+    was loaded, trains with all below it.
+    """
+    owners = roots(*programs)
+    below = {child for root in owners for child in root.modules() if child is not root}
+    outermost = [root for root in owners if root not in below]
+    return {child: child.training or not root.training for root in outermost for child in root.modules()}
+
+
+def warn_of_eval(modules: Iterable[nn.Module], *programs: Program) -> None:
+    """Say which modules of plain functions are in eval mode, in which they stay: no program says that it owns them."""
+    owned = {child for root in roots(*programs) for child in root.modules()}
+    if kept := [type(module).__name__ for module in modules if not (module.training or module in owned)]:
+        warn(
+            f"{', '.join(kept)} stay in eval mode, as they were found: call .train() on what is to be trained in train "
+            "mode, or make the programs methods of a module"
+        )
 
 
 @contextmanager
 def evaluating(*programs: Program) -> Iterator[None]:
     """Run the programs in eval mode, with every module that they are, belong to or come to call; restore the modes."""
-    modes: dict[nn.Module, bool] = {}
+    modes: Modes = {}
 
     def enter(module: nn.Module, _: Batch = ()) -> None:
         if module not in modes:
@@ -158,8 +193,7 @@ def evaluating(*programs: Program) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, mode in modes.items():
-                module.training = mode
+            set_modes(modes)
 
 
 def graph_nodes(root: Tensor) -> Iterator[Node]:

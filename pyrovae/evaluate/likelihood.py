@@ -152,7 +152,7 @@ class Sampler:
             refuse_without_density(self.run(batch, 2), seen.auxiliary.lacking)
         self.dtype = measure(seen.particles).dtype
         saved = 0.0 if self.exact else SAVED * number * self.num_samples * sum(t.numel() for t in state)
-        self.weigh = Checked(self.weights, state, wanted=wanted(compile, saved), stacklevel=6)
+        self.weigh = Checked(self.weights, state, wanted=wanted(compile, saved))
         size = chunk_size or fitting_chunk(used.peak / 2, self.memory, batch)
         self.passes = Passes(size, on_halving=self.weigh.forget)
 

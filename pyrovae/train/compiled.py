@@ -27,7 +27,17 @@ from pyrovae.compile.noise import CannotCompile
 from pyrovae.compile.precision import choose_precision
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import look
-from pyrovae.engine.programs import Batch, Program, protected_buffers, rows, warn
+from pyrovae.engine.programs import (
+    Batch,
+    Program,
+    in_modes,
+    modes_of,
+    protected_buffers,
+    rows,
+    training_modes,
+    warn,
+    warn_of_eval,
+)
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective
 from pyrovae.train.plan import Plan
@@ -148,7 +158,8 @@ def training_step(
 
     :param objective: one of ours; its kl_weight may be a 0-d tensor that is annealed in place.
     :param optimizer: a ``torch.optim`` optimizer over the pair's parameters.
-    :param batch: the arguments of model and guide, as an example; batches of another shape run eagerly.
+    :param batch: the arguments of model and guide, as an example; batches of another shape run eagerly. Modules run
+        in the modes in which :func:`pyrovae.fit` would train them, and are left in their own.
     :param clip_norm: largest 2-norm of the gradient.
     :param precision: "float32", "bfloat16" for networks that multiply in bfloat16, or "auto".
     :returns: a function ``step(*batch)`` that gives the loss, 0-d, not read back from the device.
@@ -163,15 +174,23 @@ def training_step(
     >>> losses[-1] < losses[0]
     True
     """
-    seen = look(model, guide, batch, validate=False)
-    eager = Eager(model, guide, seen, batch)
-    device = eager.parameters[0].device
-    eager.precision = choose_precision(precision, device, rows(batch, {}) * objective.total_particles)
-    gradients = Compiled(eager)
-    gradients.compile(objective)
+    with in_modes(training_modes(model, guide)):
+        seen = look(model, guide, batch, validate=False)
+        modes = modes_of(seen.modules)  # a graph keeps those that it was made in, and so does what runs eagerly
+        warn_of_eval(seen.modules, model, guide)
+        eager = Eager(model, guide, seen, batch)
+        device = eager.parameters[0].device
+        eager.precision = choose_precision(precision, device, rows(batch, {}) * objective.total_particles)
+        gradients = Compiled(eager)
+        gradients.compile(objective)
     step = Step(gradients, [optimizer], clip_norm)
     run = Recorded(step) if device.type == "cuda" else step
-    return lambda *batch: run(objective, batch)  # type: ignore[return-value]
+
+    def call(*batch: object) -> Tensor:
+        with in_modes(modes):
+            return torch.as_tensor(run(objective, batch))
+
+    return call
 
 
 def worthwhile(plan: Plan, parameters: Iterable[Tensor], feed: Feed) -> bool:

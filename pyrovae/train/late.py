@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 from pyrovae import runs
 from pyrovae.data.feed import as_batch
 from pyrovae.engine.probe import Look, PairState, look
-from pyrovae.engine.programs import Batch, Program, eval_mode
+from pyrovae.engine.programs import Batch, Program, warn_of_eval
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.train.plan import MakeOptimizer
 
@@ -38,7 +37,6 @@ class Reach:
         self.passing: list[weakref.ref[Tensor]] = []  # what else the last step reached: perhaps made by the run itself
         self.new: list[Tensor] = []
         self.examples: list[tuple[int, Batch]] = []
-        self.modes = ExitStack()  # of modules that joined while training
         self.weights: dict[str, Tensor] = {}
         self.moments: dict[str, Any] = {}
 
@@ -54,7 +52,7 @@ class Reach:
                 self.explore(seed, batch, leaves)
                 if all(id(leaf) in self.known for leaf in leaves):
                     break
-            self.modes.enter_context(eval_mode(self.state.modules[number:], training=True))
+            warn_of_eval(self.state.modules[number:], self.model, self.guide)
         for leaf in lasting:
             if id(leaf) not in self.known:
                 self.state.loose[f"leaf.later.{len(self.state.loose)}"] = leaf
@@ -95,8 +93,7 @@ class Reach:
     def find(self, examples: Iterable[tuple[int, Batch]], device: torch.device) -> None:
         """Reach again what a run had reached."""
         for seed, batch in examples:
-            with eval_mode(self.state.modules, training=True):
-                self.explore(seed, as_batch(batch, device))
+            self.explore(seed, as_batch(batch, device))
 
     def restore(self, weights: dict[str, Tensor], late: Iterable[str], where: str) -> None:
         """Take up the tensors of a checkpoint; what joined late and is not reached by now waits."""

@@ -34,11 +34,14 @@ class Fit:
     best_epoch: int | None = None
     finished: bool = False
 
-    def add(self, metrics: Mapping[str, object], patience: int | None) -> None:
-        """Take in one epoch; training is finished if the validation bound has not improved for ``patience`` epochs."""
+    def add(self, metrics: Mapping[str, object], patience: int | None, growing: int = 0) -> None:
+        """Take in one epoch; training is finished if the validation bound has not improved for ``patience`` epochs.
+
+        Of the first ``growing`` epochs, in which the objective changes, none is the best, and none counts.
+        """
         self.history.append(dict(metrics))
-        if "validation_bound" in metrics:
-            self.best_epoch = max(self.history, key=validation_bound)["epoch"]
+        if "validation_bound" in metrics and len(self.history) > growing:
+            self.best_epoch = max(self.history[growing:], key=validation_bound)["epoch"]
             self.finished = patience is not None and len(self.history) - self.best_epoch >= patience
 
     def finish(self, step: Step | Recorded, precision: str, device: torch.device) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyro.infer
@@ -21,7 +20,7 @@ from pyrovae.compile.checked import check_compile
 from pyrovae.compile.recording import settle
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import check_pair, look, warn_of_strays
-from pyrovae.engine.programs import Program, eval_mode, roots
+from pyrovae.engine.programs import Program, in_modes, modes_of, roots, training_modes, warn, warn_of_eval
 from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
 from pyrovae.engine.sites import counted, counts, log_prob
 from pyrovae.errors import DataError, NumericalError
@@ -34,6 +33,8 @@ from pyrovae.train.log import Fit, check_same, describe_objective
 from pyrovae.train.monitor import Monitor, Validation, look_on, warn_unlogged
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup, optimizer_maker
 from pyrovae.train.step import Eager, Gradients, Recorded, Step, on_device
+
+OnEpoch = Callable[[Fit], object]
 
 
 def fit(
@@ -61,12 +62,15 @@ def fit(
     resume: bool = False,
     config: Mapping[str, object] | None = None,
     progress: bool | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> Fit:
     r"""Train a pair of Pyro programs on an objective, minimising its loss in nats per datum.
 
     Any pair: modules, bound methods, plain functions, ``pyro.param`` programs, Pyro's autoguides; parameters are found
     wherever they live, also those that only some batches reach. Any objective: ours, or any :class:`pyro.infer.ELBO`.
-    The pair ends with the last weights; fitting it again goes on from them with a fresh optimizer and schedule.
+    The pair ends with the last weights; fitting it again goes on from them with a fresh optimizer and schedule. Modules
+    that programs are, or are methods of, run in train mode, but what is in eval mode below one that is not stays so, as
+    do the modules of plain functions, after a warning. All get their modes back.
 
     :param data: a tensor ``[N, ...]``, :class:`pyrovae.data.Images`, a tuple of tensors, a Dataset or a DataLoader;
         batches that are tuples become ``model(*batch)``. What is held in tensors lives on the device; other data sets
@@ -81,7 +85,8 @@ def fit(
     :param kl_warmup: epochs over which kl_weight rises linearly from 0 to the objective's own.
     :param clip_norm: largest 2-norm of the gradient.
     :param validation: data on which the bound is measured after each epoch, always on the same noise.
-    :param patience: stop after that many epochs without a better validation bound.
+    :param patience: stop after that many epochs without a better validation bound; those before the end of
+        ``kl_warmup`` and of all stages of ``particles`` but the last do not count, and none of them is the best.
     :param compile: True for one static training step (see :mod:`pyrovae.compile`); what cannot be compiled runs eagerly
         after a warning. "auto" compiles where the number and size of the steps promise a shorter job.
     :param precision: "float32", or "bfloat16": networks multiply in bfloat16, all else stays float32; "auto" is that
@@ -92,6 +97,9 @@ def fit(
     :param resume: go on from the last checkpoint in ``run_dir``, on CPU to the same bits as if never interrupted.
     :param config: more entries for the run's config.json.
     :param progress: show a progress bar; None shows it on terminals only.
+    :param on_epoch: called with the :class:`Fit` so far, whose last row is ``fit.history[-1]``, after each epoch, once
+        that is logged and saved. Training ends where it returns False; after an error in it the run can be resumed.
+        What it draws, and the modes that it puts modules in, leave training as it is.
     :raises DataError: for data outside the observed sites' support, saying where.
     :raises ValueError: for arguments out of range.
     :raises NumericalError: where the loss becomes NaN, naming the site; the last checkpoint is kept.
@@ -116,7 +124,12 @@ def fit(
     if resume and run_dir is None:
         raise ValueError("resume=True needs the folder of the run to go on with: pass run_dir")
 
-    with isolated_rng(setup.seed), setup.place():
+    if not (on_epoch is None or callable(on_epoch)):
+        raise TypeError(
+            f"on_epoch must be a function of a Fit, got {type(on_epoch).__name__}: pass one, or leave it out"
+        )
+
+    with isolated_rng(setup.seed), setup.place(), in_modes(training_modes(model, guide)):
         feed = Feed(data, setup.batch_size, setup.device, num_workers)
         trainee = Trainee(model, guide, objective, setup, feed, maker)
         gradients: Gradients = trainee.eager
@@ -130,21 +143,16 @@ def fit(
             training["num_validation"] = held_out.size
         if run_dir is not None:
             trainee.open(run_dir, training, config or {}, step, resume)
-        return train([trainee], step)[0]
+        return train([trainee], step, on_epoch)[0]
 
 
-def train(trainees: Sequence[Trainee], step: Step | Recorded) -> list[Fit]:
-    """All epochs of all pairs, from where their runs are, with networks in train mode."""
+def train(trainees: Sequence[Trainee], step: Step | Recorded, on_epoch: OnEpoch | None = None) -> list[Fit]:
+    """All epochs of all pairs, from where their runs are; ``on_epoch`` is of a pair alone."""
     first, alone = trainees[0], len(trainees) == 1
     setup, plan = first.setup, first.setup.plan
-    modules = (module for state in step.gradients.states for module in state.modules)
-    with (
-        eval_mode(modules, training=True),
-        ExitStack() as late,
-        ProgressBar("epoch", plan.epochs, setup.progress) as bar,
-    ):
-        for reach in step.gradients.reached:
-            late.enter_context(reach.modes)
+    modules = [module for state in step.gradients.states for module in state.modules]
+    warn_of_eval(modules, *(program for trainee in trainees for program in (trainee.model, trainee.guide)))
+    with ProgressBar("epoch", plan.epochs, setup.progress) as bar:
         for epoch in range(len(first.result.history), 0 if first.result.finished else plan.epochs):
             with memory_advice(lambda: setup.advice(first.checkpoint)):
                 losses, metrics = run_epoch(epoch, first.feed, step, plan)
@@ -154,7 +162,7 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded) -> list[Fit]:
                 trainee.add(metrics | step.metrics(r), losses[r].item())
             mean = "" if alone else " on average"
             bar.update(epoch + 1, f"{-losses.mean():.2f} nats{mean}, {metrics['images_per_second']:,.0f} images/s")
-            if all(trainee.result.finished for trainee in trainees):
+            if all(trainee.result.finished for trainee in trainees) or not (on_epoch is None or first.show(on_epoch)):
                 break
     return [trainee.close(step) for trainee in trainees]
 
@@ -221,10 +229,9 @@ class Trainee:
         apart = seen.joint and any(names) and not set.intersection(*names)
         warn_of_strays(seen)
         if feed.steps != 1 and apart and not (seen.strays or subsampled):
-            warnings.warn(
+            warn(
                 "latents outside the data plate are shared by all data, but each batch will count as all of them: pass "
-                'batch_size=len(data), or give the plate its full size, pyro.plate("data", N, subsample_size=...)',
-                stacklevel=3,
+                'batch_size=len(data), or give the plate its full size, pyro.plate("data", N, subsample_size=...)'
             )
         seen.state.to(feed.device)
         self.eager = Eager(model, guide, seen, feed.first(), precision=setup.precision)
@@ -273,12 +280,17 @@ class Trainee:
         row = {**metrics, **own, **(self.monitor() if self.monitor is not None else {})}
         if self.validation is not None:
             row["validation_bound"] = self.validation()
-        self.result.add(row, self.patience)
+        self.result.add(row, self.patience, self.setup.plan.growing)
         if self.run is not None:
             self.run.log(row)
             if self.result.best_epoch == len(self.result.history):
                 self.run.save("best", self.eager.reach.tensors)
             self.save(self.run)
+
+    def show(self, on_epoch: OnEpoch) -> bool:
+        """Show what came of it so far, whatever is drawn or put in another mode there; whether to go on."""
+        with isolated_rng(), in_modes(modes_of(self.eager.state.modules)):
+            return on_epoch(self.result) is not False
 
     def save(self, run: runs.Run) -> None:
         """Write the last checkpoint."""

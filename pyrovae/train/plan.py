@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from pyrovae.arguments import in_range, pick_device, positive_int, sizes
 from pyrovae.compile.precision import choose_precision
 from pyrovae.data.feed import Feed
+from pyrovae.engine.programs import warn
 from pyrovae.objectives.base import Objective
 from pyrovae.schedules import Schedule, make_schedule
 
@@ -62,6 +64,9 @@ class Plan:
             for number in stages or ():  # some objectives need two at least
                 type(objective)(**objective.config | {"num_particles": number})
         epochs, warmup = positive_int("epochs", epochs), in_range("kl_warmup", kl_warmup, 0.0)
+        if warmup > epochs:
+            ends = torch.as_tensor(getattr(objective, "kl_weight", 1.0)).item() * epochs / warmup
+            warn(f"kl_warmup={warmup:g} is longer than epochs={epochs}: kl_weight ends at {ends:.3g}")
         called = schedule if isinstance(schedule, str) else "custom"
         return cls(objective, copy.copy(objective), epochs, make_schedule(schedule), stages, warmup, called)
 
@@ -69,6 +74,12 @@ class Plan:
     def final(self) -> pyro.infer.ELBO:
         """The objective as it is once everything has grown, as an object of its own."""
         return copy.copy(self.at(max(self.epochs, self.kl_warmup)))
+
+    @property
+    def growing(self) -> int:
+        """How many epochs begin before warm-up and stages are over; the last epoch counts as final in any case."""
+        stages = len(self.particles or (1,))
+        return min(max(math.ceil(self.kl_warmup), -(self.epochs * (1 - stages) // stages)), self.epochs - 1)
 
     def at(self, epoch: float) -> pyro.infer.ELBO:
         """The objective after ``epoch`` epochs (a fraction counts): one object, so that it looks at its pair once."""

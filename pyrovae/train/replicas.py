@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -28,7 +27,7 @@ from pyrovae.compile.graph import Graph
 from pyrovae.compile.noise import CannotCompile, stacked_noise
 from pyrovae.compile.precision import full_float32
 from pyrovae.data.feed import Feed
-from pyrovae.engine.programs import Batch, Program, eval_mode
+from pyrovae.engine.programs import Batch, Program, in_modes, training_modes, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective
 from pyrovae.schedules import Schedule
@@ -94,23 +93,24 @@ def fit_replicas(
     )  # fmt: skip
     makers = [optimizer_maker(optimizer, replica.lr) for replica in replicas]
 
-    with isolated_rng(setup.seed), setup.place(), ExitStack() as cleanup:
+    programs = [program for replica in replicas for program in replica.pair]
+    with isolated_rng(setup.seed), setup.place(), in_modes(training_modes(*programs)), ExitStack() as cleanup:
         feed = Feed(data, setup.batch_size, setup.device)
-        trainees = []
-        for replica, maker in zip(replicas, makers, strict=True):  # a loop: its warnings are to name the caller's line
-            trainees.append(Trainee(*replica.pair, replica.weighted(objective), setup, feed, maker, replica.kl_factor))
+        trainees = [
+            Trainee(*replica.pair, replica.weighted(objective), setup, feed, maker, replica.kl_factor)
+            for replica, maker in zip(replicas, makers, strict=True)
+        ]
         anneals = bool(kl_warmup) or any(replica.kl_factor != 1.0 for replica in replicas)
         each = [Compiled(trainee.eager, anneals=anneals) for trainee in trainees]
         gradients = Batched(each, [replica.kl_factor for replica in replicas])
         cleanup.callback(gradients.separate)
         try:
-            with eval_mode((module for state in gradients.states for module in state.modules), training=True):
-                for number in dict.fromkeys(setup.plan.particles or (objective.num_particles,)):
-                    stage = setup.plan.at(0)
-                    stage.num_particles = number
-                    gradients.static(stage)
+            for number in dict.fromkeys(setup.plan.particles or (objective.num_particles,)):
+                stage = setup.plan.at(0)
+                stage.num_particles = number
+                gradients.static(stage)
         except CannotCompile as error:
-            warnings.warn(f"cannot train replicas at once: {error}; training one after the other", stacklevel=2)
+            warn(f"cannot train replicas at once: {error}; training one after the other")
         else:
             optimizers, make = [trainee.optimizer for trainee in trainees], [trainee.make for trainee in trainees]
             step = on_device(Step(gradients, optimizers, setup.clip_norm, make), feed)
