@@ -14,7 +14,8 @@ from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from pyrovae.data.images import Images, as_tensor, is_integer
+from pyrovae.data.arrays import as_tensor, is_integer
+from pyrovae.data.images import Images
 from pyrovae.data.support import check_support
 from pyrovae.engine.programs import Batch
 from pyrovae.engine.randomness import isolated_rng

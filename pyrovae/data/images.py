@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import Dataset
 
 from pyrovae.arguments import one_of
+from pyrovae.data.arrays import checked_labels
 from pyrovae.data.support import BY_255, DROP, at, first_outside
 from pyrovae.errors import DataError
 
@@ -26,7 +26,7 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
     ``"threshold"`` is :math:`p > 0.5`; ``"none"`` leaves the values alone.
 
     :param x: ``[N, *event]``, channels first; integers and booleans become the default float type, unscaled.
-    :param labels: integers ``[N]``, kept as int64.
+    :param labels: integers ``[N]``, kept as int64; neither one-hot rows nor names nor reals, however whole.
     :param binarization: "none", "dynamic", "static" or "threshold"; all but "none" ask for values in [0, 1].
     :param seed: of the static draw.
     :param name: the data's name in messages.
@@ -44,8 +44,9 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
     def __init__(
         self, x: Tensor, labels: Tensor | None = None, *, binarization: str = "none", seed: int = 0, name: str = "data"
     ) -> None:
-        if not isinstance(x, Tensor) or x.is_complex():
-            raise TypeError(f"x must be a real tensor [N, ...], received {type(x).__name__}: use torch.as_tensor(x)")
+        if not isinstance(x, Tensor) or x.is_complex() or x.is_quantized or x.is_meta or x.layout != torch.strided:
+            kind = f"{x.dtype}, {x.layout}, {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a dense, real tensor [N, ...], received {kind}: use torch.as_tensor(x)")
         one_of("binarization", binarization, BINARIZATIONS)
         x = x.detach() if x.is_floating_point() else x.detach().to(torch.get_default_dtype())
         if not x.dim() or not x.numel():
@@ -146,23 +147,6 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
         return other
 
 
-def checked_labels(labels: Tensor, x: Tensor, name: str) -> Tensor:
-    """Labels as int64 on the device of the data, one for each datum."""
-    if not is_integer(labels := torch.as_tensor(labels)):
-        raise DataError(f"labels must be integers, those of {name!r} are {labels.dtype}: convert with labels.long()")
-    if labels.shape != x.shape[:1]:
-        raise DataError(
-            f"labels must have shape [{len(x)}], one for each datum, those of {name!r} have {list(labels.shape)}: "
-            "pass one class index per datum"
-        )
-    return labels.to(x.device, torch.int64)
-
-
-def is_integer(x: Tensor) -> bool:
-    """Whether a tensor holds integers."""
-    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
-
-
 def binarized(x: Tensor, binarization: str, seed: int) -> Tensor:
     """Values as their binarisation keeps them: bits, but for "none" and "dynamic"."""
     if binarization == "threshold":
@@ -171,23 +155,3 @@ def binarized(x: Tensor, binarization: str, seed: int) -> Tensor:
         return x
     generator = torch.Generator().manual_seed(seed)
     return torch.bernoulli(x.cpu(), generator=generator).to(x.device)
-
-
-def as_tensor(array: Tensor | np.ndarray, name: str) -> Tensor:
-    """A tensor of a numeric array: 8-bit, boolean, int64 or the default float type."""
-    if isinstance(array, Tensor):
-        return array
-    if array.dtype.kind not in "buif":
-        raise DataError(f"{name} must be an array of numbers, received {array.dtype}: convert it with astype(float)")
-    if array.dtype.kind == "f":
-        return torch.tensor(array.astype(np.float64), dtype=torch.get_default_dtype())
-    return torch.tensor(array if array.dtype in (np.uint8, np.bool_) else array.astype(np.int64))
-
-
-def channels_first(x: Tensor) -> Tensor:
-    """8-bit images ``[N, H, W]`` and ``[N, H, W, C]`` (C 1 or 3) as ``[N, C, H, W]``; anything else as it is."""
-    if x.dtype != torch.uint8:
-        return x
-    if x.dim() == 3:
-        return x.unsqueeze(1)
-    return x.movedim(-1, 1) if x.dim() == 4 and x.shape[-1] in (1, 3) else x

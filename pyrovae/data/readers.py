@@ -6,30 +6,26 @@ A reader takes a folder (or the path after ``folder:`` or ``npz:``) and whether 
 
 from __future__ import annotations
 
-import os
+import math
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyrovae.arguments import one_line
-from pyrovae.data.images import as_tensor, channels_first
+from pyrovae.data.arrays import Parts, as_tensor, channels_first, check_numbers, whole_numbers
+from pyrovae.data.files import find_file, reading, regular
+from pyrovae.data.folders import read_folder
+from pyrovae.data.published import CIFAR10, OMNIGLOT, SVHN, mnist_like
 from pyrovae.errors import DataError
+from pyrovae.memory import require_memory
 
-OTHER_ROOT = "name another root (--data-dir, $PYROVAE_DATA)"
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp", ".gif"}
-GREY_MODES = {"1", "L", "LA", "La"}
-COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+DEFLATED = 1032  # to one: more than deflate can ever make of a byte
+OTHER_ARRAYS = "write it anew with numpy.savez(path, x=x), of numbers, not objects"
 
-Part = tuple[Tensor, Tensor | None]
-Parts = dict[str, Part]
 Reader = Callable[[Path, bool], Parts]
 
 
@@ -39,24 +35,15 @@ def permutation(total: int, seed: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed % 2**32).permutation(total))
 
 
-@contextmanager
-def reading(path: Path, fix: str) -> Iterator[None]:
-    """Turn whatever a parser raises on a damaged file into one DataError that names the file."""
-    try:
-        yield
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:
-        why = one_line(f"{type(error).__name__}: {error}")
-        raise DataError(f"{path} cannot be read ({why}): {fix}") from error
-
-
-def find_file(name: str, root: Path, *places: str) -> Path:
-    """The first of ``places`` under ``root`` that exists."""
-    for place in places:
-        if (root / place).exists():
-            return root / place
-    raise DataError(f"{name} needs a file that is not there: put it at {root / places[0]}, or {OTHER_ROOT}")
+def require(path: Path, declared: Iterable[tuple[tuple[int, ...], int]], stored: int) -> None:
+    """Refuse arrays, given as shapes and bytes a value, that a file of so many bytes cannot hold, or the memory."""
+    values, size = 0, 0
+    for shape, item in declared:
+        values, size = values + math.prod(shape), size + math.prod(shape) * item
+    if size > DEFLATED * stored:
+        raise DataError(f"{path} has {stored:,} bytes, too few for the {size:,} that it declares: write it anew")
+    floats = torch.get_default_dtype().itemsize
+    require_memory(size + floats * values, f"what {path} declares", "take fewer data, or a machine with more memory")
 
 
 def read_digits(root: Path, download: bool) -> Parts:
@@ -71,16 +58,23 @@ def read_digits(root: Path, download: bool) -> Parts:
 
 def read_omniglot28(root: Path, download: bool) -> Parts:
     """The IWAE paper's OMNIGLOT."""
-    from scipy.io import loadmat
+    from scipy.io import loadmat, whosmat
 
     path = find_file("omniglot28", root, "omniglot28/chardata.mat", "chardata.mat")
-    with reading(path, "replace it by the IWAE paper's chardata.mat (arrays data and testdata, 784 x N)"):
-        mat, parts = loadmat(path), Parts()
+    fix = "replace it by the IWAE paper's chardata.mat (arrays data and testdata, 784 x N)"
+    with reading(path, fix):
+        shapes = {name: shape for name, shape, _ in whosmat(path)}
+        require(path, ((shape, 8) for shape in shapes.values()), path.stat().st_size)
+        parts = Parts()
         for part, key in (("train", ""), ("test", "test")):
+            values, labels = f"{key}data", f"{key}targetchar"
+            if shapes.get(values, ())[:1] != (784,) or len(shapes[values]) != 2:
+                raise DataError(f"{path} must have {values} [784, N], has {list(shapes.get(values, ()))}: {fix}")
+            mat = loadmat(path, variable_names=[values, labels])
             # MATLAB counts down the columns, so that a transpose sets the drawings upright.
-            x = as_tensor(mat[f"{key}data"].T, f"{key}data").reshape(-1, 1, 28, 28).mT.contiguous()
-            labels = mat.get(f"{key}targetchar")
-            parts[part] = x, None if labels is None else torch.from_numpy(labels.astype(np.int64)).flatten()
+            x = as_tensor(mat[values].T, f"{path}: {values}").reshape(-1, 1, 28, 28).mT.contiguous()
+            y = whole_numbers(mat[labels], f"{path}: {labels}") if labels in mat else None
+            parts[part] = x, y
     return parts
 
 
@@ -90,175 +84,88 @@ def read_binarized_mnist(root: Path, download: bool) -> Parts:
     for part, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
         file = f"binarized_mnist_{name}.amat"
         path = find_file("binarized_mnist", root, f"binarized_mnist/{file}", file)
-        text = np.frombuffer(path.read_bytes(), np.uint8)
-        bits = text[(text == ord("0")) | (text == ord("1"))] - ord("0")
-        lines = int((text == ord("\n")).sum()) + (len(text) > 0 and text[-1] != ord("\n"))
-        if not lines or not np.isin(text, np.frombuffer(b"01 \t\r\n", np.uint8)).all() or len(bits) != 784 * lines:
-            raise DataError(
-                f"{path} must have 784 values 0 or 1 on each of its lines, but has not: fetch the file again"
-            )
-        parts[part] = torch.from_numpy(bits).to(torch.get_default_dtype()).reshape(-1, 1, 28, 28), None
+        require(path, [((path.stat().st_size,), 1)], path.stat().st_size)
+        with reading(path, "fetch the file again"):
+            parts[part] = bits_of(path).to(torch.get_default_dtype()).reshape(-1, 1, 28, 28), None
     return parts
+
+
+def bits_of(path: Path) -> Tensor:
+    """The bits in a text, 784 in each of its lines, with something between them."""
+    text = np.frombuffer(path.read_bytes().removesuffix(b"\n") + b"\n", np.uint8)
+    is_bit = (text == ord("0")) | (text == ord("1"))
+    starts = np.concatenate([[0], np.flatnonzero(text == ord("\n"))[:-1]])
+    counts = np.add.reduceat(is_bit, starts, dtype=np.int64)
+    joined = bool((is_bit[1:] & is_bit[:-1]).any())
+    if joined or not np.isin(text, np.frombuffer(b"01 \t\r\n", np.uint8)).all() or (counts != 784).any():
+        wrong = np.flatnonzero(counts != 784)
+        line = f"line {wrong[0] + 1} has {counts[wrong[0]]}" if wrong.size else "it holds other text"
+        raise DataError(f"{path} must have 784 values 0 or 1 on each of its lines, but {line}: fetch the file again")
+    return torch.from_numpy(text[is_bit] - ord("0"))
 
 
 def read_npz(path: Path, download: bool) -> Parts:
     """The arrays of a NumPy archive."""
+    regular(path, "npz:PATH needs a NumPy archive, write it with numpy.savez(path, x=x)")
     if not zipfile.is_zipfile(path):
-        state = "not a whole .npz archive" if path.exists() else "absent"
-        raise DataError(f"npz:PATH needs a NumPy archive, {path} is {state}: write it with numpy.savez(path, x=x)")
-    fix = "write it anew with numpy.savez(path, x=x), of numbers, not objects"
-    with reading(path, fix), np.load(path, allow_pickle=False) as archive:
-        arrays = {key: archive[key] for key in ("x", "y", "x_test", "y_test") if key in archive}
-        keys = ", ".join(archive)
-    if "x" not in arrays:
-        raise DataError(f"npz:PATH needs an array 'x', {path} has: {keys or 'nothing'}: write numpy.savez(path, x=x)")
-    tensors = {key: as_tensor(array, f"{path}: {key}") for key, array in arrays.items()}
-    parts: Parts = {"train": (as_pixels(tensors["x"], path), tensors.get("y"))}
-    if "x_test" in tensors:
-        parts["test"] = (as_pixels(tensors["x_test"], path), tensors.get("y_test"))
+        raise DataError(f"{path} is not a whole .npz archive: write it with numpy.savez(path, x=x)")
+    with reading(path, OTHER_ARRAYS):
+        names = check_archive(path)
+        with np.load(path, allow_pickle=False) as archive:
+            tensors = {key: as_tensor(archive[key], f"{path}: {key}") for key in names}
+    x, x_test = tensors["x"], tensors.get("x_test")
+    parts: Parts = {"train": (channels_first(x, f"{path}: x"), tensors.get("y"))}
+    if x_test is not None:
+        if (x.dtype == torch.uint8) != (x_test.dtype == torch.uint8):
+            raise DataError(
+                f"x and x_test must both be 8-bit, or neither, {path} has {x.dtype} and {x_test.dtype}: convert one"
+            )
+        parts["test"] = (channels_first(x_test, f"{path}: x_test"), tensors.get("y_test"))
     return parts
 
 
-def as_pixels(x: Tensor, path: Path) -> Tensor:
-    """Values of an archive, channels first where they are 8-bit images."""
-    if x.dtype == torch.uint8 and x.numel() and x.max() == 1:
-        raise DataError(f"8-bit values are divided by 255, but {path} holds 0 and 1 only: store those as bool or float")
-    return channels_first(x)
+def check_archive(path: Path) -> list[str]:
+    """Which of the arrays are in an archive, their headers, and nothing else, having been read."""
+    with zipfile.ZipFile(path) as archive:
+        members = [member.removesuffix(".npy") for member in archive.namelist()]
+        names = [key for key in ("x", "y", "x_test", "y_test") if key in members]
+        for needed in ("x", "x_test") if "y_test" in names else ("x",):
+            if needed not in names:
+                held = one_line(", ".join(members) or "nothing")
+                raise DataError(f"npz:PATH needs an array {needed!r}, {path} has: {held}: {OTHER_ARRAYS}")
+        infos = [archive.getinfo(f"{key}.npy") for key in names]
+        declared = [array_header(archive, info, path) for info in infos]
+        stored = sum(info.compress_size for info in infos)
+    if len(set(members)) < len(members) or stored > path.stat().st_size:
+        raise DataError(f"{path} holds one array twice, or parts that overlap: {OTHER_ARRAYS}")
+    require(path, declared, stored)
+    return names
 
 
-def read_folder(path: Path, download: bool) -> Parts:
-    """The images below a folder, one part of all or parts by its subfolders' names; classes are numbered alike."""
-    if not path.is_dir():
-        raise DataError(f"folder:PATH needs an existing folder, {path} is none: check the path")
-    folders = {part: path / part for part in ("train", "val", "valid", "test") if (path / part).is_dir()}
-    if "train" not in folders or len(folders) == 1:
-        folders = {"train": path}
-    held_out = [folders[part] for part in ("test", "val", "valid") if part in folders]
-    named = zip(("train", "test", "validation"), (folders["train"], *held_out), strict=False)
-    listed = {part: list_images(folder) for part, folder in named}
-    classes = sorted({c for files in listed.values() for _, c in files if c is not None})
-    # Decoded together, so that all parts are held to one size.
-    x = decode_images([file for files in listed.values() for file, _ in files])
-    pixels = x.split([len(files) for files in listed.values()])
-    number = {name: i for i, name in enumerate(classes)}
-    labels = ([number[c] for _, c in files if c is not None] for files in listed.values())
-    return {part: (x, torch.tensor(y) if y else None) for part, x, y in zip(listed, pixels, labels, strict=True)}
+def array_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tuple[tuple[int, ...], int]:
+    """The shape of an array in an archive, and its bytes a value; only numbers, and as many as the archive holds."""
+    name = f"{path}: {info.filename.removesuffix('.npy')}"
+    with archive.open(info) as file:
+        old = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        start = file.tell()
+    check_numbers(dtype, name)
+    if min(shape, default=0) < 0 or start + math.prod(shape) * dtype.itemsize != info.file_size:
+        raise DataError(f"{name} declares {list(shape)} of {dtype}, which its size does not fit: {OTHER_ARRAYS}")
+    return shape, dtype.itemsize
 
 
-def list_images(folder: Path) -> list[tuple[Path, str | None]]:
-    """The images of ``folder``, each with its class: the name of its subfolder, None in a flat folder."""
-    found: list[Path] = []
-    for base, inner, names in os.walk(folder, followlinks=True):
-        # Hidden ones are left out, and links back to a folder that they lie in.
-        above = {path.resolve() for path in (Path(base), *Path(base).parents)}
-        inner[:] = [name for name in inner if name[0] != "." and Path(base, name).resolve() not in above]
-        found += [Path(base, name) for name in names if name[0] != "."]
-    images = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
-    files = [(path, None if path.parent == folder else path.relative_to(folder).parts[0]) for path in images]
-    if not files:
-        raise DataError(f"folder:PATH needs images, {folder} has none: put {', '.join(sorted(IMAGE_SUFFIXES))} there")
-    if len({label is None for _, label in files}) > 1:
-        raise DataError(
-            f"{folder} has images beside its class folders: move them into a class folder, or all out of them"
-        )
-    return files
-
-
-def decode_images(files: list[Path]) -> Tensor:
-    """All images as 8-bit ``[N, C, H, W]``."""
-    first = decode_image(files[0])
-    x = torch.empty(len(files), *first.shape, dtype=torch.uint8)
-    with ThreadPool() as pool:
-        for i, pixels in enumerate(pool.imap(decode_image, files, chunksize=16)):
-            if pixels.shape != first.shape:
-                size, wanted = (f"{w}x{h} with {c} channel{'s' * (c > 1)}" for c, h, w in (pixels.shape, first.shape))
-                raise DataError(
-                    f"images must have one size and number of channels: {files[i]} is {size}, {files[0]} is {wanted}: "
-                    "resize or convert them beforehand"
-                )
-            x[i] = pixels
-    return x
-
-
-def decode_image(path: Path) -> Tensor:
-    """An image as 8-bit ``[C, H, W]``, grey or RGB."""
-    from PIL import Image
-
-    with reading(path, "replace or remove the damaged image"), Image.open(path) as image:
-        if image.mode not in GREY_MODES | COLOUR_MODES:
-            raise DataError(f"images must have 8 bits a channel, {path} has mode {image.mode!r}: convert it beforehand")
-        pixels = torch.from_numpy(np.array(image.convert("L" if image.mode in GREY_MODES else "RGB")))
-    return pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-
-
-def arrays_of(dataset: Any) -> Part:
-    """Values and labels of a data set of torchvision that holds them as arrays, the labels under either name."""
-    labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
-    return channels_first(torch.as_tensor(dataset.data)), torch.as_tensor(labels)
-
-
-def omniglot_strokes(dataset: Any) -> Part:
-    """Omniglot's drawings, black on white, as strokes of 1 on 0."""
-    # torchvision numbers the characters in the order of os.listdir, which differs between machines.
-    files = sorted(Path(dataset.target_folder).glob("*/*/*.png"))
-    number = {folder: i for i, folder in enumerate(dict.fromkeys(file.parent for file in files))}
-    return 255 - decode_images(files), torch.tensor([number[file.parent] for file in files])
-
-
-def torchvision(
-    kind: str, folder: str, files: str, arrays: Callable[[Any], Part] = arrays_of, **splits: tuple[object, object]
-) -> Reader:
-    """A reader of ``torchvision.datasets.<kind>``; ``splits``: its split argument, with the train and test values."""
-    [(argument, values)] = (splits or {"train": (True, False)}).items()
-
-    def read(root: Path, download: bool) -> Parts:
-        from torchvision import datasets
-
-        put = f"put {files} into {root / folder}, or {OTHER_ROOT}"
-        with reading(root / folder, f"its files are damaged; delete them and {put}"):
-            makes = [partial(getattr(datasets, kind), root, **{argument: value}) for value in values]
-            opened = [open_set(make, kind, root, put, download) for make in makes]
-            return dict(zip(("train", "test"), map(arrays, opened), strict=True))
-
-    return read
-
-
-def open_set(make: Callable[..., object], kind: str, root: Path, put: str, download: bool) -> object:
-    """A data set of torchvision from its files, which are fetched where that is allowed."""
-    try:
-        return make(download=False)
-    except RuntimeError as error:
-        if "not found" not in str(error):
-            raise
-        why = "download=False"
-    if download:
-        try:
-            return make(download=True)
-        except Exception as error:
-            why = f"the download failed ({one_line(f'{type(error).__name__}: {error}')})"
-    raise DataError(f"{kind} is not under {root} and {why}: {put}")
-
-
-IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
-ZIPS = "images_background.zip and images_evaluation.zip, with their unpacked folders,"
-BATCHES = "data_batch_1 to data_batch_5, test_batch and batches.meta"
-MATS = "train_32x32.mat and test_32x32.mat"
 SOURCES: dict[str, tuple[str, Reader]] = {
     "digits": ("scikit-learn's 1,797 digits, 8x8 grey; needs no files", read_digits),
-    "mnist": ("70,000 digits, 28x28 grey", torchvision("MNIST", "MNIST/raw", IDX)),
-    "fashion_mnist": ("70,000 pieces of clothing, 28x28 grey", torchvision("FashionMNIST", "FashionMNIST/raw", IDX)),
-    "kmnist": ("70,000 cursive Japanese characters, 28x28 grey", torchvision("KMNIST", "KMNIST/raw", IDX)),
-    "omniglot": (
-        "32,460 drawings of 1,623 characters, 105x105 black and white, new alphabets in test",
-        torchvision("Omniglot", "omniglot-py", ZIPS, omniglot_strokes, background=(True, False)),
-    ),
+    "mnist": ("70,000 digits, 28x28 grey", mnist_like("MNIST")),
+    "fashion_mnist": ("70,000 pieces of clothing, 28x28 grey", mnist_like("FashionMNIST")),
+    "kmnist": ("70,000 cursive Japanese characters, 28x28 grey", mnist_like("KMNIST")),
+    "omniglot": ("32,460 drawings of 1,623 characters, 105x105 black and white, new alphabets in test", OMNIGLOT),
     "omniglot28": ("OMNIGLOT in the IWAE paper's 28x28 form, from chardata.mat", read_omniglot28),
     "binarized_mnist": ("Larochelle's fixed binarisation of MNIST, from its .amat files", read_binarized_mnist),
-    "cifar10": (
-        "60,000 photographs of 10 classes, 32x32 colour",
-        torchvision("CIFAR10", "cifar-10-batches-py", BATCHES),
-    ),
-    "svhn": ("99,289 house numbers, 32x32 colour", torchvision("SVHN", "", MATS, split=("train", "test"))),
+    "cifar10": ("60,000 photographs of 10 classes, 32x32 colour", CIFAR10),
+    "svhn": ("99,289 house numbers, 32x32 colour", SVHN),
     "folder:PATH": ("a folder of images of one size, one subfolder per class or none", read_folder),
     "npz:PATH": ("arrays x and, where present, y, x_test, y_test of a NumPy archive", read_npz),
 }

@@ -80,16 +80,21 @@ def load(
     if validation and "validation" in parts:
         (x, y), (more, of_more) = parts["train"], parts.pop("validation")
         parts["train"] = torch.cat([x, more]), None if y is None or of_more is None else torch.cat([y, of_more])
-    sets = {}
+    sets, all_labelled = {}, all(y is not None for _, y in parts.values())
     for part, (x, y) in parts.items():
         if labels and y is None:
             raise DataError(
                 f"labels=True needs labels in every part of a set, {name!r} lacks them: load it without labels"
             )
+        if x.dtype == torch.uint8 and x.numel() and x.max() == 1:
+            raise DataError(
+                f"8-bit values are divided by 255, but those of {name!r} are 0 and 1 only: store them as 0 and 255, or "
+                "as bool or float"
+            )
         scaled = x.to(torch.get_default_dtype()).contiguous()
         if x.dtype == torch.uint8:
             scaled.div_(255)
-        y = None if labels is False else y
+        y = y if labels or (labels is None and all_labelled) else None
         sets[part] = Images(scaled, y, name=name, binarization=binarization, seed=seed)
     if "test" not in sets:
         sets["train"], sets["test"] = cut(sets["train"], 0.1, seed=0)

@@ -1,0 +1,67 @@
+"""The files that data are read from: regular ones, found, read and fetched whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyrovae.arguments import one_line
+from pyrovae.errors import DataError, ResourceError
+
+OTHER_ROOT = "name another root (--data-dir, $PYROVAE_DATA)"
+KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+LACKING = {
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EIO", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EDQUOT", "EROFS")
+    if hasattr(errno, name)
+}
+
+
+def is_lacking(error: BaseException) -> bool:
+    """Whether the machine is at fault: memory, permission, disk; not what a file holds."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in LACKING)
+
+
+@contextmanager
+def reading(path: object, fix: str) -> Iterator[None]:
+    """Turn whatever a parser raises on a damaged file into one DataError that names the file."""
+    try:
+        yield
+    except (DataError, ResourceError):
+        raise
+    except Exception as error:
+        why = one_line(f"{type(error).__name__}: {error}")
+        if is_lacking(error):
+            raise ResourceError(f"{path} cannot be read ({why}): see to memory, permissions and disk") from error
+        raise DataError(f"{path} cannot be read ({why}): {fix}") from error
+
+
+def status(path: Path, fix: str) -> os.stat_result:
+    """What the system says of a file, links followed; nothing is opened, so that no pipe is waited for."""
+    try:
+        return path.stat()
+    except (OSError, ValueError) as error:
+        if is_lacking(error):
+            raise ResourceError(f"{path} cannot be read ({type(error).__name__}): see to its permissions") from error
+        link = "a link that leads nowhere" if os.path.islink(path) else "absent"
+        raise DataError(f"{path} is {link}: {fix}") from error
+
+
+def regular(path: Path, fix: str) -> Path:
+    """A path, if it is that of a regular file, or of a link to one."""
+    if not stat.S_ISREG(mode := status(path, fix).st_mode):
+        raise DataError(f"{path} must be a regular file, but is {KINDS.get(stat.S_IFMT(mode), 'none')}: {fix}")
+    return path
+
+
+def find_file(name: str, root: Path, *places: str) -> Path:
+    """The first of ``places`` under ``root`` where something is."""
+    place = next((place for place in places if os.path.lexists(root / place)), places[0])
+    return regular(root / place, f"put {name}'s file there, or {OTHER_ROOT}")
