@@ -1,9 +1,15 @@
 """Data sets, binarisation, and the checks on data. Draws are seeded unless a test states its false-alarm rate."""
 
 import gzip
+import hashlib
 import os
+import pickle
 import re
+import socket
 import struct
+import warnings
+import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +22,9 @@ from torch.distributions import Bernoulli, MixtureSameFamily, Normal, Uniform, c
 from torch.distributions.categorical import Categorical
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torchvision.datasets import CIFAR10, Omniglot
 
-from pyrovae.data import DataError, Images, as_dataset, check_support, load
+from pyrovae.data import DataError, Images, as_dataset, check_support, load, published
 from tests.state import unwaiting
 
 REAL = Path(os.environ.get("PYROVAE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -276,26 +283,60 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(struct.pack(f">I{array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes())
 
 
-def fake_mnist(root: Path, kind: str = "MNIST") -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 256, (30, 28, 28), np.uint8), rng.integers(0, 10, 30, np.uint8)
-    for part, rows in (("train", slice(0, 20)), ("t10k", slice(20, 30))):
-        write_idx(root / kind / "raw" / f"{part}-images-idx3-ubyte", x[rows])
-        write_idx(root / kind / "raw" / f"{part}-labels-idx1-ubyte", y[rows])
-    return x, y
+@pytest.fixture
+def fake_mnist(monkeypatch):
+    """Writes a small set in MNIST's format, which then is the original."""
+
+    def write(root: Path, kind: str = "MNIST") -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(0)
+        x, y = rng.integers(0, 256, (30, 28, 28), np.uint8), rng.integers(0, 10, 30, np.uint8)
+        for part, rows in (("train", slice(0, 20)), ("t10k", slice(20, 30))):
+            write_idx(root / kind / "raw" / f"{part}-images-idx3-ubyte", x[rows])
+            write_idx(root / kind / "raw" / f"{part}-labels-idx1-ubyte", y[rows])
+        files = (root / kind / "raw").iterdir()
+        originals = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        monkeypatch.setattr("pyrovae.data.published.MNIST_SHA256", originals)
+        return x, y
+
+    return write
 
 
 @pytest.mark.parametrize(
     ("name", "kind"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
 )
-def test_mnist_family(tmp_path, name, kind):
+def test_mnist_family(tmp_path, fake_mnist, name, kind):
     x, y = fake_mnist(tmp_path, kind)
-    train, _, test = load(name, tmp_path, labels=True)
+    with nullcontext() if kind == "MNIST" else pytest.warns(UserWarning, match="taken unverified"):
+        train, _, test = load(name, tmp_path, labels=True)
     assert torch.equal(torch.cat([train.x, test.x])[:, 0], torch.from_numpy(x).float() / 255)
     assert torch.cat([train.labels, test.labels]).tolist() == y.tolist()
 
 
-def test_root_comes_from_the_environment_or_the_cache(tmp_path, monkeypatch):
+def test_mnist_like_files_are_held_to_the_packed_ones(tmp_path, fake_mnist, monkeypatch):
+    """Nothing but the md5 of the packed files is known of these: they tell a right file from a wrong one."""
+    fake_mnist(tmp_path, "KMNIST")
+    raw, resources = tmp_path / "KMNIST" / "raw", []
+    for path in sorted(raw.iterdir()):
+        packed = gzip.compress(path.read_bytes())
+        path.with_name(path.name + ".gz").write_bytes(packed)
+        resources.append((path.name + ".gz", hashlib.md5(packed).hexdigest()))
+    monkeypatch.setattr("torchvision.datasets.KMNIST.resources", resources)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = load("kmnist", tmp_path).train.x
+        path = raw / "train-images-idx3-ubyte"
+        content = bytearray(path.read_bytes())
+        content[500] ^= 1
+        path.write_bytes(content)
+        refused(load, "kmnist", tmp_path, says=(str(path), "damaged", "npz:PATH"))
+        path.unlink()
+        assert torch.equal(load("kmnist", tmp_path, download=False).train.x, expected)
+        packed = path.with_name(path.name + ".gz")
+        packed.write_bytes(packed.read_bytes()[:-1])
+        refused(load, "kmnist", tmp_path, says=(str(packed), "md5"))
+
+
+def test_root_comes_from_the_environment_or_the_cache(tmp_path, fake_mnist, monkeypatch):
     fake_mnist(tmp_path / "env")
     monkeypatch.setenv("PYROVAE_DATA", str(tmp_path / "env"))
     assert len(load("mnist").train) == 20
@@ -308,11 +349,14 @@ def test_root_comes_from_the_environment_or_the_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [0, 3, 9, 16, 5000])
 @pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-images-idx3-ubyte", "train-labels-idx1-ubyte"])
-def test_truncated_mnist_names_the_folder(tmp_path, file, size):
+def test_truncated_mnist_names_the_file(tmp_path, fake_mnist, monkeypatch, file, size):
     fake_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / file
     path.write_bytes(path.read_bytes()[: min(size, 12)] if "labels" in file else path.read_bytes()[:size])
-    refused(load, "mnist", tmp_path, labels=True, says=(str(tmp_path / "MNIST" / "raw"), "cannot be read", "damaged"))
+    refused(load, "mnist", tmp_path, labels=True, says=(str(path), "delete it and fetch it again"))
+    original = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(published.MNIST_SHA256, file, original)  # so that its header is looked at
+    refused(load, "mnist", tmp_path, labels=True, says=str(path.parent))
 
 
 @pytest.mark.parametrize(
@@ -336,14 +380,18 @@ def no_network(*args, **kwargs):
     raise RuntimeError("no route to\nthe host")
 
 
-def test_downloads_what_is_absent(tmp_path, monkeypatch):
+def test_downloads_what_is_absent(tmp_path, fake_mnist, monkeypatch):
     def download(url, download_root, filename, md5):
         assert md5
         assert not Path(download_root, filename).exists()
-        fake_mnist(tmp_path)
+        assert not (tmp_path / "MNIST").exists(), "it goes aside"
+        assert socket.getdefaulttimeout() > 0
+        fake_mnist(Path(download_root).parents[1])
 
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
     assert len(load("mnist", tmp_path).test) == 10
+    assert socket.getdefaulttimeout() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["MNIST"], "nothing is left behind"
 
 
 def test_cifar10_and_svhn_are_channels_first(tmp_path, monkeypatch):
@@ -356,11 +404,17 @@ def test_cifar10_and_svhn_are_channels_first(tmp_path, monkeypatch):
     assert torch.equal(train.x, expected)
     assert train.labels.tolist() == [5, 6, 7, 8, 9, 0]
 
-    class FakeCIFAR10:
-        def __init__(self, root, train, download):
-            self.data, self.targets = x, [0, 1, 2, 3, 4, 5]
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCIFAR10)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    batch = {"data": x.transpose(0, 3, 1, 2).reshape(6, -1), "labels": [0, 1, 2, 3, 4, 5]}
+    lists = {"train_list": "data_batch_1", "test_list": "test_batch"}
+    for known, file in lists.items():
+        content = pickle.dumps(batch)
+        (folder / file).write_bytes(content)
+        monkeypatch.setattr(f"torchvision.datasets.CIFAR10.{known}", [[file, hashlib.md5(content).hexdigest()]])
+    meta = pickle.dumps({"label_names": list("abcdef")})
+    (folder / "batches.meta").write_bytes(meta)
+    monkeypatch.setitem(CIFAR10.meta, "md5", hashlib.md5(meta).hexdigest())
     test = load("cifar10", tmp_path, labels=True).test
     assert torch.equal(test.x, expected)
     assert test.labels.tolist() == [0, 1, 2, 3, 4, 5]
@@ -368,15 +422,18 @@ def test_cifar10_and_svhn_are_channels_first(tmp_path, monkeypatch):
 
 
 def test_omniglot_strokes_are_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.Omniglot._check_integrity", lambda self: True)
-    refused(load, "omniglot", tmp_path, says=("omniglot-py", "unpacked"))
+    refused(load, "omniglot", tmp_path, download=False, says=("omniglot-py",))
+    (tmp_path / "omniglot-py").mkdir()
     for part, characters in (("background", 3), ("evaluation", 2)):
-        for i in range(characters):
-            folder = tmp_path / "omniglot-py" / f"images_{part}" / "Greek" / f"character{i:02}"
-            folder.mkdir(parents=True)
-            drawing = np.full((105, 105), True)
-            drawing[i, 50] = False
-            Image.fromarray(drawing).save(folder / f"{i:04}_01.png")
+        path = tmp_path / "omniglot-py" / f"images_{part}.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for i in range(characters):
+                drawing = np.full((105, 105), True)
+                drawing[i, 50] = False
+                with archive.open(f"images_{part}/Greek/character{i:02}/{i:04}_01.png", "w") as file:
+                    Image.fromarray(drawing).save(file, "png")
+        refused(load, "omniglot", tmp_path, download=False, says=("omniglot-py",))
+        monkeypatch.setitem(Omniglot.zips_md5, f"images_{part}", hashlib.md5(path.read_bytes()).hexdigest())
     train, _, test = load("omniglot", tmp_path, labels=True)
     assert train.x.shape == (3, 1, 105, 105)
     assert len(test) == 2
@@ -511,9 +568,11 @@ def test_folder_follows_links(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
     assert len(load(f"folder:{tmp_path / 'set'}", labels=True).train) == 2
-    (tmp_path / "elsewhere" / "cat" / "again").symlink_to(tmp_path / "elsewhere" / "cat")  # in a circle
-    (tmp_path / "elsewhere" / "cat" / "above").symlink_to(tmp_path / "set")
-    assert len(load(f"folder:{tmp_path / 'set'}", labels=True).train) == 2
+    for name, target in (("again", "elsewhere/cat"), ("above", "set"), ("copy.png", "elsewhere/cat/000.png")):
+        link = tmp_path / "elsewhere" / "cat" / name
+        link.symlink_to(tmp_path / target)
+        refused(load, f"folder:{tmp_path / 'set'}", says=("twice", f"cat/{name}"[:4], "remove one"))
+        link.unlink()
 
 
 @pytest.mark.parametrize(
@@ -537,7 +596,7 @@ def test_folder_keeps_grey_and_colour_and_drops_transparency(tmp_path, mode, col
 
 
 def test_folder_refuses_what_it_cannot_hold(tmp_path):
-    refused(load, f"folder:{tmp_path / 'none'}", says=("existing folder", str(tmp_path / "none")))
+    refused(load, f"folder:{tmp_path / 'none'}", says=(str(tmp_path / "none"), "absent", "existing folder"))
     refused(load, f"folder:{tmp_path}", says=("needs images", str(tmp_path)))
     write_images(tmp_path / "a", 3)
     write_images(tmp_path / "b", 1, size=(7, 4))
@@ -643,7 +702,7 @@ def test_npz_absent_damaged_or_of_another_kind(tmp_path):
             load(f"npz:{path}")
         assert "allow_pickle" not in str(caught.value)
     np.save(tmp_path / "b.npy", np.zeros(3))
-    refused(load, f"npz:{tmp_path / 'b.npy'}", says=("b.npy", "not a whole"))
+    refused(load, f"npz:{tmp_path / 'b.npy'}", says=("b.npy", "not a zip file", "numpy.savez"))
 
 
 def test_npz_contents_are_checked(tmp_path):

@@ -55,6 +55,13 @@ class Task:
         if "objective" in explicit and issubclass(parts.model_class, Pair) and parts.model_class.train_on:
             raise ValueError(f"{job.model} has a rule of its own to train by, got objective {name}: leave it out")
         splits = load_data(job, parts, None, terms=terms)
+        if getattr(parts.model_class, "conditional", False):
+            as_labelled(splits.train)
+        if len(splits.test) < 2:
+            raise DataError(
+                f"a test figure and its error need two data at least, {splits.test.name!r} has {len(splits.test)} to "
+                f"test on, {len(splits.train)} to train on: give a test part, or more data"
+            )
         source = reopen(Path(job.data.removeprefix(CODES)), terms=terms)[0] if job.data.startswith(CODES) else None
         vqvae = cast(models.VQVAE | None, source)
         pair = build(parts, splits.train, job.seed, vqvae)

@@ -48,10 +48,11 @@ def status(path: Path, fix: str) -> os.stat_result:
     try:
         return path.stat()
     except (OSError, ValueError) as error:
+        name = one_line(path, 500)
         if is_lacking(error):
-            raise ResourceError(f"{path} cannot be read ({type(error).__name__}): see to its permissions") from error
+            raise ResourceError(f"{name} cannot be read ({type(error).__name__}): see to its permissions") from error
         link = "a link that leads nowhere" if os.path.islink(path) else "absent"
-        raise DataError(f"{path} is {link}: {fix}") from error
+        raise DataError(f"{name} is {link}: {fix}") from error
 
 
 def regular(path: Path, fix: str) -> Path:

@@ -24,7 +24,7 @@ from pyrovae.errors import DataError
 from pyrovae.memory import require_memory
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 #: Pillow's names of the formats that are opened, whatever a file is called; no other parser ever sees one.
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
@@ -41,9 +41,9 @@ Shape = tuple[int, int, int]
 
 def read_folder(path: Path, download: bool) -> Parts:
     """The images below a folder, one part of all or parts by its subfolders' names; classes are numbered alike."""
-    info = status(path, "folder:PATH needs an existing folder, check the path")
+    info = status(path, fix := "folder:PATH needs an existing folder, check the path")
     if not stat.S_ISDIR(info.st_mode):
-        raise DataError(f"folder:PATH needs an existing folder, {path} is none: check the path")
+        raise DataError(f"{path} is none: {fix}")
     with reading(path, "remove what is no folder of images"):
         seen = {(info.st_dev, info.st_ino): path}
         listed = {part: list_images(folder, seen) for part, folder in part_folders(path).items()}
@@ -128,9 +128,8 @@ def decode_images(files: Sequence[Encoded]) -> Tensor:
     """
     with opened(files[0]) as image:
         shape = declared(image)
-    (channels, height, width), number = shape, len(files)
-    floats = torch.get_default_dtype().itemsize
-    what = f"what {number:,} images of {width}x{height} pixels hold"
+    number, floats = len(files), torch.get_default_dtype().itemsize
+    what = f"{number:,} images of {shape[2]}x{shape[1]} pixels, held as reals,"
     require_memory(number * math.prod(shape) * (1 + floats), what, "take fewer, or make them smaller")
     first = decode_image(files[0], shape, files[0])
     x = torch.empty(number, *first.shape, dtype=torch.uint8)
@@ -142,7 +141,7 @@ def decode_images(files: Sequence[Encoded]) -> Tensor:
 
 
 def decode_image(file: Encoded, like: Shape, of: Encoded) -> Tensor:
-    """An image as 8-bit ``[C, H, W]``, grey or RGB, upright as its EXIF data say, as if nothing in it were transparent."""
+    """An image as 8-bit ``[C, H, W]``, grey or RGB, upright as its EXIF data say, whatever is transparent in it."""
     from PIL import ImageOps
 
     with opened(file) as image:
@@ -156,22 +155,27 @@ def decode_image(file: Encoded, like: Shape, of: Encoded) -> Tensor:
 
 
 @contextmanager
-def opened(file: Encoded) -> Iterator[Image]:
+def opened(file: Encoded) -> Iterator[ImageFile]:
     """An image whose header has been read: one frame, of 8 bits a channel."""
     from PIL import Image
 
     name, content = (file, file) if isinstance(file, Path) else (file[0], BytesIO(file[1]))
     with reading(name, "replace or remove the damaged image"), Image.open(content, formats=FORMATS) as image:
-        tiles = str(image.tile)
-        deep = re.search(r";16[BLN]", tiles) or (image.format == "PPM" and image.tile[0][3][-1:] > (255,))
-        if image.mode not in GREY_MODES | COLOUR_MODES or deep:
+        if image.mode not in GREY_MODES | COLOUR_MODES or is_deep(image):
             raise DataError(f"images must have 8 bits a channel, {name} has mode {image.mode!r}: convert it beforehand")
         if getattr(image, "is_animated", False) and image.format != "MPO":
             raise DataError(f"images must have one frame, {name} has more: save each as an image of its own")
         yield image
 
 
-def declared(image: Image) -> Shape:
+def is_deep(image: ImageFile) -> bool:
+    """Whether there are more than 8 bits a channel, of which Pillow would drop the lowest."""
+    coded = image.tile[0][3] if image.tile else None
+    levels = coded[-1] if image.format == "PPM" and isinstance(coded, tuple) else 255
+    return levels > 255 or re.search(r";16[BLN]", str(coded)) is not None
+
+
+def declared(image: ImageFile) -> Shape:
     """Channels, height and width by an image's header."""
     return (1 if image.mode in GREY_MODES else 3, image.height, image.width)
 

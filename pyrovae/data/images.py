@@ -46,7 +46,7 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
     ) -> None:
         if not isinstance(x, Tensor) or x.is_complex() or x.is_quantized or x.is_meta or x.layout != torch.strided:
             kind = f"{x.dtype}, {x.layout}, {x.device}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a dense, real tensor [N, ...], received {kind}: use torch.as_tensor(x)")
+            raise TypeError(f"x must be a dense, real tensor [N, ...], received {kind}: use torch.as_tensor")
         one_of("binarization", binarization, BINARIZATIONS)
         x = x.detach() if x.is_floating_point() else x.detach().to(torch.get_default_dtype())
         if not x.dim() or not x.numel():

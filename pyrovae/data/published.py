@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,8 @@ class Published:
                 for path in filter(Path.is_file, Path(aside).rglob("*")):
                     place = root / path.relative_to(aside)
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    path.replace(place)
+                    if not is_there(place):
+                        path.replace(place)
         except Exception as error:
             kind = ResourceError if is_lacking(error) else DataError
             why = one_line(f"{type(error).__name__}: {error}")
@@ -170,27 +170,25 @@ def idx_array(source: Source, path: Path, dims: int) -> np.ndarray:
 
 
 def original(source: Source, path: Path) -> np.ndarray:
-    """The bytes of an idx file, held to those published: by their SHA-256, or by the packed file, whose md5 is known."""
-    packed, known = path.with_name(path.name + ".gz"), MNIST_SHA256[path.name] if source.__name__ == "MNIST" else None
-    md5, content, same = dict(source.resources)[packed.name], np.empty(0, np.uint8), True
-    if is_there(path):
-        content = np.fromfile(regular(path, "put the original file there"), np.uint8)
-    if known is not None and len(content):
-        same = hashlib.sha256(content).hexdigest() == known
+    """The bytes of an idx file, held to those published: by SHA-256, or by the packed file beside it and its md5."""
+    packed, raw, same, fix = path.with_name(path.name + ".gz"), is_there(path), True, "put the original file there"
+    content = regular(path, fix).read_bytes() if raw else b""
+    if raw and source.__name__ == "MNIST":
+        same = hashlib.sha256(content).hexdigest() == MNIST_SHA256[path.name]
     elif is_there(packed):
-        same = is_original(regular(packed, "put the original file there"), md5)
-        if same and is_there(path):
+        same = is_original(regular(packed, fix), dict(source.resources)[packed.name])
+        if same and raw:
             same = packed.read_bytes()[-8:-4] == zlib.crc32(content).to_bytes(4, "little")
         elif same:
-            content = np.frombuffer(bytearray(gzip.decompress(packed.read_bytes())), np.uint8)
+            content = gzip.decompress(packed.read_bytes())
     else:
         warn(f"{path} is taken unverified: nothing is known of it without {packed.name} beside it")
     if not same:
         raise DataError(
-            f"{path} is damaged, or not the one that was published, by its checksum: delete it and fetch it again; data "
-            "of your own are read by npz:PATH"
+            f"{path} is damaged, or not the one that was published, by its checksum: delete it and fetch it again; "
+            "npz:PATH reads data of your own"
         )
-    return content
+    return np.frombuffer(bytearray(content), np.uint8)
 
 
 def mnist_like(kind: str) -> Published:

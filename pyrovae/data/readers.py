@@ -35,13 +35,15 @@ def permutation(total: int, seed: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed % 2**32).permutation(total))
 
 
-def require(path: Path, declared: Iterable[tuple[tuple[int, ...], int]], stored: int) -> None:
-    """Refuse arrays, given as shapes and bytes a value, that a file of so many bytes cannot hold, or the memory."""
+def require(path: Path, declared: Iterable[tuple[tuple[int, ...], int]], stored: int, fix: str) -> None:
+    """Refuse arrays, given as shapes and bytes a value, that so many bytes of a file cannot hold, or the memory."""
     values, size = 0, 0
     for shape, item in declared:
         values, size = values + math.prod(shape), size + math.prod(shape) * item
     if size > DEFLATED * stored:
-        raise DataError(f"{path} has {stored:,} bytes, too few for the {size:,} that it declares: write it anew")
+        raise DataError(
+            f"{path} cannot be read (its {stored:,} bytes cannot hold the {size:,} that it declares): {fix}"
+        )
     floats = torch.get_default_dtype().itemsize
     require_memory(size + floats * values, f"what {path} declares", "take fewer data, or a machine with more memory")
 
@@ -64,7 +66,7 @@ def read_omniglot28(root: Path, download: bool) -> Parts:
     fix = "replace it by the IWAE paper's chardata.mat (arrays data and testdata, 784 x N)"
     with reading(path, fix):
         shapes = {name: shape for name, shape, _ in whosmat(path)}
-        require(path, ((shape, 8) for shape in shapes.values()), path.stat().st_size)
+        require(path, ((shape, 8) for shape in shapes.values()), path.stat().st_size, fix)
         parts = Parts()
         for part, key in (("train", ""), ("test", "test")):
             values, labels = f"{key}data", f"{key}targetchar"
@@ -84,8 +86,8 @@ def read_binarized_mnist(root: Path, download: bool) -> Parts:
     for part, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
         file = f"binarized_mnist_{name}.amat"
         path = find_file("binarized_mnist", root, f"binarized_mnist/{file}", file)
-        require(path, [((path.stat().st_size,), 1)], path.stat().st_size)
-        with reading(path, "fetch the file again"):
+        require(path, [((path.stat().st_size,), 1)], path.stat().st_size, fix := "fetch the file again")
+        with reading(path, fix):
             parts[part] = bits_of(path).to(torch.get_default_dtype()).reshape(-1, 1, 28, 28), None
     return parts
 
@@ -107,8 +109,6 @@ def bits_of(path: Path) -> Tensor:
 def read_npz(path: Path, download: bool) -> Parts:
     """The arrays of a NumPy archive."""
     regular(path, "npz:PATH needs a NumPy archive, write it with numpy.savez(path, x=x)")
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{path} is not a whole .npz archive: write it with numpy.savez(path, x=x)")
     with reading(path, OTHER_ARRAYS):
         names = check_archive(path)
         with np.load(path, allow_pickle=False) as archive:
@@ -128,7 +128,7 @@ def check_archive(path: Path) -> list[str]:
     """Which of the arrays are in an archive, their headers, and nothing else, having been read."""
     with zipfile.ZipFile(path) as archive:
         members = [member.removesuffix(".npy") for member in archive.namelist()]
-        names = [key for key in ("x", "y", "x_test", "y_test") if key in members]
+        names: list[str] = [key for key in ("x", "y", "x_test", "y_test") if key in members]
         for needed in ("x", "x_test") if "y_test" in names else ("x",):
             if needed not in names:
                 held = one_line(", ".join(members) or "nothing")
@@ -138,7 +138,7 @@ def check_archive(path: Path) -> list[str]:
         stored = sum(info.compress_size for info in infos)
     if len(set(members)) < len(members) or stored > path.stat().st_size:
         raise DataError(f"{path} holds one array twice, or parts that overlap: {OTHER_ARRAYS}")
-    require(path, declared, stored)
+    require(path, declared, stored, OTHER_ARRAYS)
     return names
 
 

@@ -42,10 +42,11 @@ def load(
     """Read the data set ``name``, one of :data:`DATASETS`, into memory.
 
     Pixels are floats in [0, 1], channels first: 8-bit values are divided by 255. ``npz:PATH`` takes the arrays ``x``
-    and, where they are, ``y``, ``x_test``, ``y_test``: 8-bit ones as images (a channel axis is added or moved to the
-    front), any others as they are. ``folder:PATH`` takes images of one size, one subfolder per class or none at all,
-    below ``train`` and ``test`` (or ``val``, ``valid``) if there are such. Of a set without a test part a tenth is set
-    aside, the same tenth whatever the seed, so that no run is tested on what another one was trained on.
+    and, where they are, ``y``, ``x_test``, ``y_test``: those of four axes as images (channels are moved to the front),
+    8-bit ones of three as grey images, any others as they are. ``folder:PATH`` takes images of one size, one subfolder
+    per class or none, below ``train`` and ``test`` (or ``val``) if there are such. Of a set without a test part a tenth
+    is set aside, the same tenth whatever the seed, so that no run is tested on what another one was trained on. What no
+    rule covers is refused; the rules stand on the page "Data".
 
     :param name: of the set.
     :param root: the folder with the files, else ``$PYROVAE_DATA``, else ``pyrovae`` in the user's cache folder.
@@ -54,11 +55,12 @@ def load(
     :param validation: how many (int) or which fraction (float below 1) of the training data to set aside at random.
         With 0 it is the set's own validation part, if it has one (binarized_mnist, a folder with ``train``, ``val`` and
         ``test``), else None; with any other value, that part joins the training data before the cut.
-    :param labels: whether the parts carry labels; None, where they have them.
+    :param labels: whether the parts carry labels; None, where all of them do.
     :param seed: of the validation cut and of the draws.
-    :param download: whether torchvision's sets may be fetched, md5-checked, when they are not there.
+    :param download: whether torchvision's sets may be fetched when they are not there; all are held to their checksums.
     :raises ValueError: an argument outside its range, an unknown name.
-    :raises DataError: files absent or damaged, images of several sizes, no labels where they are asked for.
+    :raises DataError: files absent, damaged or no files, arrays without a rule, no labels where they are asked for.
+    :raises ResourceError: more than there is memory for, files that may not be read, a disk that is full.
 
     >>> train, validation, test = load("digits", binarization="dynamic", validation=0.1, labels=True)
     >>> len(train), len(validation), len(test), train.event_shape
@@ -80,16 +82,16 @@ def load(
     if validation and "validation" in parts:
         (x, y), (more, of_more) = parts["train"], parts.pop("validation")
         parts["train"] = torch.cat([x, more]), None if y is None or of_more is None else torch.cat([y, of_more])
+    if max((int(x.max()) for x, _ in parts.values() if x.dtype == torch.uint8 and x.numel()), default=0) == 1:
+        raise DataError(
+            f"8-bit values are divided by 255, but those of {name!r} are 0 and 1 only: store them as 0 and 255, or as "
+            "bool or float"
+        )
     sets, all_labelled = {}, all(y is not None for _, y in parts.values())
     for part, (x, y) in parts.items():
         if labels and y is None:
             raise DataError(
                 f"labels=True needs labels in every part of a set, {name!r} lacks them: load it without labels"
-            )
-        if x.dtype == torch.uint8 and x.numel() and x.max() == 1:
-            raise DataError(
-                f"8-bit values are divided by 255, but those of {name!r} are 0 and 1 only: store them as 0 and 255, or "
-                "as bool or float"
             )
         scaled = x.to(torch.get_default_dtype()).contiguous()
         if x.dtype == torch.uint8:
