@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -34,6 +35,12 @@ def known_state(request: pytest.FixtureRequest) -> Iterator[None]:
     pyro.set_rng_seed(*seed.args if seed else (0,))
     yield
     pyro.clear_param_store()
+
+
+@pytest.fixture(autouse=True)
+def every_epoch_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs as short as those of tests would else share a checkpoint."""
+    monkeypatch.setattr("pyrovae.runs.run.SHARE", math.inf)
 
 
 @pytest.fixture

@@ -265,6 +265,7 @@ def test_a_run_of_an_older_version_is_opened_and_resumed(tmp_path):
     dying_at(Run, "log", 2, lambda: train(run_dir=tmp_path))
     assert len(Run(tmp_path).history()) == 1
     (tmp_path / runs.CONFIG).write_text(OLD_CONFIG)
+    (tmp_path / "last" / runs.MANIFEST).unlink()
     assert value_of(pv.load(tmp_path).state_dict()) == value_of(Run(tmp_path).weights())
     assert pv.load(tmp_path, pair=pv.models.VAE((4,), latent_dim=2, hidden=(3,)))
     refused(ValueError, "begun with objective", train, pv.MIWAE(3, 1), run_dir=tmp_path, resume=True)

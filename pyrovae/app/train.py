@@ -80,7 +80,7 @@ def train_by_rule(rule: Rule, task: Task, run: runs.Run, resume: bool) -> Fit:
     if run.exists and not resume:
         raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
     if run.exists and (state := run.state()) is not None and state["finished"]:
-        runs.restore(dict(pair.state_dict(keep_vars=True)), run.weights(), where=str(run.path))
+        runs.restore(dict(pair.state_dict(keep_vars=True)), run.weights(), run)
         return Fit(run.history(), finished=True)
     default, takes, place = Settings(), keywords(rule), pick_device(job.device)
     common = {"epochs": job.epochs, "batch_size": job.batch_size, "lr": job.lr}

@@ -77,7 +77,9 @@ def restore_rng(snapshot: Mapping[str, Any]) -> None:
         states[torch.cuda.current_device()] = snapshot["cuda"][snapshot.get("current", 0)]
     for device, state in states.items():
         torch.cuda.set_rng_state(state, device)
-    kind, keys, *rest = snapshot["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    kind, keys, position, *rest = snapshot["numpy"]
+    if not (keys.shape == (624,) and type(position) is int and 0 <= position <= 624):  # NumPy would read on beyond
+        raise ValueError("the state of NumPy's generator is none")
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, *rest))
     version_, internal, gauss = snapshot["python"]
     random.setstate((version_, tuple(internal), gauss))

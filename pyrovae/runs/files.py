@@ -1,11 +1,12 @@
-"""The files of a run: their names, and writes of which no reader, and no crash, ever meets half."""
+"""The files of a run: their names, and reading and writing them."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,65 @@ import numpy as np
 from torch import Tensor
 
 from pyrovae.arguments import one_line
+from pyrovae.errors import CheckpointError, exit_code
 from pyrovae.files import replacing
 
-CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
-WEIGHTS, STATE = "weights.safetensors", "state.pt"  # of a checkpoint
+CONFIG, METRICS, RESULTS, LOCK = "config.json", "metrics.jsonl", "results.json", "pyrovae.lock"
+WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"  # of a checkpoint
+CHECKPOINTS = ("last", "best")
+FOLDERS = (*CHECKPOINTS, *(f"{name}.{suffix}" for name in CHECKPOINTS for suffix in ("new", "old")), "vqvae")
+
+
+def strange(folder: Path, *, run: bool) -> list[str]:
+    """What has the name of a run's file, but is a link or of another kind, or (where there is no run) was there before.
+
+    A run's own files are written to, replaced and deleted; these must not be.
+    """
+    found = []
+    for place in folder.iterdir() if folder.is_dir() else ():
+        if place.name in FOLDERS:
+            own = place.is_dir()
+        elif place.name in (CONFIG, METRICS, RESULTS) or place.suffix == ".png":
+            own = place.is_file()
+        else:
+            continue
+        if place.is_symlink() or not (own and run):
+            found.append(place.name)
+    return sorted(found)
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a regular file; a pipe or a device, which might never end, is a ValueError."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; a ValueError where it is none, or is nested too deeply to be of a run."""
+    try:
+        return json.loads(read(path).decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+@contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Say of any error inside that a file of a run is damaged; memory, permissions and our own words stay as they are.
+
+    >>> with undamaged(Path("last/state.pt")):
+    ...     {}["epoch"]
+    Traceback (most recent call last):
+    ...
+    pyrovae.errors.CheckpointError: "last/state.pt" is damaged ('epoch'): restore it, or train again
+    """
+    try:
+        yield
+    except Exception as error:
+        resources = exit_code(error) == 6 and not isinstance(error, FileNotFoundError | IsADirectoryError)
+        if resources or isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f'"{path}" is damaged ({reason(error)}): restore it, or train again') from error
 
 
 def write_text(path: Path, text: str) -> None:

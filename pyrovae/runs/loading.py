@@ -11,29 +11,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pyrovae.arguments import one_of
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.errors import CheckpointError, DataError
 from pyrovae.runs.classes import describe, find_class
-from pyrovae.runs.files import CONFIG, as_json, reason
+from pyrovae.runs.files import CHECKPOINTS, CONFIG, as_json, reason
 from pyrovae.runs.run import Run
 
 
 def load(
-    run_dir: str | os.PathLike[str], *, pair: nn.Module | None = None, checkpoint: str = "last", trust: bool = False
+    run_dir: str | os.PathLike[str],
+    *,
+    pair: nn.Module | None = None,
+    checkpoint: str = "last",
+    trust: bool = False,
+    override: bool = False,
 ) -> nn.Module:
     """Build the model of a run again, with its weights, in eval mode.
 
     No code in the run is executed, and none is imported for it: the config is JSON, the weights are safetensors, and
-    the class must be one of pyrovae's, unless you say otherwise.
+    the class must be one of pyrovae's, unless you say otherwise. The files must hold what was saved, by SHA-256.
 
     :param pair: an object to load the weights into; nothing is imported then.
     :param checkpoint: ``"last"`` or ``"best"``.
     :param trust: import whatever class the config names, such as one of your own, and call it.
-    :raises CheckpointError: if the folder holds no run, or its files are damaged or of another class.
+    :param override: go on, with a warning, where files were changed since they were written, are of another run or of
+        a newer version, or weights are of another dtype, which is converted.
+    :raises CheckpointError: if the folder holds no run, or its files are damaged, changed, or of another class.
 
     >>> load("runs/digits").guide  # doctest: +SKIP
     """
-    run = Run(run_dir)
+    run = Run.of(run_dir, override=override)
+    one_of("checkpoint", checkpoint, CHECKPOINTS)
     described = run.config().get("model")
     if pair is None:
         if not (isinstance(described, dict) and described.keys() >= {"class", "arguments"}):
@@ -47,7 +56,7 @@ def load(
         raise CheckpointError(
             f'the run "{run.path}" holds {described}, the pair is {describe(pair)}: pass the same model'
         )
-    restore(dict(pair.state_dict(keep_vars=True)), run.weights(checkpoint), where=str(run.path))
+    restore(dict(pair.state_dict(keep_vars=True)), run.weights(checkpoint), run)
     return pair.eval()
 
 
@@ -64,8 +73,8 @@ def opening(run: Path) -> Iterator[None]:
         ) from error
 
 
-def restore(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy ``weights`` into the tensors of the same names; any difference in names or shapes is an error."""
+def restore(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor], run: Run) -> None:
+    """Copy a run's weights into the tensors of the same names; other names, shapes or dtypes are an error."""
     for name, tensor in targets.items():
         if is_lazy(tensor) and name in weights:
             tensor.materialize(weights[name].shape)  # type: ignore[operator]
@@ -73,9 +82,12 @@ def restore(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, whe
     shapes = [n for n in targets.keys() & weights.keys() if targets[n].shape != weights[n].shape]
     if missing or extra or shapes:
         raise CheckpointError(
-            f'the weights of "{where}" are of another model: missing {shortened(missing)}, unknown {shortened(extra)}, '
-            f"of other shape {shortened(sorted(shapes))}; pass the model they were saved from"
+            f'the weights of "{run.path}" are of another model: missing {shortened(missing)}, unknown '
+            f"{shortened(extra)}, of other shape {shortened(sorted(shapes))}; pass the model they were saved from"
         )
+    if cast := [name for name in sorted(targets) if targets[name].dtype != weights[name].dtype]:
+        example = f"{cast[0]} is {weights[cast[0]].dtype}, the model's is {targets[cast[0]].dtype}"
+        run.doubt(f'the weights of "{run.path}" are of another dtype ({example}): pass the model they were saved from')
     with torch.no_grad():
         for name, tensor in targets.items():
             tensor.copy_(weights[name])

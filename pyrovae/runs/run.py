@@ -2,176 +2,191 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from pyrovae.errors import CheckpointError
-from pyrovae.runs.classes import public_path
-from pyrovae.runs.files import CONFIG, METRICS, RESULTS, STATE, WEIGHTS, as_json, reason, write_json, write_text
-from pyrovae.runs.manifest import sha256
+from pyrovae.errors import CheckpointError, ResourceError, is_out_of_memory
+from pyrovae.files import sync
+from pyrovae.runs.files import (
+    CONFIG,
+    LOCK,
+    MANIFEST,
+    METRICS,
+    STATE,
+    WEIGHTS,
+    as_json,
+    reason,
+    strange,
+    write_json,
+    write_text,
+)
+from pyrovae.runs.lock import Lock
+from pyrovae.runs.manifest import FORMAT, held, sealed
+from pyrovae.runs.reading import Reader
+
+SHARE, LONGEST = 0.005, 600.0  # of the time that checkpoints may take; seconds without one
 
 
-class LateState(TypedDict, total=False):
-    """What a checkpoint says of tensors that the first batch does not reach; those of before said nothing."""
-
-    order: list[str]  # of the optimizer's parameters, by name
-    late: list[str]  # the names of the tensors
-    examples: list[tuple[int, tuple[Any, ...]]]  # seeds and batches that reach them
-
-
-class State(LateState):
-    """The training loop's state at a checkpoint."""
-
-    epoch: int
-    best_epoch: int | None
-    finished: bool
-    optimizer: dict[str, Any]
-    rng: dict[str, Any]
-
-
-class Run:
+class Run(Reader):
     """One run directory, ``runs/NAME``.
+
+    :param override: warn of what was changed since it was written, or is not known, instead of refusing it.
+    :raises CheckpointError: wherever it is read, for files that are absent, damaged, changed or of another run.
+    :raises ResourceError: wherever it is written to, if another process does so, or it was moved away.
 
     >>> import tempfile
     >>> run = Run(Path(tempfile.mkdtemp()) / "first")
-    >>> run.start({"seed": 0})
-    >>> run.log({"epoch": 1, "bound": -90.0})
+    >>> with run.writing():
+    ...     run.start({"seed": 0})
+    ...     run.log({"epoch": 1, "bound": -90.0})
     >>> run.history()
     [{'epoch': 1, 'bound': -90.0}]
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, override: bool = False) -> None:
+        super().__init__(path, override=override)
+        self.lock: Lock | None = None
+        self.saved, self.cost = -math.inf, 0.0  # when the last checkpoint was, and the seconds that it took
 
-    @property
-    def exists(self) -> bool:
-        """Whether a run was started here."""
-        return (self.path / CONFIG).is_file()
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], *, override: bool = False) -> Run:
+        """The run at a path; a run is itself."""
+        return path if isinstance(path, cls) else cls(path, override=override)
+
+    @cached_property
+    def name(self) -> str | None:
+        """What the run is known by, in its manifests; a run of before there were any has none."""
+        name: str | None = self.config().get("run")
+        return name
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the run, whose folder is made: no other process writes to it. An empty folder is taken away again."""
+        if self.lock is not None:
+            yield
+            return
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(
+                f'"{self.path}" cannot be a folder, a file is in its place: pass another run_dir'
+            ) from error
+        try:
+            with Lock(self.path / LOCK) as self.lock:
+                yield
+        finally:
+            self.lock = None
+            with suppress(OSError):  # where something came of it
+                for folder in made:
+                    folder.rmdir()
+
+    def check_files(self) -> None:
+        """Refuse to write where others' files, or links, have the names of a run's own."""
+        if found := strange(self.path, run=self.exists):
+            raise ValueError(
+                f'"{self.path}" holds {", ".join(found[:5])}, which no run made here and none will replace: take an '
+                "empty folder"
+            )
+
+    def check_place(self) -> None:
+        """Refuse to go on where the run was, if it is there no more."""
+        if not (self.exists and (self.lock is None or self.lock.in_place)):
+            raise ResourceError(f'the run "{self.path}" is gone: it was moved or deleted while it was written to')
 
     def start(self, config: Mapping[str, object]) -> None:
         """Begin a run: make the folder, write its config, drop what an attempt without a checkpoint left."""
+        self.check_files()
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / METRICS).unlink(missing_ok=True)
-        write_json(self.path / CONFIG, config)
+        self.name = uuid.uuid4().hex
+        write_json(self.path / CONFIG, sealed(config, self.name))
 
-    def config(self) -> dict[str, Any]:
-        """What the run was made of, its classes by their paths of today; or a CheckpointError.
-
-        By name: model and objective (class and arguments, or None), versions, training, settings and data, or more.
-        """
-        try:
-            config = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-            if not isinstance(config, dict):
-                raise ValueError(f"it holds a {type(config).__name__}")
-            for described in (config.get("model"), config.get("objective")):
-                if isinstance(described, dict) and "class" in described:
-                    described["class"] = public_path(str(described["class"]))
-            return config
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f'"{self.path}" holds no run: {CONFIG} is absent or unreadable ({reason(error)}); pass the folder that '
-                "pyrovae train or pyrovae.fit(run_dir=...) wrote"
-            ) from error
+    def amend(self, config: Mapping[str, object]) -> None:
+        """Write another config of a run that goes on: it keeps its name, and its checkpoints."""
+        write_json(self.path / CONFIG, sealed(config, self.name))
 
     def log(self, metrics: Mapping[str, object]) -> None:
         """Append one epoch's metrics, and wait until they are on disk: no checkpoint may be ahead of them."""
+        self.check_place()
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(as_json(metrics), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def results(self) -> dict[str, Any]:
-        """What was measured last, or nothing."""
-        path = self.path / RESULTS
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-    def history(self) -> list[dict[str, Any]]:
-        """The metrics of every epoch; a last line cut short by a crash is left out."""
-        path = self.path / METRICS
-        rows = []
-        with suppress(json.JSONDecodeError):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-                rows.append(json.loads(line))
-        return list(itertools.takewhile(lambda row: isinstance(row, dict), rows))
-
     def rewind(self, epoch: int) -> list[dict[str, Any]]:
         """Forget the metrics of epochs after ``epoch``, which a resumed run will log again."""
         rows = self.history()[:epoch]
-        if [row.get("epoch") for row in rows] != list(range(1, epoch + 1)):
+        if [row.get("epoch") for row in rows] != list(range(1, len(rows) + 1)) or len(rows) != epoch:
             raise CheckpointError(
                 f'"{self.path / METRICS}" is damaged: its epochs do not run from 1 to {epoch}, where the '
                 "last checkpoint is; restore it, or train again"
             )
+        if (folder := self.checkpoint()) is not None:
+            self.check_file(folder, METRICS)
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
+    @property
+    def due(self) -> bool:
+        """Whether a checkpoint would take no more than its share of the time since the last one."""
+        return time.monotonic() - self.saved >= min(self.cost / SHARE, LONGEST)
+
     def save(self, name: str, weights: Mapping[str, Tensor], state: Mapping[str, object] | None = None) -> None:
-        """Write the checkpoint ``name`` ("last" or "best") aside, then swap it in."""
-        new, old = self.path / f"{name}.new", self.path / f"{name}.old"
-        if old.exists() and not (self.path / name).exists():  # a crash came between two renames: the old one counts
-            old.replace(self.path / name)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, new / WEIGHTS)
+        """Write the checkpoint ``name`` ("last" or "best") aside, with its manifest, then swap it in."""
+        began = time.monotonic()
+        self.check_place()
+        now, new, old = (self.path / f"{name}{suffix}" for suffix in ("", ".new", ".old"))
+        if old.exists() and not now.exists():  # a crash came between two renames: the old one counts
+            old.replace(now)
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
+        try:
+            self.write(new, tensors, state)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(new, ignore_errors=True)
+            if is_out_of_memory(error):
+                raise
+            kept = "the one before it is kept; " if now.exists() else ""
+            raise ResourceError(
+                f'cannot write the checkpoint "{now}" ({reason(error)}): {kept}mend that, and go on with resume'
+            ) from error
+        shutil.rmtree(old, ignore_errors=True)
+        if now.exists():
+            now.replace(old)
+        new.replace(now)
+        sync(self.path)
+        shutil.rmtree(old, ignore_errors=True)
+        self.saved = time.monotonic()
+        self.cost = self.saved - began
+
+    def write(self, folder: Path, weights: dict[str, Tensor], state: Mapping[str, object] | None) -> None:
+        """Write all of a checkpoint into a new folder, and wait until it is on disk."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        files = [folder / WEIGHTS]
+        save_file(weights, folder / WEIGHTS)
         if state is not None:
-            torch.save(dict(state), new / STATE)
-        for path in new.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(old, ignore_errors=True)
-        if (self.path / name).exists():
-            (self.path / name).replace(old)
-        new.replace(self.path / name)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def checkpoint(self, name: str = "last") -> Path | None:
-        """The folder of a complete checkpoint, or None. A crash between two renames leaves it under the old name."""
-        places = self.path / name, self.path / f"{name}.old"
-        return next((place for place in places if (place / WEIGHTS).is_file()), None)
-
-    def folder(self, name: str = "last") -> Path:
-        """The folder of a complete checkpoint, which must be there."""
-        if (folder := self.checkpoint(name)) is None:
-            raise CheckpointError(
-                f'"{self.path}" has no checkpoint "{name}": train at least one epoch, or pass another run'
-            )
-        return folder
-
-    def digest(self, name: str = "last") -> str:
-        """What the weights of a checkpoint are known by: the SHA-256 of their file."""
-        return sha256(self.folder(name) / WEIGHTS)
-
-    def weights(self, name: str = "last") -> dict[str, Tensor]:
-        """The tensors of a checkpoint."""
-        folder = self.folder(name)
-        try:
-            return load_file(folder / WEIGHTS)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f'"{folder / WEIGHTS}" is damaged ({reason(error)}): restore it, or train again'
-            ) from error
-
-    def state(self) -> State | None:
-        """The loop's state at the last checkpoint, or None before the first."""
-        if (folder := self.checkpoint()) is None:
-            return None
-        try:
-            state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-            if not (isinstance(state, dict) and State.__required_keys__ <= state.keys()):
-                raise ValueError("it is no state of a run")
-            return cast(State, state)
-        except Exception as error:
-            raise CheckpointError(
-                f'"{folder / STATE}" is damaged ({reason(error)}): restore it, or train again'
-            ) from error
+            torch.save(dict(state), folder / STATE)
+            files += [folder / STATE, *([self.path / METRICS] if (self.path / METRICS).exists() else [])]
+        manifest = {
+            "format_version": FORMAT,
+            "run": self.name,
+            "files": {f.name: held(f) for f in files},
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in (*folder.iterdir(), folder):
+            sync(path)

@@ -15,6 +15,7 @@ from pyrovae.data.feed import as_batch
 from pyrovae.engine.probe import Look, PairState, look
 from pyrovae.engine.programs import Batch, Program, warn_of_eval
 from pyrovae.engine.randomness import isolated_rng
+from pyrovae.train.moments import load_moments
 from pyrovae.train.plan import MakeOptimizer
 
 TRIES = 5  # runs in which a branch that is taken by chance is looked for again
@@ -95,11 +96,11 @@ class Reach:
         for seed, batch in examples:
             self.explore(seed, as_batch(batch, device))
 
-    def restore(self, weights: dict[str, Tensor], late: Iterable[str], where: str) -> None:
+    def restore(self, weights: dict[str, Tensor], late: Iterable[str], run: runs.Run) -> None:
         """Take up the tensors of a checkpoint; what joined late and is not reached by now waits."""
         here = self.state.tensors
         self.weights = {name: weights.pop(name) for name in late if name not in here}
-        runs.restore(here, weights, where=where)
+        runs.restore(here, weights, run)
 
     def order(self, optimizer: Optimizer) -> list[str]:
         """The names of an optimizer's parameters, in its order; of those that are not the pair's, none."""
@@ -121,19 +122,19 @@ class Reach:
         if known := [name for name in self.order(optimizer) if name in self.moments]:
             packed, order = optimizer.state_dict(), self.order(optimizer)
             packed["state"] |= {order.index(name): self.moments.pop(name) for name in known}
-            optimizer.load_state_dict(packed)
+            load_moments(optimizer, packed)
 
     def load(self, optimizer: Optimizer, saved: dict[str, Any], order: Sequence[str] | None) -> None:
         """Put a saved state into an optimizer; what is of parameters that it does not have yet waits for them."""
         own = self.order(optimizer)
         if order in (None, own):
-            optimizer.load_state_dict(saved)
+            load_moments(optimizer, saved)
             return
         self.moments = {name: saved["state"][i] for i, name in enumerate(order or ()) if i in saved["state"]}
         now = optimizer.state_dict()["param_groups"]
         groups = [{**then, "params": group["params"]} for then, group in zip(saved["param_groups"], now, strict=False)]
         state = {i: self.moments.pop(name) for i, name in enumerate(own) if name in self.moments}
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        load_moments(optimizer, {"state": state, "param_groups": groups})
 
     def saved(self, optimizer: Optimizer) -> dict[str, Any]:
         """What a checkpoint holds besides tensors: what the optimizer knows, and how to reach all again."""

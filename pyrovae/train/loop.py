@@ -23,7 +23,7 @@ from pyrovae.engine.probe import check_pair, look, warn_of_strays
 from pyrovae.engine.programs import Program, in_modes, modes_of, roots, training_modes, warn, warn_of_eval
 from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
 from pyrovae.engine.sites import counted, counts, log_prob
-from pyrovae.errors import DataError, NumericalError
+from pyrovae.errors import CheckpointError, DataError, NumericalError
 from pyrovae.memory import memory_advice
 from pyrovae.objectives.base import Objective
 from pyrovae.progress import ProgressBar
@@ -61,6 +61,7 @@ def fit(
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     config: Mapping[str, object] | None = None,
+    override: bool = False,
     progress: bool | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Fit:
@@ -93,15 +94,19 @@ def fit(
         where the processor has units for it and batch_size times particles is at least 100.
     :param device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
     :param seed: of the noise, the order of the data and the binarisation; torch's global generator is left as found.
-    :param run_dir: a folder for config, metrics and checkpoints (every epoch; with ``validation`` the best as well).
+    :param run_dir: a folder for config, metrics and checkpoints (as often as takes 1% of the time, at the end in any
+        case; with ``validation`` the best as well). One process at a time writes to it.
     :param resume: go on from the last checkpoint in ``run_dir``, on CPU to the same bits as if never interrupted.
     :param config: more entries for the run's config.json.
+    :param override: resume, with a warning, a run whose files were changed since they were written.
     :param progress: show a progress bar; None shows it on terminals only.
     :param on_epoch: called with the :class:`Fit` so far, whose last row is ``fit.history[-1]``, after each epoch, once
-        that is logged and saved. Training ends where it returns False; after an error in it the run can be resumed.
+        that is logged. Training ends where it returns False; after an error in it the run can be resumed.
         What it draws, and the modes that it puts modules in, leave training as it is.
     :raises DataError: for data outside the observed sites' support, saying where.
     :raises ValueError: for arguments out of range.
+    :raises CheckpointError: for a run to resume that is damaged or was changed.
+    :raises ResourceError: where another process writes to ``run_dir``, or its disk is full; what was saved is kept.
     :raises NumericalError: where the loss becomes NaN, naming the site; the last checkpoint is kept.
 
     >>> import pyrovae as pv
@@ -129,7 +134,9 @@ def fit(
             f"on_epoch must be a function of a Fit, got {type(on_epoch).__name__}: pass one, or leave it out"
         )
 
-    with isolated_rng(setup.seed), setup.place(), in_modes(training_modes(model, guide)):
+    run = None if run_dir is None else runs.Run.of(run_dir, override=override)
+    held = nullcontext() if run is None else run.writing()
+    with held, isolated_rng(setup.seed), setup.place(), in_modes(training_modes(model, guide)):
         feed = Feed(data, setup.batch_size, setup.device, num_workers)
         trainee = Trainee(model, guide, objective, setup, feed, maker)
         gradients: Gradients = trainee.eager
@@ -141,8 +148,8 @@ def fit(
             held_out = Feed(validation, setup.batch_size, setup.device, num_workers)
             trainee.validation, trainee.patience = Validation(model, guide, held_out, setup.plan.final), patience
             training["num_validation"] = held_out.size
-        if run_dir is not None:
-            trainee.open(run_dir, training, config or {}, step, resume)
+        if run is not None:
+            trainee.open(run, training, config or {}, step, resume)
         return train([trainee], step, on_epoch)[0]
 
 
@@ -238,19 +245,20 @@ class Trainee:
         self.rate, self.make = maker
         self.optimizer = self.make(self.eager.parameters)
         self.run: runs.Run | None = None
+        self.best: dict[str, Tensor] = {}  # weights that are not saved yet
         self.validation: Validation | None = None
         self.patience: int | None = None
 
     def open(
         self,
-        run_dir: str | os.PathLike[str],
+        run: runs.Run,
         training: Mapping[str, object],
         more: Mapping[str, object],
         step: Step | Recorded,
         resume: bool = False,
     ) -> None:
         """Start its run, or take up its last checkpoint; its config.json says ``training`` of that, and ``more``."""
-        self.run = run = runs.Run(run_dir)
+        self.run = run
         if run.exists and not resume:
             raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
         owners = roots(self.model, self.guide)  # one object, where both are programs of one
@@ -262,17 +270,23 @@ class Trainee:
         }  # fmt: skip
         saved = run.state() if run.exists else None
         if saved is None:
+            if run.exists and len(run.history()) > 1:  # the first epoch is always saved
+                raise CheckpointError(
+                    f'"{run.path / "last"}" is missing, the checkpoint of a run: restore it, or train again'
+                )
             run.start(config)
             return
         check_same(run, config)
-        history = run.rewind(saved["epoch"])
-        self.eager.reach.find(saved.get("examples", []), self.feed.device)
-        step.join()
-        self.eager.reach.restore(run.weights(), saved.get("late", []), where=str(run.path))
-        self.eager.reach.load(self.optimizer, saved["optimizer"], saved.get("order"))
-        settle(self.optimizer)
-        restore_rng(saved["rng"])
-        self.result = Fit(history, best_epoch=saved["best_epoch"], finished=saved["finished"])
+        run.check_files()
+        weights = run.weights()
+        with runs.undamaged(run.path / "last" / runs.STATE):
+            self.eager.reach.find(saved.get("examples", []), self.feed.device)
+            step.join()
+            self.eager.reach.restore(weights, saved.get("late", []), run)
+            self.eager.reach.load(self.optimizer, saved["optimizer"], saved.get("order"))
+            settle(self.optimizer)
+            restore_rng(saved["rng"])
+        self.result = Fit(run.rewind(saved["epoch"]), best_epoch=saved["best_epoch"], finished=saved["finished"])
 
     def add(self, metrics: Mapping[str, float], loss: float) -> None:
         """Take in an epoch: measure, log and save it."""
@@ -281,10 +295,12 @@ class Trainee:
         if self.validation is not None:
             row["validation_bound"] = self.validation()
         self.result.add(row, self.patience, self.setup.plan.growing)
-        if self.run is not None:
-            self.run.log(row)
-            if self.result.best_epoch == len(self.result.history):
-                self.run.save("best", self.eager.reach.tensors)
+        if self.run is None:
+            return
+        self.run.log(row)
+        if self.result.best_epoch == len(self.result.history):
+            self.best = {name: tensor.detach().clone() for name, tensor in self.eager.reach.tensors.items()}
+        if self.run.due or self.result.finished:
             self.save(self.run)
 
     def show(self, on_epoch: OnEpoch) -> bool:
@@ -293,8 +309,11 @@ class Trainee:
             return on_epoch(self.result) is not False
 
     def save(self, run: runs.Run) -> None:
-        """Write the last checkpoint."""
+        """Write the last checkpoint, and the best one where it is another than is there."""
         result = self.result
+        if self.best:
+            run.save("best", self.best)
+            self.best = {}
         state = {
             "epoch": len(result.history), "best_epoch": result.best_epoch, "finished": result.finished,
             "rng": rng_snapshot(), **self.eager.reach.saved(self.optimizer),

@@ -95,6 +95,9 @@ def fit_replicas(
 
     programs = [program for replica in replicas for program in replica.pair]
     with isolated_rng(setup.seed), setup.place(), in_modes(training_modes(*programs)), ExitStack() as cleanup:
+        for replica in replicas:
+            if replica.run is not None:
+                cleanup.enter_context(replica.run.writing())
         feed = Feed(data, setup.batch_size, setup.device)
         trainees = [
             Trainee(*replica.pair, replica.weighted(objective), setup, feed, maker, replica.kl_factor)
@@ -115,14 +118,14 @@ def fit_replicas(
             optimizers, make = [trainee.optimizer for trainee in trainees], [trainee.make for trainee in trainees]
             step = on_device(Step(gradients, optimizers, setup.clip_norm, make), feed)
             for r, (replica, trainee) in enumerate(zip(replicas, trainees, strict=True)):
-                if replica.run_dir is not None:
-                    trainee.open(replica.run_dir, {"replica": r, "of": len(replicas)}, {}, step)
+                if replica.run is not None:
+                    trainee.open(replica.run, {"replica": r, "of": len(replicas)}, {}, step)
             return train(trainees, step)
     return [
         fit(
             *replica.pair, data, objective=replica.weighted(objective), epochs=epochs, batch_size=batch_size,
             optimizer=optimizer, lr=replica.lr, schedule=schedule, particles=particles, kl_warmup=kl_warmup,
-            clip_norm=clip_norm, precision=precision, device=device, seed=seed + r, run_dir=replica.run_dir,
+            clip_norm=clip_norm, precision=precision, device=device, seed=seed + r, run_dir=replica.run,
             progress=progress,
         )
         for r, replica in enumerate(replicas)
@@ -135,7 +138,7 @@ class Replica(NamedTuple):
     pair: tuple[Program, Program]
     lr: float | None
     kl_factor: float
-    run_dir: str | os.PathLike[str] | None
+    run: runs.Run | None
 
     def weighted(self, objective: Objective) -> Objective:
         """The objective with the replica's own weight of the KL."""
@@ -156,13 +159,13 @@ def replicas_of(
         raise ValueError("there are no pairs to train: pass one at least")
     rates = lr if isinstance(lr, Sequence) else [lr] * number
     weights = [1.0] * number if kl_weight is None else [in_range("kl_weight", w, 0.0) for w in kl_weight]
-    folders = [None] * number if run_dirs is None else run_dirs
-    for name, given in (("lr", rates), ("kl_weight", weights), ("run_dirs", folders)):
+    own_runs = [None] * number if run_dirs is None else [runs.Run.of(folder) for folder in run_dirs]
+    for name, given in (("lr", rates), ("kl_weight", weights), ("run_dirs", own_runs)):
         if len(given) != number:
             raise ValueError(f"{name} needs one value for each of {number} pairs, got {len(given)}: pass as many")
-    if taken := [f'"{folder}"' for folder in folders if folder is not None and runs.Run(folder).exists]:
+    if taken := [f'"{run.path}"' for run in own_runs if run is not None and run.exists]:
         raise ValueError(f"{', '.join(taken)} hold runs already: pass other run_dirs")
-    return [Replica(*own) for own in zip(programs, rates, weights, folders, strict=True)]
+    return [Replica(*own) for own in zip(programs, rates, weights, own_runs, strict=True)]
 
 
 def programs_of(pair: object) -> tuple[Program, Program]:
