@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from pyrovae.app import train as training
 from pyrovae.app.job import Terms, as_seen_by, example, reopen, reopen_with_data
 from pyrovae.app.settings import Settings, parse_settings
 from pyrovae.arguments import one_line, pick_device, positive_int
-from pyrovae.errors import INTERRUPTED, exit_code
+from pyrovae.errors import INTERRUPTED, CheckpointError, exit_code
 from pyrovae.memory import keep_freed_memory
 from pyrovae.sampling import sample as draw
 
@@ -36,6 +37,7 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Import the class that the run names, though it is not pyrovae's.")
 ]
+Override = Annotated[bool, typer.Option("--override", help="Go on with a warning where the run's files were changed.")]
 SampleSeed = Annotated[int, typer.Option(help="Of the samples.")]
 
 
@@ -69,6 +71,7 @@ def train(
     samples: Annotated[int, typer.Option(help="Samples per test image of the final NLL.")] = 5000,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     trust: Trust = False,
+    override: Override = False,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,11 +83,11 @@ def train(
 
     Without arguments: a VAE on the embedded digits.
     """
-    given = {k: v for k, v in context.params.items() if k not in ("run_dir", "resume", "trust", "set_")}
+    given = {k: v for k, v in context.params.items() if k not in ("run_dir", "resume", "trust", "override", "set_")}
     explicit = {k for k in given if getattr(context.get_parameter_source(k), "name", "DEFAULT") != "DEFAULT"}
     job = Settings(**given, settings=parse_settings(set_ or []))
     explicit |= {"settings"} if set_ else set()
-    training.train(job, run_dir=run_dir, resume=resume, explicit=explicit, terms=Terms(trust), out=out)
+    training.train(job, run_dir=run_dir, resume=resume, explicit=explicit, terms=Terms(trust, override), out=out)
 
 
 @app.command()
@@ -100,11 +103,13 @@ def evaluate(
         bool, typer.Option("--diagnostics", help="What each unit carries, and where the bound is lost.")
     ] = False,
     trust: Trust = False,
+    override: Override = False,
 ) -> None:
     """Measure a run's test NLL with its standard error, and its active units; writes results.json."""
     positive_int("samples", samples)
     place = pick_device(device)
-    pair, splits = reopen_with_data(run, data_dir, checkpoint, Terms(trust))
+    pair, splits = reopen_with_data(run, data_dir, checkpoint, Terms(trust, override))
+    runs.Run(run).check_files()
     pair, test = pair.to(place), splits.test
     if (ais or diagnostics) and pair.likelihood_is != "estimate":
         raise ValueError(
@@ -113,8 +118,9 @@ def evaluate(
         )
     results = measure.measure(pair, test, samples=samples, seed=seed)
     results["checkpoint"] = checkpoint
-    before = runs.Run(run).results()
-    results |= {name: before[name] for name in ("timings", "seconds_per_epoch") if name in before}  # type: ignore[typeddict-item]
+    with suppress(CheckpointError):  # what cannot be read is measured again
+        before = runs.Run(run).results()
+        results |= {name: before[name] for name in ("timings", "seconds_per_epoch") if name in before}  # type: ignore[typeddict-item]
     seen = as_seen_by(pair, test)
     few = seen.subset(slice(0, measure.CLOSER))
     if diagnostics:
@@ -140,22 +146,29 @@ def sample(
     checkpoint: Checkpoint = "last",
     seed: SampleSeed = 0,
     trust: Trust = False,
+    override: Override = False,
 ) -> None:
     """Draw new data from a run's model into a picture."""
     number = positive_int("number", number)
-    pair, _, _ = reopen(run, checkpoint, Terms(trust))
+    terms = Terms(trust, override)
+    pair, _, _ = reopen(run, checkpoint, terms)
+    if output is None:
+        runs.Run(run).check_files()
     images = draw(
         pair.module, number, *pictures.labels_for(pair, number, label),
-        returns="draws" if draws else "means", temperature=temperature, seed=seed, like=example(run),
+        returns="draws" if draws else "means", temperature=temperature, seed=seed, like=example(terms.run(run)),
     )  # fmt: skip
     path = plots.image_grid(images, output or run / "samples.png", columns=pictures.columns_for(pair, label))
     out.print(f"wrote {path}")
 
 
 @app.command()
-def compare(folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")]) -> None:
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    override: Override = False,
+) -> None:
     """Put the results of several runs side by side in one table."""
-    tables.compare(folders, out)
+    tables.compare([runs.Run(folder, override=override) for folder in folders], out)
 
 
 @app.command(name="list")

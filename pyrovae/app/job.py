@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -19,7 +20,7 @@ from pyrovae.engine.programs import evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import counts, record_pair
 from pyrovae.engine.unwrap import is_boolean
-from pyrovae.errors import CheckpointError, DataError
+from pyrovae.errors import CheckpointError, DataError, ResourceError
 from pyrovae.models.base import Pair, as_pair
 from pyrovae.parts.labels import hide_labels
 
@@ -29,9 +30,15 @@ class Terms:
     """On what terms a run is opened: what whoever opens it lets pass.
 
     :ivar trust: import the class that its config names.
+    :ivar override: go on with a warning where its files were changed since they were written.
     """
 
     trust: bool = False
+    override: bool = False
+
+    def run(self, folder: str | Path) -> runs.Run:
+        """The run in a folder."""
+        return runs.Run(folder, override=self.override)
 
 
 @dataclass
@@ -93,7 +100,7 @@ def load_data(
 
 def encode_data(folder: str, root: str | None, terms: Terms) -> Splits:
     """The data of a VQ-VAE's run as the codes that it gives them, ``[N, h, w]``."""
-    if str(runs.Run(folder).config().get("data", {}).get("name")).startswith(CODES):
+    if str(terms.run(folder).config().get("data", {}).get("name")).startswith(CODES):
         raise CheckpointError(f'the data of the run "{folder}" are codes themselves: pass the run of a VQVAE on images')
     pair, splits = reopen_with_data(Path(folder), root, terms=terms)
     if not isinstance(pair, models.VQVAE):
@@ -150,9 +157,9 @@ def as_labelled(images: Images) -> Images:
     return images
 
 
-def example(folder: Path) -> Tensor:
+def example(run: runs.Run) -> Tensor:
     """A datum of the shape that a run's model takes, all zeros."""
-    return torch.zeros(1, *runs.Run(folder).config()["data"]["shape"])
+    return torch.zeros(1, *run.config()["data"]["shape"])
 
 
 def reopen_with_data(
@@ -161,31 +168,47 @@ def reopen_with_data(
     """The trained pair of a run, and the data that it was trained and is to be measured on."""
     pair, job, parts = reopen(folder, checkpoint, terms)
     with runs.opening(folder):
-        return pair, load_data(job, parts, root, runs.Run(folder).config()["data"].get("binarization", "none"), terms)
+        return pair, load_data(job, parts, root, terms.run(folder).config()["data"].get("binarization", "none"), terms)
 
 
 def reopen(folder: Path, checkpoint: str = "last", terms: Terms = Terms()) -> tuple[Pair, Settings, Parts]:
     """The trained pair of a run, with the settings it was made with."""
     one_of("checkpoint", checkpoint, ("last", "best"))
-    config = runs.Run(folder).config()
+    run = terms.run(folder)
+    config = run.config()
     if "settings" not in config:
         raise ValueError(f'the run "{folder}" was not made by pyrovae train: load it in Python with pyrovae.load')
     with runs.opening(folder):
         job = Settings.of(config["settings"])
         parts = Parts.of(job, trust=terms.trust)
         # The arguments of a class without .config are the settings.
-        built = None if config.get("model") else build(parts, Images(example(folder)), job.seed).module
-    return as_pair(runs.load(folder, pair=built, checkpoint=checkpoint, trust=terms.trust)), job, parts
+        built = None if config.get("model") else build(parts, Images(example(run)), job.seed).module
+    return as_pair(runs.load(run, pair=built, checkpoint=checkpoint, trust=terms.trust)), job, parts
 
 
-def run_folder(job: Settings, run_dir: Path | None, resume: bool) -> Path:
-    """The run's folder: as given, else runs/MODEL-DATA-OBJECTIVE, numbered on if that is taken."""
-    if run_dir is not None:
-        return run_dir
+@contextmanager
+def run_of(job: Settings, run_dir: Path | None, resume: bool, terms: Terms) -> Iterator[runs.Run]:
+    """The run of a job, which no other process writes to meanwhile.
+
+    In the folder given, else in runs/MODEL-DATA-OBJECTIVE, numbered on if that is taken.
+    """
     words = [job.model.rpartition(":")[2], Path(job.data.rpartition(":")[2]).stem]
     model_class = cast(type[Pair], models.MODELS.get(job.model, Pair))
     words += [job.objective] if model_class.train_on is None else []
     base = Path("runs") / "-".join(words).lower()
-    taken = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))]
-    free = next(i for i, path in enumerate(taken) if not runs.Run(path).exists)
-    return taken[max(free - 1, 0)] if resume else taken[free]
+    numbered = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))]
+    free = next(i for i, place in enumerate(numbered) if not runs.Run(place).exists)
+    places = numbered[max(free - 1, 0) :][:1] if resume else numbered[free:]
+    with ExitStack() as held:
+        for place in places if run_dir is None else [run_dir]:
+            run = terms.run(place)
+            try:
+                held.enter_context(run.writing())
+            except ResourceError:  # another process has just begun there
+                if run_dir is not None or resume:
+                    raise
+            else:
+                if not run.exists or run_dir is not None or resume:
+                    break
+                held.close()
+        yield run

@@ -140,7 +140,7 @@ def perplexity(results: Results) -> str:
     return ", ".join(f"{p:.0f}" for p in (found if isinstance(found, list) else [found]))
 
 
-def compare(folders: Sequence[Path], out: Console) -> None:
+def compare(compared: Sequence[runs.Run], out: Console) -> None:
     """A table of runs, one row each, from what their results.json say.
 
     Size, speed, reconstruction, log p(x), and how much of the latent space is in use.
@@ -153,22 +153,23 @@ def compare(folders: Sequence[Path], out: Console) -> None:
     for name in ("run", "data", "parameters", "s/epoch", "error", "test NLL", "in use"):
         left = name in ("run", "data", "in use")
         table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
-    base = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
-    for folder in folders:
-        run = runs.Run(folder)
+    base = Path(os.path.commonpath([run.path.absolute().parent for run in compared]))
+    for run in compared:
+        folder = run.path
         data, results = run.config().get("data", {}), cast(Results, run.results())
         if not results:
             raise datasets.DataError(f'the run "{folder}" has no {runs.RESULTS}: run pyrovae evaluate {folder}')
-        error, seconds = results.get("reconstruction_error"), results.get("seconds_per_epoch")
-        # Grey images are not bits: their NLL may be a density, and no figure of one compares with the other's.
-        grey = data.get("binarization") == "none" and not str(data.get("name")).startswith(CODES)
-        active = "+".join(str(units["active"]) for _, units in sorted(results["active_units"].items()))
-        table.add_row(
-            str(folder.absolute().relative_to(base)), f"{data.get('name', '?')}{', grey' if grey else ''}",
-            f"{results.get('parameters', 0):,}",
-            "" if seconds is None else f"{seconds:.1f}", "" if error is None else f"{error:.1f}", nll(results),
-            active if results.get("perplexity") is None else f"{perplexity(results)} codes",
-        )  # fmt: skip
+        with runs.undamaged(folder / runs.RESULTS, f"run pyrovae evaluate {folder}"):
+            error, seconds = results.get("reconstruction_error"), results.get("seconds_per_epoch")
+            # Grey images are not bits: their NLL may be a density, and no figure of one compares with the other's.
+            grey = data.get("binarization") == "none" and not str(data.get("name")).startswith(CODES)
+            active = "+".join(str(units["active"]) for _, units in sorted(results["active_units"].items()))
+            table.add_row(
+                str(folder.absolute().relative_to(base)), f"{data.get('name', '?')}{', grey' if grey else ''}",
+                f"{results.get('parameters', 0):,}",
+                "" if seconds is None else f"{seconds:.1f}", "" if error is None else f"{error:.1f}", nll(results),
+                active if results.get("perplexity") is None else f"{perplexity(results)} codes",
+            )  # fmt: skip
     out.print(table)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pyrovae import runs
-from pyrovae.app.job import Task, Terms, as_seen_by, run_folder
+from pyrovae.app.job import Task, Terms, as_seen_by, run_of
 from pyrovae.app.measure import measure
 from pyrovae.app.pictures import pictures
 from pyrovae.app.settings import CODES, Settings, keywords
@@ -22,12 +22,18 @@ from pyrovae.train.loop import fit
 
 
 def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[str], terms: Terms, out: Console) -> None:
-    """Train a model, measure it, draw its pictures: the main job.
+    """Train a model, measure it, draw its pictures, all in one run: the main job.
 
     :param explicit: names of the settings that were given, which a resumed run must not have begun without.
     """
-    folder = run_folder(job, run_dir, resume)
-    run = runs.Run(folder)
+    with run_of(job, run_dir, resume, terms) as run:
+        train_in(run, job, resume=resume, explicit=explicit, terms=terms, out=out)
+
+
+def train_in(run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], terms: Terms, out: Console) -> None:
+    """The main job in a run that no other process writes to."""
+    folder = run.path
+    run.check_files()
     if resume and run.exists:
         given = {name: value for name, value in dataclasses.asdict(job).items() if name in explicit}
         with runs.opening(folder):
@@ -44,7 +50,7 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
     if rule is None:
         result = fit(
             pair.model, pair.guide, task.training, objective=task.parts.objective, epochs=job.epochs,
-            batch_size=job.batch_size, lr=job.lr, device=job.device, seed=job.seed, run_dir=folder, resume=resume,
+            batch_size=job.batch_size, lr=job.lr, device=job.device, seed=job.seed, run_dir=run, resume=resume,
             validation=None if held_out is None else as_seen_by(pair, held_out), config=task.config(),
             **task.parts.fit,  # type: ignore[arg-type]
         )  # fmt: skip
@@ -62,9 +68,10 @@ def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[st
     if task.vqvae is not None and isinstance(pair, CodePrior):
         joined = runs.Run(folder / "vqvae")
         task.vqvae.with_prior(pair)
-        source = runs.Run(job.data.removeprefix(CODES))
-        joined.start(source.config() | {"model": runs.describe(task.vqvae)})
-        joined.save("last", task.vqvae.state_dict())
+        source = terms.run(job.data.removeprefix(CODES))
+        with joined.writing():
+            joined.start(source.config() | {"model": runs.describe(task.vqvae)})
+            joined.save("last", task.vqvae.state_dict())
         out.print(f'the VQ-VAE with this prior is the run "{joined.path}": pyrovae evaluate {joined.path}')
     drawn = pictures(pair, test, result.history, folder, seed=job.seed)
     seconds = sum(row["seconds"] for row in result.history) / max(len(result.history), 1)

@@ -57,7 +57,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def undamaged(path: Path) -> Iterator[None]:
+def undamaged(path: Path, advice: str = "restore it, or train again") -> Iterator[None]:
     """Say of any error inside that a file of a run is damaged; memory, permissions and our own words stay as they are.
 
     >>> with undamaged(Path("last/state.pt")):
@@ -72,7 +72,7 @@ def undamaged(path: Path) -> Iterator[None]:
         resources = exit_code(error) == 6 and not isinstance(error, FileNotFoundError | IsADirectoryError)
         if resources or isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f'"{path}" is damaged ({reason(error)}): restore it, or train again') from error
+        raise CheckpointError(f'"{path}" is damaged ({reason(error)}): {advice}') from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -117,7 +117,7 @@ class Reader(os.PathLike[str]):
         path = self.path / RESULTS
         if not path.exists():
             return {}
-        with undamaged(path):
+        with undamaged(path, f"run pyrovae evaluate {self.path}"):
             results = read_json(path)
             if not isinstance(results, dict):
                 raise ValueError(f"it holds a {type(results).__name__}")
@@ -135,8 +135,7 @@ class Reader(os.PathLike[str]):
 
     def checkpoint(self, name: str = "last") -> Path | None:
         """The folder of a checkpoint, or None. A crash between two renames leaves it under the old name."""
-        places = self.path / name, self.path / f"{name}.old"
-        return next((place for place in places if place.is_dir()), None)
+        return next((place for end in ("", ".old") if (place := self.path / f"{name}{end}").is_dir()), None)
 
     def folder(self, name: str = "last") -> Path:
         """The folder of a checkpoint, which must be there."""
@@ -175,16 +174,17 @@ class Reader(os.PathLike[str]):
 
     def read(self, name: str, file: str, load: Callable[[Path], T]) -> T:
         """What a checkpoint's file holds, once it is found to be as it was saved; read again if replaced meanwhile."""
-        for remaining in reversed(range(TRIES)):
+        for _ in range(TRIES):
             folder, before = self.folder(name), self.identity(name)
             try:
                 self.check_file(folder, file)
                 with undamaged(folder / file):
                     return load(folder / file)
-            except CheckpointError:
-                if not remaining or self.identity(name) == before:
-                    raise
-        raise AssertionError("the last try returns or raises")
+            except CheckpointError as error:
+                failed = error
+                if self.identity(name) == before:
+                    break
+        raise failed
 
     def identity(self, name: str) -> tuple[int, ...]:
         """What tells the checkpoint that is now there from all others."""
@@ -203,9 +203,7 @@ class Reader(os.PathLike[str]):
             return
         stated = manifest["files"].get(name)
         if stated is None or not holds(path, stated, grows=grows):
-            self.doubt(
-                f'"{path}" is damaged or was changed, its SHA-256 is not what was saved: restore it, or train again'
-            )
+            self.doubt(f'"{path}" is damaged or was changed, its SHA-256 is another: restore it, or train again')
 
     def manifest(self, folder: Path) -> Manifest | None:
         """What a checkpoint says of its files; nothing for a run of before there were manifests."""
