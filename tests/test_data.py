@@ -809,8 +809,8 @@ def test_grey_values_under_bernoulli():
         ([-0.5, 1.0], constraints.boolean, ("[0, 0] = -0.5", "negative", "gaussian")),
         ([-1.0, 0.3], constraints.unit_interval, ("[0, 0] = -1.0", "negative")),
         ([1.0, -1.0], constraints.positive, ("[0, 1] = -1.0", "-1.0 to 1.0", "gaussian")),
-        ([0.5, 1.0], constraints.integer_interval(0, 255), ("[0, 0] = 0.5", "transform")),
-        ([0.5, 1.0], constraints.multinomial(3), ("[0, 0] = 0.5", "transform")),
+        ([0.5, 1.0], constraints.integer_interval(0, 255), ("[0, 0] = 0.5", "counts in integers")),
+        ([0.5, 1.0], constraints.multinomial(3), ("[0, 0] = 0.5", "counts in integers")),
         ([0.0, float("nan")], constraints.real, ("[0, 1] = nan", "finite")),
         ([float("inf"), 0.0], constraints.real, ("[0, 0] = inf", "finite")),
         ([float("inf"), 0.0], constraints.dependent, ("[0, 0] = inf", "finite")),
@@ -824,13 +824,13 @@ def test_values_outside(values, support, fragments):
 
 
 def test_first_offender_is_found_across_pieces(monkeypatch):
-    monkeypatch.setattr("pyrovae.data.support.CHUNK_BYTES", 3 * 5 * 4)
+    monkeypatch.setattr("pyrovae.engine.support.CHUNK_BYTES", 3 * 5 * 4)
     x = torch.zeros(20, 5)
     x[10, 4], x[10, 2], x[15, 0] = 0.1, 0.2, 0.3
     refused(check_support, x, constraints.boolean, says=("data[10, 2] = 0.2", "0.0 to 0.3"))
     pieces = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyrovae.data.support.inside", lambda x, support: pieces.append(x.nbytes) or torch.isfinite(x))
+        patch.setattr("pyrovae.engine.support.inside", lambda x, support: pieces.append(x.nbytes) or torch.isfinite(x))
         check_support(x, constraints.boolean)
     assert sum(pieces) == x.nbytes
     assert max(pieces) == 60

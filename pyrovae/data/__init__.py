@@ -7,7 +7,7 @@
 from pyrovae.data.feed import as_dataset, batches
 from pyrovae.data.images import Images
 from pyrovae.data.sets import DATASETS, Splits, load
-from pyrovae.data.support import check_support
+from pyrovae.engine.support import check_support
 from pyrovae.errors import DataError
 
 __all__ = ["DATASETS", "DataError", "Images", "Splits", "as_dataset", "batches", "check_support", "load"]

@@ -10,17 +10,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from pyrovae.data.arrays import as_tensor, is_integer
 from pyrovae.data.images import Images
-from pyrovae.data.support import check_support
-from pyrovae.engine.programs import Batch
+from pyrovae.engine.observed import Observed
+from pyrovae.engine.programs import Batch, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.errors import DataError
 
+PIECE = 2**19, 64 * 2**20  # bytes that are checked at a time: what a cache holds; on a GPU, one wait for each
 Source = Images | Dataset[Any] | DataLoader[Any]
 
 
@@ -71,7 +82,8 @@ def batches(
     """
     if len(args) == 1 and isinstance(args[0], Dataset | DataLoader):
         source, size = as_dataset(args[0]), batch_size or 100
-        loaded: Iterable[object] = source if isinstance(source, DataLoader) else DataLoader(source, batch_size=size)
+        loaded: Iterable[object]
+        loaded = in_order(source) if isinstance(source, DataLoader) else DataLoader(source, batch_size=size)
         if isinstance(source, Images):
             fixed = source.fixed(seed)
             loaded = map(fixed.batch, torch.arange(len(fixed), device=fixed.x.device).split(size))
@@ -83,6 +95,43 @@ def batches(
         for i in range(0, size, batch_size):
             cut = slice(i, i + batch_size)
             yield tuple(a[cut] if isinstance(a, Tensor) and a.dim() and len(a) == size else a for a in args)
+
+
+def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """All data of a loader in the order of its data set, batched and collated as it says, but without its sampler.
+
+    A loader that goes over given indices keeps to those, in their order.
+
+    :raises ValueError: where it has a sampler of another kind, by name: what that leaves out is not known.
+
+    >>> loader = DataLoader(torch.arange(5), batch_size=2, shuffle=True, drop_last=True)
+    >>> [batch.tolist() for batch in in_order(loader)]
+    [[0, 1], [2, 3], [4]]
+    """
+    data, sampler, size = loader.dataset, loader.sampler, loader.batch_size
+    if loader.batch_sampler is not None:
+        size, own = getattr(loader.batch_sampler, "batch_size", size), loader.batch_sampler
+        sampler = own.sampler if type(own) is BatchSampler else own
+    if isinstance(data, IterableDataset):
+        ordered = not loader.drop_last
+    else:
+        ordered = type(sampler) is SequentialSampler and not getattr(loader.batch_sampler, "drop_last", False)
+        if isinstance(sampler, SubsetRandomSampler | list | tuple | range):
+            data = Subset(data, list(getattr(sampler, "indices", sampler)))
+        elif type(sampler) not in (SequentialSampler, RandomSampler, WeightedRandomSampler):
+            raise ValueError(
+                f"an evaluation takes data in the order of their data set, but this loader goes by a "
+                f"{type(sampler).__name__}: pass the data set, torch.utils.data.Subset(data_set, indices) for a part"
+            )
+        elif len(sampler) != len(data) or getattr(sampler, "replacement", False):  # type: ignore[arg-type]
+            warn(f"an evaluation takes every datum once, in order: the loader's {type(sampler).__name__} is not used")
+    if ordered or type(loader).__iter__ is not DataLoader.__iter__:
+        return loader
+    return DataLoader(
+        data, size, collate_fn=loader.collate_fn, num_workers=loader.num_workers, pin_memory=loader.pin_memory,
+        timeout=loader.timeout, worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )  # fmt: skip
 
 
 def as_batch(batch: object, device: torch.device | None = None, *, non_blocking: bool = False) -> Batch:
@@ -111,7 +160,7 @@ class Feed:
             if length(source) == 0:
                 raise DataError("there are no data to train on: pass at least one datum")
             if not isinstance(source, DataLoader):
-                shuffle = not isinstance(source, torch.utils.data.IterableDataset)
+                shuffle = not isinstance(source, IterableDataset)
                 most = 4 if shuffle else 1  # several workers would each deliver the whole of a stream
                 placed = torch.cuda.is_initialized() and lies_on_a_device(source)
                 most = 0 if placed else most  # a worker cannot read what another process holds there
@@ -120,12 +169,14 @@ class Feed:
                 source = DataLoader(source, batch_size, shuffle=shuffle, num_workers=workers, pin_memory=pinned)
             self.loader = source
         self._first: Batch | None = None
+        self.observed: Observed | None = None
+        self.unseen = False
         self.size = length(self.images if self.loader is None else self.loader.dataset)
         self.steps = length(range(0, len(self.images), batch_size) if self.images is not None else self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         if self.images is None:
-            yield from (as_batch(batch, self.device, non_blocking=True) for batch in self.loader)  # type: ignore[union-attr]
+            yield from self.watched(self.loader)  # type: ignore[arg-type]
         else:
             yield from (as_batch(self.images.batch(index)) for (index,) in self.indices())
 
@@ -158,17 +209,63 @@ class Feed:
             self._first = moved
         return self._first
 
-    def check(self, position: int, support: Constraint | None, site: str, shape: torch.Size) -> None:
-        """Check that what the site observes, argument ``position``, lies in its support: all of it, if held here."""
-        held = () if self.images is None else (self.images.x, self.images.labels)
-        redrawn = position == 0 and self.images is not None and self.images.binarization == "dynamic"
-        x: Any = self.first()[position] if redrawn or position >= len(held) else held[position]
-        check_support(x.reshape(-1, *shape) if shape.numel() == x[0].numel() else x, support, site=site)
+    def watch(self, observed: Observed) -> None:
+        """Check all data by what a pair was seen to observe: those held here at once, others as they first come."""
+        if self.observed is not None:
+            return
+        self.observed, self.unseen = observed, self.images is None
+        if self.images is None:
+            return
+        # Bits that are drawn anew are all like those that were seen.
+        drawn = self.images.binarization == "dynamic" and {c and c.position for c in observed.columns} == {0}
+        rows = max(1, PIECE[self.device.type != "cpu"] // max(1, self.images.x[:1].nbytes))
+        number = 0 if drawn else len(self.images)
+        for start in range(0, number, rows):
+            end = min(start + rows, number)
+            if observed.fine(tuple(c[start:end] for c in self.images.columns)):
+                continue
+            for first in range(start - start % self.batch_size, end, self.batch_size):
+                observed(self.images.subset(slice(first, first + self.batch_size)).fixed().columns, first)
+
+    def watched(self, loaded: Iterable[object]) -> Iterator[Batch]:
+        """What a loader gives as batches on the device, each checked when it first comes: on the CPU if it is there."""
+        first, doubtful = 0, torch.zeros((), dtype=torch.bool)
+        for given in loaded:
+            arguments = as_batch(given)
+            batch = as_batch(arguments, self.device, non_blocking=True)
+            if self.unseen and self.observed is not None:
+                fine = self.observed.fine(arguments)
+                if fine is not None and not fine.is_cpu:  # read at the end: here it would wait for the device
+                    doubtful = doubtful.to(fine.device) | ~fine
+                elif not fine:
+                    self.refuse(batch, first)
+                first += len(batch[0])
+            yield batch
+        if self.unseen and doubtful:
+            self.refuse()
+        self.unseen = False
+
+    def refuse(self, batch: Batch = (), first: int = 0) -> None:
+        """Refuse a batch that is bad indeed; of data that come in another order, by its place in the data set."""
+        assert self.observed is not None
+        assert self.loader is not None
+        try:
+            if batch:
+                self.observed(batch, first)
+                return
+        except DataError:
+            if (ordered := in_order(self.loader)) is self.loader:
+                raise
+        place = 0
+        for given in ordered if batch else in_order(self.loader):
+            batch = as_batch(given, self.device)
+            self.observed(batch, place)
+            place += len(batch[0])
 
 
 def lies_on_a_device(source: Any) -> bool:
     """Whether what a data set gives is on a device other than the CPU already; nothing is known of a stream."""
-    if isinstance(source, torch.utils.data.IterableDataset):
+    if isinstance(source, IterableDataset):
         return False
     with isolated_rng():
         first = tree_leaves(source[0])

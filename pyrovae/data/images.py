@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from pyrovae.arguments import one_of
 from pyrovae.data.arrays import checked_labels
-from pyrovae.data.support import BY_255, DROP, at, first_outside
+from pyrovae.engine.support import BY_255, DROP, at, first_outside
 from pyrovae.errors import DataError
 
 BINARIZATIONS = ("none", "dynamic", "static", "threshold")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 from operator import or_
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyrovae.engine.auxiliary import Auxiliary, auxiliary_of
+from pyrovae.engine.observed import check_observed, excused
 from pyrovae.engine.particles import Layout, Particles, Role
 from pyrovae.engine.programs import Batch, Program, graph_leaves, isolated_run, protected_buffers, reached_modules, warn
 from pyrovae.engine.randomness import isolated_rng
@@ -109,6 +110,18 @@ class Look:
         plates = {f.name: f for stack in stacks for f in stack if f.dim in (-1, None)}
         return next((f.full_size for f in plates.values() if f.full_size and f.full_size > f.size), None)
 
+    def check_data(self) -> None:
+        """Refuse data outside of the support of the sites that observe them.
+
+        :raises DataError: naming site, index and value.
+        """
+
+        def again() -> Sites:
+            with pyro.validation_enabled(False), isolated_rng(), protected_buffers():
+                return self.again()
+
+        check_observed(self.model, again=again)
+
     @cached_property
     def state(self) -> PairState:
         """The tensors that the pair reaches; unlike the look it holds no graph, and may be kept."""
@@ -179,19 +192,30 @@ def look(
 ) -> Look:
     """Run a pair once with one particle, leaving no trace in generators and buffers; lazy modules come into being.
 
-    :param validate: whether Pyro's own checks are made, where they are switched on at all.
+    :param validate: whether what the model observes is checked, and Pyro's own checks are made, where they are on.
+    :raises DataError: for data outside of the observed sites' support.
     """
     validating = nullcontext() if validate else pyro.validation_enabled(False)
-    with (
-        torch.enable_grad(), isolated_run(), validating, protected_buffers(), reached_modules(model, guide) as reached,
-        poutine.trace(param_only=True) as parameters,
-    ):  # fmt: skip
-        sites = record_pair(model, guide, args, kwargs or {})
+    try:
+        with (
+            torch.enable_grad(), isolated_run(), validating, protected_buffers(),
+            reached_modules(model, guide) as reached, poutine.trace(param_only=True) as parameters,
+        ):  # fmt: skip
+            sites = record_pair(model, guide, args, kwargs or {})
+    except ValueError:  # by Pyro's checks; where the data are at fault, they are told of in plainer words
+        if validate:
+            with suppress(RuntimeError, TypeError):
+                look(model, guide, args, kwargs, validate=False).check_data()
+        raise
     auxiliary = auxiliary_of(guide, args, kwargs or {}, *sites)
     below = {child for module in reached for child in module.modules() if child is not module}
     store = {name: site["value"].unconstrained() for name, site in parameters.trace.nodes.items()}  # type: ignore[union-attr]
     again = partial(record, model, args, kwargs or {})
-    return Look(*sites, [m for m in reached if m not in below], store, auxiliary, again)
+    seen = Look(*sites, [m for m in reached if m not in below], store, auxiliary, again)
+    if not validate:
+        return seen
+    seen.check_data()
+    return replace(seen, model={name: excused(site) for name, site in seen.model.items()})
 
 
 def module_state(modules: list[nn.Module], prefix: str = "") -> dict[str, Tensor]:

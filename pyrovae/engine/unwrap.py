@@ -59,6 +59,15 @@ def unmasked(fn: Distribution) -> Distribution:
     return next(layer for layer in layers(fn) if not isinstance(layer, MaskedDistribution))
 
 
+def unvalidated(fn: Distribution) -> Distribution:
+    """A distribution that scores whatever it is given."""
+    fn = copy.copy(fn)
+    fn._validate_args = False
+    if hasattr(fn, "base_dist"):
+        fn.base_dist = unvalidated(fn.base_dist)
+    return fn
+
+
 def elementwise(fn: Distribution) -> Distribution | None:
     """The distribution of single units, ``[*batch, units]``, if the event is made of independent elements."""
     if isinstance(fn, Stacked):

@@ -45,20 +45,29 @@ class Whole:
                 subsample = torch.arange(part, device=rest[-1] if rest else None)
         return self.original(name, size, part, subsample, *rest)
 
-    def look(self, model: Program, guide: Program | None, batch: Batch, kwargs: Mapping[str, object]) -> Look:
+    def look(
+        self,
+        model: Program,
+        guide: Program | None,
+        batch: Batch,
+        kwargs: Mapping[str, object],
+        *,
+        validate: bool = True,
+    ) -> Look:
         """A look at a pair, or at one program alone, with every plate taken whole that can be.
 
+        :param validate: as for :func:`pyrovae.engine.probe.look`.
         :raises ValueError: for a random subsample of a plate, by name, whose indices the program does not follow.
         """
         guide = nothing if guide is None else guide
         self.drawn, self.taken, self.looked = {}, set(), True
-        seen = look(model, guide, batch, kwargs)
+        seen = look(model, guide, batch, kwargs, validate=validate)
         own = [f for f in seen.layout.plates.values() if f.size == rows(batch, kwargs)]
         given = any(oversampling(f) == 1 for f in own)
         self.taken = self.drawn.keys() - (set() if given else {f.name for f in own})
         if self.taken:
             try:
-                seen = look(model, guide, batch, kwargs)
+                seen = look(model, guide, batch, kwargs, validate=validate)
                 check_followed(seen, self.taken)
             except (RuntimeError, ValueError, IndexError) as error:
                 sizes = ", ".join(f'"{name}" ({self.drawn[name]} at a time)' for name in sorted(self.taken))

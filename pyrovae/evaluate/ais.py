@@ -158,7 +158,7 @@ def bdmc(
     program = program_of(model)
     with measuring(program, seed=seed), Whole() as whole:
         redraw = Redraw(blank(program, positive_int("n", n), like, args, kwargs))
-        whole.look(program, None, (redraw.x, *args), kwargs)
+        whole.look(program, None, (redraw.x, *args), kwargs, validate=False)
         simulated, data = generate(program, (redraw.x, *args), kwargs, redraw)
         batch = (data["value"], *args)
         refuse_tied(program, batch, kwargs, data["name"])

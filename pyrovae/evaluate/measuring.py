@@ -14,7 +14,8 @@ from pyrovae import data as datasets
 from pyrovae.compile.precision import full_float32
 from pyrovae.data.feed import as_batch, length
 from pyrovae.engine.devices import batch_device, home_of
-from pyrovae.engine.programs import Batch, Program, evaluating, rows
+from pyrovae.engine.observed import Observed
+from pyrovae.engine.programs import Batch, Program, evaluating, nothing, rows
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.whole import Whole
 from pyrovae.progress import ProgressBar
@@ -39,7 +40,7 @@ class Batches:
         parameters of the programs live.
     :param default: the batch size where None is given.
     :param title: of the bar, which is shown as ``progress`` says.
-    :raises DataError: where there is no batch.
+    :raises DataError: where there is no batch, and for a datum outside the support of the site that observes it.
     :raises ValueError: for data that a ``batch_size`` or a loader would cut, and that must not be.
     """
 
@@ -92,11 +93,14 @@ class Batches:
         if self.seen.layout.sizes[-1:] != [number] and next(batches, None) is not None:
             batch, batches = self.uncut(), iter(())
             self.seen = self.whole.look(*self.pair, batch, self.kwargs)
+        check = Observed(self.pair[0], self.pair[1] or nothing, self.seen.model, batch, self.kwargs)
         while batch is not None:
             yield batch
             self.done += rows(batch, self.kwargs)
             self.bar.update(self.done, "data")
             batch = next(batches, None)
+            if batch is not None:
+                check(batch, self.done)
 
     def uncut(self) -> Batch:
         """All data as one batch, where nobody asked for another size."""

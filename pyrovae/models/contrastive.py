@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
+import pyro
+import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
@@ -13,7 +14,10 @@ from pyrovae.arguments import in_range, pick_device, positive_int
 from pyrovae.compile.checked import Checked, wanted
 from pyrovae.compile.inductor import has_compiler
 from pyrovae.data.feed import Feed
+from pyrovae.engine.observed import Observed
+from pyrovae.engine.programs import nothing
 from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.sites import record
 from pyrovae.errors import NumericalError
 from pyrovae.models.base import Pair
 from pyrovae.models.partition import Energy, bits
@@ -162,8 +166,9 @@ class ContrastiveDivergence(Pair):
     def feed(self, data: object, batch_size: int, device: torch.device) -> Feed:
         """Data in batches, after checks."""
         feed = Feed(data, batch_size, device)
-        self.check(feed.first()[0])
-        feed.check(0, constraints.boolean, "x", torch.Size(self.input_shape))
+        batch = feed.first()
+        self.check(batch[0])
+        feed.watch(Observed(observe_bits, nothing, record(observe_bits, batch, {}), batch))
         return feed
 
     def run_epoch(self, feed: Feed, optimizer: torch.optim.Optimizer, step: Checked, persistent: bool) -> None:
@@ -178,6 +183,11 @@ class ContrastiveDivergence(Pair):
                 self.chains = states.flatten(1)
         if not all(torch.isfinite(p).all() for p in self.parameters()):
             raise NumericalError("a parameter of the RBM became NaN or infinite: lower lr")
+
+
+def observe_bits(x: Tensor, *_: object) -> None:
+    """The program that observes bits, and says no more of them."""
+    pyro.sample("x", dist.Bernoulli(logits=torch.zeros_like(x)).to_event(), obs=x)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrovae.arguments import pick_device, positive_int
 from pyrovae.data.feed import as_dataset, batches
-from pyrovae.data.support import check_support
+from pyrovae.engine.support import check_support
 from pyrovae.errors import DataError
 from pyrovae.models.vae import OneLatent
 from pyrovae.parts.pixels import Gaussian

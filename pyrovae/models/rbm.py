@@ -14,7 +14,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 
 from pyrovae.arguments import one_of, positive_int, sizes
-from pyrovae.data.support import check_support
+from pyrovae.engine.support import check_support
 from pyrovae.errors import DataError
 from pyrovae.models.contrastive import ContrastiveDivergence, clipped_logit
 from pyrovae.models.partition import LARGEST, LogPartition, bits

@@ -10,7 +10,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from pyrovae.arguments import positive_int
-from pyrovae.data.support import DROP, at, first_outside
+from pyrovae.engine.support import DROP, at, first_outside
 from pyrovae.errors import DataError
 from pyrovae.parts.shared import Shape
 

@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 import pyro.infer
 import torch
-from torch import Tensor
 
 from pyrovae import data as datasets
-from pyrovae.data.feed import Feed, as_batch
+from pyrovae.data.feed import Feed, as_batch, in_order
 from pyrovae.engine.devices import beside, home_of
 from pyrovae.engine.kl import site_kl
+from pyrovae.engine.observed import Observed
 from pyrovae.engine.particles import Particles, combine
 from pyrovae.engine.probe import Look, check_pair, look
 from pyrovae.engine.programs import Batch, Program, evaluating, roots, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
-from pyrovae.engine.sites import Sites, counts, frames, latent
+from pyrovae.engine.sites import frames, latent
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.whole import Whole
 from pyrovae.evaluate.units import mean_draws
@@ -125,12 +125,12 @@ class Validation:
         seen = look_on(feed, model, guide)
         self.model, self.guide, self.modules, self.feed, self.objective = model, guide, seen.modules, feed, objective
         self.full_size, self.joint = seen.full_size, seen.joint
+        self.data = feed.images if feed.loader is None else in_order(feed.loader)
 
     def __call__(self) -> float:
-        data = self.feed.images if self.feed.images is not None else self.feed.loader
         total = count = 0.0
         with torch.no_grad(), isolated_rng(0), evaluating(self.model, self.guide, *self.modules):
-            batches: Iterable[Batch] = datasets.batches((data,), self.feed.batch_size, device=self.feed.device)
+            batches: Iterable[Batch] = self.feed.watched(datasets.batches((self.data,), self.feed.batch_size))
             if self.joint:  # all data share latents, and come as one batch
                 batches = [tuple(map(torch.cat, zip(*batches, strict=True)))]
             for batch in batches:
@@ -142,23 +142,9 @@ class Validation:
 
 
 def look_on(feed: Feed, model: Program, guide: Program, *, validate: bool = True) -> Look:
-    """A look at a pair on the first of the data, which are checked against its observed sites."""
+    """A look at a pair on the first of the data, all of which are to be checked against its observed sites."""
     batch = feed.first()
     batch = as_batch(batch, home_of(guide, model, args=batch))
-    try:
-        seen = look(model, guide, batch, validate=validate)
-    except ValueError:  # by Pyro's checks; where the data are at fault, they are told of in plainer words
-        check_observed(look(model, guide, batch, validate=False).model, batch, feed)
-        raise
-    check_observed(seen.model, batch, feed)
+    seen = look(model, guide, batch, validate=validate)
+    feed.watch(Observed(model, guide, seen.model, batch))
     return seen
-
-
-def check_observed(sites: Sites, batch: Batch, feed: Feed) -> None:
-    """Check that the data lie where the sites that observe them have their support."""
-    for name, site in sites.items():
-        if not (counts(site) and site["is_observed"] and site["value"].numel()):
-            continue
-        for position, argument in enumerate(batch):
-            if isinstance(argument, Tensor) and argument.data_ptr() == site["value"].data_ptr():
-                feed.check(position, site["fn"].support, name, site["fn"].event_shape)

@@ -9,18 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
 
 from pyrovae.engine.unwrap import is_boolean, widest
 from pyrovae.errors import DataError
 
 CHUNK_BYTES = 64 * 2**20
+# Supports that hold all (integer) values between two that they hold.
+BETWEEN = (
+    type(constraints.real), constraints.interval, constraints.half_open_interval, constraints.greater_than,
+    constraints.greater_than_eq, constraints.less_than,
+)  # fmt: skip
+INTEGERS = type(constraints.boolean), constraints.integer_interval, type(constraints.nonnegative_integer)
 DROP = "drop or replace such data, for instance with torch.nan_to_num"
 BY_255 = "divide values from 0 to 255 by 255"
 
 
-def check_support(
-    x: Tensor, support: constraints.Constraint | None, *, site: str = "x", likelihood: str | None = None
-) -> None:
+def check_support(x: Tensor, support: Constraint | None, *, site: str = "x", likelihood: str | None = None) -> None:
     """Check that all values of ``x`` ``[N, ...]`` are finite and inside the support of the site that observes them.
 
     Works through ``x`` in pieces of about 64 MB, with one wait for the device each. A dependent support (or None) asks
@@ -41,15 +46,32 @@ def check_support(
     support = None if support is None else widest(support)
     x = torch.atleast_1d(x.detach())
     bad = first_outside(x, partial(inside, support=support))
-    if bad is None:
-        return
-    value, used = x[bad], "" if likelihood is None else f", likelihood {likelihood!r}"
+    if bad is not None:
+        raise refusal(x, bad, support, site, "" if likelihood is None else f", likelihood {likelihood!r}")
+
+
+def refusal(
+    x: Tensor,
+    bad: tuple[int, ...],
+    support: Constraint | None,
+    site: str,
+    used: str = "",
+    first: int = 0,
+) -> DataError:
+    """What to say of data ``x`` whose value (or event) at the index ``bad`` a site cannot observe.
+
+    :param used: more of the site.
+    :param first: the number of the first datum.
+    """
+    value, support = x[bad], None if support is None else widest(support)
+    where = at("data", (first + bad[0], *bad[1:]) if bad else bad, value)
     if support is None or not torch.isfinite(value).all():
-        raise DataError(f'{at("data", bad, value)} at site "{site}"{used}: data must be finite; {DROP}')
-    low, high = torch.aminmax(x)
+        return DataError(f'{where} at site "{site}"{used}: data must be finite; {DROP}')
+    finite = x[x.isfinite()]
+    low, high = torch.aminmax(finite)
     kind = "boolean: 0 or 1" if is_boolean(support) else repr(support)
-    raise DataError(
-        f'{at("data", bad, value)} is outside the support of site "{site}" ({kind}{used}); '
+    return DataError(
+        f'{where} is outside the support of site "{site}" ({kind}{used}); '
         f"the values run from {show(low)} to {show(high)}: {advice(support, low.item(), high.item())}"
     )
 
@@ -65,22 +87,40 @@ def first_outside(x: Tensor, valid: Callable[[Tensor], Tensor]) -> tuple[int, ..
     return None
 
 
-def inside(x: Tensor, support: constraints.Constraint | None) -> Tensor:
+def inside(x: Tensor, support: Constraint | None) -> Tensor:
     """Which values (or events, for a support of those) are finite and in the support."""
     finite = torch.isfinite(x)
     if support is None:
         return finite
     inside = support.check(x)
+    if isinstance(support, constraints.multinomial):
+        inside = inside & (x == x.round()).all(-1)
     return inside & (finite if inside.dim() == x.dim() else finite.flatten(inside.dim()).all(-1))
 
 
-def advice(support: constraints.Constraint, low: float, high: float) -> str:
+def all_inside(x: Tensor, support: Constraint | None) -> Tensor:
+    """Whether all values are finite and in the support, 0-d: quickly, where the extremes say it of what is between."""
+    if not x.numel() or not (support is None or isinstance(support, BETWEEN + INTEGERS)):
+        return inside(x, support).all()
+    ends = torch.stack(torch.aminmax(x))
+    ok = inside(ends, support).all()
+    return ok & (x == x.round()).all() if isinstance(support, INTEGERS) and x.is_floating_point() else ok
+
+
+def advice(support: Constraint, low: float, high: float) -> str:
     """What to do with values from ``low`` to ``high`` that a support does not hold."""
     boolean = is_boolean(support)
     if boolean and low >= 0 and high <= 1:
         return (
             "grey values need binarization='dynamic' (or 'static', 'threshold'), "
             "or a likelihood for them such as 'continuous_bernoulli'"
+        )
+    if isinstance(support, INTEGERS) and not boolean and low >= getattr(support, "lower_bound", low):
+        most = getattr(support, "upper_bound", high)
+        return (
+            f"it takes integers up to {most:g}; count from 0, or give it more classes or trials"
+            if high > most
+            else "it counts in integers: pass counts, or use a likelihood for real values, such as 'gaussian'"
         )
     if not (boolean or getattr(support, "upper_bound", None) == 1):
         return "transform them into the support, or use a likelihood whose support holds them, such as 'gaussian'"
