@@ -1,13 +1,17 @@
 """The feed: every datum once per epoch, in an order that follows the generator, whatever the data come in."""
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from pyrovae.data import Images
 from pyrovae.data.feed import Feed
+from pyrovae.engine.observed import Observed
+from pyrovae.engine.programs import nothing
+from pyrovae.engine.sites import record
 from pyrovae.errors import DataError
 from tests.state import refused
 
@@ -143,18 +147,58 @@ def test_what_is_no_data_is_refused(data):
     refused(TypeError, "data must be", Feed, data, 4, CPU)
 
 
+def watch(feed, fn):
+    """Let a feed be watched by a program that observes a pair of values at ``fn``; what it looked at as a program."""
+    looked = []
+
+    def observe(x):
+        looked.append(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", fn.expand([2]).to_event(1), obs=x)
+
+    batch = feed.first()
+    feed.watch(Observed(observe, nothing, record(observe, batch, {}), batch))
+    return looked[1:]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
 @pytest.mark.parametrize(("row", "value"), [(0, 0.5), (9, 255.0), (3, -1.0)])
-def test_check_looks_at_every_datum_that_is_held(row, value):
+def test_every_datum_that_is_held_is_watched_before_training(row, value, rows, monkeypatch):
+    monkeypatch.setattr("pyrovae.data.feed.PIECE", (rows * 8, 0))
     x = torch.zeros(10, 2)
     x[row, 1] = value
-    feed = Feed(x, 4, CPU)
-    refused(DataError, rf"data\[{row}, 1\] = {value}", feed.check, 0, constraints.boolean, "x", torch.Size([2]))
-    feed.check(0, constraints.real, "x", torch.Size([2]))
+    refused(DataError, rf"data\[{row}, 1\] = {value}", watch, Feed(x, 4, CPU), dist.Bernoulli(0.5))
+    assert watch(Feed(x, 4, CPU), dist.Normal(0.0, 1.0)) == []
 
 
-def test_check_sees_the_bits_of_a_dynamic_set_not_its_grey():
-    Feed(Images(torch.full((10, 2), 0.5), binarization="dynamic"), 4, CPU).check(
-        0, constraints.boolean, "x", torch.Size([2])
-    )
+def test_the_bits_of_a_dynamic_set_are_watched_not_its_grey():
+    watch(Feed(Images(torch.full((10, 2), 0.5), binarization="dynamic"), 4, CPU), dist.Bernoulli(0.5))
     with pytest.raises(DataError, match="binarization"):
-        Feed(torch.full((10, 2), 0.5), 4, CPU).check(0, constraints.boolean, "x", torch.Size([2]))
+        watch(Feed(torch.full((10, 2), 0.5), 4, CPU), dist.Bernoulli(0.5))
+
+
+def test_data_that_stream_are_watched_once_and_named_by_their_place():
+    source = TensorDataset(torch.cat([torch.zeros(9, 1), torch.ones(1, 1)]).expand(10, 2).clone(), Y)
+    feed = Feed(DataLoader(source, 4, shuffle=True), 4, CPU)
+    feed.first(), feed.watch(seen := Counted())
+    assert [len(list(feed)), seen.batches] == [3, 3]
+    assert [len(list(feed)), seen.batches] == [3, 3]
+    source.tensors[0][7, 1] = 0.5
+    other = Feed(DataLoader(source, 4, shuffle=True, generator=torch.Generator().manual_seed(0)), 4, CPU)
+
+    def observe(x, y):
+        pyro.sample("x", dist.Bernoulli(torch.full_like(x, 0.5)).to_event(2), obs=x)
+
+    batch = torch.zeros(4, 2), Y[:4]
+    other.watch(Observed(observe, nothing, record(observe, batch, {}), batch))
+    refused(DataError, r"data\[7, 1\] = 0.5", list, other)
+
+
+class Counted:
+    """Finds every batch fine, and counts them."""
+
+    batches = 0
+
+    def fine(self, batch):
+        self.batches += 1
+        return torch.ones((), dtype=torch.bool)

@@ -39,8 +39,9 @@ def as_dataset(data: object, *, name: str = "data") -> Source:
     """Bring what a user passes as data into one of three forms: Images, another Dataset, or a DataLoader.
 
     A tensor ``[N, ...]``, a tuple ``(x, y)`` of tensors, and a TensorDataset of one or two become :class:`Images` with
-    ``y`` as labels (a TensorDataset, where ``y`` is not a vector of integers or there are more than two). Integers and
-    booleans become the default float type, unscaled; so do the values of NumPy arrays. The rest is returned as it is.
+    ``y`` as labels (a TensorDataset, where ``y`` is not a vector of integers or there are more than two). NaN stands
+    for what is missing: whether a model takes that is seen when it observes them. Integers and booleans become the
+    default float type, unscaled; so do the values of NumPy arrays. The rest is returned as it is.
 
     :raises DataError: as :class:`Images`; arrays of objects; lengths that differ.
     :raises TypeError: anything else.
@@ -65,7 +66,7 @@ def as_dataset(data: object, *, name: str = "data") -> Source:
         lengths = ", ".join(str(list(c.shape)) for c in (x, *rest))
         raise DataError(f"the tensors of {name!r} must have one length, received shapes {lengths}: make them equal")
     labels = rest[0] if len(rest) == 1 and rest[0].dim() == 1 and is_integer(rest[0]) else None
-    images = Images(x, labels, name=name)
+    images = Images(x, labels, name=name, missing=True)
     return TensorDataset(images.x, *rest) if rest and labels is None else images
 
 
@@ -120,8 +121,8 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
             data = Subset(data, list(getattr(sampler, "indices", sampler)))
         elif type(sampler) not in (SequentialSampler, RandomSampler, WeightedRandomSampler):
             raise ValueError(
-                f"an evaluation takes data in the order of their data set, but this loader goes by a "
-                f"{type(sampler).__name__}: pass the data set, torch.utils.data.Subset(data_set, indices) for a part"
+                "an evaluation takes data in the order of their data set, but this loader has a sampler of its own, "
+                f"{type(sampler).__name__}: pass the data set itself, or torch.utils.data.Subset(data_set, indices)"
             )
         elif len(sampler) != len(data) or getattr(sampler, "replacement", False):  # type: ignore[arg-type]
             warn(f"an evaluation takes every datum once, in order: the loader's {type(sampler).__name__} is not used")

@@ -30,6 +30,7 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
     :param binarization: "none", "dynamic", "static" or "threshold"; all but "none" ask for values in [0, 1].
     :param seed: of the static draw.
     :param name: the data's name in messages.
+    :param missing: whether NaN may stand for a value that is missing, as ``NanMaskedNormal`` takes it.
     :raises DataError: no data, a value that is not finite or outside [0, 1], labels that are not N integers.
     :raises ValueError: an unknown binarization.
 
@@ -42,7 +43,14 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
     """
 
     def __init__(
-        self, x: Tensor, labels: Tensor | None = None, *, binarization: str = "none", seed: int = 0, name: str = "data"
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        *,
+        binarization: str = "none",
+        seed: int = 0,
+        name: str = "data",
+        missing: bool = False,
     ) -> None:
         if not isinstance(x, Tensor) or x.is_complex() or x.is_quantized or x.is_meta or x.layout != torch.strided:
             kind = f"{x.dtype}, {x.layout}, {x.device}" if isinstance(x, Tensor) else type(x).__name__
@@ -53,7 +61,8 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
             raise DataError(
                 f"data must be [N, ...] with N >= 1, {name!r} has shape {list(x.shape)}: pass at least one datum"
             )
-        if (bad := first_outside(x, torch.isfinite)) is not None:
+        valid = (lambda part: ~part.isinf()) if missing and binarization == "none" else torch.isfinite
+        if (bad := first_outside(x, valid)) is not None:
             raise DataError(f"{at(name, bad, x[bad])}: data must be finite; {DROP}")
         if binarization != "none" and (bad := first_outside(x, constraints.unit_interval.check)) is not None:
             raise DataError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import positive_int
+from pyrovae.engine.probe import checked_look
 from pyrovae.engine.programs import Program, graph_leaves, protected_buffers
 from pyrovae.engine.runner import log_weights
 from pyrovae.engine.sites import Sites, counted, latent, log_prob, proposed, record
@@ -155,6 +156,7 @@ def gradient_snr(
     """
     repetitions = positive_int("repetitions", repetitions, minimum=2)
     with measuring(model, guide, seed=seed), protected_buffers(), torch.enable_grad():
+        checked_look(model, guide, args, kwargs)
         drawn = record(guide, args, kwargs)
         values = {name: site["value"] for name, site in latent(drawn).items()}
         fixed = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}

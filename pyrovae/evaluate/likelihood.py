@@ -224,7 +224,8 @@ class Resampler:
         self.num_draws, self.seed, self.nesting = num_draws, seed, seen.nesting
         self.layout = replace(seen.layout, num_particles=num_draws, particle_dim=-1 - seen.nesting)
         sites = latent(seen.model) if num_draws else {}
-        self.event_dims = {name: site["fn"].event_dim for name, site in sites.items()}
+        self.event_shapes = {name: site["fn"].event_shape for name, site in sites.items()}
+        self.event_dims = {name: len(shape) for name, shape in self.event_shapes.items()}
         self.plates = {name: {dim for _, dim, _ in frames(site)} for name, site in sites.items()}
         self.generator: torch.Generator | None = None
         self.done: list[dict[str, Tensor]] = []
@@ -236,8 +237,8 @@ class Resampler:
         found, number = [], run.layout.num_particles
         if self.num_draws and (uneven := self.uneven(run)):
             raise ValueError(
-                f"num_draws keeps sites that all particles have, in the same plates, but {quoted(uneven)} come and go, "
-                "or change plates: pass num_draws=0"
+                f"num_draws keeps sites that all particles and batches have, in the same plates, but {quoted(uneven)} "
+                "come and go, or change plates or shapes: pass num_draws=0, or data of one kind at a time"
             )
         for name, event_dim in self.event_dims.items():
             value = run.model[name]["value"]
@@ -255,7 +256,8 @@ class Resampler:
         sites = latent(run.model)
         partly = [n for n, s in sites.items() if isinstance(s["fn"], Stacked) and None in s["fn"].parts]
         moved = [n for n, s in sites.items() if {d for _, d, _ in frames(s)} != self.plates.get(n)]
-        return [*dict.fromkeys([*(self.event_dims.keys() ^ sites.keys()), *partly, *moved])]
+        other = [n for n, s in sites.items() if s["fn"].event_shape != self.event_shapes.get(n)]
+        return [*dict.fromkeys([*(self.event_dims.keys() ^ sites.keys()), *partly, *moved, *other])]
 
     def add(self, log_w: Tensor, values: list[Tensor]) -> None:
         """Let a pass in: its log-weights ``[K, *plates]``, and its :meth:`values`."""

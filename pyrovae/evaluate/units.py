@@ -14,6 +14,7 @@ from pyrovae.engine.kl import kl_in_place, sides
 from pyrovae.engine.programs import Batch, Program, rows
 from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import frames, latent, masked, record
+from pyrovae.engine.support import first_outside
 from pyrovae.engine.unwrap import finite_mean, point_mass
 from pyrovae.evaluate.measuring import Batches, RunningMean, measuring
 
@@ -72,10 +73,16 @@ def active_units(
     size = 0
     with measuring(guide, seed=SEED), batches:
         for batch in batches:
-            size += len(batch[0])
             for name, average in mean_draws(guide, batch, samples).items():
+                bad = first_outside(average.mean, torch.isfinite)
+                if bad is not None:
+                    raise datasets.DataError(
+                        f'the posterior mean of site "{name}" at data[{size + bad[0]}] is {average.mean[bad]:g}: data '
+                        "and parameters must be finite; drop or replace such data"
+                    )
                 means.setdefault(name, []).append(average.mean)
                 noise[name] = noise.get(name, 0.0) + average.noise.sum(0)
+            size += len(batch[0])
     if size < 2:
         raise datasets.DataError(f"a variance over data needs two of them at least, got {size}: pass more")
     variances = {name: torch.cat(parts).var(0) - noise[name] / size for name, parts in means.items()}

@@ -459,7 +459,7 @@ def test_grey_data_are_refused(rbm):
         lambda x: pv.fit(rbm.model, rbm.guide, x, objective=pv.ELBO(), epochs=1),
     ):
         refused(DataError, message, use, grey)
-    refused(ValueError, 'model site "x": .*' + message, pv.log_likelihood, rbm.model, rbm.guide, grey, num_samples=1)
+    refused(DataError, message, pv.log_likelihood, rbm.model, rbm.guide, grey, num_samples=1)
 
 
 def test_data_of_another_shape(rbm):
