@@ -28,9 +28,11 @@ def free_memory() -> float:
     The least of what is free, what its control group leaves, and what its own limit (``ulimit -v``) leaves.
     """
     limits = [int(kib) * 1024 for kib in re.findall(r"^MemAvailable: *(\d+)", read("/proc/meminfo"), re.MULTILINE)]
-    for most, now in CONTROL_GROUPS:
-        if (limit := read(most).strip()).isdigit() and (used := read(now).strip()).isdigit():
-            limits.append(int(limit) - int(used))
+    for folder, most, now in CONTROL_GROUPS:
+        limit, used = (read(f"{folder}/{name}").strip() for name in (most, now))
+        if limit.isdigit() and used.isdigit():  # of which the pages of files are given back when they are needed
+            pages = re.findall(r"^(?:total_)?inactive_file (\d+)", read(f"{folder}/memory.stat"), re.MULTILINE)
+            limits.append(int(limit) - int(used) + max(map(int, pages), default=0))
     with suppress(ImportError, ValueError, IndexError):  # a system without such limits
         import resource
 
@@ -40,8 +42,8 @@ def free_memory() -> float:
 
 
 CONTROL_GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
 
 

@@ -62,13 +62,7 @@ class Task:
         if "objective" in explicit and issubclass(parts.model_class, Pair) and parts.model_class.train_on:
             raise ValueError(f"{job.model} has a rule of its own to train by, got objective {name}: leave it out")
         splits = load_data(job, parts, None, terms=terms)
-        if getattr(parts.model_class, "conditional", False):
-            as_labelled(splits.train)
-        if len(splits.test) < 2:
-            raise DataError(
-                f"a test figure and its error need two data at least, {splits.test.name!r} has {len(splits.test)} to "
-                f"test on, {len(splits.train)} to train on: give a test part, or more data"
-            )
+        check_parts(splits, parts)
         source = reopen(Path(job.data.removeprefix(CODES)), terms=terms)[0] if job.data.startswith(CODES) else None
         vqvae = cast(models.VQVAE | None, source)
         pair = build(parts, splits.train, job.seed, vqvae)
@@ -115,6 +109,27 @@ def encode_data(folder: str, root: str | None, terms: Terms) -> Splits:
     with torch.no_grad():
         held_out = None if splits.validation is None else encoded(splits.validation)
         return Splits(encoded(splits.train), held_out, encoded(splits.test))
+
+
+def check_parts(splits: Splits, parts: Parts) -> None:
+    """Before anything is trained: can the test part be measured, and does it have no classes but the trained ones?"""
+    train, held_out, test = splits
+    if len(test) < 2:
+        raise DataError(
+            f"a test figure and its error need two data at least, {test.name!r} has {len(test)} to test on, "
+            f"{len(train)} to train on: give a test part, or more data"
+        )
+    if not getattr(parts.model_class, "conditional", False):
+        return
+    labels = [cast(Tensor, as_labelled(images).labels) for images in (train, test, held_out) if images is not None]
+    counted = "num_classes" in keywords(parts.model_class) and not {"num_classes", "num_attributes"} & set(parts.model)
+    most, low = int(labels[0].max()), min(int(y.min()) for y in labels)
+    if counted and (most < 1 or low < -1 or any(y.max() > most for y in labels)):
+        found = " and ".join(f"{int(y.min())} to {int(y.max())}" for y in labels)
+        raise DataError(
+            "labels must run from 0, over two classes at least, and the test part have none of its own; those of "
+            f"{train.name!r} run from {found} (train, test): correct them, or give num_classes"
+        )
 
 
 def observes_bits(pair: Pair, images: Images) -> bool:

@@ -32,6 +32,10 @@ def as_tensor(array: Tensor | np.ndarray, name: str) -> Tensor:
     if isinstance(array, Tensor):
         return array
     check_numbers(array.dtype, name)
+    if np.ma.is_masked(array):
+        raise DataError(
+            f"{name} must have no masked values, has {np.ma.count_masked(array)}: fill them with filled(...)"
+        )
     if array.dtype in (np.uint8, np.bool_):
         kept = array.dtype
     elif array.dtype.kind == "f":

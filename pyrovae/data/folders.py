@@ -26,8 +26,9 @@ from pyrovae.memory import require_memory
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
-#: Pillow's names of the formats that are opened, whatever a file is called; no other parser ever sees one.
-FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+#: Pillow's names of the formats that are opened, whatever a file is called; no other parser ever sees one. Those that
+#: its ``preinit`` does not know stand last: to look for them, it imports all others too.
+FORMATS = ("PNG", "JPEG", "BMP", "PPM", "GIF", "TIFF", "WEBP")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".tif", ".tiff", ".webp", ".gif"}
 GREY_MODES = {"1", "L", "LA", "La"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
@@ -159,6 +160,7 @@ def opened(file: Encoded) -> Iterator[ImageFile]:
     """An image whose header has been read: one frame, of 8 bits a channel."""
     from PIL import Image
 
+    Image.preinit()
     name, content = (file, file) if isinstance(file, Path) else (file[0], BytesIO(file[1]))
     with reading(name, "replace or remove the damaged image"), Image.open(content, formats=FORMATS) as image:
         if image.mode not in GREY_MODES | COLOUR_MODES or is_deep(image):

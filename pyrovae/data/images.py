@@ -15,6 +15,7 @@ from pyrovae.data.arrays import checked_labels
 from pyrovae.engine.support import BY_255, DROP, at, first_outside
 from pyrovae.errors import DataError
 
+REALS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that can be computed with
 BINARIZATIONS = ("none", "dynamic", "static", "threshold")
 
 
@@ -56,7 +57,7 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
             kind = f"{x.dtype}, {x.layout}, {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a dense, real tensor [N, ...], received {kind}: use torch.as_tensor")
         one_of("binarization", binarization, BINARIZATIONS)
-        x = x.detach() if x.is_floating_point() else x.detach().to(torch.get_default_dtype())
+        x = x.detach() if x.dtype in REALS else x.detach().to(torch.get_default_dtype())
         if not x.dim() or not x.numel():
             raise DataError(
                 f"data must be [N, ...] with N >= 1, {name!r} has shape {list(x.shape)}: pass at least one datum"

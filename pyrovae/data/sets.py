@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pyrovae.arguments import one_of
@@ -72,11 +74,14 @@ def load(
     if colon and not path:
         raise ValueError(f"{key} needs a path, received {name!r}: write it after the colon")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pyrovae"
-    location = Path(path if colon else root or os.environ.get("PYROVAE_DATA") or cache).expanduser()
+    location = Path(path if colon else root or os.environ.get("PYROVAE_DATA") or cache)
+    with suppress(RuntimeError):  # without a home, "~" is a name like others
+        location = location.expanduser()
     one_of("binarization", binarization, BINARIZATIONS)
-    if isinstance(validation, bool) or validation < 0 or (isinstance(validation, float) and not validation < 1):
+    counted = isinstance(validation, int | np.integer) and not isinstance(validation, bool) and validation >= 0
+    if not (counted or (isinstance(validation, float) and 0 <= validation < 1)):
         raise ValueError(
-            f"validation must be a count or a fraction in [0, 1), received {validation}: pass such as 1000"
+            f"validation must be a count or a fraction in [0, 1), received {validation!r}: pass such as 1000"
         )
     parts = SOURCES[key][1](location, download)
     if validation and "validation" in parts:

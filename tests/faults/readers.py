@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import pyrovae as pv
-from tests.faults.matrix import fault
+from tests.faults.matrix import fault, small_run
 
 REAL = Path(os.environ.get("PYROVAE_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 RNG = np.random.default_rng(0)
@@ -340,6 +340,21 @@ def labels_of_a_file_that_are_no_class_numbers(folder: Path, case):
     untouched(folder)
 
 
+CLASSES = {
+    "one class": (np.zeros(40, int), np.zeros(40, int), "0 to 0 and 0 to 0"),
+    "negative": (np.arange(40) % 2 - 5, np.arange(40) % 2, "-5 to -4 and 0 to 1"),
+    "new in the test part": (np.arange(40) % 2, np.arange(40) % 4, "0 to 1 and 0 to 3"),
+}
+
+
+@fault("C", "train", 3, r"labels must run from 0, over two classes at least.*num_classes", each=CLASSES)
+def classes_that_no_model_can_be_built_for(folder: Path, case):
+    y, y_test, found = case
+    outcome = yield "train", "conditional", *TRAIN[1:], npz(folder, x=GREY, x_test=GREY, y=y, y_test=y_test)
+    assert found in outcome.message, outcome.message
+    untouched(folder)
+
+
 @fault("A7", "Images", 3, r"array of numbers.*numpy\.unique")
 def labels_by_name_in_a_list(folder: Path):
     yield lambda: pv.data.Images(torch.from_numpy(GREY), ["cat", "dog"] * 20)
@@ -355,6 +370,24 @@ NO_DATA = {
 @fault("C", "Images", 2, r"x must be a dense, real tensor \[N, \.\.\.\], received", each=NO_DATA)
 def tensors_that_hold_no_plain_numbers(folder: Path, make):
     yield lambda: pv.data.Images(make())
+
+
+@fault("A7", "fit", 3, r"data must have no masked values, has 1: fill them")
+def masked_values_are_not_unmasked(folder: Path):
+    vae = pv.models.VAE((6,), likelihood="gaussian")
+    x = np.ma.masked_array(GREY, np.arange(240).reshape(40, 6) == 7)
+    yield lambda: pv.fit(vae.model, vae.guide, x, epochs=1, objective=pv.ELBO())
+
+
+NARROW = {"float8": torch.float8_e4m3fn, "uint64": torch.uint64, "uint16": torch.uint16, "int8": torch.int8}
+
+
+@fault("A7", "Images", 0, each=NARROW)
+def tensors_of_other_kinds_become_reals(folder: Path, dtype):
+    x = torch.tensor([[0.0, 1.0], [2.0, 5.0]])
+    images = (yield lambda: pv.data.Images(x.to(dtype))).value
+    assert images.x.dtype == torch.float32
+    assert images.x.equal(x)
 
 
 # npz: sizes that are declared --------------------
@@ -521,6 +554,90 @@ def a_path_with_a_zero_byte(folder: Path):
 @fault("C", "load", 3, r"absent")
 def a_path_too_long_for_any_file(folder: Path):
     yield load("npz:" + "a" * 5000)
+
+
+VALIDATION = {"text": "abc", "list": [1], "minus": -1, "one": 1.0, "nan": float("nan"), "yes": True, "none": None}
+
+
+@fault("D", "load", 2, r"validation must be a count or a fraction in \[0, 1\), received", each=VALIDATION)
+def validation_parts_of_no_size(folder: Path, value):
+    yield load("digits", validation=value)
+
+
+@fault("C", "load", 0)
+def digits_without_a_home(folder: Path):
+    os.environ.pop("HOME")
+    with homeless():
+        splits = (yield load("digits")).value
+    assert len(splits.train) == 1437
+
+
+@fault("C", "load", 3, r"MNIST is not under ~/\.cache/pyrovae and download=False.*--data-dir")
+def mnist_without_a_home(folder: Path):
+    os.environ.pop("HOME")
+    with homeless():
+        yield load("mnist", download=False)
+
+
+@contextmanager
+def homeless():
+    """A user whom the system does not know."""
+    before, os.path.expanduser = os.path.expanduser, lambda path: path
+    try:
+        yield
+    finally:
+        os.path.expanduser = before
+
+
+# Verbs that read data again --------------------
+
+
+def trained(folder: Path) -> Path:
+    """A run on an archive beside it."""
+    x = np.random.default_rng(1).random((60, 6, 5), dtype=np.float32)
+    return small_run(folder / "run", "--data", npz(folder, x=x, x_test=x[:20]))
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def replaced_by(make):
+    def change(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return change
+
+
+def other_numbers(path: Path) -> None:
+    np.savez(path, x=GREY.astype(complex))
+
+
+CHANGES = {
+    "gone": gone, "cut": cut_short, "pipe": replaced_by(pipe), "folder": replaced_by(Path.mkdir),
+    "device": replaced_by(device), "complex": other_numbers,
+}  # fmt: skip
+
+
+@fault("C", "evaluate", 3, r"a\.npz", each=CHANGES)
+def the_archive_of_a_run_is_no_longer_one(folder: Path, change):
+    run = trained(folder)
+    before = (run / "results.json").read_bytes()
+    change(folder / "a.npz")
+    yield "evaluate", run, "--samples", "2", "--device", "cpu"
+    assert (run / "results.json").read_bytes() == before
+
+
+@fault("C", "sample", 0, each={"gone": gone, "pipe": replaced_by(pipe)})
+def a_run_without_its_archive_is_sampled(folder: Path, change):
+    run = trained(folder)
+    change(folder / "a.npz")
+    yield "sample", run, "--output", folder / "samples.png"
 
 
 # Permissions --------------------
