@@ -6,7 +6,8 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 import torch
@@ -68,6 +69,28 @@ def lookup(name: str, value: str, table: Mapping[str, T]) -> T:
     ValueError: unknown activation 'thanh': did you mean 'tanh'? Choose one of tanh, relu
     """
     return table[one_of(name, value, table)]
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Whether a value, as JSON holds it, is of a type: a class, a union, or lists, dicts and TypedDicts of such.
+
+    A float that was not finite is None there.
+
+    >>> fits({"a": [1, None, 2.5]}, dict[str, list[float]]), fits({"a": None}, dict[str, int])
+    (True, False)
+    """
+    inner = get_args(kind)
+    if is_typeddict(kind):
+        kinds = get_type_hints(kind)
+        return isinstance(value, dict) and all(fits(v, kinds.get(name, object)) for name, v in value.items())
+    match get_origin(kind):
+        case origin if origin is UnionType:
+            return any(fits(value, each) for each in inner)
+        case origin if origin is list:
+            return isinstance(value, list) and all(fits(each, *inner) for each in value)
+        case origin if origin is dict:
+            return isinstance(value, dict) and all(fits(each, inner[1]) for each in value.values())
+    return isinstance(value, int | float | None if kind is float else kind)
 
 
 def one_line(text: object, longest: int | None = 200) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +15,10 @@ from pyrovae import plots, runs
 from pyrovae.app import measure, pictures, tables
 from pyrovae.app import train as training
 from pyrovae.app.job import Terms, as_seen_by, example, reopen, reopen_with_data
+from pyrovae.app.results import timed
 from pyrovae.app.settings import Settings, parse_settings
 from pyrovae.arguments import one_line, pick_device, positive_int
-from pyrovae.errors import INTERRUPTED, CheckpointError, exit_code
+from pyrovae.errors import INTERRUPTED, exit_code
 from pyrovae.memory import keep_freed_memory
 from pyrovae.sampling import sample as draw
 
@@ -108,19 +108,17 @@ def evaluate(
     """Measure a run's test NLL with its standard error, and its active units; writes results.json."""
     positive_int("samples", samples)
     place = pick_device(device)
-    pair, splits = reopen_with_data(run, data_dir, checkpoint, Terms(trust, override))
-    runs.Run(run).check_files()
-    pair, test = pair.to(place), splits.test
+    terms = Terms(trust, override)
+    found, splits = reopen_with_data(run, data_dir, checkpoint, terms)
+    terms.run(run).check_files()
+    pair, test = found.pair.to(place), splits.test
     if (ais or diagnostics) and pair.likelihood_is != "estimate":
         raise ValueError(
             f"{type(pair.module).__name__} has nothing to anneal or diagnose, its log p(x) is no estimate: leave --ais "
             "and --diagnostics out"
         )
     results = measure.measure(pair, test, samples=samples, seed=seed)
-    results["checkpoint"] = checkpoint
-    with suppress(CheckpointError):  # what cannot be read is measured again
-        before = runs.Run(run).results()
-        results |= {name: before[name] for name in ("timings", "seconds_per_epoch") if name in before}  # type: ignore[typeddict-item]
+    results |= {"checkpoint": checkpoint, "weights": found.weights, **timed(terms.run(run))}
     seen = as_seen_by(pair, test)
     few = seen.subset(slice(0, measure.CLOSER))
     if diagnostics:
@@ -151,9 +149,9 @@ def sample(
     """Draw new data from a run's model into a picture."""
     number = positive_int("number", number)
     terms = Terms(trust, override)
-    pair, _, _ = reopen(run, checkpoint, terms)
+    pair = reopen(run, checkpoint, terms).pair
     if output is None:
-        runs.Run(run).check_files()
+        terms.run(run).check_files()
     images = draw(
         pair.module, number, *pictures.labels_for(pair, number, label),
         returns="draws" if draws else "means", temperature=temperature, seed=seed, like=example(terms.run(run)),

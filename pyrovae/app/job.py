@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import pyro
 import torch
@@ -16,9 +16,9 @@ from pyrovae import models, runs
 from pyrovae.app.settings import CODES, Parts, Settings, keywords
 from pyrovae.arguments import one_of
 from pyrovae.data import Images, Splits, load
-from pyrovae.engine.programs import evaluating
+from pyrovae.engine.programs import device_of, evaluating
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.engine.sites import counts, record_pair
+from pyrovae.engine.sites import Site, counts, record_pair
 from pyrovae.engine.unwrap import is_boolean
 from pyrovae.errors import CheckpointError, DataError, ResourceError
 from pyrovae.models.base import Pair, as_pair
@@ -39,6 +39,15 @@ class Terms:
     def run(self, folder: str | Path) -> runs.Run:
         """The run in a folder."""
         return runs.Run(folder, override=self.override)
+
+
+class Opened(NamedTuple):
+    """A trained pair, what it was made of, and the SHA-256 that its weights had before they were read."""
+
+    pair: Pair
+    job: Settings
+    parts: Parts
+    weights: str
 
 
 @dataclass
@@ -63,7 +72,7 @@ class Task:
             raise ValueError(f"{job.model} has a rule of its own to train by, got objective {name}: leave it out")
         splits = load_data(job, parts, None, terms=terms)
         check_parts(splits, parts)
-        source = reopen(Path(job.data.removeprefix(CODES)), terms=terms)[0] if job.data.startswith(CODES) else None
+        source = reopen(Path(job.data.removeprefix(CODES)), terms=terms).pair if job.data.startswith(CODES) else None
         vqvae = cast(models.VQVAE | None, source)
         pair = build(parts, splits.train, job.seed, vqvae)
         if observes_bits(pair, as_seen_by(pair, splits.train)):
@@ -96,7 +105,7 @@ def encode_data(folder: str, root: str | None, terms: Terms) -> Splits:
     """The data of a VQ-VAE's run as the codes that it gives them, ``[N, h, w]``."""
     if str(terms.run(folder).config().get("data", {}).get("name")).startswith(CODES):
         raise CheckpointError(f'the data of the run "{folder}" are codes themselves: pass the run of a VQVAE on images')
-    pair, splits = reopen_with_data(Path(folder), root, terms=terms)
+    (pair, *_), splits = reopen_with_data(Path(folder), root, terms=terms)
     if not isinstance(pair, models.VQVAE):
         raise ValueError(f'"{CODES}{folder}" needs the run of a VQVAE, got {type(pair).__name__}: pass another run')
     device = next(pair.parameters()).device
@@ -138,11 +147,16 @@ def observes_bits(pair: Pair, images: Images) -> bool:
         return False
     if pair.observes_bits:
         return True
+    return any(is_boolean(site["fn"].support) for site in observed_sites(pair, images) if site["value"].numel())
+
+
+def observed_sites(pair: Pair, images: Images) -> list[Site]:
+    """The sites that observe a datum, its values rounded, as a pair's programs have them."""
     x, *labels = images.subset([0]).columns
+    place = device_of(pair.model) or x.device
     with torch.no_grad(), isolated_rng(), evaluating(pair.model, pair.guide), pyro.validation_enabled(False):
-        _, joint = record_pair(pair.model, pair.guide, (x.round(), *labels), {})
-    observed = [s for s in joint.values() if counts(s) and s["is_observed"] and s["value"].numel()]
-    return any(is_boolean(site["fn"].support) for site in observed)
+        _, joint = record_pair(pair.model, pair.guide, tuple(a.to(place) for a in (x.round(), *labels)), {})
+    return [site for site in joint.values() if counts(site) and site["is_observed"]]
 
 
 def build(parts: Parts, images: Images, seed: int, vqvae: models.VQVAE | None = None) -> Pair:
@@ -179,14 +193,15 @@ def example(run: runs.Run) -> Tensor:
 
 def reopen_with_data(
     folder: Path, root: str | None = None, checkpoint: str = "last", terms: Terms = Terms()
-) -> tuple[Pair, Splits]:
+) -> tuple[Opened, Splits]:
     """The trained pair of a run, and the data that it was trained and is to be measured on."""
-    pair, job, parts = reopen(folder, checkpoint, terms)
+    found = reopen(folder, checkpoint, terms)
     with runs.opening(folder):
-        return pair, load_data(job, parts, root, terms.run(folder).config()["data"].get("binarization", "none"), terms)
+        drawn = terms.run(folder).config()["data"].get("binarization", "none")
+        return found, load_data(found.job, found.parts, root, drawn, terms)
 
 
-def reopen(folder: Path, checkpoint: str = "last", terms: Terms = Terms()) -> tuple[Pair, Settings, Parts]:
+def reopen(folder: Path, checkpoint: str = "last", terms: Terms = Terms()) -> Opened:
     """The trained pair of a run, with the settings it was made with."""
     one_of("checkpoint", checkpoint, ("last", "best"))
     run = terms.run(folder)
@@ -198,7 +213,9 @@ def reopen(folder: Path, checkpoint: str = "last", terms: Terms = Terms()) -> tu
         parts = Parts.of(job, trust=terms.trust)
         # The arguments of a class without .config are the settings.
         built = None if config.get("model") else build(parts, Images(example(run)), job.seed).module
-    return as_pair(runs.load(run, pair=built, checkpoint=checkpoint, trust=terms.trust)), job, parts
+    weights = run.digest(checkpoint)
+    pair = as_pair(runs.load(run, pair=built, checkpoint=checkpoint, trust=terms.trust))
+    return Opened(pair, job, parts, weights)
 
 
 @contextmanager

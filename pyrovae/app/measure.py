@@ -7,14 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from pyrovae.app.job import as_seen_by
-from pyrovae.app.tables import Diagnostics, Results
+from pyrovae.app.job import as_seen_by, observed_sites
+from pyrovae.app.results import Diagnostics, Results
 from pyrovae.data.images import Images
 from pyrovae.engine.programs import Batch, device_of, evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import counts, latent, record_pair
+from pyrovae.engine.unwrap import is_discrete
 from pyrovae.evaluate import active_units, ais_log_likelihood, information, log_likelihood, posterior_gap
 from pyrovae.models.base import Pair
+from pyrovae.plots.images import is_image
 from pyrovae.train.monitor import MONITORED
 
 CLOSER = 100  # test images that are looked at closer: annealed, and their guide refined
@@ -42,7 +44,6 @@ def measure(pair: Pair, test: Images, *, samples: int, seed: int) -> Results:
             "nll": estimate.nll,
             "nll_std_error": estimate.nll_std_error if sampled else pair.log_prob_error(),
             "nll_data_std_error": estimate.nll_data_std_error,
-            "bits_per_dim": estimate.nll / (seen.event_shape.numel() * math.log(2)),
             "num_samples": count,
             "median_ess": estimate.ess.median().item(),
             "unreliable": estimate.unreliable,
@@ -50,12 +51,19 @@ def measure(pair: Pair, test: Images, *, samples: int, seed: int) -> Results:
             "warning": estimate.warning() if sampled else None,
             "precision": estimate.dtype,
         }
+        if is_image(seen.event_shape) or observes_discrete(pair, seen):  # of other densities the unit is anyone's
+            results["bits_per_dim"] = estimate.nll / (seen.event_shape.numel() * math.log(2))
     if test.labels is not None:
         results |= pair.score_labels(test.x.to(place), test.labels)  # type: ignore[typeddict-item]
     results |= pair.metrics(seen.subset(slice(0, MONITORED)).x.to(place))  # type: ignore[typeddict-item]
     units = {} if "perplexity" in results else active_units(pair.guide, seen)  # codes are no units
     results["active_units"] = {name: {"active": u.count, "of": u.variances.numel()} for name, u in units.items()}
     return results
+
+
+def observes_discrete(pair: Pair, seen: Images) -> bool:
+    """Whether p(x) is of discrete data, a probability and no density."""
+    return bool(pair.observes_bits) or all(is_discrete(site["fn"]) for site in observed_sites(pair, seen))
 
 
 def diagnose(pair: Pair, test: Images, few: Images, *, samples: int, seed: int) -> Diagnostics:

@@ -11,7 +11,7 @@ from typing import Any, Self, get_type_hints
 from torch import nn
 
 from pyrovae import models, objectives, runs
-from pyrovae.arguments import lookup, one_of
+from pyrovae.arguments import fits, lookup, one_of
 from pyrovae.configured import Configured
 from pyrovae.models.base import Pair
 from pyrovae.objectives.base import Objective
@@ -44,10 +44,10 @@ class Settings:
     @classmethod
     def of(cls, given: dict[str, Any]) -> Self:
         """Settings as a run's config holds them, which anyone may have written."""
-        kinds: dict[str, Any] = get_type_hints(cls) | {"lr": int | float, "settings": dict}
+        kinds = get_type_hints(cls)
         for name, value in given.items():
-            if not isinstance(value, kinds[one_of("setting", name, kinds)]):
-                raise TypeError(f"the setting {name} must be {kinds[name]}, got {type(value).__name__}")
+            if not fits(value, kinds[one_of("setting", name, kinds)]):
+                raise TypeError(f"the setting {name} cannot be {type(value).__name__}")
         return cls(**given)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, cast
 
 from rich.console import Console
 from rich.table import Table
 
 from pyrovae import data as datasets
 from pyrovae import models, objectives, runs
+from pyrovae.app.results import Diagnostics, Results, belongs, kept_results
 from pyrovae.app.settings import CODES
 
 #: How an NLL was found, where it is no estimate by importance sampling.
@@ -22,46 +24,7 @@ KINDS = {
     "bound": "as a bound: the true NLL is at most that",
 }
 
-Row = tuple[str, str]
-
-
-class Diagnostics(TypedDict):
-    """What the latents carry, each site's figures by unit, and where the bound is lost."""
-
-    information: dict[str, dict[str, list[float]]]
-    active_units_averaged: dict[str, int]
-    posterior_gap: dict[str, float | None]
-
-
-class Results(TypedDict, total=False):
-    """What results.json holds: what ``train`` and ``evaluate`` measure, in nats per datum, and the model's metrics.
-
-    Without log p(x) there is no figure of it.
-    """
-
-    likelihood_is: str | None
-    num_images: int
-    parameters: int
-    reconstruction_error: float | None
-    seed: int
-    nll: float
-    nll_std_error: float
-    nll_data_std_error: float | None
-    bits_per_dim: float
-    num_samples: int
-    median_ess: float
-    unreliable: float
-    criterion: str
-    warning: str | None
-    precision: str
-    accuracy: float
-    perplexity: float | list[float]
-    active_units: dict[str, dict[str, int]]  # of each site those active, and of how many
-    timings: dict[str, object]
-    seconds_per_epoch: float
-    checkpoint: str
-    diagnostics: Diagnostics
-    ais: dict[str, float]
+Row = tuple[str, ...]
 
 
 def print_results(results: Results, out: Console) -> None:
@@ -97,11 +60,9 @@ def likelihood_rows(results: Results) -> list[Row]:
     if kind is None:
         return [("test NLL", "none: not a generative model, it has no log p(x)")]
     error, counted = results["nll_data_std_error"], f"{results['num_images']:,} images"
-    over_images = f"± {'n/a' if error is None else f'{error:.2g}'} over images"
-    rows = [
-        ("test NLL", f"{nll(results)} nats per image"),
-        ("", f"{results['bits_per_dim']:.4f} bits/dim; {over_images}"),
-    ]
+    over_images = f"± {'n/a' if error is None or math.isnan(error) else f'{error:.2g}'} over images"
+    bits = f"{results['bits_per_dim']:.4f} bits/dim; " if "bits_per_dim" in results else ""
+    rows = [("test NLL", f"{nll(results)} nats per image"), ("", f"{bits}{over_images}")]
     if kind in KINDS:
         return [*rows, ("measured", f"{KINDS[kind]}, {counted}")]
     criterion = results.get("criterion", "Pareto k > 0.7")
@@ -146,8 +107,9 @@ def compare(compared: Sequence[runs.Run], out: Console) -> None:
     Size, speed, reconstruction, log p(x), and how much of the latent space is in use.
     """
     caption = (
-        "error: squared, per image; NLL: nats per image, \N{LESS-THAN OR EQUAL TO} marks a bound; "
-        "in use: active units by layer, or the perplexity of the codes"
+        "error: squared, per image; NLL: nats per image, \N{LESS-THAN OR EQUAL TO} marks a bound, stale what is of "
+        "other weights than are there (pyrovae evaluate measures anew); in use: active units by layer, or the "
+        "perplexity of the codes"
     )
     table = Table(caption=caption, caption_justify="left", box=None)
     for name in ("run", "data", "parameters", "s/epoch", "error", "test NLL", "in use"):
@@ -156,21 +118,34 @@ def compare(compared: Sequence[runs.Run], out: Console) -> None:
     base = Path(os.path.commonpath([run.path.absolute().parent for run in compared]))
     for run in compared:
         folder = run.path
-        data, results = run.config().get("data", {}), cast(Results, run.results())
-        if not results:
+        data, results = run.config().get("data", {}), kept_results(run)
+        if results is None:
             raise datasets.DataError(f'the run "{folder}" has no {runs.RESULTS}: run pyrovae evaluate {folder}')
-        with runs.undamaged(folder / runs.RESULTS, f"run pyrovae evaluate {folder}"):
-            error, seconds = results.get("reconstruction_error"), results.get("seconds_per_epoch")
-            # Grey images are not bits: their NLL may be a density, and no figure of one compares with the other's.
-            grey = data.get("binarization") == "none" and not str(data.get("name")).startswith(CODES)
-            active = "+".join(str(units["active"]) for _, units in sorted(results["active_units"].items()))
-            table.add_row(
-                str(folder.absolute().relative_to(base)), f"{data.get('name', '?')}{', grey' if grey else ''}",
-                f"{results.get('parameters', 0):,}",
-                "" if seconds is None else f"{seconds:.1f}", "" if error is None else f"{error:.1f}", nll(results),
-                active if results.get("perplexity") is None else f"{perplexity(results)} codes",
-            )  # fmt: skip
+        # Grey images are not bits: their NLL may be a density, and no figure of one compares with the other's.
+        grey = data.get("binarization") == "none" and not str(data.get("name")).startswith(CODES)
+        seconds = results.get("seconds_per_epoch")
+        table.add_row(
+            str(folder.absolute().relative_to(base)), f"{data.get('name', '?')}{', grey' if grey else ''}",
+            f"{results.get('parameters', 0):,}", "" if seconds is None else f"{seconds:.1f}",
+            *figures(results, belongs(results, run)),
+        )  # fmt: skip
+        if "weights" not in results:
+            warnings.warn(
+                f'"{folder}" does not say which weights its results are of, it may have been trained on since: run '
+                f"pyrovae evaluate {folder}",
+                stacklevel=2,
+            )
     out.print(table)
+
+
+def figures(results: Results, current: bool) -> Row:
+    """What was measured, for :func:`compare`: error, NLL and use, or that this was of other weights."""
+    if "weights" in results and not current:
+        return ("", "stale", "")
+    error, active = results.get("reconstruction_error"), results["active_units"]
+    used = "+".join(str(units["active"]) for _, units in sorted(active.items()))
+    codes = f"{perplexity(results)} codes" if results.get("perplexity") is not None else used
+    return ("" if error is None else f"{error:.1f}", nll(results), codes)
 
 
 def catalogue(out: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -11,10 +12,12 @@ from pyrovae import runs
 from pyrovae.app.job import Task, Terms, as_seen_by, run_of
 from pyrovae.app.measure import measure
 from pyrovae.app.pictures import pictures
+from pyrovae.app.results import belongs, kept_results
 from pyrovae.app.settings import CODES, Settings, keywords
 from pyrovae.app.tables import print_results
 from pyrovae.arguments import pick_device, positive_int
 from pyrovae.engine.randomness import rng_snapshot
+from pyrovae.errors import CheckpointError
 from pyrovae.models import CodePrior
 from pyrovae.models.base import Rule
 from pyrovae.train.log import Fit
@@ -56,7 +59,10 @@ def train_in(run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], 
         )  # fmt: skip
     else:
         result = train_by_rule(rule, task, run, resume)
-    if run.results():
+    kept = None
+    with suppress(CheckpointError):
+        kept = kept_results(run)
+    if kept is not None and belongs(kept, run):
         out.print(f'the run "{folder}" is finished; its results are in {runs.RESULTS}')
         return
     if (t := result.timings).get("steps"):
@@ -75,7 +81,7 @@ def train_in(run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], 
         out.print(f'the VQ-VAE with this prior is the run "{joined.path}": pyrovae evaluate {joined.path}')
     drawn = pictures(pair, test, result.history, folder, seed=job.seed)
     seconds = sum(row["seconds"] for row in result.history) / max(len(result.history), 1)
-    results |= {"timings": result.timings, "seconds_per_epoch": seconds, "checkpoint": "last"}
+    results |= {"timings": result.timings, "seconds_per_epoch": seconds, "checkpoint": "last", "weights": run.digest()}
     runs.write_json(folder / runs.RESULTS, results)
     print_results(results, out)
     out.print(f"pictures in {folder}: " + ", ".join(path.name for path in drawn))

@@ -1,9 +1,11 @@
 """Opening, resuming and comparing runs: whose code is imported, whose results are shown, on which data."""
 
+import json
 import sys
 from pathlib import Path
+from unittest import mock
 
-from tests.faults.matrix import fault, small_run
+from tests.faults.matrix import command, fault, small_run
 
 EVIL = "from pathlib import Path\nPath({!r}).write_text('imported')\nfrom torch.nn import Linear as M\n"
 OWN = """
@@ -155,8 +157,6 @@ def the_codes_of_a_run_are_its_own(folder: Path):
 
 def own_run(folder: Path, *more: str) -> Path:
     """A run of a user's own class, made by the command line."""
-    from tests.faults.matrix import command
-
     (folder / "mine.py").write_text(OWN)
     assert command("train", "mine:MyPair", *QUICK, "--run-dir", folder / "run", *more).code == 0
     return folder / "run"
@@ -223,3 +223,198 @@ def a_run_asks_for_what_there_is_not(folder: Path, changes: dict[str, object]):
     run = forged(small_run(folder / "kept"), folder / "run", **changes)
     yield "evaluate", run, "--samples", "5"
     assert not (run / "results.json").exists()
+
+
+# --- results belong to weights ---------------------------------------------------------------------
+
+SMALL = ("--epochs", "2", "--samples", "20", "--latent-dim", "3", "--set", "hidden=[16]", "--device", "cpu")
+
+
+def results_of(run: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((run / "results.json").read_text())
+    return found
+
+
+def cut(folder: Path, *more: str) -> Path:
+    """A run that was interrupted in its second epoch."""
+    from pyrovae.runs import Run
+
+    log = Run.log
+
+    def dying(run: Run, metrics: dict[str, object]) -> None:
+        if metrics["epoch"] == 2:
+            raise KeyboardInterrupt
+        log(run, metrics)
+
+    with mock.patch.object(Run, "log", dying):
+        assert command("train", *SMALL, *more, "--run-dir", folder / "cut").code == 130
+    return folder / "cut"
+
+
+@fault("A3", "train --resume", 0, r"test NLL +\d")
+def an_interrupted_run_that_was_evaluated_goes_on(folder: Path):
+    run, whole = cut(folder), results_of(small_run(folder / "whole"))
+    assert command("evaluate", run, "--samples", "20").code == 0
+    early = results_of(run)["nll"]
+    yield "train", "--resume", "--run-dir", run
+    assert results_of(run)["nll"] == whole["nll"] != early
+    assert results_of(run)["weights"] == whole["weights"]
+
+
+def trained_on(folder: Path) -> Path:
+    """A run that was measured, trained on, and stopped before it was measured again."""
+    run = cut(folder)
+    assert command("evaluate", run, "--samples", "20").code == 0
+    with mock.patch("pyrovae.app.train.measure", side_effect=KeyboardInterrupt):
+        assert command("train", "--resume", "--run-dir", run).code == 130
+    return run
+
+
+@fault("A3", "compare", 0, r"stale")
+def results_are_of_weights_that_are_there_no_more(folder: Path):
+    run = trained_on(folder)
+    outcome = yield "compare", run
+    assert f"{results_of(run)['nll']:.2f}" not in outcome.printed
+
+
+@fault("A3", "compare", 0, r"\d ± \d")
+def stale_results_were_measured_anew(folder: Path):
+    run = trained_on(folder)
+    assert command("evaluate", run, "--samples", "20").code == 0
+    outcome = yield "compare", run
+    assert f"{results_of(run)['nll']:.2f}" in outcome.printed
+    assert "\u00b1" in outcome.printed.split("error:")[0]
+    assert "stale" not in outcome.printed.split("error:")[0]
+
+
+@fault("A3", "train --resume", 0, r"test NLL +\d")
+def training_ended_before_anything_was_measured_again(folder: Path):
+    run, whole = trained_on(folder), results_of(small_run(folder / "whole"))
+    yield "train", "--resume", "--run-dir", run
+    assert results_of(run)["nll"] == whole["nll"]
+
+
+@fault("A3", "train --resume", 0, "is finished; its results")
+def the_results_of_a_finished_run_are_current(folder: Path):
+    run = small_run(folder / "run")
+    before = (run / "results.json").read_bytes()
+    yield "train", "--resume", "--run-dir", run
+    assert (run / "results.json").read_bytes() == before
+
+
+def aged(run: Path) -> Path:
+    """The run as a release wrote it whose results did not say of which weights they are."""
+    found = results_of(run)
+    found.pop("weights", None)
+    (run / "results.json").write_text(json.dumps(found))
+    return run
+
+
+@fault("A3", "train --resume", 0, r"test NLL +\d")
+def results_do_not_say_of_which_weights_they_are(folder: Path):
+    yield "train", "--resume", "--run-dir", aged(small_run(folder / "run"))
+    assert len(str(results_of(folder / "run")["weights"])) == 64
+
+
+@fault("A3", "compare", 0, r"does not say which weights.*\d ± \d")
+def results_to_compare_do_not_say_of_which_weights_they_are(folder: Path):
+    yield "compare", aged(small_run(folder / "run"))
+
+
+@fault("A3", "evaluate", 0, r"test NLL +\d")
+def an_evaluation_says_of_which_weights_it_is(folder: Path):
+    from pyrovae.runs import Run
+
+    run = small_run(folder / "run")
+    (run / "results.json").unlink()
+    yield "evaluate", run, "--samples", "5"
+    assert results_of(run)["weights"] == Run(run).digest()
+
+
+@fault("A3", "compare", 0, r"\d ± \d")
+def results_are_of_the_best_checkpoint(folder: Path):
+    run = small_run(folder / "run", "--set", "validation=100")
+    assert command("evaluate", run, "--samples", "20", "--checkpoint", "best").code == 0
+    outcome = yield "compare", run
+    assert "stale" not in outcome.printed.split("error:")[0]
+
+
+DAMAGED = {
+    "a list": "[1]", "a number": "3", "deep": "[" * 100_000, "deep objects": '{"a":' * 100_000,
+    "cut short": '{"nll": 3',
+    "other entries": '{"colour": 3}', "text": '{"likelihood_is": "estimate", "active_units": {}, "nll": "3"}',
+    "no nll": '{"likelihood_is": "estimate", "active_units": {}}', "Latin": '{"likelihood_is": "\xe9"}',
+    "units": '{"likelihood_is": null, "active_units": [3]}',
+    "units of another shape": '{"likelihood_is": null, "active_units": {"z": {"active": "all"}}}', "empty": "",
+}  # fmt: skip
+
+
+def damaged(folder: Path, text: str) -> Path:
+    run = small_run(folder / "run")
+    (run / "results.json").write_text(text, encoding="latin1")
+    return run
+
+
+@fault("C", "compare", 4, "results.json.*run pyrovae evaluate", each=DAMAGED)
+def results_are_of_another_shape(folder: Path, text: str):
+    yield "compare", damaged(folder, text)
+
+
+@fault("C", "train --resume", 0, r"test NLL +\d", each=dict(list(DAMAGED.items())[:6]))
+def the_results_of_a_run_to_go_on_with_are_of_another_shape(folder: Path, text: str):
+    yield "train", "--resume", "--run-dir", damaged(folder, text)
+    assert results_of(folder / "run")["num_samples"] == 20
+
+
+@fault("C", "evaluate", 0, r"test NLL +\d", each=dict(list(DAMAGED.items())[:6]))
+def the_results_to_replace_are_of_another_shape(folder: Path, text: str):
+    yield "evaluate", damaged(folder, text), "--samples", "5"
+    assert results_of(folder / "run")["num_samples"] == 5
+
+
+# --- what is shown ---------------------------------------------------------------------------------
+
+
+@fault("A11", "compare", 0, r"\d ± inf")
+def one_sample_has_an_infinite_error(folder: Path):
+    run = small_run(folder / "run")
+    assert command("evaluate", run, "--samples", "1").code == 0
+    yield "compare", run
+
+
+@fault("A11", "compare", 0, r"nan ± ")
+def the_nll_is_no_number(folder: Path):
+    run = small_run(folder / "run")
+    (run / "results.json").write_text(json.dumps(results_of(run) | {"nll": None}))
+    yield "compare", run
+
+
+@fault("A11", "evaluate", 0, r"\d ± inf")
+def one_sample_is_measured(folder: Path):
+    yield "evaluate", small_run(folder / "run"), "--samples", "1"
+
+
+def table(folder: Path, number: int = 40, bits: bool = False, images: bool = False) -> str:
+    import numpy as np
+
+    x = np.random.RandomState(0).rand(number, *((1, 4, 4) if images else (5,))).astype(np.float32)
+    np.savez(folder / "data.npz", x=(x > 0.5).astype(np.float32) if bits else x)
+    return f"npz:{folder / 'data.npz'}"
+
+
+@fault(
+    "A11", "train", 0, r"test NLL +\d",
+    each={
+        "densities of tables": ("vae", {}, False), "densities of tables, exactly": ("pca", {}, False),
+        "bits": ("vae", {"bits": True}, True), "images": ("vae", {"images": True}, True),
+    },
+)  # fmt: skip
+def bits_per_dim_are_of(folder: Path, case: tuple[str, dict[str, bool], bool]):
+    model, kind, shown = case
+    more = () if model == "pca" else QUICK
+    likelihood = (
+        () if "bits" in kind or model == "pca" else ("--set", "likelihood=gaussian", "--set", "binarization=none")
+    )
+    words = ("--latent-dim", "2", *likelihood, "--run-dir", folder / "run")
+    outcome = yield "train", model, "--data", table(folder, **kind), *more, *words
+    assert ("bits/dim" in outcome.printed) == ("bits_per_dim" in results_of(folder / "run")) == shown
