@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from pyrovae.app import measure, pictures, tables
 from pyrovae.app import train as training
 from pyrovae.app.job import Terms, as_seen_by, example, reopen, reopen_with_data
 from pyrovae.app.results import timed
+from pyrovae.app.process import Patient, Stop
 from pyrovae.app.settings import Settings, parse_settings
 from pyrovae.arguments import one_line, pick_device, positive_int
 from pyrovae.errors import INTERRUPTED, exit_code
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(soft_wrap=True)
+out = Console(soft_wrap=True, markup=False, emoji=False)  # what users name things is printed as it is
 DataDir = Annotated[str | None, typer.Option(help="Folder of the data sets; else $PYROVAE_DATA, else a cache folder.")]
 Device = Annotated[str, typer.Option(help='"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...')]
 Checkpoint = Annotated[str, typer.Option(help='"last" or "best".')]
@@ -181,24 +183,34 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     keep_freed_memory()
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = print_warning
-            code = app(arguments, prog_name="pyrovae", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except Exception as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            code = 2  # the help is on the screen already
-        elif hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
-            code = fail(error.format_message(), getattr(error, "exit_code", 2), debug)
-        else:
-            code = exit_code(error)
-            known = error if code != 1 else f"{type(error).__name__}: {error}; --debug shows where"
-            code = fail(known, code, debug)
-    if code == INTERRUPTED:  # some releases of typer return it, others raise
-        fail("interrupted; go on with --resume", code, debug=False)
-    sys.exit(code or 0)
+    printed, said = Patient(sys.stdout), Patient(sys.stderr)
+    with Stop().listening() as stop, redirect_stdout(printed), redirect_stderr(said):  # type: ignore[type-var]
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = print_warning
+                code = app(arguments, prog_name="pyrovae", standalone_mode=False) or 0
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except Exception as error:
+            code = answer(error, debug)
+        if code == INTERRUPTED or stop.number:  # some releases of typer return the code, others raise
+            code = fail(f"{stop.word}{'; go on with --resume' if 'train' in arguments else ''}", stop.code)
+        if code == 0 and printed.lost:
+            code = fail(f"standard output could not be written ({printed.lost.strerror}); all else is done", 6)
+    sys.exit(code)
+
+
+def answer(error: Exception, debug: bool) -> int:
+    """Say what went wrong; the exit code."""
+    if debug:
+        traceback.print_exc()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return 2  # the help is on the screen already
+    if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
+        return fail(error.format_message(), getattr(error, "exit_code", 2))
+    code = exit_code(error)
+    lines = [str(error), *getattr(error, "__notes__", ())]
+    return fail(" ".join(lines) if code != 1 else f"{type(error).__name__}: {error}; --debug shows where", code)
 
 
 def print_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -206,10 +218,7 @@ def print_warning(message: Warning | str, *_: object, **__: object) -> None:
     print("warning: " + one_line(message, longest=None), file=sys.stderr)
 
 
-def fail(error: object, code: int, debug: bool) -> int:
+def fail(what: str, code: int) -> int:
     """An error as one line; the exit code."""
-    if debug:
-        traceback.print_exc()
-    lines = [str(error), *getattr(error, "__notes__", ())]
-    print("error: " + one_line(" ".join(lines), longest=None), file=sys.stderr)
+    print("error: " + one_line(what, longest=None), file=sys.stderr)
     return code

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pyrovae import data as datasets
 from pyrovae import models, objectives, runs
@@ -51,7 +52,7 @@ def print_results(results: Results, out: Console) -> None:
         table.add_row(*row)
     out.print(table)
     if results.get("warning"):
-        out.print(f"[yellow]warning:[/yellow] {results['warning']}")
+        out.print(Text.assemble(("warning:", "yellow"), f" {results['warning']}"))
 
 
 def likelihood_rows(results: Results) -> list[Row]:

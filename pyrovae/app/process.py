@@ -1,0 +1,127 @@
+"""The command as a process: what signals do to it, and its standard streams. Nothing here takes time to import."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+SPELT = str.maketrans({"±": "+/-", "≤": "<=", "…": "...", "─": "-", "━": "-"})  # where a stream's encoding lacks it
+
+
+def begin() -> None:
+    """What the process does before all that takes seconds to import, if it is the command and no user's program.
+
+    A signal ends it in one line. A standard stream that is closed is opened on nothing, or the next file that is opened
+    would be taken for it.
+    """
+    if Path(*sys.argv[:1]).stem not in ("-m", "pyrovae", "pyrovae-script"):  # python -m pyrovae, and what pip installs
+        return
+    install(end_at_once)
+    while os.open(os.devnull, os.O_RDWR) <= 2:
+        pass
+
+
+def install(handler: Callable[[int, object], object]) -> dict[signal.Signals, object]:
+    """Handle the signals that are not ignored (as under nohup) by ``handler``; what did before."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may
+        return {}
+    heard = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+def end_at_once(number: int, _: object) -> None:
+    """Say that a signal ended the process, and end it."""
+    with suppress(OSError):
+        os.write(2, f"error: {WORDS.get(signal.Signals(number), 'stopped')}\n".encode())
+    os._exit(128 + number)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came. (Where it is a plain KeyboardInterrupt, caught or not, Python may end as if by SIGINT.)"""
+
+
+class Stop:
+    """The signal that stopped a command, if one did: the first raises :class:`Stopped`, a second ends the process."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        before = install(self.hear)
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def hear(self, number: int, _: object) -> None:
+        install(end_at_once)
+        self.number = number
+        raise Stopped
+
+    @property
+    def code(self) -> int:
+        return 128 + (self.number or signal.SIGINT)
+
+    @property
+    def word(self) -> str:
+        return WORDS.get(signal.Signals(self.number or signal.SIGINT), "stopped")
+
+
+class Patient:
+    """A standard stream for work that must not stop where nobody listens: what went wrong is kept in ``error``.
+
+    What its encoding cannot say, such as a path that is no text, is spelt out.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+        self.error: OSError | None = None if stream is not None else OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def isatty(self) -> bool:
+        return self.stream is not None and self.stream.isatty()
+
+    def write(self, text: str) -> int:
+        if self.stream is not None and self.error is None:
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self.stream.encoding or "ascii"
+                self.write(text.translate(SPELT).encode(encoding, "backslashreplace").decode(encoding))
+            except OSError as error:
+                self.fail(error)
+        return len(text)
+
+    def flush(self) -> None:
+        if self.stream is not None and self.error is None:
+            try:
+                self.stream.flush()
+            except OSError as error:
+                self.fail(error)
+
+    def fail(self, error: OSError) -> None:
+        """Keep the error; what the stream still holds goes nowhere, or the interpreter would complain at its end."""
+        self.error = error
+        with suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # type: ignore[union-attr]
+            os.close(nowhere)
+
+    @property
+    def lost(self) -> OSError | None:
+        """The error, unless it is only that the reader has seen enough, as ``head`` has."""
+        self.flush()
+        return None if self.error is None or self.error.errno == errno.EPIPE else self.error
