@@ -8,9 +8,5 @@ import lazy_loader
 
 __version__ = "0.1.0"
 
-from pyrovae.app.process import begin
-
-begin()
-
 # What the stub beside this file imports is imported when it is first asked for.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,5 +1,15 @@
-"""``python -m pyrovae``."""
+"""``python -m pyrovae``, and the command ``pyrovae``."""
 
-from pyrovae.app.cli import main
+from pyrovae.app.process import begin
 
-main()
+
+def main() -> None:
+    """Run the command line, after what must be so before all that takes seconds to import."""
+    begin()
+    from pyrovae.app.cli import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

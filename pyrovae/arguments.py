@@ -14,19 +14,22 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+MOST = 2**63 - 1  # that a size can be
 
 
 def positive_int(name: str, value: object, minimum: int = 1) -> int:
     """``value`` as an int of at least ``minimum``, or one clear error."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}: pass {minimum} or more")
+    if value > MOST:
+        raise ValueError(f"{name} must be an integer of at most {MOST}, got a larger one: pass a smaller one")
     return int(value)
 
 
 def sizes(name: str, value: object) -> tuple[int, ...]:
     """``value`` as a tuple of integers of at least 1, or one clear error."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a sequence of integers, got {value!r}: write ({value!r},)")
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers, got {value!r}: pass such as [200, 200]")
     return tuple(positive_int(f"every entry of {name}", v) for v in value)
 
 
@@ -98,16 +101,20 @@ def one_line(text: object, longest: int | None = 200) -> str:
     return " ".join(str(text).split())[:longest]
 
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")  # where a pair can be trained; others hold no values, or have no driver here
+
+
 def pick_device(device: str | torch.device) -> torch.device:
     """The device asked for, never another: "auto" is CUDA where there is one, and the CPU elsewhere."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
+        count = getattr(torch, place.type).device_count() if place.type in DEVICES else 0
     except (RuntimeError, TypeError) as error:
         raise ValueError(f'unknown device {device!r}: pass "auto", "cpu", "cuda" or "cuda:0"') from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if (place.index or 0) >= count:
         raise ValueError(
-            f'device "{device}" was asked for, but {torch.cuda.device_count()} CUDA devices are here: pass device="cpu"'
+            f'device "{device}" was asked for, but {count} {place.type.upper()} devices are here: pass device="cpu"'
         )
     return place

@@ -24,8 +24,8 @@ MESSAGES = [
         for bad in (0, -3, 2.5, 2.0, True, "3", None)
     ),
     (positive_int, ("n", 1, 2), "n must be an integer of at least 2, got 1: pass 2 or more"),
-    (sizes, ("hidden", 200), "hidden must be a sequence of integers, got 200: write (200,)"),
-    (sizes, ("hidden", "ab"), "hidden must be a sequence of integers, got 'ab': write ('ab',)"),
+    (sizes, ("hidden", 200), "hidden must be a sequence of integers, got 200: pass such as [200, 200]"),
+    (sizes, ("hidden", "ab"), "hidden must be a sequence of integers, got 'ab': pass such as [200, 200]"),
     (sizes, ("hidden", (4, 0)), "every entry of hidden must be an integer of at least 1, got 0: pass 1 or more"),
     *(
         (in_range, ("p", bad, 0, 1), f"p must be a number in [0, 1], got {bad!r}: pass a value in that range")

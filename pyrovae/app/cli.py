@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 import warnings
@@ -12,17 +13,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pyrovae import plots, runs
-from pyrovae.app import measure, pictures, tables
+from pyrovae import runs
+from pyrovae.app import measure, pictures, samples, tables
 from pyrovae.app import train as training
 from pyrovae.app.job import Terms, as_seen_by, example, reopen, reopen_with_data
 from pyrovae.app.results import timed
 from pyrovae.app.process import Patient, Stop
 from pyrovae.app.settings import Settings, parse_settings
-from pyrovae.arguments import one_line, pick_device, positive_int
+from pyrovae.arguments import MOST, one_line, pick_device, positive_int
 from pyrovae.errors import INTERRUPTED, exit_code
 from pyrovae.memory import keep_freed_memory
-from pyrovae.sampling import sample as draw
 
 app = typer.Typer(
     help="Variational autoencoders as Pyro programs: train a pair, measure log p(x), swap the objective.",
@@ -40,7 +40,7 @@ Trust = Annotated[
     bool, typer.Option("--trust", help="Import the class that the run names, though it is not pyrovae's.")
 ]
 Override = Annotated[bool, typer.Option("--override", help="Go on with a warning where the run's files were changed.")]
-SampleSeed = Annotated[int, typer.Option(help="Of the samples.")]
+SampleSeed = Annotated[int, typer.Option(help="Of the samples.", min=0, max=MOST)]
 
 
 @app.callback()
@@ -68,7 +68,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Data per step.")] = 100,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0, max=MOST)] = 0,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; a new one under runs/ by default.")] = None,
     samples: Annotated[int, typer.Option(help="Samples per test image of the final NLL.")] = 5000,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -135,30 +135,30 @@ def evaluate(
 def sample(
     run: RunFolder,
     number: Annotated[int, typer.Option("--number", "-n", help="How many.")] = 64,
-    draws: Annotated[
-        bool, typer.Option("--draws", help="Draw the pixels too, instead of showing their means.")
-    ] = False,
+    draws: Annotated[bool, typer.Option("--draws", help="Draw x too, instead of giving its mean.")] = False,
     label: Annotated[
         str | None, typer.Option(help="Of a conditional model: a class, or attributes as 0.5,-1; else all classes.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the latents; below 1 keeps to the prior's modes.")] = 1.0,
-    output: Annotated[Path | None, typer.Option(help="PNG to write; samples.png in the run by default.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A .png, .npz or .csv; samples.png (of no images: .npz) in the run."),
+    ] = None,
     checkpoint: Checkpoint = "last",
     seed: SampleSeed = 0,
     trust: Trust = False,
     override: Override = False,
 ) -> None:
-    """Draw new data from a run's model into a picture."""
-    number = positive_int("number", number)
-    terms = Terms(trust, override)
+    """Draw new data from a run's model, into a picture (.png), arrays (.npz) or a table (.csv)."""
+    number, terms = positive_int("number", number), Terms(trust, override)
     pair = reopen(run, checkpoint, terms).pair
     if output is None:
         terms.run(run).check_files()
-    images = draw(
-        pair.module, number, *pictures.labels_for(pair, number, label),
-        returns="draws" if draws else "means", temperature=temperature, seed=seed, like=example(terms.run(run)),
-    )  # fmt: skip
-    path = plots.image_grid(images, output or run / "samples.png", columns=pictures.columns_for(pair, label))
+    like, columns = example(terms.run(run)), pictures.columns_for(pair, label)
+    path = samples.place_of(output, run, like.shape[1:], number, columns)
+    labels, returns = pictures.labels_for(pair, number, label), "draws" if draws else "means"
+    x = samples.drawn(pair.module, number, labels, returns=returns, temperature=temperature, seed=seed, like=like)
+    samples.write(x, labels, path, columns)
     out.print(f"wrote {path}")
 
 
@@ -188,6 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = print_warning
+                refuse_empty(arguments)
                 code = app(arguments, prog_name="pyrovae", standalone_mode=False) or 0
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
@@ -200,17 +201,29 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
+def refuse_empty(arguments: list[str]) -> None:
+    """Refuse "", which most often is a shell's variable that was never set, and as a path would be this folder."""
+    if empty := [i for i, argument in enumerate(arguments) if re.fullmatch("(--[^=]*=)?", argument)]:
+        words = " ".join(arguments[: empty[0] + 1])
+        raise ValueError(f'an argument is empty, got "pyrovae {words}": write it, or leave the option out')
+
+
 def answer(error: Exception, debug: bool) -> int:
     """Say what went wrong; the exit code."""
-    if debug:
-        traceback.print_exc()
     if type(error).__name__ == "NoArgsIsHelpError":
         return 2  # the help is on the screen already
+    if debug:
+        traceback.print_exc()
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
         return fail(error.format_message(), getattr(error, "exit_code", 2))
     code = exit_code(error)
-    lines = [str(error), *getattr(error, "__notes__", ())]
-    return fail(" ".join(lines) if code != 1 else f"{type(error).__name__}: {error}; --debug shows where", code)
+    what, *frames = re.split(r"\n?Exception raised from|\n?frame #0:", str(error))  # torch's, in C++
+    what = re.sub(
+        r"\[enforce fail.*tried to allocate (\d+) bytes.*", r"\1 bytes of memory were asked for in vain", what
+    )
+    unknown = code == 1 or frames or not what
+    what = f"{type(error).__name__}: {what}; --debug shows where" if unknown else what
+    return fail(" ".join([what, *getattr(error, "__notes__", ())]), code)
 
 
 def print_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from pyrovae import models, runs
 from pyrovae.app.settings import CODES, Parts, Settings, keywords
-from pyrovae.arguments import one_of
+from pyrovae.arguments import one_of, pick_device
 from pyrovae.data import Images, Splits, load
 from pyrovae.engine.programs import device_of, evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import Site, counts, record_pair
 from pyrovae.engine.unwrap import is_boolean
 from pyrovae.errors import CheckpointError, DataError, ResourceError
+from pyrovae.memory import Declared, require_memory
 from pyrovae.models.base import Pair, as_pair
 from pyrovae.parts.labels import hide_labels
 
@@ -77,6 +78,9 @@ class Task:
         pair = build(parts, splits.train, job.seed, vqvae)
         if observes_bits(pair, as_seen_by(pair, splits.train)):
             splits = load_data(job, parts, None, "dynamic", terms)
+        if pick_device(job.device).type == "cpu":
+            size = 3 * sum(p.nbytes for p in pair.parameters())
+            require_memory(size, "training (gradients and Adam's moments)", "make layers or latents smaller")
         return cls(job, parts, pair, splits, as_seen_by(pair, splits.train), vqvae)
 
     def config(self) -> dict[str, object]:
@@ -167,7 +171,7 @@ def build(parts: Parts, images: Images, seed: int, vqvae: models.VQVAE | None = 
     known = {"input_shape": shape, "num_visible": shape, "num_classes": classes, "num_codes": codes}
     takes = keywords(parts.model_class)
     arguments = {name: value for name, value in known.items() if name in takes and value is not None} | parts.model
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Declared("a weight of the model", "make its layers or latents smaller"):
         torch.manual_seed(seed)
         pair = as_pair(parts.model_class(**arguments))
     pair.initialise(images.x)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TextIO
 
 SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -18,13 +16,10 @@ SPELT = str.maketrans({"±": "+/-", "≤": "<=", "…": "...", "─": "-", "━"
 
 
 def begin() -> None:
-    """What the process does before all that takes seconds to import, if it is the command and no user's program.
+    """Let a signal end the process in one line, and open a standard stream that is closed on nothing.
 
-    A signal ends it in one line. A standard stream that is closed is opened on nothing, or the next file that is opened
-    would be taken for it.
+    Else the next file that is opened would be taken for that stream.
     """
-    if Path(*sys.argv[:1]).stem not in ("-m", "pyrovae", "pyrovae-script"):  # python -m pyrovae, and what pip installs
-        return
     install(end_at_once)
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass

@@ -19,6 +19,7 @@ from pyrovae.objectives.base import Objective
 FIT_KEYS = ("schedule", "kl_warmup", "clip_norm", "patience", "num_workers", "particles", "compile", "precision")
 OWN_FIT = ("data", "epochs", "batch_size", "lr", "seed", "device", "progress")  # of a rule of its own, given anyway
 DATA_KEYS = ("binarization", "validation", "labels_per_class")
+DEEPEST = 20  # levels of lists in a setting
 CODES = "codes:"  # data that are the codes of a VQ-VAE's run
 
 
@@ -52,29 +53,42 @@ class Settings:
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, object]:
-    """``key=value`` pairs, each value read as JSON where it is JSON, else as a string.
+    """``key=value`` pairs, each value read as JSON (or Python's True, False, None) where it is such, else as a string.
 
     >>> parse_settings(["hidden=[64, 64]", "likelihood=gaussian"])
     {'hidden': [64, 64], 'likelihood': 'gaussian'}
     """
-    settings = {}
+    settings: dict[str, object] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not (key and equals):
             raise ValueError(f"--set takes KEY=VALUE, got {pair!r}: write, for instance, --set hidden=[200,200]")
         try:
-            settings[key.strip()] = json.loads(value)
+            settings[key.strip()] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+            shallow = depth(settings[key.strip()]) <= DEEPEST
         except json.JSONDecodeError:
-            settings[key.strip()] = value
+            settings[key.strip()], shallow = value, True
+        except RecursionError:
+            shallow = False
+        if not shallow:
+            raise ValueError(f"--set {key} has lists in lists {DEEPEST} deep and more: write a number, text, a list")
     return settings
 
 
-def keywords(function: Callable[..., object], *, but: Iterable[str] = ()) -> list[str]:
-    """The arguments that ``--set`` can give to a class or function, those in ``but`` left out."""
-    if isinstance(function, type) and issubclass(function, Configured):
-        return [name for name in function.defaults() if name not in but]
+def depth(value: object) -> int:
+    """How deep lists and mappings lie in each other."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(depth, inside), default=0)
+
+
+def keywords(function: Callable[..., object], *, but: Iterable[str] = ()) -> dict[str, object]:
+    """The arguments that ``--set`` can give to a class or function, with their defaults; those in ``but`` left out."""
     hidden = {"self", "options", "args", "kwargs", *but}
-    return [name for name in inspect.signature(function).parameters if name not in hidden]
+    if isinstance(function, type) and issubclass(function, Configured):
+        defaults = function.defaults()
+    else:
+        defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    return {name: default for name, default in defaults.items() if name not in hidden}
 
 
 @dataclass
@@ -96,15 +110,22 @@ class Parts:
         rule = model_class.train_on if issubclass(model_class, Pair) else None
         known: dict[str, Iterable[str]] = {
             "model": keywords(model_class, but=["input_shape"]),
-            "objective": objective_class.defaults() if rule is None else (),
+            "objective": keywords(objective_class) if rule is None else (),
             "fit": FIT_KEYS if rule is None else keywords(rule, but=OWN_FIT),
             "data": DATA_KEYS,
         }
         owner = {key: part for part, keys in reversed(known.items()) for key in keys}  # the first part that knows it
         shorthand = {"latent_dim": job.latent_dim, "num_particles": job.particles, "num_groups": job.groups}
-        given = job.settings | {name: value for name, value in shorthand.items() if value is not None}
-        for key in given:
+        given = dict(job.settings)
+        for key, number in shorthand.items():
+            if number is not None and given.setdefault(key, number) != number:
+                raise ValueError(f"{key} is given twice, got {given[key]!r} and {number}: leave one of them out")
+        for key, value in given.items():
             one_of(f"setting of {job.model}, {job.objective}, training and data", key, sorted(owner))
+            options = known[owner[key]]
+            switch = isinstance(options, dict) and isinstance(options[key], bool)
+            if switch and not isinstance(value, bool | list):
+                raise ValueError(f"{key} must be true or false, got {value!r}: pass one of these")
         sorted_ = {part: {k: v for k, v in given.items() if owner[k] == part} for part in known}
         objective = objective_class(**sorted_.pop("objective"))  # type: ignore[arg-type]
         return cls(model_class, objective, **sorted_)

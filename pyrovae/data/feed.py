@@ -24,6 +24,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from pyrovae.arguments import positive_int
 from pyrovae.data.arrays import as_tensor, is_integer
 from pyrovae.data.images import Images
 from pyrovae.engine.observed import Observed
@@ -152,6 +153,8 @@ class Feed:
     """
 
     def __init__(self, data: object, batch_size: int, device: torch.device, num_workers: int | None = None) -> None:
+        if num_workers is not None:
+            positive_int("num_workers", num_workers, minimum=0)
         source = as_dataset(data)
         self.device, self.batch_size = device, batch_size
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf

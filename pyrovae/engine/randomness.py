@@ -29,6 +29,8 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
 
 def seed_everything(seed: int) -> None:
     """Seed torch (every device), numpy and Python, as Pyro programs may draw from any of them."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"a seed has at most 64 bits, got one of {int(seed).bit_length()}: pass a smaller one")
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

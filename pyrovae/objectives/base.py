@@ -3,6 +3,7 @@ r"""The contract of an objective: a bound on log-weights, and the coefficients t
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -90,6 +91,8 @@ class Objective(Configured, RunObjective):
             raise ValueError(f"{type(self).__name__} has no kl_weight but 1, got {kl_weight!r}: leave it out")
         self.likelihood_weight = weight("likelihood_weight", likelihood_weight)
         self.gradient = one_of("gradient", gradient, get_args(Gradient))
+        if not isinstance(fold_particles, Sequence | bool):
+            raise TypeError(f"fold_particles must be True, False or names, got {fold_particles!r}: pass one of these")
         self.fold_particles = fold_particles if isinstance(fold_particles, bool) else tuple(fold_particles)
 
     # --- what a subclass gives ---------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ INK, MUTED, LINES = "#2b2d31", "#6f747c", "#e6e7ea"
 DPI = 150
 CELL = 56  # pixels that a small image is enlarged to, at least, by whole factors
 GAP, PAGE, FRAME = 2, 255, 205
+LONGEST = 50_000  # pixels of a side, with room for a title and labels: the backend ends at 2**16
 
 StrPath = str | os.PathLike[str]
 
@@ -47,7 +48,7 @@ def rgb(images: Tensor, name: str) -> np.ndarray:
 
 def mosaic(pixels: np.ndarray, columns: int, gap: int = GAP) -> np.ndarray:
     """Enlarged images on one sheet, ``[height, width, 3]``; cells without an image have the colour of the page."""
-    factor = max(1, math.ceil(CELL / max(pixels.shape[1:3]))) if gap else 1
+    factor = enlarged(*pixels.shape[1:3]) if gap else 1
     tiles = pixels.repeat(factor, 1).repeat(factor, 2)
     count, height, width, _ = tiles.shape
     rows = math.ceil(count / columns)
@@ -58,6 +59,27 @@ def mosaic(pixels: np.ndarray, columns: int, gap: int = GAP) -> np.ndarray:
         sheet[top - gap : top + height + gap, left - gap : left + width + gap] = FRAME
         sheet[top : top + height, left : left + width] = tile
     return sheet
+
+
+def enlarged(height: int, width: int) -> int:
+    """The whole factor by which images of a size are shown."""
+    return max(1, math.ceil(CELL / max(height, width)))
+
+
+def sheet_shape(count: int, size: tuple[int, int], columns: int | None = None) -> tuple[int, int]:
+    """Height and width of a sheet of ``count`` images in pixels; by default as many columns as make it square.
+
+    :raises ValueError: a side that is longer than a picture can be.
+    """
+    columns = min(math.ceil(math.sqrt(count)) if columns is None else positive_int("columns", columns), count)
+    shape = math.ceil(count / columns), columns
+    height, width = (number * (enlarged(*size) * side + GAP) + GAP for number, side in zip(shape, size, strict=True))
+    if max(height, width) > LONGEST:
+        raise ValueError(
+            f"{count:,} images in {columns:,} columns make a picture of {height:,} x {width:,} pixels, a side has at "
+            f"most {LONGEST:,}: draw fewer images"
+        )
+    return height, width
 
 
 def as_numpy(x: Tensor) -> np.ndarray:
@@ -76,7 +98,8 @@ def image_grid(images: Tensor, path: StrPath, *, columns: int | None = None, tit
     :raises ValueError: no images, or of another shape.
     """
     pixels = rgb(images, "images")
-    columns = math.ceil(math.sqrt(len(pixels))) if columns is None else positive_int("columns", columns)
+    sheet_shape(len(pixels), pixels.shape[1:3], columns)
+    columns = columns or math.ceil(math.sqrt(len(pixels)))
     return write_pixels(mosaic(pixels, min(columns, len(pixels))), path, title)
 
 
@@ -121,6 +144,8 @@ def write_pixels(
 
 def save(figure: Figure, path: StrPath) -> Path:
     """Write a figure as a PNG."""
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f'pictures are PNG files, got "{path}": name it .png')
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as aside:
         figure.savefig(aside, format="png", metadata={"Software": None})
