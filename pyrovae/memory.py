@@ -58,14 +58,14 @@ def read(path: str) -> str:
 def require_memory(size: float, what: str, advice: str) -> None:
     """Refuse what takes ``size`` bytes of the machine's memory before it is allocated, if there are fewer.
 
-    >>> require_memory(1e18, "a sheet of 10**9 images", "ask for fewer")  # doctest: +ELLIPSIS
+    >>> require_memory(1e18, "10**9 images", "ask for fewer")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    pyrovae.errors.ResourceError: a sheet of 10**9 images takes 931,322,574.6 GiB of memory, ... are free: ask for fewer
+    pyrovae.errors.ResourceError: holding 10**9 images takes 931,322,574.6 GiB of memory, ... free: ask for fewer
     """
     if size > (free := free_memory()):
         raise ResourceError(
-            f"{what} takes {size / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} GiB are free: {advice}"
+            f"holding {what} takes {size / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} GiB are free: {advice}"
         )
 
 

@@ -17,8 +17,8 @@ from pyrovae import runs
 from pyrovae.app import measure, pictures, samples, tables
 from pyrovae.app import train as training
 from pyrovae.app.job import Terms, as_seen_by, example, reopen, reopen_with_data
-from pyrovae.app.results import timed
 from pyrovae.app.process import Patient, Stop
+from pyrovae.app.results import timed
 from pyrovae.app.settings import Settings, parse_settings
 from pyrovae.arguments import MOST, one_line, pick_device, positive_int
 from pyrovae.errors import INTERRUPTED, exit_code

@@ -80,7 +80,7 @@ class Task:
             splits = load_data(job, parts, None, "dynamic", terms)
         if pick_device(job.device).type == "cpu":
             size = 3 * sum(p.nbytes for p in pair.parameters())
-            require_memory(size, "training (gradients and Adam's moments)", "make layers or latents smaller")
+            require_memory(size, "the gradients and Adam's moments", "make layers or latents smaller")
         return cls(job, parts, pair, splits, as_seen_by(pair, splits.train), vqvae)
 
     def config(self) -> dict[str, object]:

@@ -12,7 +12,8 @@ from typing import TextIO
 
 SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-SPELT = str.maketrans({"±": "+/-", "≤": "<=", "…": "...", "─": "-", "━": "-"})  # where a stream's encoding lacks it
+SPELT = {"±": "+/-", "≤": "<=", "…": "..."}  # where a stream's encoding lacks it
+NARROW = 20  # columns
 
 
 def begin() -> None:
@@ -21,6 +22,8 @@ def begin() -> None:
     Else the next file that is opened would be taken for that stream.
     """
     install(end_at_once)
+    if os.environ.get("COLUMNS", "").isdigit() and int(os.environ["COLUMNS"]) < NARROW:
+        del os.environ["COLUMNS"]  # nothing can be printed in such a width
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
 
@@ -94,11 +97,18 @@ class Patient:
             try:
                 self.stream.write(text)
             except UnicodeEncodeError:
-                encoding = self.stream.encoding or "ascii"
-                self.write(text.translate(SPELT).encode(encoding, "backslashreplace").decode(encoding))
+                self.write("".join(map(self.spelt, text)))
             except OSError as error:
                 self.fail(error)
         return len(text)
+
+    def spelt(self, character: str) -> str:
+        """A character as the stream's encoding can say it."""
+        encoding = getattr(self.stream, "encoding", None) or "ascii"
+        try:
+            return character.encode(encoding).decode(encoding)
+        except UnicodeEncodeError:
+            return SPELT.get(character) or character.encode(encoding, "backslashreplace").decode(encoding)
 
     def flush(self) -> None:
         if self.stream is not None and self.error is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from pyrovae.errors import CheckpointError
@@ -152,11 +152,11 @@ class Reader(os.PathLike[str]):
     def weights(self, name: str = "last") -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
 
-        def load(path: Path) -> dict[str, Tensor]:
+        def tensors(path: Path) -> dict[str, Tensor]:
             require_memory(path.stat().st_size, f'the weights in "{path}"', "take a machine with more")
-            return load_file(path)
+            return load(path.read_bytes())  # load_file takes no path that is not UTF-8
 
-        weights = self.read(name, WEIGHTS, load)
+        weights = self.read(name, WEIGHTS, tensors)
         if self.manifest(self.folder(name)) is None:
             warnings.warn(
                 f'"{self.path}" was made before runs had manifests: whether its files were changed is not known',
