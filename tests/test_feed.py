@@ -142,7 +142,7 @@ def test_batches_that_are_no_tensors_are_refused(item):
     refused(TypeError, "batches must be tensors", Feed(Odd(), 4, CPU, 0).first)
 
 
-@pytest.mark.parametrize("data", [[1, 2], "mnist", None, {"x": X}])
+@pytest.mark.parametrize("data", [["a", 2], [X], "mnist", None, {"x": X}])
 def test_what_is_no_data_is_refused(data):
     refused(TypeError, "data must be", Feed, data, 4, CPU)
 

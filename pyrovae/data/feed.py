@@ -27,6 +27,7 @@ from torch.utils.data import (
 from pyrovae.arguments import positive_int
 from pyrovae.data.arrays import as_tensor, is_integer
 from pyrovae.data.images import Images
+from pyrovae.engine.convert import Taken, exactly, listed
 from pyrovae.engine.observed import Observed
 from pyrovae.engine.programs import Batch, warn
 from pyrovae.engine.randomness import isolated_rng
@@ -36,14 +37,15 @@ PIECE = 2**19, 64 * 2**20  # bytes that are checked at a time: what a cache hold
 Source = Images | Dataset[Any] | DataLoader[Any]
 
 
-def as_dataset(data: object, *, name: str = "data") -> Source:
+def as_dataset(data: object, *, name: str = "data", raw: bool = False) -> Source:
     """Bring what a user passes as data into one of three forms: Images, another Dataset, or a DataLoader.
 
     A tensor ``[N, ...]``, a tuple ``(x, y)`` of tensors, and a TensorDataset of one or two become :class:`Images` with
-    ``y`` as labels (a TensorDataset, where ``y`` is not a vector of integers or there are more than two). NaN stands
-    for what is missing: whether a model takes that is seen when it observes them. Integers and booleans become the
-    default float type, unscaled; so do the values of NumPy arrays. The rest is returned as it is.
+    ``y`` as labels (a TensorDataset, where ``y`` is not a vector of integers or there are more than two). Integers
+    and booleans become the default float type, unscaled; so do the values of NumPy arrays and of lists of numbers. The
+    rest is returned as it is.
 
+    :param raw: keep integers as they are, and NaN, as :class:`Images` does with ``raw=True``.
     :raises DataError: as :class:`Images`; arrays of objects; lengths that differ.
     :raises TypeError: anything else.
 
@@ -56,18 +58,19 @@ def as_dataset(data: object, *, name: str = "data") -> Source:
         data = data.tensors
     if isinstance(data, (Dataset, DataLoader)):
         return data
-    columns = data if isinstance(data, tuple) else (data,)
-    if not columns or not all(isinstance(c, (Tensor, np.ndarray)) for c in columns):
+    columns = [listed(column) for column in (data if isinstance(data, tuple) else (data,))]
+    arrays = [column for column in columns if isinstance(column, (Tensor, np.ndarray))]
+    if not arrays or len(arrays) < len(columns):
         raise TypeError(
             "data must be a tensor, an array, a tuple of those, Images, a Dataset or a DataLoader, "
             f"received {type(data).__name__}: convert it, for instance with torch.stack"
         )
-    x, *rest = (as_tensor(c, name) for c in columns)
+    x, *rest = (as_tensor(array, name) for array in arrays)
     if any(c.shape[:1] != x.shape[:1] for c in rest):
         lengths = ", ".join(str(list(c.shape)) for c in (x, *rest))
         raise DataError(f"the tensors of {name!r} must have one length, received shapes {lengths}: make them equal")
     labels = rest[0] if len(rest) == 1 and rest[0].dim() == 1 and is_integer(rest[0]) else None
-    images = Images(x, labels, name=name, missing=True)
+    images = Images(x, labels, name=name, raw=raw)
     return TensorDataset(images.x, *rest) if rest and labels is None else images
 
 
@@ -83,7 +86,7 @@ def batches(
     [2, 2, 1]
     """
     if len(args) == 1 and isinstance(args[0], Dataset | DataLoader):
-        source, size = as_dataset(args[0]), batch_size or 100
+        source, size = as_dataset(args[0], raw=True), batch_size or 100
         loaded: Iterable[object]
         loaded = in_order(source) if isinstance(source, DataLoader) else DataLoader(source, batch_size=size)
         if isinstance(source, Images):
@@ -155,7 +158,7 @@ class Feed:
     def __init__(self, data: object, batch_size: int, device: torch.device, num_workers: int | None = None) -> None:
         if num_workers is not None:
             positive_int("num_workers", num_workers, minimum=0)
-        source = as_dataset(data)
+        source = as_dataset(exactly(data), raw=True)
         self.device, self.batch_size = device, batch_size
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         self.images = source.to(device) if isinstance(source, Images) and source.x.nbytes <= free / 2 else None
@@ -174,7 +177,7 @@ class Feed:
             self.loader = source
         self._first: Batch | None = None
         self.observed: Observed | None = None
-        self.unseen = False
+        self.unseen, self.taken = False, Taken()
         self.size = length(self.images if self.loader is None else self.loader.dataset)
         self.steps = length(range(0, len(self.images), batch_size) if self.images is not None else self.loader)
 
@@ -210,8 +213,14 @@ class Feed:
                 raise TypeError(
                     f"batches must be tensors [B, ...], or tuples that begin with one, got a {kind}: convert them"
                 )
-            self._first = moved
+            self._first = self.taken(moved)
         return self._first
+
+    def take(self, taken: Taken) -> None:
+        """Give batches as the programs take them from now on."""
+        self.taken, self._first = taken, None if self._first is None else taken(self._first)
+        if self.images is not None:
+            self.images = self.images.matched(taken)
 
     def watch(self, observed: Observed) -> None:
         """Check all data by what a pair was seen to observe: those held here at once, others as they first come."""
@@ -236,7 +245,7 @@ class Feed:
         first, doubtful = 0, torch.zeros((), dtype=torch.bool)
         for given in loaded:
             arguments = as_batch(given)
-            batch = as_batch(arguments, self.device, non_blocking=True)
+            batch = self.taken(as_batch(arguments, self.device, non_blocking=True))
             if self.unseen and self.observed is not None:
                 fine = self.observed.fine(arguments)
                 if fine is not None and not fine.is_cpu:  # read at the end: here it would wait for the device
@@ -262,7 +271,7 @@ class Feed:
                 raise
         place = 0
         for given in ordered if batch else in_order(self.loader):
-            batch = as_batch(given, self.device)
+            batch = self.taken(as_batch(given, self.device))
             self.observed(batch, place)
             place += len(batch[0])
 

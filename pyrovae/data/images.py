@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from pyrovae.arguments import one_of
 from pyrovae.data.arrays import checked_labels
+from pyrovae.engine.convert import Taken
 from pyrovae.engine.support import BY_255, DROP, at, first_outside
 from pyrovae.errors import DataError
 
@@ -31,7 +32,8 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
     :param binarization: "none", "dynamic", "static" or "threshold"; all but "none" ask for values in [0, 1].
     :param seed: of the static draw.
     :param name: the data's name in messages.
-    :param missing: whether NaN may stand for a value that is missing, as ``NanMaskedNormal`` takes it.
+    :param raw: keep integers and booleans, and NaN, which may stand for what is missing: whether a model takes them is
+        seen when it observes them.
     :raises DataError: no data, a value that is not finite or outside [0, 1], labels that are not N integers.
     :raises ValueError: an unknown binarization.
 
@@ -51,18 +53,19 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
         binarization: str = "none",
         seed: int = 0,
         name: str = "data",
-        missing: bool = False,
+        raw: bool = False,
     ) -> None:
         if not isinstance(x, Tensor) or x.is_complex() or x.is_quantized or x.is_meta or x.layout != torch.strided:
             kind = f"{x.dtype}, {x.layout}, {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a dense, real tensor [N, ...], received {kind}: use torch.as_tensor")
         one_of("binarization", binarization, BINARIZATIONS)
-        x = x.detach() if x.dtype in REALS else x.detach().to(torch.get_default_dtype())
+        kept = x.dtype in REALS or (raw and not x.is_floating_point())
+        x = x.detach() if kept else x.detach().to(torch.get_default_dtype())
         if not x.dim() or not x.numel():
             raise DataError(
                 f"data must be [N, ...] with N >= 1, {name!r} has shape {list(x.shape)}: pass at least one datum"
             )
-        valid = (lambda part: ~part.isinf()) if missing and binarization == "none" else torch.isfinite
+        valid = (lambda part: ~part.isinf()) if raw and binarization == "none" else torch.isfinite
         if (bad := first_outside(x, valid)) is not None:
             raise DataError(f"{at(name, bad, x[bad])}: data must be finite; {DROP}")
         if binarization != "none" and (bad := first_outside(x, constraints.unit_interval.check)) is not None:
@@ -107,6 +110,10 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
         """The same data on ``device``; nothing is drawn again."""
         labels = None if self.labels is None else self.labels.to(device)
         return self._replace(x=self.x.to(device), labels=labels)
+
+    def matched(self, taken: Taken) -> Images:
+        """The same data in the type that programs take."""
+        return self._replace(x=taken.matched(self.x))
 
     def fixed(self, seed: int = 0) -> Images:
         """A dynamic set drawn once, to the same bits on every device; any other set is returned as it is.

@@ -3,8 +3,10 @@ r"""What an evaluation returns: log p(x) of every datum with its error, and what
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from pyrovae.arguments import in_range
 
 RELIABLE_K = 0.7
 ENOUGH = 100  # draws that carry an estimate
+DRAWS, SPREAD = 100, 1e-9  # of log p(x) in ArviZ's tables
 EQUAL = 1e-3  # relative spread of the weights of a posterior-equal guide, which is rounding only
 
 
@@ -41,6 +44,39 @@ class Estimate:
         dead = torch.isinf(self.std_error)
         width = torch.where(dead | (self.std_error == 0), 0.0, self.std_error * reach)
         return torch.where(dead, -math.inf, self.log_prob - width), torch.where(dead, math.inf, self.log_prob + width)
+
+    #: The columns besides ``log_prob``, and what says how they were found.
+    columns: ClassVar[tuple[str, ...]]
+    settings: ClassVar[tuple[str, ...]]
+    draws: Mapping[str, Tensor] = MappingProxyType({})
+
+    def to_arviz(self) -> Any:
+        r"""The estimates as ``arviz.InferenceData``: ``log_likelihood``, ``sample_stats``, and ``posterior`` draws.
+
+        Parameters are a point and latents are integrated out, so that the density of a datum given all others is its
+        own, :math:`\hat p(x_b)`, at every draw: ``arviz.loo`` gives
+        :math:`\mathrm{elpd} = \sum_b \log \hat p(x_b)`, and ``arviz.compare`` compares models by it.
+
+        >>> import arviz
+        >>> found = AISEstimate(*torch.full((4, 50), -1.5), 16, 1000, 0, "float32")
+        >>> round(float(arviz.loo(found.to_arviz()).elpd_loo), 6)
+        -75.0
+        """
+        import arviz
+        import xarray
+
+        # Without any spread ArviZ finds no tail to fit, and warns.
+        point = self.log_prob.reshape(1, 1, -1).cpu() + SPREAD * torch.linspace(-1, 1, DRAWS)[:, None]
+        each = {name: getattr(self, name).expand_as(self.log_prob).reshape(-1).cpu() for name in self.columns}
+        kept = self.draws or {"point": torch.zeros(DRAWS)}
+        posterior = {name: value.unsqueeze(0).cpu().numpy() for name, value in kept.items()}
+        local = {name: ["datum"] for name in self.draws if self.log_prob.dim() == 1}
+        return arviz.InferenceData(
+            attrs={name: "" if (value := getattr(self, name)) is None else value for name in self.settings},
+            posterior=arviz.dict_to_dataset(posterior, dims=local),
+            log_likelihood=xarray.Dataset({"log_prob": (("chain", "draw", "datum"), point.numpy())}),
+            sample_stats=xarray.Dataset({name: ("datum", value.numpy()) for name, value in each.items()}),
+        )
 
     @property
     def nll(self) -> float:
@@ -81,8 +117,10 @@ class LikelihoodEstimate(Estimate):
     dtype: str
     path: str = "eager"
     refine_steps: int = 0
-    draws: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    draws: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     carrying_draws: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
+    columns: ClassVar = ("std_error", "ess", "pareto_k", "carrying_draws")
+    settings: ClassVar = ("num_samples", "seed", "dtype")
 
     @property
     def num_weights(self) -> int:
@@ -120,33 +158,6 @@ class LikelihoodEstimate(Estimate):
             + (f", guide refined by {self.refine_steps} steps per datum" if self.refine_steps else "")
         )
 
-    def to_arviz(self) -> Any:
-        """The estimates as ``arviz.InferenceData``, one entry per datum: ``log_likelihood`` and ``sample_stats``.
-
-        With ``draws`` also ``posterior``, one chain of them.
-        """
-        import arviz
-        import xarray
-
-        def table(**columns: Tensor) -> Any:
-            return xarray.Dataset({k: ("datum", v.reshape(-1).cpu().numpy()) for k, v in columns.items()})
-
-        kept = {name: value.unsqueeze(0).cpu().numpy() for name, value in self.draws.items()}
-        local = {name: ["datum"] for name in kept if self.log_prob.dim() == 1}
-        groups = {"posterior": arviz.dict_to_dataset(kept, dims=local)} if kept else {}
-        seed = "" if self.seed is None else self.seed
-        return arviz.InferenceData(
-            **groups,
-            attrs={"num_samples": self.num_samples, "seed": seed, "dtype": self.dtype},
-            log_likelihood=table(log_prob=self.log_prob),
-            sample_stats=table(
-                std_error=self.std_error,
-                ess=self.ess,
-                pareto_k=self.pareto_k,
-                carrying_draws=self.carrying_draws.expand_as(self.ess),
-            ),
-        )
-
 
 @dataclass(frozen=True)
 class AISEstimate(Estimate):
@@ -165,6 +176,8 @@ class AISEstimate(Estimate):
     seed: int | None
     dtype: str
     path: str = "eager"
+    columns: ClassVar = ("std_error", "ess", "acceptance")
+    settings: ClassVar = ("num_chains", "num_temperatures", "seed", "dtype")
 
     @property
     def num_weights(self) -> int:

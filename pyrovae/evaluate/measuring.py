@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from pyrovae import data as datasets
 from pyrovae.compile.precision import full_float32
 from pyrovae.data.feed import as_batch, length
+from pyrovae.engine.convert import exactly, first_way
 from pyrovae.engine.devices import batch_device, home_of
 from pyrovae.engine.observed import Observed
+from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import Batch, Program, evaluating, nothing, rows
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.whole import Whole
@@ -57,7 +59,7 @@ class Batches:
         title: str = "",
         progress: bool | None = False,
     ) -> None:
-        self.pair, self.args, self.kwargs = (model, guide), args, kwargs
+        self.pair, self.args, self.kwargs = (model, guide), tuple(exactly(a) for a in args), kwargs
         self.programs = (model,) if guide is None else (model, guide)
         self.batch_size, self.default, self.seed = batch_size, default, seed
         self.total = len(args[0]) if len(args) == 1 and isinstance(args[0], datasets.Images) else None
@@ -88,19 +90,22 @@ class Batches:
         batch = next(batches, None)
         if batch is None:
             raise datasets.DataError("there are no data to evaluate: pass at least one datum")
-        self.seen = self.whole.look(*self.pair, batch, self.kwargs)
+        taken, (batch, self.seen) = first_way(batch, self.look, *self.programs)
         number = rows(batch, self.kwargs)
         if self.seen.layout.sizes[-1:] != [number] and next(batches, None) is not None:
-            batch, batches = self.uncut(), iter(())
-            self.seen = self.whole.look(*self.pair, batch, self.kwargs)
+            batch, batches = taken(self.uncut()), iter(())
+            _, self.seen = self.look(batch)
         check = Observed(self.pair[0], self.pair[1] or nothing, self.seen.model, batch, self.kwargs)
         while batch is not None:
             yield batch
             self.done += rows(batch, self.kwargs)
             self.bar.update(self.done, "data")
-            batch = next(batches, None)
-            if batch is not None:
-                check(batch, self.done)
+            if (batch := next(batches, None)) is not None:
+                check(batch := taken(batch), self.done)
+
+    def look(self, batch: Batch) -> tuple[Batch, Look]:
+        """A batch, and the look at the programs on it."""
+        return batch, self.whole.look(*self.pair, batch, self.kwargs)
 
     def uncut(self) -> Batch:
         """All data as one batch, where nobody asked for another size."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.arguments import in_range, positive_int
+from pyrovae.engine.convert import exactly
 from pyrovae.engine.kl import kl_in_place, sides
 from pyrovae.engine.programs import Batch, Program, rows
 from pyrovae.engine.runner import Runner
@@ -67,7 +68,7 @@ def active_units(
     Burda, Grosse, Salakhutdinov (2016), *Importance weighted autoencoders*, section 5.2.
     """
     threshold, samples = in_range("threshold", threshold, 0.0), positive_int("samples", samples)
-    batches = Batches(guide, None, (datasets.as_dataset(data),), {}, batch_size, default=500)
+    batches = Batches(guide, None, (datasets.as_dataset(exactly(data), raw=True),), {}, batch_size, default=500)
     means: dict[str, list[Tensor]] = {}
     noise: dict[str, Tensor] = {}
     size = 0

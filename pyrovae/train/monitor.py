@@ -10,6 +10,7 @@ import torch
 
 from pyrovae import data as datasets
 from pyrovae.data.feed import Feed, as_batch, in_order
+from pyrovae.engine.convert import first_way
 from pyrovae.engine.devices import beside, home_of
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.observed import Observed
@@ -144,7 +145,15 @@ class Validation:
 def look_on(feed: Feed, model: Program, guide: Program, *, validate: bool = True) -> Look:
     """A look at a pair on the first of the data, all of which are to be checked against its observed sites."""
     batch = feed.first()
-    batch = as_batch(batch, home_of(guide, model, args=batch))
-    seen = look(model, guide, batch, validate=validate)
+    home = home_of(guide, model, args=batch)
+
+    def looked(given: Batch) -> tuple[Batch, Look]:
+        given = as_batch(given, home)
+        return given, look(model, guide, given, validate=validate)
+
+    if feed.observed is not None:  # looked at before, by another pair or with Pyro's checks
+        return looked(batch)[1]
+    taken, (batch, seen) = first_way(batch, looked, guide, model)
+    feed.take(taken)
     feed.watch(Observed(model, guide, seen.model, batch))
     return seen

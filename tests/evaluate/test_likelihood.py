@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import arviz
@@ -169,7 +170,7 @@ def test_global_latents_have_one_joint_weight(kind):
     assert 0 < estimate.std_error < 0.1
     assert estimate.nll == -estimate.log_prob.item()
     assert math.isnan(estimate.nll_data_std_error)
-    assert estimate.to_arviz().log_likelihood.log_prob.shape == (1,)
+    assert estimate.to_arviz().log_likelihood.log_prob.shape == (1, 100, 1)
 
 
 def test_joint_weights_take_no_batches():
@@ -448,11 +449,35 @@ def test_means_errors_and_warning():
 def test_arviz_receives_every_number():
     estimate = pv.log_likelihood(model, guide, X, num_samples=100, seed=4)
     table = estimate.to_arviz()
-    assert np.array_equal(table.log_likelihood.log_prob.values, estimate.log_prob.numpy())
+    assert table.log_likelihood.log_prob.dims == ("chain", "draw", "datum")
+    assert np.allclose(table.log_likelihood.log_prob.values[0], estimate.log_prob.numpy(), rtol=0, atol=1e-8)
     for name in ("std_error", "ess", "pareto_k"):
         assert np.array_equal(table.sample_stats[name].values, getattr(estimate, name).numpy())
     assert table.attrs["num_samples"] == 100
     assert table.attrs["seed"] == 4
+
+
+def test_leaving_a_datum_out_gives_its_own_log_density():
+    def conjugate(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def posterior(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    x = torch.linspace(-2, 2, 30)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x).double()
+    found = pv.log_likelihood(conjugate, posterior, x, num_samples=10, num_draws=3, seed=0)
+    annealed = pv.ais_log_likelihood(conjugate, x, num_temperatures=10, num_chains=5, seed=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Estimated shape parameter")
+        loo, other = arviz.loo(found.to_arviz(), pointwise=True), arviz.loo(annealed.to_arviz())
+    assert loo.elpd_loo == pytest.approx(exact.sum().item(), abs=1e-3)
+    assert loo.se == pytest.approx((30 * exact.var(correction=0)).sqrt().item(), rel=1e-4)
+    assert np.allclose(loo.loo_i.values, exact.numpy(), atol=1e-4)
+    assert other.elpd_loo == pytest.approx(annealed.log_prob.sum().item(), abs=1e-6)
+    assert annealed.to_arviz().sample_stats.acceptance.shape == (30,)
 
 
 def test_intervals_are_students():
