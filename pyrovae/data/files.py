@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from pyrovae.arguments import one_line
 from pyrovae.errors import DataError, ResourceError
+from pyrovae.memory import require_memory
 
 OTHER_ROOT = "name another root (--data-dir, $PYROVAE_DATA)"
+DEFLATED = 1032  # to one: more than deflate can ever make of a byte
 KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -66,3 +71,16 @@ def find_file(name: str, root: Path, *places: str) -> Path:
     """The first of ``places`` under ``root`` where something is."""
     place = next((place for place in places if os.path.lexists(root / place)), places[0])
     return regular(root / place, f"put {name}'s file there, or {OTHER_ROOT}")
+
+
+def require(path: Path, declared: Iterable[tuple[tuple[int, ...], int]], stored: int, fix: str) -> None:
+    """Refuse arrays, given as shapes and bytes a value, that so many bytes of a file cannot hold, or the memory."""
+    values, size = 0, 0
+    for shape, item in declared:
+        values, size = values + math.prod(shape), size + math.prod(shape) * item
+    if size > DEFLATED * stored:
+        raise DataError(
+            f"{path} cannot be read (its {stored:,} bytes cannot hold the {size:,} that it declares): {fix}"
+        )
+    floats = torch.get_default_dtype().itemsize
+    require_memory(size + floats * values, f"what {path} declares", "take fewer data, or a machine with more memory")

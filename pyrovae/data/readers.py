@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,12 @@ from torch import Tensor
 
 from pyrovae.arguments import one_line
 from pyrovae.data.arrays import Parts, as_tensor, channels_first, check_numbers, whole_numbers
-from pyrovae.data.files import find_file, reading, regular
+from pyrovae.data.files import find_file, reading, regular, require
 from pyrovae.data.folders import read_folder
+from pyrovae.data.matlab import read_matrices
 from pyrovae.data.published import CIFAR10, OMNIGLOT, SVHN, mnist_like
 from pyrovae.errors import DataError
-from pyrovae.memory import require_memory
 
-DEFLATED = 1032  # to one: more than deflate can ever make of a byte
 OTHER_ARRAYS = "write it anew with numpy.savez(path, x=x), of numbers, not objects"
 
 Reader = Callable[[Path, bool], Parts]
@@ -33,19 +32,6 @@ def permutation(total: int, seed: int) -> Tensor:
     """A shuffle of ``total`` indices, the same for a seed on every machine and in every version."""
     # NumPy's legacy generator is the one whose stream is guaranteed never to change between versions.
     return torch.from_numpy(np.random.RandomState(seed % 2**32).permutation(total))
-
-
-def require(path: Path, declared: Iterable[tuple[tuple[int, ...], int]], stored: int, fix: str) -> None:
-    """Refuse arrays, given as shapes and bytes a value, that so many bytes of a file cannot hold, or the memory."""
-    values, size = 0, 0
-    for shape, item in declared:
-        values, size = values + math.prod(shape), size + math.prod(shape) * item
-    if size > DEFLATED * stored:
-        raise DataError(
-            f"{path} cannot be read (its {stored:,} bytes cannot hold the {size:,} that it declares): {fix}"
-        )
-    floats = torch.get_default_dtype().itemsize
-    require_memory(size + floats * values, f"what {path} declares", "take fewer data, or a machine with more memory")
 
 
 def read_digits(root: Path, download: bool) -> Parts:
@@ -60,23 +46,17 @@ def read_digits(root: Path, download: bool) -> Parts:
 
 def read_omniglot28(root: Path, download: bool) -> Parts:
     """The IWAE paper's OMNIGLOT."""
-    from scipy.io import loadmat, whosmat
-
     path = find_file("omniglot28", root, "omniglot28/chardata.mat", "chardata.mat")
-    fix = "replace it by the IWAE paper's chardata.mat (arrays data and testdata, 784 x N)"
+    fix, parts = "replace it by the IWAE paper's chardata.mat (arrays data and testdata, 784 x N)", Parts()
     with reading(path, fix):
-        shapes = {name: shape for name, shape, _ in whosmat(path)}
-        require(path, ((shape, 8) for shape in shapes.values()), path.stat().st_size, fix)
-        parts = Parts()
+        mat = read_matrices(path, {"data", "testdata", "targetchar", "testtargetchar"}, fix)
         for part, key in (("train", ""), ("test", "test")):
-            values, labels = f"{key}data", f"{key}targetchar"
-            if shapes.get(values, ())[:1] != (784,) or len(shapes[values]) != 2:
-                raise DataError(f"{path} must have {values} [784, N], has {list(shapes.get(values, ()))}: {fix}")
-            mat = loadmat(path, variable_names=[values, labels])
+            columns, labels = mat.get(f"{key}data", np.empty(0)), mat.get(f"{key}targetchar")
+            if columns.shape[:1] != (784,) or columns.ndim != 2:
+                raise DataError(f"{path} must have {key}data [784, N], has {list(columns.shape)}: {fix}")
             # MATLAB counts down the columns, so that a transpose sets the drawings upright.
-            x = as_tensor(mat[values].T, f"{path}: {values}").reshape(-1, 1, 28, 28).mT.contiguous()
-            y = whole_numbers(mat[labels], f"{path}: {labels}") if labels in mat else None
-            parts[part] = x, y
+            x = as_tensor(columns.T, f"{path}: {key}data").reshape(-1, 1, 28, 28).mT.contiguous()
+            parts[part] = x, None if labels is None else whole_numbers(labels, f"{path}: {key}targetchar")
     return parts
 
 
