@@ -18,6 +18,7 @@ try:
 except ImportError:  # a system without: there the file's words alone count
     fcntl = None  # type: ignore[assignment]
 
+FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 HANDLES: set[int] = set()  # of the locks that this process holds
 
 
@@ -36,8 +37,11 @@ class Lock:
     def __enter__(self) -> Lock:
         while not self.in_place:
             self.close()  # of a file that its last holder has just taken away
-            self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-            if not (stat.S_ISREG(os.fstat(self.handle).st_mode) and self.locks()):
+            self.handle = os.open(self.path, FLAGS, 0o644)  # no link is followed, no pipe waited for
+            if not stat.S_ISREG(os.fstat(self.handle).st_mode):
+                self.close()
+                raise ResourceError(f'"{self.path}" is no lock of a run, as no regular file is: take it away')
+            if not self.locks():
                 words = os.read(self.handle, 1000).decode("utf-8", errors="replace")
                 self.close()
                 raise ResourceError(

@@ -128,8 +128,8 @@ class Run(Reader):
             file.flush()
             os.fsync(file.fileno())
 
-    def rewind(self, epoch: int) -> list[dict[str, Any]]:
-        """Forget the metrics of epochs after ``epoch``, which a resumed run will log again."""
+    def history_until(self, epoch: int) -> list[dict[str, Any]]:
+        """The metrics of the epochs up to the last checkpoint's, which must be as they were saved."""
         rows = self.history()[:epoch]
         if [row.get("epoch") for row in rows] != list(range(1, len(rows) + 1)) or len(rows) != epoch:
             raise CheckpointError(
@@ -138,6 +138,11 @@ class Run(Reader):
             )
         if (folder := self.checkpoint()) is not None:
             self.check_file(folder, METRICS)
+        return rows
+
+    def rewind(self, epoch: int) -> list[dict[str, Any]]:
+        """Forget the metrics of epochs after ``epoch``, which a resumed run will log again."""
+        rows = self.history_until(epoch)
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 

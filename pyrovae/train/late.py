@@ -130,6 +130,8 @@ class Reach:
         if order in (None, own):
             load_moments(optimizer, saved)
             return
+        if unknown := set(order or ()) - set(own) - self.weights.keys():
+            raise ValueError(f"it knows of parameters that are none: {min(unknown)[:50]}")
         self.moments = {name: saved["state"][i] for i, name in enumerate(order or ()) if i in saved["state"]}
         now = optimizer.state_dict()["param_groups"]
         groups = [{**then, "params": group["params"]} for then, group in zip(saved["param_groups"], now, strict=False)]

@@ -278,6 +278,7 @@ class Trainee:
             return
         check_same(run, config)
         run.check_files()
+        run.history_until(saved["epoch"])
         weights = run.weights()
         with runs.undamaged(run.path / "last" / runs.STATE):
             self.eager.reach.find(saved.get("examples", []), self.feed.device)

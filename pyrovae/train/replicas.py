@@ -163,6 +163,9 @@ def replicas_of(
     for name, given in (("lr", rates), ("kl_weight", weights), ("run_dirs", own_runs)):
         if len(given) != number:
             raise ValueError(f"{name} needs one value for each of {number} pairs, got {len(given)}: pass as many")
+    places = [os.path.realpath(run) for run in own_runs if run is not None]
+    if len(set(places)) < len(places):
+        raise ValueError(f"run_dirs must be {len(places)} folders, got {len(set(places))}: give each pair its own")
     if taken := [f'"{run.path}"' for run in own_runs if run is not None and run.exists]:
         raise ValueError(f"{', '.join(taken)} hold runs already: pass other run_dirs")
     return [Replica(*own) for own in zip(programs, rates, weights, own_runs, strict=True)]
