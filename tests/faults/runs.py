@@ -949,14 +949,14 @@ RESULTS = {"list": "[]", "deep": DEEP, "empty": "{}", "words": '{"likelihood_is"
 @fault(
     "C", "compare", 4, r"results\.json.*run pyrovae evaluate", each={k: v for k, v in RESULTS.items() if k != "empty"}
 )
-def results_are_of_another_shape(folder, text):
+def results_that_are_none_are_not_compared(folder, text):
     run = small_run(folder / "run")
     (run / "results.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     yield words("compare", run)
 
 
 @fault("C", "evaluate", 0, "test NLL", each=RESULTS)
-def results_of_another_shape_are_measured_anew(folder, text):
+def results_that_are_none_are_measured_anew(folder, text):
     run = small_run(folder / "run")
     (run / "results.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     yield words("evaluate", run)
