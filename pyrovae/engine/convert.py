@@ -87,7 +87,9 @@ def exactly(data: object) -> object:
     if isinstance(data, tuple):
         return tuple(map(exactly, data))
     array = listed(data)
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or array.dtype in (np.longdouble, np.uint64):
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or np.ma.is_masked(array):
+        return array
+    if array.dtype in (np.longdouble, np.uint64):
         return array
     kept = array.dtype if array.dtype.kind in "bf" or array.dtype == np.uint8 else np.int64
     return torch.from_numpy(np.array(array, kept, order="C"))

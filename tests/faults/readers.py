@@ -1,5 +1,6 @@
 """Files and arrays that data are read from: damaged, ambiguous, hostile; each rule of the readers, by its refusal."""
 
+import errno
 import hashlib
 import io
 import os
@@ -373,11 +374,35 @@ def tensors_that_hold_no_plain_numbers(folder: Path, make):
     yield lambda: pv.data.Images(make())
 
 
-@fault("A7", "fit", 3, r"data must have no masked values, has 1: fill them")
-def masked_values_are_not_unmasked(folder: Path):
-    vae = pv.models.VAE((6,), likelihood="gaussian")
-    x = np.ma.masked_array(GREY, np.arange(240).reshape(40, 6) == 7)
-    yield lambda: pv.fit(vae.model, vae.guide, x, epochs=1, objective=pv.ELBO())
+ARRAYS = {
+    "complex": (GREY.astype(np.complex64), r"must be an array of numbers, received complex64.*array\.real"),
+    "strings": (np.array([["a", "b"]] * 20), r"must be an array of numbers, received <U1.*numpy\.unique"),
+    "objects": (np.array([[1, None]] * 20, dtype=object), r"must be an array of numbers, received object.*not objects"),
+    "beyond int64": (np.full((20, 2), 2**63 + 5, np.uint64), r"must fit 64-bit integers, received 9223372036854775813"),
+    "masked": (np.ma.masked_array(GREY, GREY > 0.9), r"must have no masked values, has \d+: fill them with filled"),
+}  # fmt: skip
+VERBS = {
+    "fit": lambda vae, x: pv.fit(vae.model, vae.guide, x, epochs=1, objective=pv.ELBO()),
+    "fit_replicas": lambda vae, x: pv.fit_replicas([(vae.model, vae.guide)], x, epochs=1, objective=pv.ELBO()),
+    "validation": lambda vae, x: pv.fit(
+        vae.model, vae.guide, torch.rand(20, 6), validation=x, epochs=1, objective=pv.ELBO()
+    ),
+    "as_dataset": lambda vae, x: pv.data.as_dataset(x),
+}
+
+
+def arrays_in_memory_that_are_no_data(folder: Path, case):
+    verb, array, says = case
+    vae = pv.models.VAE((6,), likelihood="gaussian", latent_dim=2, hidden=[8])
+    before = {name: p.clone() for name, p in vae.state_dict().items()}
+    outcome = yield lambda: VERBS[verb](vae, array)
+    assert_says(outcome, says)
+    assert all(torch.equal(p, before[name]) for name, p in vae.state_dict().items())
+
+
+for verb in VERBS:
+    cases = {kind: (verb, *case) for kind, case in ARRAYS.items()}
+    fault("A7", verb, 3, each=cases)(arrays_in_memory_that_are_no_data)
 
 
 NARROW = {"float8": torch.float8_e4m3fn, "uint64": torch.uint64, "uint16": torch.uint16, "int8": torch.int8}
@@ -1253,6 +1278,43 @@ def a_download_fails(folder: Path, answer):
         yield load("mnist", root="data")
     assert [path.name for path in (folder / "data").iterdir()] == ["mine.txt"], "half of it is left"
     assert socket.getdefaulttimeout() is None
+
+
+@fault("C", "load", 6, r"MNIST is not under data and the download failed \(OSError: .*No space left")
+def a_download_that_fills_the_disk(folder: Path):
+    def full(*arguments, **options):
+        Path(options["download_root"], "half").write_bytes(bytes(100))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    from torchvision.datasets import mnist as module
+
+    module.download_and_extract_archive = full
+    yield load("mnist", root="data")
+    assert not any((folder / "data").iterdir())
+
+
+@fault("C", "load", 6, "what a.npz declares takes")
+def a_control_group_leaves_too_little(folder: Path):
+    limit_memory(folder, given_back=0)
+    yield load(npz(folder, x=np.zeros((2**20, 16), np.float32)))
+
+
+@fault("C", "load", 0)
+def what_a_control_group_keeps_of_files_is_free(folder: Path):
+    limit_memory(folder, given_back=900)
+    splits = (yield load(npz(folder, x=np.zeros((2**20, 16), np.float32)))).value
+    assert len(splits.test) == 2**20 // 10 + 1
+
+
+def limit_memory(folder: Path, given_back: int) -> None:
+    """Pretend that this process may have 1,000 MiB and has 990, some of which are pages of files."""
+    for name, text in (
+        ("most", 1000 * 2**20), ("now", 990 * 2**20), ("memory.stat", f"anon 1\ninactive_file {given_back * 2**20}\n")
+    ):  # fmt: skip
+        (folder / name).write_text(f"{text}\n")
+    from pyrovae import memory
+
+    memory.CONTROL_GROUPS = ((str(folder), "most", "now"),)
 
 
 @fault("C", "load", 6, r"MNIST is not under .*full.*download failed|see to")
