@@ -17,10 +17,23 @@ T = TypeVar("T")
 MOST = 2**63 - 1  # that a size can be
 
 
+def shown(value: object) -> str:
+    """A value for a message: in one line, and no numbers of a tensor."""
+    many = isinstance(value, Tensor | np.ndarray)
+    return f"a {type(value).__name__} of shape {list(value.shape)}" if many else one_line(repr(value))  # type: ignore[attr-defined]
+
+
+def check_seed(value: object) -> int:
+    """``value`` as a seed that every generator takes, or one clear error."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not -(2**63) <= value < 2**64:
+        raise ValueError(f"seed must be an integer of 64 bits, got {shown(value)}: pass one, another for another run")
+    return int(value)
+
+
 def positive_int(name: str, value: object, minimum: int = 1) -> int:
     """``value`` as an int of at least ``minimum``, or one clear error."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}: pass {minimum} or more")
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {shown(value)}: pass {minimum} or more")
     if value > MOST:
         raise ValueError(f"{name} must be an integer of at most {MOST}, got a larger one: pass a smaller one")
     return int(value)
@@ -29,7 +42,7 @@ def positive_int(name: str, value: object, minimum: int = 1) -> int:
 def sizes(name: str, value: object) -> tuple[int, ...]:
     """``value`` as a tuple of integers of at least 1, or one clear error."""
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a sequence of integers, got {value!r}: pass such as [200, 200]")
+        raise TypeError(f"{name} must be a sequence of integers, got {shown(value)}: pass such as [200, 200]")
     return tuple(positive_int(f"every entry of {name}", v) for v in value)
 
 
@@ -37,7 +50,8 @@ def in_range(name: str, value: object, low: float, high: float = math.inf) -> fl
     """``value`` as a finite float in [low, high], or one clear error."""
     number = float(value) if isinstance(value, int | float | np.number) and not isinstance(value, bool) else math.nan
     if not (math.isfinite(number) and low <= number <= high):
-        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}: pass a value in that range")
+        between = f"[{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be a number in {between}, got {shown(value)}: pass a value in that range")
     return number
 
 
@@ -57,10 +71,10 @@ def weight(name: str, value: object) -> float | Tensor:
 def one_of(name: str, value: T, choices: Iterable[str]) -> T:
     """``value`` if it is one of ``choices``, or an error that names the nearest."""
     choices = list(choices)
-    if value in choices:
+    if isinstance(value, str) and value in choices:
         return value
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
-    raise ValueError(f"unknown {name} {value!r}: did you mean {near[0]!r}? Choose one of {', '.join(choices)}")
+    raise ValueError(f"unknown {name} {shown(value)}: did you mean {near[0]!r}? Choose one of {', '.join(choices)}")
 
 
 def lookup(name: str, value: str, table: Mapping[str, T]) -> T:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from pyrovae.arguments import lookup
 
 Schedule = Callable[[float], float]  # training progress in [0, 1) -> factor of the learning rate
@@ -43,4 +45,10 @@ SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine, "linea
 
 def make_schedule(schedule: str | Schedule) -> Schedule:
     """A schedule by its name, or any function of progress."""
+    kind = schedule if isinstance(schedule, type) else type(schedule)
+    if issubclass(kind, LRScheduler):
+        raise TypeError(
+            f"schedule must be a name or a function of progress in [0, 1), got torch's {kind.__name__}: pass such as "
+            "lambda t: 0.1**t"
+        )
     return schedule if callable(schedule) else lookup("schedule", schedule, SCHEDULES)

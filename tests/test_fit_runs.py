@@ -372,7 +372,7 @@ def test_a_loss_that_is_nan_at_once_promises_no_checkpoint(tmp_path):
 BAD = [
     ({"lr": 0.1, "optimizer": torch.optim.SGD}, ValueError, "lr=0.1 belongs to the default optimizer"),
     ({"optimizer": torch.optim.SGD([torch.zeros(1)], lr=0.1)}, TypeError, "function of the parameters"),
-    ({"optimizer": lambda parameters: None}, TypeError, "must return a torch.optim optimizer"),
+    ({"optimizer": lambda parameters: None}, TypeError, "must be one of torch.optim over the pair"),
     ({"validation": None, "patience": 3}, ValueError, "patience needs data"),
     ({"resume": True}, ValueError, "pass run_dir"),
     ({"device": "cuda:99"}, ValueError, "CUDA devices are here"),

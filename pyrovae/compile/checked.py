@@ -13,6 +13,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyrovae.arguments import shown
 from pyrovae.compile.graph import Composed, Graph, capture
 from pyrovae.compile.inductor import COMPILATION
 from pyrovae.compile.noise import CannotCompile, rewritten
@@ -113,8 +114,8 @@ class Checked:
 
 def check_compile(compile: bool | str) -> None:
     """Refuse anything but "auto", True and False."""
-    if compile not in ("auto", True, False):
-        raise ValueError(f'compile must be "auto", True or False, got {compile!r}: pass one of these')
+    if not (isinstance(compile, bool) or (isinstance(compile, str) and compile == "auto")):
+        raise ValueError(f'compile must be "auto", True or False, got {shown(compile)}: pass one of these')
 
 
 def wanted(compile: bool | str, saved: float) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,14 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from pyrovae.arguments import positive_int
-from pyrovae.data.arrays import as_tensor, is_integer
+from pyrovae.arguments import one_line, positive_int
+from pyrovae.data.arrays import NUMBER_THEM, as_tensor, is_integer
 from pyrovae.data.images import Images
 from pyrovae.engine.convert import Taken, exactly, listed
 from pyrovae.engine.observed import Observed
 from pyrovae.engine.programs import Batch, warn
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.errors import DataError
+from pyrovae.errors import DataError, ResourceError
 
 PIECE = 2**19, 64 * 2**20  # bytes that are checked at a time: what a cache holds; on a GPU, one wait for each
 Source = Images | Dataset[Any] | DataLoader[Any]
@@ -61,9 +62,10 @@ def as_dataset(data: object, *, name: str = "data", raw: bool = False) -> Source
     columns = [listed(column) for column in (data if isinstance(data, tuple) else (data,))]
     arrays = [column for column in columns if isinstance(column, (Tensor, np.ndarray))]
     if not arrays or len(arrays) < len(columns):
+        kinds = " of ".join(dict.fromkeys([type(data).__name__, *(type(c).__name__ for c in columns[-1:])]))
         raise TypeError(
             "data must be a tensor, an array, a tuple of those, Images, a Dataset or a DataLoader, "
-            f"received {type(data).__name__}: convert it, for instance with torch.stack"
+            f"received {kinds}: {conversion(data)}"
         )
     x, *rest = (as_tensor(array, name) for array in arrays)
     if any(c.shape[:1] != x.shape[:1] for c in rest):
@@ -72,6 +74,21 @@ def as_dataset(data: object, *, name: str = "data", raw: bool = False) -> Source
     labels = rest[0] if len(rest) == 1 and rest[0].dim() == 1 and is_integer(rest[0]) else None
     images = Images(x, labels, name=name, raw=raw)
     return TensorDataset(images.x, *rest) if rest and labels is None else images
+
+
+def conversion(data: object) -> str:
+    """How something becomes data."""
+    if isinstance(data, str):
+        return f"read it, pyrovae.data.load({data!r}).train"
+    if isinstance(data, Mapping):
+        return "pass a tuple of its tensors in the order in which model and guide take them, tuple(data.values())"
+    if isinstance(data, Iterator):
+        return "it ends after one epoch; collect it, torch.cat(list(data)), or write an IterableDataset"
+    if isinstance(data, tuple) and any(
+        isinstance(v, str) for column in data if isinstance(column, list) for v in column
+    ):
+        return NUMBER_THEM
+    return "pass its part .train" if hasattr(data, "train") else "convert it, for instance with torch.stack"
 
 
 def batches(
@@ -87,12 +104,12 @@ def batches(
     """
     if len(args) == 1 and isinstance(args[0], Dataset | DataLoader):
         source, size = as_dataset(args[0], raw=True), batch_size or 100
-        loaded: Iterable[object]
-        loaded = in_order(source) if isinstance(source, DataLoader) else DataLoader(source, batch_size=size)
+        loader = in_order(source) if isinstance(source, DataLoader) else DataLoader(source, batch_size=size)
+        given: Iterable[object] = from_workers(loader)
         if isinstance(source, Images):
             fixed = source.fixed(seed)
-            loaded = map(fixed.batch, torch.arange(len(fixed), device=fixed.x.device).split(size))
-        yield from (as_batch(batch, device) for batch in loaded)
+            given = map(fixed.batch, torch.arange(len(fixed), device=fixed.x.device).split(size))
+        yield from (as_batch(batch, device) for batch in given)
     elif batch_size is None or not any(isinstance(a, Tensor) and a.dim() for a in args):
         yield tuple(args)
     else:
@@ -141,6 +158,12 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 def as_batch(batch: object, device: torch.device | None = None, *, non_blocking: bool = False) -> Batch:
     """What a data set gives, as arguments of the programs, its tensors on the device if one is named."""
+    if isinstance(batch, Mapping):
+        names = ", ".join(f'row["{name}"]' for name in batch)
+        raise TypeError(
+            "batches must be tensors or tuples of them, in the order in which model and guide take them, received a "
+            f"{type(batch).__name__}: let the data set, or a collate_fn, give ({names},)"
+        )
     arguments = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     if device is None:
         return arguments
@@ -165,13 +188,17 @@ class Feed:
         self.loader: DataLoader[Any] | None = None
         if self.images is None:
             if length(source) == 0:
-                raise DataError("there are no data to train on: pass at least one datum")
+                dropped = isinstance(source, DataLoader) and length(source.dataset)
+                fix = "pass a DataLoader that does not drop its only batch" if dropped else "pass at least one datum"
+                raise DataError(f"there are no data to train on: {fix}")
+            refuse_one_pass(source)
             if not isinstance(source, DataLoader):
                 shuffle = not isinstance(source, IterableDataset)
                 most = 4 if shuffle else 1  # several workers would each deliver the whole of a stream
                 placed = torch.cuda.is_initialized() and lies_on_a_device(source)
                 most = 0 if placed else most  # a worker cannot read what another process holds there
-                workers = min(most, (os.cpu_count() or 1) - 1) if num_workers is None else num_workers
+                own = None if num_workers is None else positive_int("num_workers", num_workers, minimum=0)
+                workers = min(most, (os.cpu_count() or 1) - 1) if own is None else own
                 pinned = device.type == "cuda" and not placed
                 source = DataLoader(source, batch_size, shuffle=shuffle, num_workers=workers, pin_memory=pinned)
             self.loader = source
@@ -183,7 +210,7 @@ class Feed:
 
     def __iter__(self) -> Iterator[Batch]:
         if self.images is None:
-            yield from self.watched(self.loader)  # type: ignore[arg-type]
+            yield from self.watched(from_workers(self.loader))  # type: ignore[arg-type]
         else:
             yield from (as_batch(self.images.batch(index)) for (index,) in self.indices())
 
@@ -195,6 +222,14 @@ class Feed:
         for index in order.to(self.device, non_blocking=True).split(self.batch_size):
             yield (index,)
 
+    @property
+    def last(self) -> int | None:
+        """How many data an epoch's last batch has, where that is known."""
+        if self.loader is None:
+            return (len(self.images) - 1) % self.batch_size + 1  # type: ignore[arg-type]
+        number, size = length(self.loader.sampler), self.loader.batch_size
+        return None if not number or size is None or self.loader.drop_last else (number - 1) % size + 1
+
     def first(self, count: int | None = None) -> Batch:
         """The first data, ``count`` of them where they can be counted out (else one batch), on the device.
 
@@ -204,7 +239,7 @@ class Feed:
             index = torch.arange(min(count or self.batch_size, len(self.images)), device=self.device)
             return self.images.subset(index).fixed().columns
         if self._first is None:
-            batch = next(iter(self.loader), None)  # type: ignore[arg-type]
+            batch = next(from_workers(self.loader), None)  # type: ignore[arg-type]
             if batch is None:
                 raise DataError("there are no data to train on: the DataLoader is empty")
             moved = as_batch(batch, self.device, non_blocking=True)
@@ -274,6 +309,32 @@ class Feed:
             batch = self.taken(as_batch(given, self.device))
             self.observed(batch, place)
             place += len(batch[0])
+
+
+def from_workers(loader: Iterable[object]) -> Iterator[object]:
+    """What a loader gives; what fails in its workers is said in one line."""
+    try:
+        yield from loader
+    except Exception as error:
+        text = str(error)
+        if re.match(r"DataLoader worker \(pid.*\) (exited|is killed)", text):
+            raise ResourceError(f"{one_line(text)}: free memory, or pass num_workers=0 to see what ends it") from error
+        if "in DataLoader worker process" not in text:
+            raise
+        what = one_line(text.strip("'\\n ").splitlines()[-1])
+        raise type(error)(f"in a worker of the DataLoader: {what}; num_workers=0 shows where") from error
+
+
+def refuse_one_pass(source: object) -> None:
+    """Refuse a stream that is one iterator: its second epoch would be empty."""
+    dataset = source.dataset if isinstance(source, DataLoader) else source
+    if isinstance(dataset, IterableDataset):
+        with isolated_rng():
+            if iter(dataset) is iter(dataset):
+                raise TypeError(
+                    f"{type(dataset).__name__} gives the same iterator each time, which ends after one epoch: let its "
+                    "__iter__ begin anew"
+                )
 
 
 def lies_on_a_device(source: Any) -> bool:

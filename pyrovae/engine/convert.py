@@ -84,7 +84,7 @@ def listed(data: object) -> object:
 
 def exactly(data: object) -> object:
     """Arrays and lists of numbers as tensors that hold the same numbers; anything else as it is."""
-    if isinstance(data, tuple):
+    if type(data) is tuple:
         return tuple(map(exactly, data))
     array = listed(data)
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or np.ma.is_masked(array):

@@ -6,6 +6,7 @@ closes over networks. These helpers find what such a callable reaches without as
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from torch.autograd.graph import Node
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyrovae.arguments import shown
 from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
 
 Program = Callable[..., Any]
@@ -48,6 +50,31 @@ def nothing(*_: object, **__: object) -> None:
 def rows(batch: Batch, kwargs: Mapping[str, object]) -> int:
     """The number of data in a batch, by its first tensor; 1 where there is none."""
     return next((len(a) for a in (*batch, *kwargs.values()) if isinstance(a, Tensor) and a.dim()), 1)
+
+
+#: What to pass instead, by how Python says that arguments do not fit.
+CALLS = {
+    "too many": "pass data without labels, or a model that takes them, such as pyrovae.models.ConditionalVAE",
+    "missing": "pass a tuple of all that it takes, (x, y), or data that give such",
+    "unexpected": "leave that out, as it is no option of this function either",
+}
+
+
+def refuse_call(program: Program, args: Batch, kwargs: Mapping[str, object]) -> None:
+    """A TypeError in plain words for a program that cannot be called so; nothing for one that can."""
+    if not callable(program):
+        raise TypeError(f"a program must be callable, got {shown(program)}: pass such as vae.model and vae.guide")
+    run = program.forward if isinstance(program, nn.Module) else program
+    try:
+        signature = inspect.signature(run)
+        signature.bind(*args, **kwargs)
+    except ValueError:  # that of a builtin is not known
+        return
+    except TypeError as error:
+        takes = f"{getattr(run, '__name__', type(run).__name__)}({', '.join(signature.parameters)})"
+        fix = next(fix for how, fix in CALLS.items() if how in str(error))
+        given = [*(type(a).__name__ for a in args), *(f"{k}={type(a).__name__}" for k, a in kwargs.items())]
+        raise TypeError(f"{takes} was called with ({', '.join(given)}): {error}; {fix}") from error
 
 
 def roots(*programs: Program) -> list[nn.Module]:

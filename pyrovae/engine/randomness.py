@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrovae.arguments import check_seed
+
 
 @contextmanager
 def isolated_rng(seed: int | None = None) -> Iterator[None]:
@@ -29,8 +31,7 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
 
 def seed_everything(seed: int) -> None:
     """Seed torch (every device), numpy and Python, as Pyro programs may draw from any of them."""
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"a seed has at most 64 bits, got one of {int(seed).bit_length()}: pass a smaller one")
+    seed = check_seed(seed)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

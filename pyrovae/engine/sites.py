@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from pyrovae.engine.devices import beside
-from pyrovae.engine.programs import Batch, Program
+from pyrovae.engine.programs import Batch, Program, refuse_call
 from pyrovae.engine.stacked import Stacked
 from pyrovae.engine.unwrap import point_mass, unwrapped
 
@@ -70,7 +70,13 @@ def record(
 ) -> Sites:
     """Run a program once, on these values of latent sites where they are given; its sites."""
     with beside(args, kwargs), Record(values) as run:
-        program(*args, **kwargs)
+        try:
+            program(*args, **kwargs)
+        except TypeError:
+            refuse_call(program, args, kwargs)
+            raise
+    if odd := [name for name, s in run.sites.items() if counts(s) and not isinstance(s["value"], Tensor)]:
+        raise TypeError(f"the values of sites {quoted(odd)} are no tensors: convert them by torch.as_tensor")
     return run.sites
 
 

@@ -88,7 +88,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         batches = self.cut(self.batch_size or self.default)
         batch = next(batches, None)
-        if batch is None:
+        if batch is None or not rows(batch, self.kwargs):
             raise datasets.DataError("there are no data to evaluate: pass at least one datum")
         taken, (batch, self.seen) = first_way(batch, self.look, *self.programs)
         number = rows(batch, self.kwargs)

@@ -11,7 +11,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyrovae.arguments import positive_int, sizes
+from pyrovae.arguments import positive_int, shown, sizes
+from pyrovae.data.arrays import NUMBER_THEM
 from pyrovae.errors import DataError
 from pyrovae.models.vae import OneLatent
 from pyrovae.nn.conv import networks
@@ -170,7 +171,8 @@ class ConditionalVAE(OneLatent):
         shape = y.shape[: y.dim() - self.labels.event_dim]
         if len(shape) > len(leading) or any(n not in (1, m) for n, m in zip(shape[::-1], leading[::-1], strict=False)):
             raise DataError(
-                f"labels of shape {list(y.shape)} do not go with {list(leading)} data: pass one label per datum"
+                f"labels of shape {list(y.shape)} do not go with {list(leading)} data: pass one label per datum, "
+                "of one-hot rows y.argmax(-1)"
             )
         if dist.is_validation_enabled():
             self.labels.check_values(y)
@@ -178,4 +180,7 @@ class ConditionalVAE(OneLatent):
 
     def tensor(self, y: Labels, like: Tensor) -> Tensor:
         """Labels as a tensor on the device of ``like``."""
-        return torch.as_tensor(list(y) if isinstance(y, range) else y, device=like.device)
+        try:
+            return torch.as_tensor(list(y) if isinstance(y, range) else y, device=like.device)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"labels must be numbers, got {shown(y)}: {NUMBER_THEM}") from error

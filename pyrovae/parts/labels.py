@@ -31,7 +31,10 @@ class Classes:
     def check(self, y: Tensor) -> None:
         """Their type and shape, known without a look at the values."""
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise DataError(f"labels must be integers, one class index per datum, got {y.dtype}: convert with y.long()")
+            raise DataError(
+                f"labels must be integers, one class index per datum, got {y.dtype}: convert with y.long(), or one-hot "
+                "rows with y.argmax(-1)"
+            )
 
     def check_values(self, y: Tensor) -> None:
         """Their range; on CUDA this waits for the device."""

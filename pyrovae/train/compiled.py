@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyrovae.arguments import in_range
 from pyrovae.compile.checked import Checked, distinct, signature, tensors, untouched
 from pyrovae.compile.inductor import COMPILATION, has_compiler, laid_out_as
 from pyrovae.compile.noise import CannotCompile
@@ -40,7 +41,9 @@ from pyrovae.engine.programs import (
 )
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective
-from pyrovae.train.plan import Plan
+from pyrovae.train.checks import lone_datum_advice
+from pyrovae.train.optimizers import check_optimizer, check_sparse
+from pyrovae.train.plan import Plan, check_objective
 from pyrovae.train.step import Eager, Recorded, Step
 
 CHECK_SEED = 20
@@ -109,6 +112,8 @@ class Compiled:
         def loss_and_gradients(*batch: object) -> list[Tensor]:
             loss = self.eager.loss(objective, batch)
             gradients = torch.autograd.grad(loss, self.eager.parameters, allow_unused=True)
+            if any(g is not None and g.is_sparse for g in gradients):
+                raise CannotCompile("an embedding has sparse gradients: build it with sparse=False")
             found = [(p, g) for p, g in zip(self.eager.parameters, gradients, strict=True) if g is not None]
             parameters[:] = [parameter for parameter, _ in found]
             return [loss.detach(), *(gradient for _, gradient in found)]
@@ -174,11 +179,16 @@ def training_step(
     >>> losses[-1] < losses[0]
     True
     """
-    with in_modes(training_modes(model, guide)):
+    traceable(check_objective(objective))
+    clip_norm = None if clip_norm is None else in_range("clip_norm", clip_norm, 1e-12)
+    if not (batch and rows(batch, {})):
+        raise ValueError("training_step needs an example of a batch: pass the arguments of model and guide, not empty")
+    with in_modes(training_modes(model, guide)), lone_datum_advice():
         seen = look(model, guide, batch, validate=False)
         modes = modes_of(seen.modules)  # a graph keeps those that it was made in, and so does what runs eagerly
         warn_of_eval(seen.modules, model, guide)
         eager = Eager(model, guide, seen, batch)
+        check_sparse(check_optimizer(optimizer, eager.parameters), seen.modules)
         device = eager.parameters[0].device
         eager.precision = choose_precision(precision, device, rows(batch, {}) * objective.total_particles)
         gradients = Compiled(eager)
@@ -187,7 +197,7 @@ def training_step(
     run = Recorded(step) if device.type == "cuda" else step
 
     def call(*batch: object) -> Tensor:
-        with in_modes(modes):
+        with in_modes(modes), lone_datum_advice():
             return torch.as_tensor(run(objective, batch))
 
     return call

@@ -5,33 +5,35 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import pyro.infer
 import torch
+from pyro.optim import PyroOptim
 from torch import Tensor
-from torch.optim import Optimizer
 
 from pyrovae import runs
 from pyrovae.arguments import positive_int
 from pyrovae.compile.checked import check_compile
 from pyrovae.compile.recording import settle
 from pyrovae.data.feed import Feed
-from pyrovae.engine.probe import check_pair, look, warn_of_strays
-from pyrovae.engine.programs import Program, in_modes, modes_of, roots, training_modes, warn, warn_of_eval
+from pyrovae.engine.probe import check_pair, look
+from pyrovae.engine.programs import Program, in_modes, modes_of, roots, training_modes, warn_of_eval
 from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
-from pyrovae.engine.sites import counted, counts, log_prob
+from pyrovae.engine.sites import counts, log_prob
 from pyrovae.errors import CheckpointError, DataError, NumericalError
 from pyrovae.memory import memory_advice
 from pyrovae.objectives.base import Objective
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Schedule
+from pyrovae.train.checks import check_last_batch, lone_datum_advice, warn_of_data
 from pyrovae.train.compiled import Compiled, worthwhile
 from pyrovae.train.log import Fit, check_same, describe_objective
 from pyrovae.train.monitor import Monitor, Validation, look_on, warn_unlogged
-from pyrovae.train.plan import MakeOptimizer, Plan, Setup, optimizer_maker
+from pyrovae.train.optimizers import check_sparse, optimizer_maker
+from pyrovae.train.plan import MakeOptimizer, Plan, Setup
 from pyrovae.train.step import Eager, Gradients, Recorded, Step, on_device
 
 OnEpoch = Callable[[Fit], object]
@@ -45,7 +47,7 @@ def fit(
     objective: pyro.infer.ELBO,
     epochs: int,
     batch_size: int = 100,
-    optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+    optimizer: MakeOptimizer | PyroOptim | None = None,
     lr: float | None = None,
     schedule: str | Schedule = "constant",
     particles: Sequence[int] | None = None,
@@ -79,7 +81,8 @@ def fit(
     :param objective: for instance ``pyrovae.IWAE(5)``.
     :param epochs: passes over the data.
     :param batch_size: data per step (a DataLoader has its own).
-    :param optimizer: parameters -> ``torch.optim`` optimizer; by default fused Adam with learning rate ``lr`` (1e-3).
+    :param optimizer: parameters -> ``torch.optim`` optimizer, or one of ``pyro.optim`` with one dict of arguments; by
+        default fused Adam with learning rate ``lr`` (1e-3).
     :param schedule: "constant", "cosine", "linear", "iwae" (the paper's stages), or a function of progress in [0, 1)
         that gives the factor of the learning rate.
     :param particles: numbers of particles for equal parts of the epochs, for instance ``(1, 5, 20, 50)``.
@@ -101,8 +104,8 @@ def fit(
     :param override: resume, with a warning, a run whose files were changed since they were written.
     :param progress: show a progress bar; None shows it on terminals only.
     :param on_epoch: called with the :class:`Fit` so far, whose last row is ``fit.history[-1]``, after each epoch, once
-        that is logged. Training ends where it returns False; after an error in it the run can be resumed.
-        What it draws, and the modes that it puts modules in, leave training as it is.
+        that is logged. Training ends where it returns False; after an error in it the run can be resumed. What it
+        draws, and the modes that it puts modules in, leave training as it is.
     :raises DataError: for data outside the observed sites' support, saying where.
     :raises ValueError: for arguments out of range.
     :raises CheckpointError: for a run to resume that is damaged or was changed.
@@ -161,7 +164,7 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded, on_epoch: OnEpoch 
     warn_of_eval(modules, *(program for trainee in trainees for program in (trainee.model, trainee.guide)))
     with ProgressBar("epoch", plan.epochs, setup.progress) as bar:
         for epoch in range(len(first.result.history), 0 if first.result.finished else plan.epochs):
-            with memory_advice(lambda: setup.advice(first.checkpoint)):
+            with memory_advice(lambda: setup.advice(first.checkpoint)), lone_datum_advice():
                 losses, metrics = run_epoch(epoch, first.feed, step, plan)
             for r, trainee in enumerate(trainees):
                 if math.isnan(losses[r]) or (not alone and math.isinf(losses[r])) or not step.finite(r):
@@ -187,7 +190,7 @@ def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan) -> tupl
             total = total + step(plan.at(now), batch) * len(batch[0])
         steps, data = steps + 1, data + len(batch[0])
     if not data:
-        raise DataError("there are no data to train on: the data set is empty")
+        raise DataError(f"epoch {epoch + 1} had no data: pass a data set that gives them in every epoch")
     losses = torch.as_tensor(total / data).cpu().reshape(-1)
     seconds = time.perf_counter() - step.gradients.compile_seconds - began
     return losses, {
@@ -216,7 +219,10 @@ class Trainee:
     ) -> None:
         self.model, self.guide, self.objective, self.kl_factor = model, guide, objective, kl_factor
         self.setup, self.feed, self.result = setup, feed, Fit()
-        seen = look_on(feed, model, guide)
+        setup.plan.check(feed.steps)
+        with lone_datum_advice():
+            seen = look_on(feed, model, guide)
+        check_last_batch(model, guide, seen, feed)
         self.monitor: Monitor | None = None
         own = setup.plan.at(0)
         try:
@@ -230,20 +236,12 @@ class Trainee:
             self.monitor = Monitor(model, guide, seen, feed)
             if isinstance(own, Objective):
                 own.meet(model, guide, seen)
-        stacks = [site["cond_indep_stack"] for site in (*counted(seen.guide), *counted(seen.model))]
-        names = [{frame.name for frame in stack} for stack in stacks]  # of sequential plates too
-        subsampled = any(f.full_size and f.full_size > f.size for stack in stacks for f in stack)
-        apart = seen.joint and any(names) and not set.intersection(*names)
-        warn_of_strays(seen)
-        if feed.steps != 1 and apart and not (seen.strays or subsampled):
-            warn(
-                "latents outside the data plate are shared by all data, but each batch will count as all of them: pass "
-                'batch_size=len(data), or give the plate its full size, pyro.plate("data", N, subsample_size=...)'
-            )
+        warn_of_data(seen, feed)
         seen.state.to(feed.device)
         self.eager = Eager(model, guide, seen, feed.first(), precision=setup.precision)
         self.rate, self.make = maker
         self.optimizer = self.make(self.eager.parameters)
+        check_sparse(self.optimizer, seen.modules)
         self.run: runs.Run | None = None
         self.best: dict[str, Tensor] = {}  # weights that are not saved yet
         self.validation: Validation | None = None

@@ -16,7 +16,7 @@ from pyrovae.engine.kl import site_kl
 from pyrovae.engine.observed import Observed
 from pyrovae.engine.particles import Particles, combine
 from pyrovae.engine.probe import Look, check_pair, look
-from pyrovae.engine.programs import Batch, Program, evaluating, roots, warn
+from pyrovae.engine.programs import Batch, Program, evaluating, held_by, roots, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import frames, latent
@@ -145,6 +145,8 @@ class Validation:
 def look_on(feed: Feed, model: Program, guide: Program, *, validate: bool = True) -> Look:
     """A look at a pair on the first of the data, all of which are to be checked against its observed sites."""
     batch = feed.first()
+    if any(tensor.is_meta for tensor in held_by(guide, model)):
+        raise ValueError("parameters on the device meta have no values: load some, or build the networks elsewhere")
     home = home_of(guide, model, args=batch)
 
     def looked(given: Batch) -> tuple[Batch, Look]:

@@ -9,13 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyro.infer
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyrovae.arguments import in_range, pick_device, positive_int, sizes
+from pyrovae.arguments import check_seed, in_range, pick_device, positive_int, shown, sizes
 from pyrovae.compile.precision import choose_precision
 from pyrovae.data.feed import Feed
 from pyrovae.engine.programs import warn
@@ -23,6 +22,14 @@ from pyrovae.objectives.base import Objective
 from pyrovae.schedules import Schedule, make_schedule
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
+
+
+def check_objective(objective: object) -> pyro.infer.ELBO:
+    """An objective, or one clear error."""
+    if not isinstance(objective, pyro.infer.ELBO):
+        got = f"the class {objective.__name__}" if isinstance(objective, type) else shown(objective)
+        raise TypeError(f"objective must be a pyro.infer.ELBO such as pyrovae.IWAE(5), got {got}: pass one")
+    return objective
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,7 @@ class Plan:
         kl_warmup: float = 0,
     ) -> Plan:
         """A plan from the arguments of fit, which are checked."""
-        if not isinstance(objective, pyro.infer.ELBO):
-            raise TypeError(f"objective must be a pyro.infer.ELBO such as pyrovae.IWAE(5), got {objective!r}: pass one")
-        name = type(objective).__name__
+        name = type(check_objective(objective)).__name__
         if not isinstance(objective, Objective) and (particles is not None or kl_warmup):
             raise ValueError(
                 f"particles and kl_warmup need one of pyrovae's objectives, got {name}: "
@@ -94,7 +99,16 @@ class Plan:
 
     def factor(self, epoch: float) -> float:
         """The factor of the learning rate after ``epoch`` epochs."""
-        return self.schedule(epoch / self.epochs)
+        given = self.schedule(epoch / self.epochs)
+        factor = math.nan if given is None else float(given)
+        if not 0 <= factor < math.inf:
+            raise ValueError(f"schedule must give factors in [0, inf), got {given}: pass a function that gives such")
+        return factor
+
+    def check(self, steps: int | None) -> None:
+        """Refuse more stages than steps, an epoch having so many: the last stages would never come."""
+        if (number := len(self.particles or ())) > (total := self.epochs * (steps or 1)):
+            raise ValueError(f"particles has {number} stages for {total} steps: pass more epochs, or fewer stages")
 
 
 class Setup:
@@ -117,9 +131,7 @@ class Setup:
         self.device = pick_device(device)
         rows = self.batch_size * max(plan.particles or (getattr(plan.objective, "total_particles", 1),))
         self.precision = choose_precision(precision, self.device, rows)
-        if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-            raise ValueError(f"seed must be an integer, got {seed!r}: pass one, and another one for another run")
-        self.seed, self.progress = int(seed), progress
+        self.seed, self.progress = check_seed(seed), progress
 
     def place(self) -> AbstractContextManager[object]:
         """The context in which "cuda" is the device asked for, with its streams and generators."""
@@ -141,25 +153,3 @@ class Setup:
         bfloat = "" if self.precision == "bfloat16" else ', or pass precision="bfloat16"'
         kept = "" if checkpoint is None else f'; the last checkpoint is in "{checkpoint}"'
         return f"asked for batch_size={self.batch_size} with {particles} particles; lower either{bfloat}{kept}"
-
-
-def optimizer_maker(make: MakeOptimizer | None, lr: float | None) -> tuple[float | None, MakeOptimizer]:
-    """The learning rate, where it is ours to know, and what makes the optimizer."""
-    if make is None:
-        rate = 1e-3 if lr is None else in_range("lr", lr, 0.0)
-        return rate, lambda parameters: torch.optim.Adam(parameters, lr=rate, fused=True)
-    if lr is not None:
-        raise ValueError(f"lr={lr} belongs to the default optimizer: set it in optimizer=, or leave optimizer out")
-    if isinstance(make, Optimizer) or not callable(make):
-        raise TypeError(
-            f"optimizer must be a function of the parameters, got {type(make).__name__}: "
-            "pass, for instance, lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
-        )
-
-    def checked(parameters: Iterable[Tensor]) -> Optimizer:
-        made = make(parameters)
-        if not isinstance(made, Optimizer):
-            raise TypeError(f"optimizer must return a torch.optim optimizer, got {type(made).__name__}: return one")
-        return made
-
-    return None, checked

@@ -13,15 +13,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro.infer
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
 
 from pyrovae import runs
-from pyrovae.arguments import in_range
+from pyrovae.arguments import in_range, shown
 from pyrovae.compile.checked import Checked, compare, signature, tensors, untouched
 from pyrovae.compile.graph import Graph
 from pyrovae.compile.noise import CannotCompile, stacked_noise
@@ -34,7 +34,8 @@ from pyrovae.schedules import Schedule
 from pyrovae.train.compiled import CHECK_SEED, Compiled, put, traceable
 from pyrovae.train.log import Fit
 from pyrovae.train.loop import Trainee, fit, train
-from pyrovae.train.plan import Plan, Setup, optimizer_maker
+from pyrovae.train.optimizers import optimizer_maker
+from pyrovae.train.plan import MakeOptimizer, Plan, Setup
 from pyrovae.train.step import Step, on_device
 
 WORTHWHILE = 100  # eager steps of one pair, about, for the price of a graph
@@ -42,15 +43,15 @@ Differentiated = tuple[Checked, list[Tensor]]
 
 
 def fit_replicas(
-    pairs: Sequence[object],
+    pairs: Iterable[object],
     data: object,
     *,
     objective: Objective,
     epochs: int,
     batch_size: int = 100,
-    optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
-    lr: float | Sequence[float] | None = None,
-    kl_weight: Sequence[float] | None = None,
+    optimizer: MakeOptimizer | PyroOptim | None = None,
+    lr: float | Iterable[float] | None = None,
+    kl_weight: Iterable[float] | None = None,
     schedule: str | Schedule = "constant",
     particles: Sequence[int] | None = None,
     kl_warmup: float = 0,
@@ -58,7 +59,7 @@ def fit_replicas(
     precision: str = "float32",
     device: str | torch.device = "auto",
     seed: int = 0,
-    run_dirs: Sequence[str | os.PathLike[str]] | None = None,
+    run_dirs: Iterable[str | os.PathLike[str]] | None = None,
     progress: bool | None = None,
 ) -> list[Fit]:
     r"""Train R pairs of the same programs at once: R seeds, R learning rates, or R weights of the KL.
@@ -148,27 +149,35 @@ class Replica(NamedTuple):
 
 
 def replicas_of(
-    pairs: Sequence[object],
-    lr: float | Sequence[float] | None,
-    kl_weight: Sequence[float] | None,
-    run_dirs: Sequence[str | os.PathLike[str]] | None,
+    pairs: Iterable[object],
+    lr: float | Iterable[float] | None,
+    kl_weight: Iterable[float] | None,
+    run_dirs: Iterable[str | os.PathLike[str]] | None,
 ) -> list[Replica]:
     """The replicas from the arguments of :func:`fit_replicas`, which are checked."""
-    programs, number = [programs_of(pair) for pair in pairs], len(pairs)
-    if not number:
+    if isinstance(pairs, nn.Module) or not isinstance(pairs, Iterable):
+        raise TypeError(f"pairs must be a sequence of pairs, got one {type(pairs).__name__}: pass several in a list")
+    programs = [programs_of(pair) for pair in pairs]
+    if not (number := len(programs)):
         raise ValueError("there are no pairs to train: pass one at least")
-    rates = lr if isinstance(lr, Sequence) else [lr] * number
-    weights = [1.0] * number if kl_weight is None else [in_range("kl_weight", w, 0.0) for w in kl_weight]
-    own_runs = [None] * number if run_dirs is None else [runs.Run.of(folder) for folder in run_dirs]
-    for name, given in (("lr", rates), ("kl_weight", weights), ("run_dirs", own_runs)):
-        if len(given) != number:
-            raise ValueError(f"{name} needs one value for each of {number} pairs, got {len(given)}: pass as many")
-    places = [os.path.realpath(run) for run in own_runs if run is not None]
-    if len(set(places)) < len(places):
-        raise ValueError(f"run_dirs must be {len(places)} folders, got {len(set(places))}: give each pair its own")
-    if taken := [f'"{run.path}"' for run in own_runs if run is not None and run.exists]:
+
+    def each(name: str, given: Any) -> list[Any]:
+        if isinstance(given, str | os.PathLike) or not isinstance(given, Iterable):
+            raise TypeError(f"{name} needs one value for each of {number} pairs, got {shown(given)}: pass as many")
+        if len(values := list(given)) != number:
+            raise ValueError(f"{name} needs one value for each of {number} pairs, got {len(values)}: pass as many")
+        return values
+
+    rates = [lr] * number if lr is None or isinstance(lr, float | int | str) else each("lr", lr)
+    weights = each("kl_weight", [1.0] * number if kl_weight is None else kl_weight)
+    factors = [in_range("kl_weight", weight, 0.0) for weight in weights]
+    own_runs = [None] * number if run_dirs is None else [runs.Run.of(folder) for folder in each("run_dirs", run_dirs)]
+    given = [run for run in own_runs if run is not None]
+    if len(places := {os.path.realpath(run) for run in given}) < len(given):
+        raise ValueError(f"run_dirs must be {len(given)} folders, got {len(places)}: give each pair its own")
+    if taken := [f'"{run.path}"' for run in given if run.exists]:
         raise ValueError(f"{', '.join(taken)} hold runs already: pass other run_dirs")
-    return [Replica(*own) for own in zip(programs, rates, weights, own_runs, strict=True)]
+    return [Replica(*own) for own in zip(programs, rates, factors, own_runs, strict=True)]
 
 
 def programs_of(pair: object) -> tuple[Program, Program]:

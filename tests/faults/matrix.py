@@ -223,7 +223,8 @@ def child(name: str, folder: Path) -> None:
 def run(row: Row, folder: Path, seconds: float = SECONDS) -> Verdict:
     """One row, from a process that has imported the package and does nothing else."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["pyrovae.app.cli", "sklearn.datasets", "matplotlib.pyplot", "PIL.Image"])
+    modules = ["pyrovae.app.cli", "sklearn.datasets", "matplotlib.pyplot", "PIL.Image", "torch._dynamo"]
+    processes.set_forkserver_preload(modules)  # torch.optim needs the last
     process = processes.Process(target=child, args=(str(row), folder))
     process.start()
     process.join(seconds)

@@ -1,0 +1,57 @@
+"""What cannot be trained as it is, in plain words and before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyrovae.data.feed import Feed
+from pyrovae.engine.probe import Look, look, warn_of_strays
+from pyrovae.engine.programs import Program, warn
+from pyrovae.engine.sites import counted
+
+
+@contextmanager
+def lone_datum_advice(of: str = "") -> Iterator[None]:
+    """Say in plain words that BatchNorm cannot be trained on one datum, whose variance would be 0."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel when training"):
+            raise
+        raise ValueError(
+            f"a batch has one datum{of}, on which BatchNorm cannot be trained: pass another batch_size, a DataLoader "
+            "with drop_last=True, or networks without BatchNorm"
+        ) from error
+
+
+def check_last_batch(model: Program, guide: Program, seen: Look, feed: Feed) -> None:
+    """Try the last batch of an epoch, if that is one datum, and something normalises batches."""
+    children = (child for module in seen.modules for child in module.modules())
+    if feed.last == 1 and any(isinstance(child, _BatchNorm) and child.training for child in children):
+        first = feed.first()
+        one = tuple(a[:1] if isinstance(a, Tensor) and a.dim() and len(a) == len(first[0]) else a for a in first)
+        with lone_datum_advice(f" (the last of {feed.size})"):
+            look(model, guide, one, validate=False)
+
+
+def warn_of_data(seen: Look, feed: Feed) -> None:
+    """Say where data do not count, or where each batch counts as all of them."""
+    if not any(site["is_observed"] for site in counted(seen.model)):
+        warn(
+            "the model observes nothing, so that the data do not count: pass obs= to one of its pyro.sample, or the "
+            "model before the guide"
+        )
+    stacks = [site["cond_indep_stack"] for site in (*counted(seen.guide), *counted(seen.model))]
+    names = [{frame.name for frame in stack} for stack in stacks]  # of sequential plates too
+    subsampled = any(f.full_size and f.full_size > f.size for stack in stacks for f in stack)
+    apart = seen.joint and any(names) and not set.intersection(*names)
+    warn_of_strays(seen)
+    if feed.steps != 1 and apart and not (seen.strays or subsampled):
+        warn(
+            "latents outside the data plate are shared by all data, but each batch will count as all of them: pass "
+            'batch_size=len(data), or give the plate its full size, pyro.plate("data", N, subsample_size=...)'
+        )
