@@ -94,7 +94,7 @@ def train_by_rule(rule: Rule, task: Task, run: runs.Run, resume: bool) -> Fit:
         raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
     if run.exists and (state := run.state()) is not None and state["finished"]:
         runs.restore(dict(pair.state_dict(keep_vars=True)), run.weights(), run)
-        return Fit(run.history(), finished=True)
+        return Fit(run.history_until(state["epoch"]), finished=True)
     default, takes, place = Settings(), keywords(rule), pick_device(job.device)
     common = {"epochs": job.epochs, "batch_size": job.batch_size, "lr": job.lr}
     changed = {name: value for name, value in common.items() if value != getattr(default, name)}

@@ -24,9 +24,9 @@ FOLDERS = (*CHECKPOINTS, *(f"{name}.{suffix}" for name in CHECKPOINTS for suffix
 
 
 def strange(folder: Path, *, run: bool) -> list[str]:
-    """What has the name of a run's file, but is a link or of another kind, or (where there is no run) was there before.
+    """What has the name of a run's file, but is a link, of another kind, or (where there is no run) was there before.
 
-    A run's own files are written to, replaced and deleted; these must not be.
+    A run's own files are written to, replaced and deleted; these, and others' files in a checkpoint, must not be.
     """
     found = []
     for place in folder.iterdir() if folder.is_dir() else ():
@@ -38,6 +38,8 @@ def strange(folder: Path, *, run: bool) -> list[str]:
             continue
         if place.is_symlink() or not (own and run):
             found.append(place.name)
+        elif place.name in FOLDERS[:-1]:
+            found += [f"{place.name}/{p.name}" for p in place.iterdir() if p.name not in (WEIGHTS, STATE, MANIFEST)]
     return sorted(found)
 
 

@@ -50,9 +50,10 @@ class Lock:
                 )
         HANDLES.add(self.handle)
         let_go_in_children()
-        os.ftruncate(self.handle, 0)
-        os.lseek(self.handle, 0, os.SEEK_SET)
-        os.write(self.handle, json.dumps(this_process()).encode())
+        with contextlib.suppress(OSError):  # a full disk takes no words, but it takes the lock
+            os.ftruncate(self.handle, 0)
+            os.lseek(self.handle, 0, os.SEEK_SET)
+            os.write(self.handle, json.dumps(this_process()).encode())
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -128,7 +128,7 @@ class Reader(os.PathLike[str]):
         path, rows = self.path / METRICS, []
         with undamaged(path):
             text = read(path).decode("utf-8", errors="replace") if path.exists() else ""
-        with suppress(json.JSONDecodeError, RecursionError):
+        with suppress(ValueError, RecursionError):
             for line in text.splitlines():
                 rows.append(json.loads(line))
         return list(itertools.takewhile(lambda row: isinstance(row, dict), rows))

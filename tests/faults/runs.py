@@ -749,6 +749,36 @@ def other_files_in_the_folder_are_left(folder, name):
     assert (folder / "run" / name).read_text() == "mine"
 
 
+@fault("B4", "fit", 2, "no run made", each={name: name for name in ("last/notes.txt", "best/notes.txt")})
+def someone_keeps_files_in_a_checkpoint(folder, name):
+    run = stopped(folder / "run")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_text("mine")
+    before = contents(run)
+    yield lambda: fit(run, epochs=4, resume=True)
+    assert contents(run) == before
+
+
+@fault(
+    "A4",
+    "train",
+    4,
+    r"(weights\.safetensors|metrics\.jsonl).*(changed|damaged)",
+    each={"weights": WEIGHTS, "rows": "metrics.jsonl"},
+)
+def a_run_by_a_rule_of_its_own_is_changed(folder, name):
+    run = folder / "run"
+    command(
+        "train", "rbm", "--run-dir", run, "--epochs", "2", "--set", "num_hidden=4", "--samples", "5", "--device", "cpu"
+    )
+    text = (run / name).read_bytes()
+    (run / name).write_bytes(
+        text.replace(b'"epoch": 2', b'"epoch": 2 ') if name == "metrics.jsonl" else text[:-1] + b"?"
+    )
+    assert (run / name).read_bytes() != text
+    yield words("train", run)
+
+
 @fault("B4", "fit", 2, "cannot be a folder", each={"file": "run", "parent": "run/more"})
 def a_file_is_in_the_folders_place(folder, name):
     (folder / "run").write_text("mine")
