@@ -455,5 +455,5 @@ def test_replicas_stop_at_an_infinite_loss():
 
         return model, guide
 
-    with pytest.raises(FloatingPointError, match="replica 0 became NaN in epoch 1"):
+    with pytest.raises(FloatingPointError, match=r'replica 0: step 1 .*"never" is -inf in all rows'):
         pv.fit_replicas([pair(), pair()], torch.zeros(20), objective=pv.ELBO(), epochs=1)

@@ -16,11 +16,12 @@ from pyrovae import models, runs
 from pyrovae.app.settings import CODES, Parts, Settings, keywords
 from pyrovae.arguments import one_of, pick_device
 from pyrovae.data import Images, Splits, load
+from pyrovae.engine.blame import ADVICE, nan_in
 from pyrovae.engine.programs import device_of, evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import Site, counts, record_pair
 from pyrovae.engine.unwrap import is_boolean
-from pyrovae.errors import CheckpointError, DataError, ResourceError
+from pyrovae.errors import CheckpointError, DataError, NumericalError, ResourceError
 from pyrovae.memory import Declared, require_memory
 from pyrovae.models.base import Pair, as_pair
 from pyrovae.parts.labels import hide_labels
@@ -219,6 +220,8 @@ def reopen(folder: Path, checkpoint: str = "last", terms: Terms = Terms()) -> Op
         built = None if config.get("model") else build(parts, Images(example(run)), job.seed).module
     weights = run.digest(checkpoint)
     pair = as_pair(runs.load(run, pair=built, checkpoint=checkpoint, trust=terms.trust))
+    if found := nan_in(pair.state_dict(keep_vars=True)):
+        raise NumericalError(f'{found.said} in the checkpoint "{checkpoint}" of "{folder}": {ADVICE[found.kind]}')
     return Opened(pair, job, parts, weights)
 
 

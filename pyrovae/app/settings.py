@@ -16,7 +16,9 @@ from pyrovae.configured import Configured
 from pyrovae.models.base import Pair
 from pyrovae.objectives.base import Objective
 
-FIT_KEYS = ("schedule", "kl_warmup", "clip_norm", "patience", "num_workers", "particles", "compile", "precision")
+FIT_KEYS = (
+    "schedule", "kl_warmup", "clip_norm", "patience", "num_workers", "particles", "compile", "precision", "on_nan",
+)  # fmt: skip
 OWN_FIT = ("data", "epochs", "batch_size", "lr", "seed", "device", "progress")  # of a rule of its own, given anyway
 DATA_KEYS = ("binarization", "validation", "labels_per_class")
 DEEPEST = 20  # levels of lists in a setting

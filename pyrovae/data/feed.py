@@ -205,6 +205,7 @@ class Feed:
         self._first: Batch | None = None
         self.observed: Observed | None = None
         self.unseen, self.taken = False, Taken()
+        self.index: Tensor | None = None  # of the batch given last, where it is known
         self.size = length(self.images if self.loader is None else self.loader.dataset)
         self.steps = length(range(0, len(self.images), batch_size) if self.images is not None else self.loader)
 
@@ -220,6 +221,7 @@ class Feed:
         number = len(self.images)  # type: ignore[arg-type]
         order = (torch.arange if number <= self.batch_size else torch.randperm)(number)
         for index in order.to(self.device, non_blocking=True).split(self.batch_size):
+            self.index = index
             yield (index,)
 
     @property

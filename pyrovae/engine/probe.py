@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyrovae.engine.auxiliary import Auxiliary, auxiliary_of
+from pyrovae.engine.blame import ADVICE, at_fault, nan_in
 from pyrovae.engine.observed import check_observed, excused
 from pyrovae.engine.particles import Layout, Particles, Role
 from pyrovae.engine.programs import Batch, Program, graph_leaves, isolated_run, protected_buffers, reached_modules, warn
@@ -36,6 +37,7 @@ from pyrovae.engine.sites import (
     record_pair,
 )
 from pyrovae.engine.unwrap import point_mass
+from pyrovae.errors import DataError, NumericalError
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,15 @@ class Look:
 
         check_observed(self.model, again=again)
 
+    def check_numbers(self, batch: Batch) -> None:
+        """Refuse what is no number in the run.
+
+        :raises NumericalError: naming the parameter, or the site.
+        :raises DataError: where the data are at fault.
+        """
+        if found := nan_in(module_state(self.modules) | self.store) or at_fault(self.guide, self.model, batch):
+            raise (DataError if found.kind == "data" else NumericalError)(f"{found.said}: {ADVICE[found.kind]}")
+
     @cached_property
     def state(self) -> PairState:
         """The tensors that the pair reaches; unlike the look it holds no graph, and may be kept."""
@@ -193,7 +204,8 @@ def look(
     """Run a pair once with one particle, leaving no trace in generators and buffers; lazy modules come into being.
 
     :param validate: whether what the model observes is checked, and Pyro's own checks are made, where they are on.
-    :raises DataError: for data outside of the observed sites' support.
+    :raises DataError: for data outside of the observed sites' support, or not finite where they must be.
+    :raises NumericalError: for weights that are not, or a site.
     """
     validating = nullcontext() if validate else pyro.validation_enabled(False)
     try:
@@ -205,7 +217,9 @@ def look(
     except ValueError:  # by Pyro's checks; where the data are at fault, they are told of in plainer words
         if validate:
             with suppress(RuntimeError, TypeError):
-                look(model, guide, args, kwargs, validate=False).check_data()
+                seen = look(model, guide, args, kwargs, validate=False)
+                seen.check_data()
+                seen.check_numbers(args)
         raise
     auxiliary = auxiliary_of(guide, args, kwargs or {}, *sites)
     below = {child for module in reached for child in module.modules() if child is not module}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import in_range
+from pyrovae.errors import NumericalError
 
 RELIABLE_K = 0.7
 ENOUGH = 100  # draws that carry an estimate
@@ -24,6 +25,12 @@ class Estimate:
 
     log_prob: Tensor
     std_error: Tensor
+
+    def __post_init__(self) -> None:
+        if number := int(self.log_prob.isnan().sum()):
+            raise NumericalError(
+                f"log p(x) of {number} of {self.log_prob.numel()} data is NaN: check that data and weights are finite"
+            )
 
     @property
     def num_weights(self) -> int:

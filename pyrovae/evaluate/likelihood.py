@@ -23,6 +23,7 @@ from pyrovae.engine.stacked import Stacked
 from pyrovae.engine.unwrap import is_discrete, point_mass
 from pyrovae.engine.weights import Tally
 from pyrovae.engine.whole import refuse_part
+from pyrovae.errors import NumericalError
 from pyrovae.evaluate.estimate import LikelihoodEstimate
 from pyrovae.evaluate.measuring import Batches
 from pyrovae.evaluate.proposals import refine
@@ -73,9 +74,10 @@ def log_likelihood(
         compared with the eager one on the same noise; what cannot be compiled runs eagerly after a warning. "auto"
         compiles where the number of data and samples promises a shorter evaluation.
     :param progress: show a progress bar; None shows it on terminals only.
-    :raises ValueError: for a pair without a density (a Delta guide on a continuous latent), weights that are NaN or
-        infinite, joint weights (latents outside the data plate) of data that a ``batch_size`` or a loader cuts, and a
-        part of a plate that some latent lies outside of.
+    :raises NumericalError: for weights that are NaN or infinite.
+    :raises ValueError: for a pair without a density (a Delta guide on a continuous latent), joint weights (latents
+        outside the data plate) of data that a ``batch_size`` or a loader cuts, and a part of a plate that some latent
+        lies outside of.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -177,7 +179,7 @@ class Sampler:
         bad = torch.isnan(sums.log_mean) | torch.isposinf(sums.log_mean)
         if bad.any():
             where = first + int(bad.reshape(-1).nonzero()[0])
-            raise ValueError(
+            raise NumericalError(
                 f"the log-weights of datum {where} are NaN or +inf: check that data and parameters are finite"
             )
         return sums.log_mean, torch.zeros_like(sums.log_mean) if self.exact else sums.std_error, sums.ess, k, draws

@@ -196,7 +196,7 @@ def refine(
                 optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
                 loss = objective.differentiable_loss(model, refined, *args, **kwargs)
                 for t, gradient in zip(free, torch.autograd.grad(loss, free), strict=True):
-                    t.grad = gradient
+                    t.grad = gradient.nan_to_num(0.0, 0.0, 0.0)  # a datum without one stays with the guide's own
                 optimizer.step()
     for t in free:
         t.requires_grad_(False)

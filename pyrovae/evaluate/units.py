@@ -17,6 +17,7 @@ from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import frames, latent, masked, record
 from pyrovae.engine.support import first_outside
 from pyrovae.engine.unwrap import finite_mean, point_mass
+from pyrovae.errors import NumericalError
 from pyrovae.evaluate.measuring import Batches, RunningMean, measuring
 
 DRAWS = 64  # where a site's mean is not known in closed form
@@ -77,7 +78,8 @@ def active_units(
             for name, average in mean_draws(guide, batch, samples).items():
                 bad = first_outside(average.mean, torch.isfinite)
                 if bad is not None:
-                    raise datasets.DataError(
+                    fine = bool(batch[0][bad[0]].isfinite().all())
+                    raise (NumericalError if fine else datasets.DataError)(
                         f'the posterior mean of site "{name}" at data[{size + bad[0]}] is {average.mean[bad]:g}: data '
                         "and parameters must be finite; drop or replace such data"
                     )

@@ -14,6 +14,7 @@ from pyrovae.arguments import in_range, pick_device, positive_int
 from pyrovae.compile.checked import Checked, wanted
 from pyrovae.compile.inductor import has_compiler
 from pyrovae.data.feed import Feed
+from pyrovae.engine.guard import Guard, last_good
 from pyrovae.engine.observed import Observed
 from pyrovae.engine.programs import nothing
 from pyrovae.engine.randomness import isolated_rng
@@ -120,7 +121,7 @@ class ContrastiveDivergence(Pair):
         :return: one row per epoch.
         :raises DataError: for data other than zeros and ones.
         :raises ValueError: for arguments out of range.
-        :raises NumericalError: where a parameter is no longer finite.
+        :raises NumericalError: where a gradient is not finite, or a parameter no longer; those before it are kept.
 
         Hinton, *Training products of experts by minimizing contrastive divergence*, 2002; Tieleman, *Training
         restricted Boltzmann machines using approximations to the likelihood gradient*, 2008.
@@ -153,7 +154,7 @@ class ContrastiveDivergence(Pair):
                 began, now = time.perf_counter(), rate * factor(epoch / epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = now
-                self.run_epoch(feed, optimizer, step, persistent)
+                run_epoch(self, feed, optimizer, step, persistent)
                 row = {"epoch": epoch + 1, "seconds": time.perf_counter() - began, "learning_rate": now}
                 history.append(row | epoch_metrics(self, *probes))
                 bar.update(epoch + 1, f"pseudo log p {history[-1]['pseudo_log_likelihood']:.1f}")
@@ -171,18 +172,24 @@ class ContrastiveDivergence(Pair):
         feed.watch(Observed(observe_bits, nothing, record(observe_bits, batch, {}), batch))
         return feed
 
-    def run_epoch(self, feed: Feed, optimizer: torch.optim.Optimizer, step: Checked, persistent: bool) -> None:
-        """One pass over the data."""
+
+def run_epoch(
+    machine: ContrastiveDivergence, feed: Feed, optimizer: torch.optim.Optimizer, step: Checked, persistent: bool
+) -> None:
+    """One pass over the data; a step without finite gradients is not taken, nor are those after it."""
+    guard, parameters = Guard([[]], machine.weight.device, lasting=True), dict(machine.named_parameters())
+    with last_good(parameters):
         for v, *_ in feed:
-            start = self.chains.unflatten(-1, self.input_shape) if persistent else None
-            _, *gradients, states = step(v, start)
-            for parameter, gradient in zip(self.parameters(), gradients, strict=True):
+            start = machine.chains.unflatten(-1, machine.input_shape) if persistent else None
+            scalar, *gradients, states = step(v, start)
+            for parameter, gradient in zip(parameters.values(), gradients, strict=True):
                 parameter.grad = gradient
-            optimizer.step()
+            guard.judge(scalar, [gradients])
+            guard.move(0, optimizer)
             if persistent:
-                self.chains = states.flatten(1)
-        if not all(torch.isfinite(p).all() for p in self.parameters()):
-            raise NumericalError("a parameter of the RBM became NaN or infinite: lower lr")
+                machine.chains = torch.where(guard.withheld > 0, machine.chains, states.flatten(1))
+        if guard.withheld.item():
+            raise NumericalError("a gradient of the RBM is not finite: lower lr; the RBM has its last good weights")
 
 
 def observe_bits(x: Tensor, *_: object) -> None:

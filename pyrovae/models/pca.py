@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrovae.arguments import pick_device, positive_int
 from pyrovae.data.feed import as_dataset, batches
 from pyrovae.engine.support import check_support
-from pyrovae.errors import DataError
+from pyrovae.errors import DataError, NumericalError
 from pyrovae.models.vae import OneLatent
 from pyrovae.parts.pixels import Gaussian
 
@@ -98,6 +98,7 @@ class PCA(OneLatent):
         :param device: where the pair is afterwards.
         :return: one row: seconds, *bound* (the data's mean log p(x), here itself), the share of the variance that is
             explained, and the noise variance.
+        :raises NumericalError: where variances overflow the pair's dtype.
         :raises DataError: for fewer data than components, data that are not finite, and data without any variance
             outside of the components.
 
@@ -114,10 +115,15 @@ class PCA(OneLatent):
         check_support(x, None)
         number, dim = x.shape
         found, total, left = find_components(x, self.latent_dim)
-        self.mean.copy_(torch.from_numpy(found.mean_))
-        self.components.copy_(torch.from_numpy(found.components_))
-        self.explained_variance.copy_(torch.from_numpy(found.explained_variance_))
-        self.noise_variance.fill_(left / (dim - self.latent_dim))
+        noise = torch.tensor(left / (dim - self.latent_dim), dtype=torch.float64)
+        fitted = *map(torch.from_numpy, (found.mean_, found.components_, found.explained_variance_)), noise
+        own = self.mean, self.components, self.explained_variance, self.noise_variance
+        if not all(t.to(mine.dtype).isfinite().all() for mine, t in zip(own, fitted, strict=True)):
+            raise NumericalError(
+                f"a variance of {fitted[2].max():.3g} overflows {self.mean.dtype}: scale the data down"
+            )
+        for mine, t in zip(own, fitted, strict=True):
+            mine.copy_(t)
         self.to(place)
         row = {"epoch": 1, "seconds": time.perf_counter() - began}
         # Variances of N - 1: each squared coordinate over its own is on average 1 - 1/N.

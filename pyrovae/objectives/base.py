@@ -13,6 +13,7 @@ from pyrovae.arguments import one_of, positive_int, weight
 from pyrovae.configured import Configured
 from pyrovae.engine.fold import Fold
 from pyrovae.engine.gradient import Needs, ParticleWeights, Parts, finite_weights, surrogate
+from pyrovae.engine.left_out import kept
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
 from pyrovae.engine.scores import local_plates, score_functions, weight_terms
@@ -174,7 +175,7 @@ class Objective(Configured, RunObjective):
         )  # fmt: skip
         log_w = parts.log_w
         if not (particles.copies or any(live.requires_grad for live in (log_w, *scores.values()))):
-            return -(self.bound(log_w) * particles.scale).sum()
+            return -(kept(self.bound(log_w)) * particles.scale).sum()
         local = {} if self.has_own_weights else local_plates(particles, scores)
         log_score = particles.total("guide", {n: s for n, s in scores.items() if n not in local}, tempered=False)
         needs = needs._replace(reinforce=log_score is not None)
@@ -184,7 +185,7 @@ class Objective(Configured, RunObjective):
             terms = weight_terms(particles, self.kl_weight, self.likelihood_weight)
             scores = {name: scores[name] for name in local}
             ascent = ascent + local_ascent(particles, scores, terms, self.path_bound, self.num_particles)
-        return -(bound * particles.scale).sum() - (ascent - ascent.detach())
+        return -(kept(bound) * particles.scale).sum() - (ascent - ascent.detach())
 
     def check(self, seen: Look) -> None:
         """Refuse a pair that this objective cannot train or measure."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyrovae.arguments import in_range
 from pyrovae.engine.kl import is_divergence, kl_in_place, over_plates, parents_first
+from pyrovae.engine.left_out import kept
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import warn
@@ -96,7 +97,7 @@ class ELBO(Objective):
         cost: Any = 0.0 if likelihood is None else -self.likelihood_weight * likelihood
         if carried is not None:
             cost = cost - self.kl_weight * carried
-        loss: Any = (torch.as_tensor(cost) * particles.scale).mean(0).sum()
+        loss: Any = -kept(-(torch.as_tensor(cost) * particles.scale).mean(0)).sum()
         terms = []
         for name in latent(particles.model):
             kl = kl_in_place(particles, name)

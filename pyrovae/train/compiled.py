@@ -44,7 +44,7 @@ from pyrovae.objectives.base import Objective
 from pyrovae.train.checks import lone_datum_advice
 from pyrovae.train.optimizers import check_optimizer, check_sparse
 from pyrovae.train.plan import Plan, check_objective
-from pyrovae.train.step import Eager, Recorded, Step
+from pyrovae.train.step import Eager, Outcome, Recorded, Step
 
 CHECK_SEED = 20
 
@@ -65,13 +65,13 @@ class Compiled:
         self.signature = signature(self.example)
         first = eager.parameters[0]
         self.kl_weight = torch.ones((), dtype=first.dtype, device=first.device)
-        self.functions: dict[int, Callable[[Batch], Tensor] | None] = {}
+        self.functions: dict[int, Callable[[Batch], Outcome] | None] = {}
 
-    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
+    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
         function = self.static(objective) if signature(batch) == self.signature else None
         return self.eager(objective, batch) if function is None else function(batch)
 
-    def static(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Tensor] | None:
+    def static(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Outcome] | None:
         """What computes the gradients of an objective; None if that cannot be compiled."""
         number = objective.num_particles
         if number not in self.functions:
@@ -91,10 +91,10 @@ class Compiled:
         function, parameters = self.differentiated(objective)
         run = function.compile(self.example)
 
-        def gradients(batch: Batch) -> Tensor:
-            loss, *found = run(*tensors(batch))
+        def gradients(batch: Batch) -> Outcome:
+            loss, left_out, *found = run(*tensors(batch))
             put(self.eager.parameters, dict(zip(parameters, found, strict=True)))
-            return loss
+            return Outcome(loss, left_out)
 
         self.functions[objective.num_particles] = gradients
 
@@ -103,20 +103,20 @@ class Compiled:
         objective = copy.copy(traceable(objective))
         for _ in range(2):  # with these particles it may reach more than the look did; what it reaches twice lasts
             with isolated_rng(), protected_buffers():
-                self.eager.meet(self.example, self.eager.loss(objective, self.example))
+                self.eager.meet(self.example, self.eager.loss(objective, self.example).losses)
         self.anneal(objective)
         if self.anneals:
             objective.kl_weight = self.kl_weight
         parameters: list[Tensor] = []
 
         def loss_and_gradients(*batch: object) -> list[Tensor]:
-            loss = self.eager.loss(objective, batch)
+            loss, left_out = self.eager.loss(objective, batch)
             gradients = torch.autograd.grad(loss, self.eager.parameters, allow_unused=True)
             if any(g is not None and g.is_sparse for g in gradients):
                 raise CannotCompile("an embedding has sparse gradients: build it with sparse=False")
             found = [(p, g) for p, g in zip(self.eager.parameters, gradients, strict=True) if g is not None]
             parameters[:] = [parameter for parameter, _ in found]
-            return [loss.detach(), *(gradient for _, gradient in found)]
+            return [loss.detach(), left_out, *(gradient for _, gradient in found)]
 
         checked = Checked(
             loss_and_gradients, self.inputs, changes=self.buffers, untouched=partial(untouched, self.eager.state),
@@ -167,7 +167,8 @@ def training_step(
         in the modes in which :func:`pyrovae.fit` would train them, and are left in their own.
     :param clip_norm: largest 2-norm of the gradient.
     :param precision: "float32", "bfloat16" for networks that multiply in bfloat16, or "auto".
-    :returns: a function ``step(*batch)`` that gives the loss, 0-d, not read back from the device.
+    :returns: a function ``step(*batch)`` that gives the loss, 0-d, not read back from the device. A step whose loss or
+        gradient is not finite moves nothing, and gives NaN; data whose bound is -inf are left out of loss and gradient.
     :raises CannotCompile: with the reason, for a pair that cannot become a static graph.
 
     >>> import pyrovae as pv
@@ -198,7 +199,7 @@ def training_step(
 
     def call(*batch: object) -> Tensor:
         with in_modes(modes), lone_datum_advice():
-            return torch.as_tensor(run(objective, batch))
+            return run(objective, batch).losses
 
     return call
 

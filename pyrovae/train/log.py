@@ -15,14 +15,15 @@ from pyrovae import runs
 from pyrovae.objectives.base import Objective
 from pyrovae.train.step import Recorded, Step
 
-MAY_CHANGE = ("threads", "device", "compile")  # between a run and its resumption
+MAY_CHANGE = ("threads", "device", "compile", "on_nan")  # between a run and its resumption
 
 
 @dataclass
 class Fit:
     """What came of training: one dict per epoch, and how long it took.
 
-    ``history`` has, per epoch, ``bound`` (mean over the epoch, nats per datum), ``reconstruction``, ``kl``,
+    ``history`` has, per epoch, ``bound`` (mean over the epoch, nats per datum), ``left_out`` (data whose bound was
+    -inf), ``skipped`` (steps that were no number), ``reconstruction``, ``kl``,
     ``kl_per_unit``, ``active_units``, ``grad_norm``, ``learning_rate``, ``kl_weight``, ``seconds``, ``cpu_seconds`` (of
     this process, all threads together), and ``validation_bound`` if asked for. ``timings`` has ``ms_per_step``,
     ``images_per_second``, ``seconds``, ``path`` ("eager", "compiled", "cuda graph" or "replicas"), ``compile_seconds``

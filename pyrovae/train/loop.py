@@ -6,7 +6,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pyro.infer
@@ -19,11 +20,10 @@ from pyrovae.arguments import positive_int
 from pyrovae.compile.checked import check_compile
 from pyrovae.compile.recording import settle
 from pyrovae.data.feed import Feed
-from pyrovae.engine.probe import check_pair, look
-from pyrovae.engine.programs import Program, in_modes, modes_of, roots, training_modes, warn_of_eval
+from pyrovae.engine.probe import check_pair
+from pyrovae.engine.programs import Program, in_modes, modes_of, roots, training_modes, warn, warn_of_eval
 from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
-from pyrovae.engine.sites import counts, log_prob
-from pyrovae.errors import CheckpointError, DataError, NumericalError
+from pyrovae.errors import CheckpointError, DataError
 from pyrovae.memory import memory_advice
 from pyrovae.objectives.base import Objective
 from pyrovae.progress import ProgressBar
@@ -33,6 +33,7 @@ from pyrovae.train.compiled import Compiled, worthwhile
 from pyrovae.train.log import Fit, check_same, describe_objective
 from pyrovae.train.monitor import Monitor, Validation, look_on, warn_unlogged
 from pyrovae.train.optimizers import check_sparse, optimizer_maker
+from pyrovae.train.outcomes import Outcomes, Watch
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup
 from pyrovae.train.step import Eager, Gradients, Recorded, Step, on_device
 
@@ -62,6 +63,7 @@ def fit(
     seed: int = 0,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    on_nan: str = "raise",
     config: Mapping[str, object] | None = None,
     override: bool = False,
     progress: bool | None = None,
@@ -100,6 +102,10 @@ def fit(
     :param run_dir: a folder for config, metrics and checkpoints (as often as takes 1% of the time, at the end in any
         case; with ``validation`` the best as well). One process at a time writes to it.
     :param resume: go on from the last checkpoint in ``run_dir``, on CPU to the same bits as if never interrupted.
+    :param on_nan: what follows a step whose loss or gradient is not finite. It never moves anything: parameters, the
+        optimizer's state and buffers stay as they were. "raise" ends the training, "skip" goes on with the next step
+        and counts it (10 in a row are an error all the same). Data whose bound is -inf are left out of their step and
+        counted, under either; the others keep the weight 1/B that they have in a batch of B.
     :param config: more entries for the run's config.json.
     :param override: resume, with a warning, a run whose files were changed since they were written.
     :param progress: show a progress bar; None shows it on terminals only.
@@ -110,7 +116,8 @@ def fit(
     :raises ValueError: for arguments out of range.
     :raises CheckpointError: for a run to resume that is damaged or was changed.
     :raises ResourceError: where another process writes to ``run_dir``, or its disk is full; what was saved is kept.
-    :raises NumericalError: where the loss becomes NaN, naming the site; the last checkpoint is kept.
+    :raises NumericalError: where a step has no finite loss and gradient, naming step, data, and what is no number; the
+        pair has its last good weights, and the last checkpoint is kept.
 
     >>> import pyrovae as pv
     >>> digits = pv.data.load("digits", binarization="dynamic").train
@@ -121,7 +128,7 @@ def fit(
     """
     setup = Setup(
         Plan.make(objective, epochs, schedule, particles, kl_warmup), batch_size=batch_size, clip_norm=clip_norm,
-        precision=precision, device=device, seed=seed, progress=progress,
+        precision=precision, device=device, seed=seed, progress=progress, on_nan=on_nan,
     )  # fmt: skip
     maker = optimizer_maker(optimizer, lr)
     if patience is not None:
@@ -145,7 +152,9 @@ def fit(
         gradients: Gradients = trainee.eager
         if compile and (compile != "auto" or worthwhile(setup.plan, trainee.eager.parameters, feed)):
             gradients = Compiled(trainee.eager, anneals=bool(setup.plan.kl_warmup))
-        step = on_device(Step(gradients, [trainee.optimizer], setup.clip_norm, [trainee.make]), feed)
+        step = on_device(
+            Step(gradients, [trainee.optimizer], setup.clip_norm, [trainee.make], lasting=not setup.skips), feed
+        )
         training = {"patience": patience, "compile": compile, "num_validation": None}
         if validation is not None:
             held_out = Feed(validation, setup.batch_size, setup.device, num_workers)
@@ -163,37 +172,42 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded, on_epoch: OnEpoch 
     modules = [module for state in step.gradients.states for module in state.modules]
     warn_of_eval(modules, *(program for trainee in trainees for program in (trainee.model, trainee.guide)))
     with ProgressBar("epoch", plan.epochs, setup.progress) as bar:
+        watches = [
+            Watch(own.eager, partial(getattr, own, "checkpoint"), setup.skips, "" if alone else f"replica {r}: ")
+            for r, own in enumerate(trainees)
+        ]
         for epoch in range(len(first.result.history), 0 if first.result.finished else plan.epochs):
-            with memory_advice(lambda: setup.advice(first.checkpoint)), lone_datum_advice():
-                losses, metrics = run_epoch(epoch, first.feed, step, plan)
+            with memory_advice(lambda: setup.advice(first.checkpoint)), lone_datum_advice(), ExitStack() as inside:
+                for watch, trainee in zip(watches, trainees, strict=True):
+                    inside.enter_context(watch.epoch(trainee.optimizer))
+                metrics = run_epoch(epoch, first.feed, step, plan, watches)
+            losses = [watch.mean(epoch + 1) for watch in watches]
             for r, trainee in enumerate(trainees):
-                if math.isnan(losses[r]) or (not alone and math.isinf(losses[r])) or not step.finite(r):
-                    raise NumericalError(trainee.blame(epoch + 1, None if alone else r))
-                trainee.add(metrics | step.metrics(r), losses[r].item())
+                trainee.add(metrics | step.metrics(r) | watches[r].counts, losses[r])
             mean = "" if alone else " on average"
-            bar.update(epoch + 1, f"{-losses.mean():.2f} nats{mean}, {metrics['images_per_second']:,.0f} images/s")
+            bound, speed = -sum(losses) / len(losses), metrics["images_per_second"]
+            bar.update(epoch + 1, f"{bound:.2f} nats{mean}, {speed:,.0f} images/s")
             if all(trainee.result.finished for trainee in trainees) or not (on_epoch is None or first.show(on_epoch)):
                 break
     return [trainee.close(step) for trainee in trainees]
 
 
-def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan) -> tuple[Tensor, dict[str, float]]:
-    """One pass over the data: each pair's mean loss, read back once at its end, and what the epoch was."""
-    total: Tensor | float = 0.0
+def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan, watches: Sequence[Watch]) -> dict[str, float]:
+    """One pass over the data: what the epoch was; ``watches`` take in what its steps came to."""
     began, steps, data = time.perf_counter() - step.gradients.compile_seconds, 0, 0
-    worked = time.process_time()
+    worked, outcomes = time.process_time(), Outcomes(watches, step, feed)
     for batch in feed.indices() if step.takes_index else feed:
         now = epoch + (steps / feed.steps if feed.steps else 0.0)
         step.set_lr(plan.factor(now))
         # What Pyro's own checks can find they find at the first step; later they cost time, and hide what became NaN.
         with nullcontext() if epoch == steps == 0 else pyro.validation_enabled(False):
-            total = total + step(plan.at(now), batch) * len(batch[0])
+            outcomes.take(plan.at(now), batch, epoch, steps)
         steps, data = steps + 1, data + len(batch[0])
     if not data:
         raise DataError(f"epoch {epoch + 1} had no data: pass a data set that gives them in every epoch")
-    losses = torch.as_tensor(total / data).cpu().reshape(-1)
+    outcomes.read()
     seconds = time.perf_counter() - step.gradients.compile_seconds - began
-    return losses, {
+    return {
         "epoch": epoch + 1, "kl_weight": float(getattr(plan.at(now), "kl_weight", 1.0)),
         "num_particles": plan.at(now).num_particles, "seconds": seconds, "steps": steps,
         "cpu_seconds": time.process_time() - worked, "images_per_second": data / seconds,
@@ -221,7 +235,7 @@ class Trainee:
         self.setup, self.feed, self.result = setup, feed, Fit()
         setup.plan.check(feed.steps)
         with lone_datum_advice():
-            seen = look_on(feed, model, guide)
+            seen = look_on(feed, model, guide, validate=not setup.skips)
         check_last_batch(model, guide, seen, feed)
         self.monitor: Monitor | None = None
         own = setup.plan.at(0)
@@ -292,7 +306,9 @@ class Trainee:
         own = {"bound": -loss, "kl_weight": metrics["kl_weight"] * self.kl_factor}
         row = {**metrics, **own, **(self.monitor() if self.monitor is not None else {})}
         if self.validation is not None:
-            row["validation_bound"] = self.validation()
+            row["validation_bound"] = bound = self.validation()
+            if math.isnan(bound):
+                warn(f"the validation bound of epoch {len(self.result.history) + 1} is NaN, and counts as -inf")
         self.result.add(row, self.patience, self.setup.plan.growing)
         if self.run is None:
             return
@@ -331,20 +347,3 @@ class Trainee:
     def checkpoint(self) -> Path | None:
         """The last checkpoint, if there is one."""
         return None if self.run is None else self.run.checkpoint()
-
-    def blame(self, epoch: int, replica: int | None) -> str:
-        """Say which replica is not finite any more; of a pair alone, where the first such value came from."""
-        if replica is not None:
-            return f"replica {replica} became NaN in epoch {epoch}: lower its learning rate, or pass clip_norm"
-        seen = look(self.model, self.guide, self.feed.first(), validate=False)
-        where = next(
-            (
-                f'{role} site "{name}" has the first value or log-probability that is not finite'
-                for role, sites in (("guide", seen.guide), ("model", seen.model))
-                for name, s in sites.items()
-                if counts(s) and not (torch.isfinite(log_prob(s)).all() and torch.isfinite(s["value"]).all())
-            ),
-            "every site is finite on the first batch",
-        )
-        kept = "" if self.checkpoint is None else f'; the last good checkpoint is in "{self.checkpoint}"'
-        return f"the loss or a parameter became NaN in epoch {epoch}: {where}{kept}; lower lr, or pass clip_norm"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyrovae.arguments import check_seed, in_range, pick_device, positive_int, shown, sizes
+from pyrovae.arguments import check_seed, in_range, one_of, pick_device, positive_int, shown, sizes
 from pyrovae.compile.precision import choose_precision
 from pyrovae.data.feed import Feed
 from pyrovae.engine.programs import warn
@@ -124,6 +124,7 @@ class Setup:
         device: str | torch.device,
         seed: int,
         progress: bool | None,
+        on_nan: str,
     ) -> None:
         self.plan = plan
         self.batch_size = positive_int("batch_size", batch_size)
@@ -132,6 +133,7 @@ class Setup:
         rows = self.batch_size * max(plan.particles or (getattr(plan.objective, "total_particles", 1),))
         self.precision = choose_precision(precision, self.device, rows)
         self.seed, self.progress = check_seed(seed), progress
+        self.skips = one_of("on_nan", on_nan, ("raise", "skip")) == "skip"
 
     def place(self) -> AbstractContextManager[object]:
         """The context in which "cuda" is the device asked for, with its streams and generators."""
@@ -144,7 +146,7 @@ class Setup:
             "epochs": plan.epochs, "schedule": plan.schedule_name, "particles": plan.particles,
             "kl_warmup": plan.kl_warmup, "batch_size": self.batch_size, "clip_norm": self.clip_norm,
             "precision": self.precision, "device": str(self.device), "seed": self.seed,
-            "threads": torch.get_num_threads(), "num_data": feed.size,
+            "threads": torch.get_num_threads(), "num_data": feed.size, "on_nan": "skip" if self.skips else "raise",
         }  # fmt: skip
 
     def advice(self, checkpoint: Path | None) -> str:

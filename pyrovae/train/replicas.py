@@ -36,7 +36,7 @@ from pyrovae.train.log import Fit
 from pyrovae.train.loop import Trainee, fit, train
 from pyrovae.train.optimizers import optimizer_maker
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup
-from pyrovae.train.step import Step, on_device
+from pyrovae.train.step import Outcome, Step, on_device
 
 WORTHWHILE = 100  # eager steps of one pair, about, for the price of a graph
 Differentiated = tuple[Checked, list[Tensor]]
@@ -60,6 +60,7 @@ def fit_replicas(
     device: str | torch.device = "auto",
     seed: int = 0,
     run_dirs: Iterable[str | os.PathLike[str]] | None = None,
+    on_nan: str = "raise",
     progress: bool | None = None,
 ) -> list[Fit]:
     r"""Train R pairs of the same programs at once: R seeds, R learning rates, or R weights of the KL.
@@ -90,7 +91,7 @@ def fit_replicas(
         raise TypeError(f"replicas need one of pyrovae's objectives, got {type(objective).__name__}: pass one")
     setup = Setup(
         Plan.make(objective, epochs, schedule, particles, kl_warmup), batch_size=batch_size, clip_norm=clip_norm,
-        precision=precision, device=device, seed=seed, progress=progress,
+        precision=precision, device=device, seed=seed, progress=progress, on_nan=on_nan,
     )  # fmt: skip
     makers = [optimizer_maker(optimizer, replica.lr) for replica in replicas]
 
@@ -117,7 +118,7 @@ def fit_replicas(
             warn(f"cannot train replicas at once: {error}; training one after the other")
         else:
             optimizers, make = [trainee.optimizer for trainee in trainees], [trainee.make for trainee in trainees]
-            step = on_device(Step(gradients, optimizers, setup.clip_norm, make), feed)
+            step = on_device(Step(gradients, optimizers, setup.clip_norm, make, lasting=not setup.skips), feed)
             for r, (replica, trainee) in enumerate(zip(replicas, trainees, strict=True)):
                 if replica.run is not None:
                     trainee.open(replica.run, {"replica": r, "of": len(replicas)}, {}, step)
@@ -127,7 +128,7 @@ def fit_replicas(
             *replica.pair, data, objective=replica.weighted(objective), epochs=epochs, batch_size=batch_size,
             optimizer=optimizer, lr=replica.lr, schedule=schedule, particles=particles, kl_warmup=kl_warmup,
             clip_norm=clip_norm, precision=precision, device=device, seed=seed + r, run_dir=replica.run,
-            progress=progress,
+            on_nan=on_nan, progress=progress,
         )
         for r, replica in enumerate(replicas)
     ]  # fmt: skip
@@ -203,7 +204,7 @@ class Batched:
         self.each, self.factors, self.example = list(each), factors, each[0].example
         self.states, self.reached = [own.eager.state for own in each], [own.eager.reach for own in each]
         self.kind, self.compile_seconds = "replicas", 0.0
-        self.functions: dict[object, Callable[[Batch], Tensor] | None] = {}
+        self.functions: dict[object, Callable[[Batch], Outcome] | None] = {}
         self.met: Counter[object] = Counter()  # eager steps, by number of particles and kind of batch
         self.stacked = [True] * len(each[0].inputs) + [False] * len(tensors(self.example))
         self.objectives: list[Objective] = []
@@ -223,7 +224,7 @@ class Batched:
             for tensor in own:
                 tensor.data = tensor.data.clone()
 
-    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor:
+    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
         other = None if signature(batch) == self.each[0].signature else batch  # the last one of an epoch
         kind = objective.num_particles, signature(batch)
         self.met[kind] += len(self.each)
@@ -231,9 +232,9 @@ class Batched:
         if function is not None:
             return function(batch)
         own = zip(self.each, self.weighted(objective), strict=True)
-        return torch.stack([torch.as_tensor(one.eager(weighted, batch)) for one, weighted in own])
+        return Outcome(*map(torch.stack, zip(*(one.eager(weighted, batch) for one, weighted in own), strict=True)))
 
-    def static(self, objective: pyro.infer.ELBO, example: Batch | None = None) -> Callable[[Batch], Tensor] | None:
+    def static(self, objective: pyro.infer.ELBO, example: Batch | None = None) -> Callable[[Batch], Outcome] | None:
         """What computes the gradients of an objective, made once for a number of particles.
 
         It is compiled, but for an example of another size, where a graph may also be refused.
@@ -267,7 +268,7 @@ class Batched:
             raise CannotCompile("a step reaches parameters that the first look did not")
         return own
 
-    def compile(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Tensor]:
+    def compile(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Outcome]:
         """One compiled function for all pairs, which are found to be one program."""
         own = self.differentiated(objective)
         captured = [function.capture(self.example) for function, _ in own]
@@ -278,7 +279,7 @@ class Batched:
         together = single.batched(len(self.each), self.stacked).compiled()
         return self.checked(together, single, own, [results for _, *results in captured], self.example)
 
-    def other(self, objective: pyro.infer.ELBO, example: Batch) -> Callable[[Batch], Tensor]:
+    def other(self, objective: pyro.infer.ELBO, example: Batch) -> Callable[[Batch], Outcome]:
         """One function for batches of another size, operation by operation, as they come but once an epoch."""
         own = self.differentiated(objective)
         single = own[0][0].capture(example).graph
@@ -292,7 +293,7 @@ class Batched:
         own: Sequence[Differentiated],
         results: Sequence[Sequence[list[Tensor]]],
         example: Batch,
-    ) -> Callable[[Batch], Tensor]:
+    ) -> Callable[[Batch], Outcome]:
         """What puts all gradients in their places, after a check of each pair's against its own eager results."""
 
         def same_noise() -> tuple[Tensor, ...]:
@@ -307,10 +308,10 @@ class Batched:
                 compare(expected, [g[r] for g in got], function.precision)
                 compare(changed, function.changes, function.precision)
 
-        def gradients(batch: Batch) -> Tensor:
-            losses, *found = together(*self.stacks, *tensors(batch))
+        def gradients(batch: Batch) -> Outcome:
+            losses, left_out, *found = together(*self.stacks, *tensors(batch))
             for r, (one, (_, parameters)) in enumerate(zip(self.each, own, strict=True)):
                 put(one.eager.parameters, {p: g[r] for p, g in zip(parameters, found, strict=True)})
-            return losses
+            return Outcome(losses, left_out)
 
         return gradients

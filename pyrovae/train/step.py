@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyro.infer
 import torch
 from pyro.poutine.runtime import effectful
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from pyrovae.compile.checked import signature, tensors
@@ -21,6 +21,8 @@ from pyrovae.compile.recording import CannotRecord, Recording, capturable
 from pyrovae.data.feed import Feed, as_batch
 from pyrovae.data.images import Images
 from pyrovae.engine.devices import beside
+from pyrovae.engine.guard import Guard
+from pyrovae.engine.left_out import leaving_out
 from pyrovae.engine.probe import Look, PairState
 from pyrovae.engine.programs import Batch, Program, before_backward, new_leaves, warn
 from pyrovae.engine.sites import quoted
@@ -32,6 +34,17 @@ WATCHED, WATCH_EVERY = 500, 8  # steps whose graphs are gone through, which take
 T = TypeVar("T")
 
 
+class Outcome(NamedTuple):
+    """What a step comes to, of each pair, 0-d or ``[R]``; nothing is read back from the device.
+
+    :ivar losses: per datum, of those not left out over the number of all; NaN where the step is withheld.
+    :ivar left_out: the number of data whose bound is -inf.
+    """
+
+    losses: Tensor
+    left_out: Tensor
+
+
 class Gradients(Protocol):
     """What fills the parameters' ``.grad``: of one pair eagerly or compiled, or of several at once."""
 
@@ -41,10 +54,10 @@ class Gradients(Protocol):
     states: list[PairState]  # of each pair
     reached: list[Reach]
 
-    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
-        """The loss per datum, 0-d or one for each pair; nothing is read back from the device."""
+    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
+        """The losses, and how many data are left out."""
 
-    def static(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Tensor] | None:
+    def static(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Outcome] | None:
         """The same for batches like the example, as operations on the device alone; None where there are none such."""
 
 
@@ -72,22 +85,23 @@ class Eager:
                 "the pair has no parameters to train: use modules, pyro.param or tensors that require grad"
             )
 
-    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
+    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
         for parameter in self.parameters:
             parameter.grad = None
         if hasattr(objective, "differentiable_loss"):
             made = torch.autograd._get_sequence_nr()
-            loss = self.loss(objective, batch)
+            loss, left_out = self.loss(objective, batch)
             if self.watches(torch.autograd._get_sequence_nr() - made) and self.meet(batch, loss):
-                loss = self.loss(objective, batch)  # with what a checkpoint held of what is reached only now
+                loss, left_out = self.loss(objective, batch)  # with what a checkpoint held of what is reached only now
             loss.backward()
-            return loss.detach()
+            return Outcome(loss.detach(), left_out)
         size, loss_and_grads = self.size(batch), objective.loss_and_grads  # type: ignore[attr-defined]
         with networks_in(self.precision), beside(batch), before_backward(partial(self.meet, batch)):
             found = first_loss(loss_and_grads(self.announced, self.guide, *batch))
         if gradients := [p.grad for p in self.parameters if p.grad is not None]:
             torch._foreach_div_(gradients, size)
-        return found / size
+        loss = torch.tensor(float(found) / size, device=self.parameters[0].device)
+        return Outcome(loss, torch.zeros_like(loss))
 
     def meet(self, batch: Batch, loss: Tensor) -> bool:
         """Take in what a step reaches for the first time; whether any of it got a saved value just now."""
@@ -108,11 +122,12 @@ class Eager:
     def static(self, objective: pyro.infer.ELBO) -> None:
         """Nothing: Python runs at every step."""
 
-    def loss(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor:
+    def loss(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
         """The loss per datum, to be differentiated."""
-        with networks_in(self.precision), beside(batch):
+        with networks_in(self.precision), beside(batch), leaving_out() as counts:
             loss = objective.differentiable_loss(self.model, self.guide, *batch)  # type: ignore[attr-defined]
-            return loss / self.size(batch)
+            left_out = counts[0] if counts else torch.zeros((), dtype=torch.long, device=loss.device)
+            return Outcome(loss / self.size(batch), left_out)
 
     def announced(self, *args: object, **kwargs: object) -> object:
         """The model with one param site in front; without any, Pyro's ``loss_and_grads`` omits the backward pass."""
@@ -135,18 +150,24 @@ class Step:
         optimizers: Sequence[Optimizer],
         clip_norm: float | None = None,
         makers: Sequence[MakeOptimizer] = (),
+        *,
+        lasting: bool = False,
     ) -> None:
         self.gradients, self.optimizers, self.clip_norm, self.makers = gradients, list(optimizers), clip_norm, makers
         self.factor, self.base_lr = 1.0, [[float(group["lr"]) for group in o.param_groups] for o in optimizers]
         self.parameters, self.joined = [in_order(optimizer) for optimizer in optimizers], 0
+        self.norms: list[Tensor] = []
+        modules = [state.modules for state in gradients.states]
+        self.guard = Guard(modules, self.parameters[0][0].device, lasting=lasting)
 
-    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
-        """The losses per datum of one step; nothing is read back from the device."""
-        self.clear()
-        losses = self.gradients(objective, batch)
+    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
+        """One step; nothing is read back from a CUDA device."""
+        self.begin()
+        outcome = self.gradients(objective, batch)
         self.join()
+        self.judge(outcome.losses)
         self.update()
-        return losses
+        return outcome
 
     def join(self) -> None:
         """Give the optimizers what was reached for the first time, under the options that its group has now."""
@@ -167,18 +188,31 @@ class Step:
             self.parameters[r] = in_order(optimizer)
             self.set_lr(self.factor)
 
-    def clear(self) -> None:
+    def begin(self) -> None:
         """Drop the last gradients, those too of parameters that the pair does not reach."""
+        self.guard.begin()
         for own in self.parameters:
             for parameter in own:
                 parameter.grad = None
 
+    def judge(self, losses: Tensor) -> None:
+        """Withhold the step, before it is clipped, where its loss or a gradient (or their norm) is not finite."""
+        gradients = [[p.grad for p in own if p.grad is not None] for own in self.parameters]
+        if self.clip_norm is not None:
+            self.norms = [get_total_norm(own) for own in gradients]
+            gradients = [[norm] for norm in self.norms]
+        self.guard.judge(losses, gradients)
+
     def update(self) -> None:
         """Clip the gradients and move the parameters."""
-        for optimizer, own in zip(self.optimizers, self.parameters, strict=True):
-            if self.clip_norm is not None:
-                clip_grad_norm_(own, self.clip_norm)
-            optimizer.step()
+        for r, (optimizer, own) in enumerate(zip(self.optimizers, self.parameters, strict=True)):
+            if self.clip_norm is not None and not self.guard.idle(r):
+                clip_grads_with_norm_(own, self.clip_norm, self.norms[r])
+            self.guard.move(r, optimizer)
+
+    def gathered(self, batch: Batch) -> Batch:
+        """The data of a batch."""
+        return batch
 
     def groups(self) -> Iterator[dict[str, Any]]:
         """The groups of parameters of all optimizers, as they are now: a checkpoint puts others in their place."""
@@ -203,10 +237,6 @@ class Step:
         norm = get_total_norm([p.grad for p in self.parameters[number] if p.grad is not None])
         return {"grad_norm": float(norm), "learning_rate": float(self.optimizers[number].param_groups[0]["lr"])}
 
-    def finite(self, number: int = 0) -> bool:
-        """Whether all parameters of a pair still are."""
-        return all(torch.isfinite(p).all().item() for p in self.parameters[number])
-
 
 class Recorded:
     """A step recorded whole as one CUDA graph: gather, binarisation, loss, gradients, clipping, optimizer.
@@ -227,7 +257,7 @@ class Recorded:
             self.slots: Batch = tuple(a.clone() if isinstance(a, Tensor) else a for a in example)
         else:
             self.slots = (torch.arange(len(example[0]), device=images.x.device),)
-        self.set_lr, self.metrics, self.finite = step.set_lr, step.metrics, step.finite
+        self.set_lr, self.metrics, self.guard = step.set_lr, step.metrics, step.guard
 
     @property
     def kind(self) -> str:
@@ -235,7 +265,7 @@ class Recorded:
         whole = self.step.kind == "compiled" and None not in self.recorded.values()
         return "cuda graph" if whole else self.step.kind
 
-    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Tensor | float:
+    def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
         """One step on a batch, or on the index of one where the data live on the device."""
         same = signature(batch) == signature(self.slots)
         gradients = self.gradients.static(objective) if same else None
@@ -252,10 +282,10 @@ class Recorded:
         recording = self.recorded[number]
         if recording is None:
             return self.step(objective, self.gathered(batch))
-        losses = recording.replay()
+        losses, left_out = recording.replay()
         if not self.whole:
             self.step.update()
-        return losses
+        return Outcome(losses, left_out)
 
     def join(self) -> None:
         """As the step does; what was recorded moves the former parameters only."""
@@ -264,25 +294,27 @@ class Recorded:
             self.joined = self.step.joined
             self.recorded.clear()
 
-    def record(self, gradients: Callable[[Batch], Tensor]) -> Recording | None:
+    def record(self, gradients: Callable[[Batch], Outcome]) -> Recording | None:
         """The step on what the slots hold, without its optimizers where they read on the host or change options.
 
         None, after a warning, where it cannot be recorded.
         """
 
         def body() -> Tensor:
-            self.step.clear()
-            losses = gradients(self.gathered(self.slots))
+            self.step.begin()
+            outcome = gradients(self.gathered(self.slots))
+            self.step.judge(outcome.losses)
             if self.whole:
                 self.step.update()
-            return losses
+            return torch.stack([outcome.losses, outcome.left_out.to(outcome.losses.dtype)])
 
-        began = time.perf_counter()
+        began, withheld = time.perf_counter(), self.step.guard.withheld.clone()
         try:
             recording = Recording(body, self.gradients.states, self.step.optimizers)
         except CannotRecord as error:
             warn(f"cannot record the step: {error}; running it compiled, but not as a CUDA graph")
             recording = None
+        self.step.guard.withheld.copy_(withheld)
         self.gradients.compile_seconds += time.perf_counter() - began
         return recording
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyrovae as pv
 from pyrovae.engine.probe import checked_look
 from pyrovae.engine.weights import Tally, pareto_k, tail_size
+from pyrovae.errors import NumericalError
 from pyrovae.evaluate import posterior_gap
 from pyrovae.evaluate.likelihood import Resampler
 from pyrovae.memory import WORKING_SET, PeakBytes
@@ -139,7 +140,7 @@ def test_weights_that_are_nan_or_infinite_are_one_clear_error(value):
             pyro.factor("broken", torch.where(x > 1.9, value, 0.0))
 
     for batch_size in (None, 1):
-        with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"datum 2 are NaN or \+inf"):
+        with pyro.validation_enabled(False), pytest.raises(NumericalError, match=r"datum 2 are NaN or \+inf"):
             pv.log_likelihood(broken, guide, X, num_samples=10, batch_size=batch_size)
 
 
