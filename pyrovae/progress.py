@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import random
 
 
 class ProgressBar:
     """Shows how much of ``total`` is done, with a note; ``shown=None`` shows on terminals only."""
 
     def __init__(self, what: str, total: int | None, shown: bool | None = None) -> None:
+        before = random.getstate()
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        random.setstate(before)  # from which rich, while it is imported, draws names of its styles
         console = Console(stderr=True)
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),

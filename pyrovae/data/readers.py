@@ -56,6 +56,8 @@ def read_omniglot28(root: Path, download: bool) -> Parts:
                 raise DataError(f"{path} must have {key}data [784, N], has {list(columns.shape)}: {fix}")
             # MATLAB counts down the columns, so that a transpose sets the drawings upright.
             x = as_tensor(columns.T, f"{path}: {key}data").reshape(-1, 1, 28, 28).mT.contiguous()
+            if not ((x >= 0) & (x <= 1)).all():
+                raise DataError(f"{path} must have {key}data in [0, 1], has {x.min():g} to {x.max():g}: {fix}")
             parts[part] = x, None if labels is None else whole_numbers(labels, f"{path}: {key}targetchar")
     return parts
 

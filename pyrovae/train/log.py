@@ -61,7 +61,7 @@ def check_same(run: runs.Run, config: Mapping[str, object]) -> None:
     """A run goes on under the settings it began with, or its result would be neither one's nor the other's."""
     then = run.config()
     for part in ("model", "objective", "training", "data"):
-        old, new = runs.as_json(then.get(part)) or {}, runs.as_json(config.get(part)) or {}
+        old, new = (said if isinstance(said := runs.as_json(c.get(part)), dict) else {} for c in (then, config))
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE]
         if changed:
             was, now = ({k: settings.get(k) for k in changed} for settings in (old, new))
