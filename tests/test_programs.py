@@ -113,12 +113,19 @@ def test_what_is_frozen_stays_in_eval_mode_unless_all_is_in_it(training):
     pair = Pair().train(training)
     pair.net[1].eval()
     pair.net[2].train()
-    with in_modes(training_modes(pair.model, pair.net)):  # a program below another is no root of its own
+    with in_modes(training_modes(pair.model)):
         assert [m.training for m in pair.net] == [True, not training, True]
         assert (pair.training, pair.net.training) == (True, True)
         pair.net[0].eval()
     assert [m.training for m in pair.net] == [training, False, True]
     assert (pair.training, pair.net.training) == (training, training)
+
+
+def test_a_program_below_another_is_no_root_of_its_own():
+    pair = Pair()
+    pair.net.eval()
+    modes = training_modes(pair.model, pair.net)
+    assert [modes[module] for module in (pair, pair.net, *pair.net)] == [True] + [False] * 4
 
 
 def test_evaluating_reaches_modules_that_a_closure_calls():

@@ -27,6 +27,7 @@ from pyrovae.compile.inductor import COMPILATION, has_compiler, laid_out_as
 from pyrovae.compile.noise import CannotCompile
 from pyrovae.compile.precision import choose_precision
 from pyrovae.data.feed import Feed
+from pyrovae.engine.convert import first_way
 from pyrovae.engine.probe import look
 from pyrovae.engine.programs import (
     Batch,
@@ -185,7 +186,8 @@ def training_step(
     if not (batch and rows(batch, {})):
         raise ValueError("training_step needs an example of a batch: pass the arguments of model and guide, not empty")
     with in_modes(training_modes(model, guide)), lone_datum_advice():
-        seen = look(model, guide, batch, validate=False)
+        taken, seen = first_way(batch, lambda given: look(model, guide, given, validate=False), guide, model)
+        batch = taken(batch)
         modes = modes_of(seen.modules)  # a graph keeps those that it was made in, and so does what runs eagerly
         warn_of_eval(seen.modules, model, guide)
         eager = Eager(model, guide, seen, batch)
@@ -199,7 +201,7 @@ def training_step(
 
     def call(*batch: object) -> Tensor:
         with in_modes(modes), lone_datum_advice():
-            return run(objective, batch).losses
+            return run(objective, taken(batch)).losses
 
     return call
 

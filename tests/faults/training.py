@@ -770,6 +770,26 @@ def an_argument_of_a_step_is_out_of_range(folder: Path, case: Any):
     assert re.search(says, outcome.message), outcome.message
 
 
+@fault("D", "training_step", each={"float64": torch.float64, "float16": torch.float16, "uint8": torch.uint8})
+def data_of_a_step_are_of_another_type(folder: Path, dtype: torch.dtype):
+    one, other = vae(), vae()
+    bits = X[:10].round()
+
+    def losses(pair: Any, x: Tensor) -> list[float]:
+        torch.manual_seed(0)
+        with interpreted():
+            taken = pv.training_step(*programs(pair), pv.ELBO(), SGD(pair.parameters(), 0.1), x)
+        return [taken(x).item(), taken(x[:7]).item()]
+
+    outcome = yield lambda: losses(one, bits.to(dtype))
+    assert outcome.value == losses(other, bits)
+
+
+@fault("C", "log_likelihood", 3, r"data must be a tensor \[batch, \*input_shape\], got a dict: pass one")
+def a_batch_is_a_dict(folder: Path):
+    yield lambda: measured(vae(), {"x": X})
+
+
 @fault("C", "training_step", 2, "training_step needs an example", each={"none": (), "an empty one": (X[:0],)})
 def a_step_has_no_example(folder: Path, batch: Any):
     pair = vae()

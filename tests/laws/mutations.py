@@ -31,12 +31,13 @@ SUITE = [
     *("tests/laws/test_gradients.py", "tests/laws/test_bounds.py", "tests/laws/test_variances.py"),
     "tests/test_late.py",
     *("tests/evaluate/test_psis.py", "tests/evaluate/test_discrete.py", "tests/evaluate/test_simulated.py"),
-    *("tests/evaluate/test_whole.py", "tests/fuzz/test_objectives.py"),
+    *("tests/evaluate/test_whole.py", "tests/fuzz/test_objectives.py", "tests/test_programs.py"),
 ]
 #: By the first word of a mutation's name, what the suite begins with: where its killer is likely to be.
 FIRST = {
     **dict.fromkeys(("RWS", "sleep", "TVO", "copies"), "tests/laws/test_wake_sleep.py"),
     "devices": "tests/test_devices.py",
+    "modes": "tests/test_programs.py",
     "score": "tests/laws/test_scored.py",
     "local": "tests/laws/test_local.py",
     "KL": "tests/laws/test_free_bits.py",
@@ -439,6 +440,11 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "tail: full of the largest weight, it is infinite": [
         ("torch.where(full, -math.inf,", "torch.where(full, math.inf,")
     ],
+    "modes: what is frozen trains": [("child.training or not root.training", "True")],
+    "modes: a root in eval mode stays in it": [("child.training or not root.training", "child.training")],
+    "modes: a program below another counts as outermost": [("if root not in below", "")],
+    "modes: they are not given back": [("        set_modes(found)", "        pass")],
+    "modes: what evaluates does not give them back": [("            set_modes(modes)\n\n", "            pass\n\n")],
     "tail: of four, it is minus infinite": [(" & (x.shape[1] > 5)", "")],
     "discrete: the largest weight counted in one pass": [("mine + others", "torch.maximum(mine, others)")],
     "discrete: counted exactly": [("log_w >= top - TIED).sum(0)", "log_w >= top).sum(0)")],
