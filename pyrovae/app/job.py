@@ -16,6 +16,7 @@ from pyrovae import models, runs
 from pyrovae.app.settings import CODES, Parts, Settings, keywords
 from pyrovae.arguments import one_of, pick_device
 from pyrovae.data import Images, Splits, load
+from pyrovae.data.fingerprint import fingerprint
 from pyrovae.engine.blame import ADVICE, nan_in
 from pyrovae.engine.programs import device_of, evaluating
 from pyrovae.engine.randomness import isolated_rng
@@ -25,6 +26,7 @@ from pyrovae.errors import CheckpointError, DataError, NumericalError, ResourceE
 from pyrovae.memory import Declared, require_memory
 from pyrovae.models.base import Pair, as_pair
 from pyrovae.parts.labels import hide_labels
+from pyrovae.train.resuming import FINGERPRINTS, check_data
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,18 @@ class Task:
         """Settings and data, as a run's config holds them."""
         shape, binarization = list(self.training.event_shape), self.training.binarization
         data = {"name": self.job.data, "shape": shape, "binarization": binarization}
-        return {"settings": asdict(self.job), "data": data}
+        return {
+            "settings": asdict(self.job),
+            "data": data,
+            FINGERPRINTS: fingerprints(self.pair, self.splits),
+        }
+
+
+def fingerprints(pair: Pair, splits: Splits) -> dict[str, str]:
+    """What the parts of the data hold, in a line each, as a pair takes them."""
+    train, held_out, test = splits
+    parts = {"train": as_seen_by(pair, train), "validation": held_out and as_seen_by(pair, held_out), "test": test}
+    return {name: fingerprint(*images.columns) for name, images in parts.items() if images is not None}
 
 
 def load_data(
@@ -203,7 +216,9 @@ def reopen_with_data(
     found = reopen(folder, checkpoint, terms)
     with runs.opening(folder):
         drawn = terms.run(folder).config()["data"].get("binarization", "none")
-        return found, load_data(found.job, found.parts, root, drawn, terms)
+        splits = load_data(found.job, found.parts, root, drawn, terms)
+    check_data(terms.run(folder), fingerprints(found.pair, splits))
+    return found, splits
 
 
 def reopen(folder: Path, checkpoint: str = "last", terms: Terms = Terms()) -> Opened:

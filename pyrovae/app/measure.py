@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyrovae.app.job import as_seen_by, observed_sites
 from pyrovae.app.results import Diagnostics, Results
+from pyrovae.data.feed import Feed
 from pyrovae.data.images import Images
 from pyrovae.engine.programs import Batch, device_of, evaluating
 from pyrovae.engine.randomness import isolated_rng
@@ -17,9 +18,22 @@ from pyrovae.engine.unwrap import is_discrete
 from pyrovae.evaluate import active_units, ais_log_likelihood, information, log_likelihood, posterior_gap
 from pyrovae.models.base import Pair
 from pyrovae.plots.images import is_image
-from pyrovae.train.monitor import MONITORED
+from pyrovae.train.monitor import MONITORED, look_on
 
 CLOSER = 100  # test images that are looked at closer: annealed, and their guide refined
+
+
+def as_measured(pair: Pair, test: Images) -> Images:
+    """The data as the programs take them when log p(x) is measured, not log p(x, y)."""
+    return test.unlabelled() if pair.sums_over_labels else as_seen_by(pair, test)
+
+
+def check_test(pair: Pair, test: Images) -> None:
+    """Refuse, before anything is trained, test data that the pair cannot observe."""
+    if pair.train_on is not None and not pair.observes_bits:
+        return  # it has no programs before it is fitted, by PCA's rule, to any reals
+    with isolated_rng():
+        look_on(Feed(as_measured(pair, test), 100, test.x.device), pair.model, pair.guide)
 
 
 def measure(pair: Pair, test: Images, *, samples: int, seed: int) -> Results:
@@ -28,7 +42,7 @@ def measure(pair: Pair, test: Images, *, samples: int, seed: int) -> Results:
     The NLL is measured with importance samples where the model's is an estimate; any other takes one.
     """
     place = device_of(pair.model) or test.x.device
-    seen = test.unlabelled() if pair.sums_over_labels else as_seen_by(pair, test)  # log p(x), not log p(x, y)
+    seen = as_measured(pair, test)
     results: Results = {
         "likelihood_is": pair.likelihood_is,
         "num_images": len(seen),

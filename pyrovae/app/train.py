@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from pyrovae import runs
 from pyrovae.app.job import Task, Terms, as_seen_by, run_of
-from pyrovae.app.measure import measure
+from pyrovae.app.measure import check_test, measure
 from pyrovae.app.pictures import pictures
 from pyrovae.app.results import belongs, kept_results
 from pyrovae.app.settings import CODES, Settings, keywords
@@ -22,6 +24,7 @@ from pyrovae.models import CodePrior
 from pyrovae.models.base import Rule
 from pyrovae.train.log import Fit
 from pyrovae.train.loop import fit
+from pyrovae.train.resuming import FINGERPRINTS, check_data, check_same
 
 
 def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[str], terms: Terms, out: Console) -> None:
@@ -46,6 +49,7 @@ def train_in(run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], 
     named = not (resume and run.exists) or "model" in explicit
     task = Task.of(job, terms, named=named, explicit=explicit)
     pair, test = task.pair, task.splits.test
+    check_test(pair, test)
     rule, held_out = pair.train_on, task.splits.validation
     method = str(task.parts.objective) if rule is None else "its own rule"
     name = type(pair.module).__name__
@@ -92,7 +96,9 @@ def train_by_rule(rule: Rule, task: Task, run: runs.Run, resume: bool) -> Fit:
     job, pair = task.job, task.pair
     if run.exists and not resume:
         raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
+    config = {"model": runs.describe(pair), "objective": None, "versions": runs.versions()} | task.config()
     if run.exists and (state := run.state()) is not None and state["finished"]:
+        check_finished(run, config)
         runs.restore(dict(pair.state_dict(keep_vars=True)), run.weights(), run)
         return Fit(run.history_until(state["epoch"]), finished=True)
     default, takes, place = Settings(), keywords(rule), pick_device(job.device)
@@ -102,7 +108,7 @@ def train_by_rule(rule: Rule, task: Task, run: runs.Run, resume: bool) -> Fit:
         if name not in takes:
             raise ValueError(f"{type(pair.module).__name__} has no {name}, got {value!r}: leave it out")
     always = {name: value for name, value in (("seed", job.seed), ("device", place)) if name in takes}
-    run.start({"model": runs.describe(pair), "objective": None, "versions": runs.versions()} | task.config())
+    run.start(config)
     pair.to(place)
     history = rule(task.training, **changed, **always, **task.parts.fit)
     for row in history:
@@ -110,3 +116,16 @@ def train_by_rule(rule: Rule, task: Task, run: runs.Run, resume: bool) -> Fit:
     state = {"epoch": len(history), "best_epoch": None, "finished": True, "optimizer": {}, "rng": rng_snapshot()}
     run.save("last", pair.state_dict(), state)
     return Fit(history, finished=True)
+
+
+def check_finished(run: runs.Run, config: Mapping[str, Any]) -> None:
+    """Refuse other settings or data for a run that its pair's own rule has finished: it does not go on."""
+    check_data(run, config[FINGERPRINTS])
+    then, now = run.config(), config["settings"]
+    check_same(run, then, config)
+    may = ("device", "data_dir", "samples")
+    changed = {k: v for k, v in now.items() if then["settings"].get(k) != v and k not in may}
+    if changed:
+        raise ValueError(
+            f'"{run.path}" was trained by a rule of its own, which does not go on, got {changed}: train another run'
+        )

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch.utils.data import (
 
 from pyrovae.arguments import one_line, positive_int
 from pyrovae.data.arrays import NUMBER_THEM, as_tensor, is_integer
+from pyrovae.data.fingerprint import fingerprint, held
 from pyrovae.data.images import Images
 from pyrovae.engine.convert import Taken, exactly, listed
 from pyrovae.engine.observed import Observed
@@ -208,6 +210,12 @@ class Feed:
         self.index: Tensor | None = None  # of the batch given last, where it is known
         self.size = length(self.images if self.loader is None else self.loader.dataset)
         self.steps = length(range(0, len(self.images), batch_size) if self.images is not None else self.loader)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """What the data hold, in a line (:func:`pyrovae.data.fingerprint.fingerprint`); None where no tensors do."""
+        columns = held(self.loader if self.images is None else self.images)
+        return fingerprint(*columns) if columns else None
 
     def __iter__(self) -> Iterator[Batch]:
         if self.images is None:

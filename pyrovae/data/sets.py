@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from pyrovae.arguments import one_of
+from pyrovae.data.fingerprint import repeated
 from pyrovae.data.images import BINARIZATIONS, Images
 from pyrovae.data.readers import SOURCES, permutation
 from pyrovae.errors import DataError
@@ -110,6 +112,12 @@ def load(
     if len({images.event_shape for images in sets.values()}) > 1:
         shapes = ", ".join(f"{k} {list(images.event_shape)}" for k, images in sets.items())
         raise DataError(f"the parts of {name!r} must have one shape, received {shapes}: make them equal")
+    if twice := repeated(sets["test"].x, sets["train"].x):
+        warnings.warn(
+            f"{twice:,} of the {len(sets['test']):,} test data of {name!r} are training data as well, value for value: "
+            "what is measured on them is no test",
+            stacklevel=2,
+        )
     held_out = sets["validation"].fixed(seed) if "validation" in sets else None
     return Splits(sets["train"], held_out, sets["test"].fixed(seed))
 

@@ -80,10 +80,10 @@ class Reader(os.PathLike[str]):
         """Whether a run was started here."""
         return (self.path / CONFIG).is_file()
 
-    def doubt(self, message: str) -> None:
+    def doubt(self, message: str, error: type[ValueError] = CheckpointError) -> None:
         """Refuse what was changed, but for a user who goes on knowingly."""
         if not self.override:
-            raise CheckpointError(f"{message}, or go on knowingly with --override (override=True)")
+            raise error(f"{message}, or go on knowingly with --override (override=True)")
         warnings.warn(message, stacklevel=3)
 
     def config(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class Reader(os.PathLike[str]):
         weights = self.read(name, WEIGHTS, tensors)
         if self.manifest(self.folder(name)) is None:
             warnings.warn(
-                f'"{self.path}" was made before runs had manifests: whether its files were changed is not known',
+                f'"{self.path}" was made before runs had manifests: whether files or data were changed is not known',
                 stacklevel=2,
             )
         return weights

@@ -12,10 +12,9 @@ import pyro.infer
 import torch
 
 from pyrovae import runs
+from pyrovae.engine.programs import Program, roots
 from pyrovae.objectives.base import Objective
 from pyrovae.train.step import Recorded, Step
-
-MAY_CHANGE = ("threads", "device", "compile", "on_nan")  # between a run and its resumption
 
 
 @dataclass
@@ -41,9 +40,22 @@ class Fit:
         Of the first ``growing`` epochs, in which the objective changes, none is the best, and none counts.
         """
         self.history.append(dict(metrics))
+        best = self.best_epoch or 0
         if "validation_bound" in metrics and len(self.history) > growing:
-            self.best_epoch = max(self.history[growing:], key=validation_bound)["epoch"]
-            self.finished = patience is not None and len(self.history) - self.best_epoch >= patience
+            if best <= growing or validation_bound(metrics) > validation_bound(self.history[best - 1]):
+                self.best_epoch = len(self.history)
+            self.finished = self.stops(patience, growing)
+
+    def stops(self, patience: int | None, growing: int = 0) -> bool:
+        """Whether the last epochs were no better than the best, so many that training ends."""
+        best = self.best_epoch or 0
+        return patience is not None and best > growing and len(self.history) - best >= patience
+
+    def extend(self, epochs: int, patience: int | None, growing: int = 0) -> bool:
+        """Take a new total of epochs; whether training has stopped early before it."""
+        stopped = self.stops(patience, growing)
+        self.finished = stopped or len(self.history) >= epochs
+        return stopped and len(self.history) < epochs
 
     def finish(self, step: Step | Recorded, precision: str, device: torch.device) -> None:
         """Sum up the timings."""
@@ -57,15 +69,15 @@ class Fit:
         }  # fmt: skip
 
 
-def check_same(run: runs.Run, config: Mapping[str, object]) -> None:
-    """A run goes on under the settings it began with, or its result would be neither one's nor the other's."""
-    then = run.config()
-    for part in ("model", "objective", "training", "data"):
-        old, new = (said if isinstance(said := runs.as_json(c.get(part)), dict) else {} for c in (then, config))
-        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in MAY_CHANGE]
-        if changed:
-            was, now = ({k: settings.get(k) for k in changed} for settings in (old, new))
-            raise ValueError(f'"{run.path}" was begun with {part} {was}, got {now}: resume with the same settings')
+def describe_job(
+    model: Program, guide: Program, objective: pyro.infer.ELBO, training: Mapping[str, object]
+) -> dict[str, object]:
+    """What a run's config says of a pair and of how it is trained."""
+    owners = roots(model, guide)  # one object, where both are programs of one
+    return {
+        "model": runs.describe(owners[0] if len(owners) == 1 else None), "objective": describe_objective(objective),
+        "versions": runs.versions(), "training": training,
+    }  # fmt: skip
 
 
 def describe_objective(objective: pyro.infer.ELBO) -> dict[str, object]:

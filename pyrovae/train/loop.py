@@ -21,7 +21,7 @@ from pyrovae.compile.checked import check_compile
 from pyrovae.compile.recording import settle
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import check_pair
-from pyrovae.engine.programs import Program, in_modes, modes_of, roots, training_modes, warn, warn_of_eval
+from pyrovae.engine.programs import Program, in_modes, modes_of, training_modes, warn, warn_of_eval
 from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
 from pyrovae.errors import CheckpointError, DataError
 from pyrovae.memory import memory_advice
@@ -30,11 +30,12 @@ from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Schedule
 from pyrovae.train.checks import check_last_batch, lone_datum_advice, warn_of_data
 from pyrovae.train.compiled import Compiled, worthwhile
-from pyrovae.train.log import Fit, check_same, describe_objective
+from pyrovae.train.log import Fit, describe_job
 from pyrovae.train.monitor import Monitor, Validation, look_on, warn_unlogged
 from pyrovae.train.optimizers import check_sparse, optimizer_maker
 from pyrovae.train.outcomes import Outcomes, Watch
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup
+from pyrovae.train.resuming import check_resumable, with_fingerprints
 from pyrovae.train.step import Eager, Gradients, Recorded, Step, on_device
 
 OnEpoch = Callable[[Fit], object]
@@ -101,13 +102,14 @@ def fit(
     :param seed: of the noise, the order of the data and the binarisation; torch's global generator is left as found.
     :param run_dir: a folder for config, metrics and checkpoints (as often as takes 1% of the time, at the end in any
         case; with ``validation`` the best as well). One process at a time writes to it.
-    :param resume: go on from the last checkpoint in ``run_dir``, on CPU to the same bits as if never interrupted.
+    :param resume: go on from the last checkpoint in ``run_dir``, on CPU to the same bits as if never interrupted; a
+        finished run too, to more ``epochs``. Data that are held in tensors must be those of before.
     :param on_nan: what follows a step whose loss or gradient is not finite. It never moves anything: parameters, the
         optimizer's state and buffers stay as they were. "raise" ends the training, "skip" goes on with the next step
         and counts it (10 in a row are an error all the same). Data whose bound is -inf are left out of their step and
         counted, under either; the others keep the weight 1/B that they have in a batch of B.
     :param config: more entries for the run's config.json.
-    :param override: resume, with a warning, a run whose files were changed since they were written.
+    :param override: resume, with a warning, a run whose files or data were changed since they were written.
     :param progress: show a progress bar; None shows it on terminals only.
     :param on_epoch: called with the :class:`Fit` so far, whose last row is ``fit.history[-1]``, after each epoch, once
         that is logged. Training ends where it returns False; after an error in it the run can be resumed. What it
@@ -155,13 +157,14 @@ def fit(
         step = on_device(
             Step(gradients, [trainee.optimizer], setup.clip_norm, [trainee.make], lasting=not setup.skips), feed
         )
-        training = {"patience": patience, "compile": compile, "num_validation": None}
+        training, held_out = {"patience": patience, "compile": compile, "num_validation": None}, None
         if validation is not None:
             held_out = Feed(validation, setup.batch_size, setup.device, num_workers)
             trainee.validation, trainee.patience = Validation(model, guide, held_out, setup.plan.final), patience
             training["num_validation"] = held_out.size
         if run is not None:
-            trainee.open(run, training, config or {}, step, resume)
+            described = with_fingerprints(config or {}, train=feed, validation=held_out)
+            trainee.open(run, training, described, step, resume)
         return train([trainee], step, on_epoch)[0]
 
 
@@ -273,13 +276,9 @@ class Trainee:
         self.run = run
         if run.exists and not resume:
             raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
-        owners = roots(self.model, self.guide)  # one object, where both are programs of one
         own = {"lr": self.rate, "optimizer": type(self.optimizer).__name__}
-        config = {
-            "model": runs.describe(owners[0] if len(owners) == 1 else None),
-            "objective": describe_objective(self.objective), "versions": runs.versions(),
-            "training": {**self.setup.describe(self.feed), **own, **training}, **more,
-        }  # fmt: skip
+        settings = {**self.setup.describe(self.feed), **own, **training}
+        config = {**describe_job(self.model, self.guide, self.objective, settings), **more}
         saved = run.state() if run.exists else None
         if saved is None:
             if run.exists and len(run.history()) > 1:  # the first epoch is always saved
@@ -288,9 +287,9 @@ class Trainee:
                 )
             run.start(config)
             return
-        check_same(run, config)
         run.check_files()
         run.history_until(saved["epoch"])
+        amended = check_resumable(run, config, saved["epoch"])
         weights = run.weights()
         with runs.undamaged(run.path / "last" / runs.STATE):
             self.eager.reach.find(saved.get("examples", []), self.feed.device)
@@ -300,6 +299,10 @@ class Trainee:
             settle(self.optimizer)
             restore_rng(saved["rng"])
         self.result = Fit(run.rewind(saved["epoch"]), best_epoch=saved["best_epoch"], finished=saved["finished"])
+        if amended is not None:
+            run.amend(amended)
+            if self.result.extend(self.setup.plan.epochs, self.patience, self.setup.plan.growing):
+                warn(f'"{run.path}" stopped early, {self.patience} epochs after its best: it has no more to train')
 
     def add(self, metrics: Mapping[str, float], loss: float) -> None:
         """Take in an epoch: measure, log and save it."""

@@ -36,6 +36,7 @@ from pyrovae.train.log import Fit
 from pyrovae.train.loop import Trainee, fit, train
 from pyrovae.train.optimizers import optimizer_maker
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup
+from pyrovae.train.resuming import with_fingerprints
 from pyrovae.train.step import Outcome, Step, on_device
 
 WORTHWHILE = 100  # eager steps of one pair, about, for the price of a graph
@@ -119,9 +120,10 @@ def fit_replicas(
         else:
             optimizers, make = [trainee.optimizer for trainee in trainees], [trainee.make for trainee in trainees]
             step = on_device(Step(gradients, optimizers, setup.clip_norm, make, lasting=not setup.skips), feed)
+            described = with_fingerprints({}, train=feed) if run_dirs is not None else {}
             for r, (replica, trainee) in enumerate(zip(replicas, trainees, strict=True)):
                 if replica.run is not None:
-                    trainee.open(replica.run, {"replica": r, "of": len(replicas)}, {}, step)
+                    trainee.open(replica.run, {"replica": r, "of": len(replicas)}, described, step)
             return train(trainees, step)
     return [
         fit(

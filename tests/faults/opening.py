@@ -418,3 +418,346 @@ def bits_per_dim_are_of(folder: Path, case: tuple[str, dict[str, bool], bool]):
     words = ("--latent-dim", "2", *likelihood, "--run-dir", folder / "run")
     outcome = yield "train", model, "--data", table(folder, **kind), *more, *words
     assert ("bits/dim" in outcome.printed) == ("bits_per_dim" in results_of(folder / "run")) == shown
+
+
+# --- the data under a run --------------------------------------------------------------------------
+
+
+def npz(path: Path, seed: int = 0, number: int = 60, **more: object) -> Path:
+    """Bits ``[N, 1, 4, 4]``, and a test part."""
+    import numpy as np
+
+    draw = np.random.RandomState(seed)
+    arrays = {"x": draw.rand(number, 1, 4, 4) > 0.5, "x_test": draw.rand(20, 1, 4, 4) > 0.5, **more}
+    np.savez(path, **{name: np.asarray(array, dtype=np.float32) for name, array in arrays.items()})
+    return path
+
+
+def changed(path: Path, how: str) -> None:
+    """Other content in a data file."""
+    import numpy as np
+
+    x, x_test = (np.load(path)[name] for name in ("x", "x_test"))
+    if how == "a bit":
+        x[7, 0, 1, 2] = 1 - x[7, 0, 1, 2]
+    elif how == "a bit of the test part":
+        x_test[7, 0, 1, 2] = 1 - x_test[7, 0, 1, 2]
+    elif how == "two bits in one word":
+        x_test[3, 0, 2, :2] = 1 - x_test[3, 0, 2, :2]
+    elif how == "other content":
+        x = 1 - x
+    elif how == "rows appended":
+        x = np.concatenate([x, x_test])
+    elif how == "a row less":
+        x = x[:-1]
+    elif how == "another order":
+        x_test = x_test[::-1]
+    elif how == "test data exchanged":
+        x, x_test = np.concatenate([x[20:], x_test]), x[:20]
+    np.savez(path, x=x, x_test=x_test)
+
+
+HOWS = (
+    "a bit", "a bit of the test part", "two bits in one word", "other content", "rows appended", "a row less",
+    "another order", "test data exchanged",
+)  # fmt: skip
+CHANGES = dict(zip(HOWS, HOWS, strict=True))
+TINY = (*QUICK, "--latent-dim", "2", "--set", "hidden=[8]")
+
+
+def on_file(folder: Path, *more: str) -> Path:
+    """A run on a file of bits."""
+    npz(folder / "data.npz")
+    assert command("train", "--data", "npz:data.npz", *TINY, *more, "--run-dir", "run").code == 0
+    return folder / "run"
+
+
+@fault("A6", "evaluate", 3, r"changed since it was begun \(.* was .*, is .*--override", each=CHANGES)
+def the_data_of_a_run_to_measure_changed(folder: Path, how: str):
+    run = on_file(folder)
+    before = (run / "results.json").read_bytes()
+    changed(folder / "data.npz", how)
+    yield "evaluate", "run", "--samples", "5"
+    assert (run / "results.json").read_bytes() == before
+
+
+@fault("A6", "train --resume", 3, r"changed since it was begun \(.* was .*, is .*--override", each=CHANGES)
+def the_data_of_a_run_to_go_on_with_changed(folder: Path, how: str):
+    run = on_file(folder)
+    before = {path.name: path.read_bytes() for path in run.glob("*.json*")}
+    changed(folder / "data.npz", how)
+    yield "train", "--resume", "--epochs", "2", "--run-dir", "run"
+    assert {path.name: path.read_bytes() for path in run.glob("*.json*")} == before
+
+
+@fault("A6", "train --resume", 3, "changed since it was begun", each={"pca": "pca", "rbm": "rbm"})
+def the_data_of_a_run_by_a_rule_changed(folder: Path, model: str):
+    npz(folder / "data.npz")
+    more = ("--latent-dim", "2") if model == "pca" else ("--epochs", "1", "--set", "num_hidden=3")
+    assert command("train", model, "--data", "npz:data.npz", *more, "--run-dir", "run").code == 0
+    changed(folder / "data.npz", "a bit of the test part")
+    yield "train", model, "--resume", "--run-dir", "run"
+
+
+@fault("A6", "evaluate", 3, "changed since it was begun.*validation")
+def the_data_to_validate_on_changed(folder: Path):
+    on_file(folder, "--set", "validation=10")
+    changed(folder / "data.npz", "other content")
+    yield "evaluate", "run", "--samples", "5"
+
+
+@fault("A6", "evaluate", 0, "warning: the data .* changed since it was begun.*test NLL")
+def changed_data_are_measured_knowingly(folder: Path):
+    on_file(folder)
+    changed(folder / "data.npz", "rows appended")
+    yield "evaluate", "run", "--samples", "5", "--override"
+
+
+@fault("A6", "train --resume", 0, "warning: the data .* changed since it was begun")
+def a_run_goes_on_knowingly_with_changed_data(folder: Path):
+    run = on_file(folder)
+    changed(folder / "data.npz", "rows appended")
+    yield "train", "--resume", "--epochs", "2", "--run-dir", "run", "--override"
+    config = json.loads((run / "config.json").read_text())
+    assert config["training"]["num_data"] == 80
+    assert config["fingerprints"]["train"].startswith("80 of [1, 4, 4] float32")
+    again = command("evaluate", "run", "--samples", "5")  # what it went on with is its data now
+    assert again.code == 0
+    assert "changed" not in again.message
+
+
+@fault("A6", "evaluate", 0, r"test NLL +\d", each={"another name": "mv", "another type": "uint8"})
+def the_same_data_are_elsewhere(folder: Path, how: str):
+    import numpy as np
+
+    on_file(folder)
+    if how == "mv":
+        (folder / "data.npz").rename(folder / "moved.npz")
+        (folder / "data.npz").symlink_to(folder / "moved.npz")
+    else:
+        np.savez(
+            folder / "data.npz", **{k: (255 * v).astype(np.uint8) for k, v in np.load(folder / "data.npz").items()}
+        )
+    outcome = yield "evaluate", "run", "--samples", "5"
+    assert "changed" not in outcome.message
+
+
+@fault("A6", "evaluate", 0, r"test NLL +\d")
+def a_run_says_nothing_of_its_data(folder: Path):
+    from pyrovae.runs import Run
+
+    on_file(folder)
+    config = Run("run").config()
+    del config["fingerprints"]
+    Run("run").amend(config)
+    changed(folder / "data.npz", "other content")
+    yield "evaluate", "run", "--samples", "5"
+
+
+def fitted(x: object, run_dir: Path, epochs: int = 1, **more: object) -> object:
+    """A small fit, always from the same weights."""
+    import torch
+
+    import pyrovae as pv
+
+    torch.manual_seed(0)
+    pair = pv.models.VAE((16,), latent_dim=2, hidden=(4,))
+    settings = {"batch_size": 20, "device": "cpu", "compile": False, "progress": False} | more
+    pv.fit(pair.model, pair.guide, x, objective=pv.ELBO(), epochs=epochs, run_dir=run_dir, **settings)
+    return pair
+
+
+def kinds(x: object) -> dict[str, object]:
+    import torch
+
+    import pyrovae as pv
+
+    pairs = torch.utils.data.TensorDataset(x)
+    return {
+        "tensor": x, "array": x.numpy(), "Images": pv.data.Images(x), "TensorDataset": pairs,
+        "loader": torch.utils.data.DataLoader(pairs, batch_size=20),
+    }  # fmt: skip
+
+
+@fault(
+    "A6", "fit", 3, r"train was 50 of \[16\] float32, \w+, is 5\d of \[16\].*override=True",
+    each={f"{kind}, {how}": (kind, how) for kind in ("tensor", "array", "Images", "TensorDataset", "loader")
+          for how in ("a value", "a row")},
+)  # fmt: skip
+def the_data_of_a_fit_changed(folder: Path, case: tuple[str, str]):
+    import torch
+
+    kind, how = case
+    x = (torch.rand(50, 16) > 0.5).float()
+    fitted(kinds(x)[kind], folder / "run")
+    other = x.clone() if how == "a value" else torch.cat([x, x[:1]])
+    other[0, 0] = 1 - x[0, 0]
+    yield lambda: fitted(kinds(other)[kind], folder / "run", 2, resume=True)
+
+
+@fault("A6", "fit", 3, "validation was")
+def the_data_to_validate_a_fit_on_changed(folder: Path):
+    import torch
+
+    x = (torch.rand(50, 16) > 0.5).float()
+    fitted(x, folder / "run", validation=x[:5])
+    yield lambda: fitted(x, folder / "run", 2, resume=True, validation=x[1:6])
+
+
+@fault("A6", "fit", 0, "changed since it was begun")
+def changed_data_are_fitted_knowingly(folder: Path):
+    import torch
+
+    x = (torch.rand(50, 16) > 0.5).float()
+    fitted(x, folder / "run")
+    yield lambda: fitted(1 - x, folder / "run", 2, resume=True, override=True)
+
+
+@fault("A6", "load", 0, "7 of the 20 test data .* are training data as well")
+def test_data_are_training_data(folder: Path):
+    import numpy as np
+
+    import pyrovae as pv
+
+    npz(folder / "data.npz")
+    x, x_test = (np.load(folder / "data.npz")[name] for name in ("x", "x_test"))
+    np.savez(folder / "data.npz", x=np.concatenate([x, x_test[:7]]), x_test=x_test)
+    outcome = yield lambda: pv.data.load("npz:data.npz")
+    assert outcome.message.count("training data as well") == 1
+
+
+@fault("A6", "train", 0, "warning: 20 of the 20 test data .* are training data as well")
+def all_test_data_are_training_data(folder: Path):
+    npz(folder / "data.npz")
+    changed(folder / "data.npz", "rows appended")
+    outcome = yield "train", "--data", "npz:data.npz", *TINY, "--run-dir", "run"
+    assert outcome.message.count("training data as well") == 1
+
+
+@fault("A6", "load")
+def no_test_data_are_training_data(folder: Path):
+    import pyrovae as pv
+
+    outcome = yield lambda: pv.data.load("digits")
+    assert "training data as well" not in outcome.message
+
+
+# --- more epochs -----------------------------------------------------------------------------------
+
+
+def weights_of(run: Path) -> dict[str, list[float]]:
+    from pyrovae.runs import Run
+
+    return {name: value.flatten().tolist() for name, value in Run(run).weights().items()}
+
+
+EAGER = ("--set", "compile=false")
+
+
+@fault("D", "train --resume", 0, r"trained 4 epochs.*test NLL +\d")
+def a_finished_run_goes_on(folder: Path):
+    run, whole = small_run(folder / "run", *EAGER), small_run(folder / "whole", *EAGER, epochs=4)
+    first = results_of(run)["nll"]
+    yield "train", "--resume", "--epochs", "4", "--run-dir", run
+    assert weights_of(run) == weights_of(whole)
+    assert results_of(run)["nll"] == results_of(whole)["nll"] != first
+    config = json.loads((run / "config.json").read_text())
+    assert config["training"]["epochs"] == config["settings"]["epochs"] == 4
+    assert command("train", "--resume", "--run-dir", run).code == 0
+    assert weights_of(run) == weights_of(whole)
+
+
+@fault("D", "train --resume", 0, r"trained 4 epochs.*test NLL +\d")
+def an_interrupted_run_goes_on_to_more_epochs(folder: Path):
+    run, whole = cut(folder, *EAGER), small_run(folder / "whole", *EAGER, epochs=4)
+    yield "train", "--resume", "--epochs", "4", "--run-dir", run
+    assert weights_of(run) == weights_of(whole)
+
+
+@fault("D", "train --resume", 0, r"trained 1 epochs.*test NLL +\d")
+def an_interrupted_run_ends_where_it_is(folder: Path):
+    run, whole = cut(folder, *EAGER), small_run(folder / "whole", *EAGER, epochs=1)
+    yield "train", "--resume", "--epochs", "1", "--run-dir", run
+    assert weights_of(run) == weights_of(whole)
+
+
+@fault("D", "train --resume", 2, "has 2 epochs behind it, got epochs=1: pass 2 or more")
+def fewer_epochs_than_are_done(folder: Path):
+    run = small_run(folder / "run")
+    before = (run / "config.json").read_bytes()
+    yield "train", "--resume", "--epochs", "1", "--run-dir", run
+    assert (run / "config.json").read_bytes() == before
+
+
+@fault(
+    "D", "train --resume", 0, r"warning: the run goes on to 3 epochs, it was begun with 2: from epoch 3 on",
+    each={"cosine": ("schedule=cosine",), "linear": ("schedule=linear",), "iwae": ("schedule=iwae",),
+          "stages": ("particles=[1,2]",)},
+)  # fmt: skip
+def what_another_total_changes_is_said(folder: Path, options: tuple[str, ...]):
+    run = small_run(folder / "run", "--objective", "iwae", "--set", *options)
+    yield "train", "--resume", "--epochs", "3", "--run-dir", run
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@fault("D", "train --resume", 2, "rule of its own, which does not go on", each={"pca": "pca", "rbm": "rbm"})
+def a_run_by_a_rule_does_not_go_on(folder: Path, model: str):
+    npz(folder / "data.npz")
+    more = ("--latent-dim", "2") if model == "pca" else ("--epochs", "1", "--set", "num_hidden=3")
+    assert command("train", model, "--data", "npz:data.npz", *more, "--run-dir", "run").code == 0
+    other = ("--latent-dim", "2", "--seed", "1") if model == "pca" else ("--epochs", "2")
+    yield "train", model, "--resume", *other, "--run-dir", "run"
+
+
+@fault("D", "fit", 0, each={"finished": False, "with validation": True})
+def a_fit_goes_on_to_more_epochs(folder: Path, validated: bool):
+    import torch
+
+    x = (torch.rand(50, 16) > 0.5).float()
+    more = {"validation": x[:10]} if validated else {}
+    fitted(x, folder / "run", 2, **more)
+    fitted(x, folder / "whole", 5, **more)
+    yield lambda: fitted(x, folder / "run", 5, resume=True, **more)
+    assert weights_of(folder / "run") == weights_of(folder / "whole")
+
+
+@fault("D", "fit", 0, "stopped early")
+def a_fit_that_stopped_early_has_no_more_to_train(folder: Path):
+    import torch
+
+    x = (torch.rand(50, 16) > 0.5).float()
+    more = {"validation": x[:10], "patience": 1, "lr": 1.0}
+    fitted(x, folder / "whole", 60, **more)
+    epochs = len((folder / "whole" / "metrics.jsonl").read_text().splitlines())
+    assert epochs < 60
+    fitted(x, folder / "run", epochs, **more)
+    yield lambda: fitted(x, folder / "run", 60, resume=True, **more)
+    assert weights_of(folder / "run") == weights_of(folder / "whole")
+
+
+@fault("D", "fit", 2, "has 3 epochs behind it, got epochs=2")
+def a_fit_is_to_end_before_where_it_is(folder: Path):
+    import torch
+
+    x = (torch.rand(50, 16) > 0.5).float()
+    fitted(x, folder / "run", 3)
+    yield lambda: fitted(x, folder / "run", 2, resume=True)
+
+
+# --- the test part, before anything is trained -----------------------------------------------------
+
+
+@fault(
+    "A1", "train", 3, r"data\[3, 0, 1, 2\] = .* is outside the support|must be finite|binarization needs values",
+    each={"2": 2.0, "grey": 0.5, "negative": -1.0, "255": 255.0},
+)  # fmt: skip
+def the_test_part_is_outside_the_support(folder: Path, value: float):
+    import numpy as np
+
+    npz(folder / "data.npz")
+    arrays = dict(np.load(folder / "data.npz"))
+    arrays["x_test"][3, 0, 1, 2] = value
+    np.savez(folder / "data.npz", **arrays)
+    outcome = yield "train", "--data", "npz:data.npz", *TINY, "--set", "binarization=none", "--run-dir", "run"
+    assert "trained" not in outcome.printed
+    assert not (folder / "run").exists()

@@ -1,0 +1,80 @@
+"""Whether a run may go on: on the data and under the settings that it began with, for as many epochs or for more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyrovae import runs
+from pyrovae.data.feed import Feed
+from pyrovae.engine.programs import warn
+from pyrovae.errors import DataError
+
+FINGERPRINTS = "fingerprints"  # in a config: of each part of the data
+MAY_CHANGE = ("threads", "device", "compile", "on_nan", "epochs")  # between a run and its resumption
+OF_DATA = ("num_data", "num_validation", "shape")  # which change with them
+
+
+def with_fingerprints(config: Mapping[str, object], **feeds: Feed | None) -> dict[str, object]:
+    """A run's config that says what its data hold, those that are held in tensors, if it does not say so yet."""
+    found = {name: feed.fingerprint for name, feed in feeds.items() if feed is not None and feed.fingerprint}
+    return {FINGERPRINTS: found, **config}
+
+
+def check_data(run: runs.Run, now: Mapping[str, str]) -> bool:
+    """Refuse data of another content than the run's, but for a user who goes on knowingly; whether they are of another.
+
+    :raises DataError: naming each part that changed, as it was and as it is.
+    """
+    then = run.config().get(FINGERPRINTS)
+    then = then if isinstance(then, dict) else {}
+    changed = [part for part in now if part in then and then[part] != now[part]]
+    if changed:
+        found = "; ".join(f"{part} was {then[part]}, is {now[part]}" for part in changed)
+        run.doubt(f'the data of "{run.path}" changed since it was begun ({found}): put them back', DataError)
+    return bool(changed)
+
+
+def check_resumable(run: runs.Run, config: Mapping[str, Any], done: int) -> dict[str, Any] | None:
+    """Refuse to go on with other settings or data; what the run's config must say from now on, if that is another.
+
+    That is another total of epochs, or other data that the user took knowingly.
+
+    :param done: the epochs that are behind the run.
+    """
+    then, epochs = run.config(), config["training"]["epochs"]
+    changed = check_data(run, config[FINGERPRINTS])
+    check_same(run, then, config, but=(*MAY_CHANGE, *(OF_DATA if changed else ())))
+    before = training.get("epochs") if isinstance(training := then.get("training"), dict) else None
+    if epochs < done:
+        raise ValueError(
+            f'"{run.path}" has {done} epochs behind it, got epochs={epochs}: pass {done} or more, or train another run'
+        )
+    if epochs != before:
+        warn_of_total(config["training"], before, done)
+    if epochs == before and not changed:
+        return None
+    return then | {part: config[part] for part in ("training", "settings", FINGERPRINTS) if part in config}
+
+
+def check_same(
+    run: runs.Run, then: Mapping[str, object], config: Mapping[str, object], but: tuple[str, ...] = MAY_CHANGE
+) -> None:
+    """A run goes on under the settings it began with, or its result would be neither one's nor the other's."""
+    for part in ("model", "objective", "training", "data"):
+        old, new = (said if isinstance(said := runs.as_json(c.get(part)), dict) else {} for c in (then, config))
+        changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in but]
+        if changed:
+            was, now = ({k: settings.get(k) for k in changed} for settings in (old, new))
+            raise ValueError(f'"{run.path}" was begun with {part} {was}, got {now}: resume with the same settings')
+
+
+def warn_of_total(training: Mapping[str, Any], before: object, done: int) -> None:
+    """Say what another total of epochs changes for those to come: whatever is spread over all of them."""
+    schedule, stages = training["schedule"], training["particles"] or ()
+    spread = [f'the schedule "{schedule}"'] * (schedule != "constant") + ["the stages of particles"] * (len(stages) > 1)
+    if spread:
+        warn(
+            f"the run goes on to {training['epochs']} epochs, it was begun with {before}: from epoch {done + 1} on "
+            f"{' and '.join(spread)} will be as in a run of {training['epochs']}, unlike the epochs before"
+        )
