@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -97,7 +98,7 @@ def memory_advice(advice: Callable[[], str]) -> Iterator[None]:
         raise torch.OutOfMemoryError(f"out of memory{free}: {advice()}. {error}") from error
 
 
-class Declared(TorchDispatchMode):
+class Declared(TorchFunctionMode):
     """Refuses a tensor that is made inside, before it is, if memory does not hold it; ``what`` names it.
 
     It sees tensors whose size is declared, as weights are, and not what torch computes from others.
@@ -107,18 +108,19 @@ class Declared(TorchDispatchMode):
         super().__init__()
         self.what, self.advice = what, advice
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Callable[..., object], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> object:
-        if args and isinstance(args[0], list | tuple) and all(isinstance(n, int) for n in args[0]):
-            options = kwargs or {}
-            dtype = options.get("dtype") or torch.get_default_dtype()
-            size = math.prod(args[0]) * dtype.itemsize
-            if size > LARGE and torch.device(options.get("device") or "cpu").type == "cpu":
-                require_memory(size, f"{self.what}, a tensor of shape {list(args[0])},", self.advice)
-        return func(*args, **(kwargs or {}))
+        options = kwargs or {}
+        if func in MAKERS and torch.device(options.get("device") or "cpu").type == "cpu":
+            shape = options.get("size", args[0] if args and isinstance(args[0], list | tuple) else args)
+            size = math.prod(shape) * (options.get("dtype") or torch.get_default_dtype()).itemsize
+            if size > LARGE:
+                require_memory(size, f"{self.what}, a tensor of shape {list(shape)},", self.advice)
+        return func(*args, **options)
 
 
+MAKERS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full)
 LARGE = 2**26  # bytes of a tensor that is worth asking whether memory holds it
 MEMORY = 2 * 2**30  # bytes that one evaluation may take
 WORKING_SET = {"cpu": 48 * 2**20, "cuda": 2**30}  # larger passes gain nothing: they leave the caches

@@ -72,8 +72,8 @@ def labels_for(pair: Pair, number: int, label: str | None = None) -> tuple[Tenso
         return (torch.tensor(row).expand(number, -1),)
     if label is None:
         return (torch.arange(classes).repeat(-(-number // classes))[:number],)
-    if not (label.isdigit() and int(label) < classes):
-        raise ValueError(f"label must be one of 0 ... {classes - 1}, got {label!r}: pass such")
+    if not (label.isdecimal() and len(label) < 10 and int(label) < classes):
+        raise ValueError(f"label must be one of 0 ... {classes - 1}, got {label[:20]!r}: pass such")
     return (torch.full((number,), int(label)),)
 
 

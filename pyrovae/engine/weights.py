@@ -133,6 +133,20 @@ def tail_size(num_samples: int) -> int:
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
 
 
+def grid_size(tail: int) -> int:
+    """The number of shapes that the Pareto fit of a tail weighs."""
+    return 30 + int(math.sqrt(tail))
+
+
+def fit_bytes(num_samples: int) -> int:
+    """What the Pareto fit of one datum takes: its tail at every point of the grid, in three arrays of float64."""
+    tail = tail_size(num_samples)
+    return 24 * tail * grid_size(tail)
+
+
+PART = 2**27  # bytes that the fits of several data may take at once
+
+
 def pareto_k(largest: Tensor, num_samples: int) -> Tensor:
     r"""Shape :math:`\hat k` of the generalised Pareto distribution fitted to the weights' right tail, ``[B]``.
 
@@ -157,7 +171,7 @@ def pareto_k(largest: Tensor, num_samples: int) -> Tensor:
     for n in lengths.unique().tolist():  # one length, unless weights are tied
         if n > 4:
             rows = (lengths == n).nonzero().squeeze(1)
-            for part in rows.split(512):  # bounds the [data, grid, tail] array of the fit
+            for part in rows.split(min(512, max(1, PART // fit_bytes(num_samples)))):
                 tail = x[part, :n].flip(1).exp() - cutoff[part].exp()
                 k[part] = generalized_pareto_shape(tail)
     return k
@@ -166,7 +180,7 @@ def pareto_k(largest: Tensor, num_samples: int) -> Tensor:
 def generalized_pareto_shape(tail: Tensor) -> Tensor:
     """Zhang and Stephens' empirical-Bayes estimate with Vehtari's weak prior, for rows of ascending exceedances."""
     n = tail.shape[1]
-    num_grid = 30 + int(math.sqrt(n))
+    num_grid = grid_size(n)
     grid = torch.arange(1, num_grid + 1, dtype=tail.dtype, device=tail.device)
     quartile = tail[:, int(n / 4 + 0.5) - 1, None]
     b = (1 - torch.sqrt(num_grid / (grid - 0.5))) / (3 * quartile) + 1 / tail[:, -1:]

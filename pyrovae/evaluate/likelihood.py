@@ -21,13 +21,13 @@ from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import frames, latent, quoted, untraced
 from pyrovae.engine.stacked import Stacked
 from pyrovae.engine.unwrap import is_discrete, point_mass
-from pyrovae.engine.weights import Tally
+from pyrovae.engine.weights import Tally, fit_bytes
 from pyrovae.engine.whole import refuse_part
 from pyrovae.errors import NumericalError
 from pyrovae.evaluate.estimate import LikelihoodEstimate
 from pyrovae.evaluate.measuring import Batches
 from pyrovae.evaluate.proposals import refine
-from pyrovae.memory import MEMORY, Passes, PeakBytes, fitting_chunk
+from pyrovae.memory import MEMORY, Passes, PeakBytes, fitting_chunk, require_memory
 
 
 def log_likelihood(
@@ -95,6 +95,7 @@ def log_likelihood(
     Burda, Grosse, Salakhutdinov (2016), *Importance weighted autoencoders*.
     """
     num_samples = positive_int("num_samples", num_samples)
+    require_memory(fit_bytes(num_samples), f"the tail of {num_samples:,} weights of a datum", "lower num_samples")
     chunk_size = None if chunk_size is None else positive_int("chunk_size", chunk_size)
     batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
     refine_steps = positive_int("refine_steps", refine_steps, minimum=0)

@@ -18,8 +18,8 @@ be true as well::
         assert not (run / "results.json").exists()
 
 Each runs in a process of its own, so that a row may crash, hang, take signals or change global state. The exit code of
-something called is that of the class of its error; ``says`` is searched in the error (or, for commands, in stderr; for
-code 0 in what is printed and warned of).
+something called is that of the class of its error, unless it returns an ``Outcome`` itself; ``says`` is searched in the
+error (or, for commands, in stderr; for code 0 in what is printed and warned of).
 """
 
 from __future__ import annotations
@@ -162,6 +162,8 @@ def call(function: Callable[[], object]) -> Outcome:
         warnings.simplefilter("always")
         try:
             value = function()
+            if isinstance(value, Outcome):  # of a process of its own, say
+                return value
         except BaseException as error:
             names = [kind.__name__ for kind in type(error).__mro__]
             code = next((CODES[name] for name in CODES if name in names), 1)
