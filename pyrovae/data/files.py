@@ -84,3 +84,10 @@ def require(path: Path, declared: Iterable[tuple[tuple[int, ...], int]], stored:
         )
     floats = torch.get_default_dtype().itemsize
     require_memory(size + floats * values, f"what {path} declares", "take fewer data, or a machine with more memory")
+
+
+def content_of(path: Path, fix: str) -> bytes:
+    """All that a regular file holds, if there is memory for it and for the reals that are made of it."""
+    size = regular(path, fix).stat().st_size
+    require(path, [((size,), 1)], size, fix)
+    return path.read_bytes()

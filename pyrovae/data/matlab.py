@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyrovae.data.files import require
+from pyrovae.data.files import content_of, require
 
 COMPRESSED, MATRIX, COMPLEX = 15, 14, 0x800
 STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
@@ -22,7 +22,7 @@ CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13:
 
 def read_matrices(path: Path, names: set[str], fix: str) -> dict[str, np.ndarray]:
     """The matrices of these names in a file, those of them that are there and hold numbers."""
-    content = memoryview(path.read_bytes())
+    content = memoryview(content_of(path, fix))
     order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]), "")
     if not order or content[124 if order == ">" else 125] != 1:
         raise ValueError("no MATLAB file of version 5 to 7, which save -v7 writes")

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import socket
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -22,11 +23,12 @@ import torch
 
 from pyrovae.arguments import one_line
 from pyrovae.data.arrays import Part, Parts, channels_first
-from pyrovae.data.files import OTHER_ROOT, is_lacking, reading, regular, status
+from pyrovae.data.files import OTHER_ROOT, content_of, is_lacking, reading, regular, status
 from pyrovae.data.folders import decode_images
 from pyrovae.engine.programs import warn
 from pyrovae.errors import DataError, ResourceError
 
+LARGEST = 2**30  # bytes, which no published file has
 STALLED = 30.0  # seconds without a byte, after which a download is given up
 #: Of MNIST's files as they are unpacked; torchvision knows those of the packed ones.
 MNIST_SHA256 = {
@@ -64,12 +66,15 @@ class Published:
         put = f"put {names} into {(root / next(iter(md5))).parent}, or {OTHER_ROOT}"
         if not all(is_there(root / name) or is_there(root / name.removesuffix(".gz")) for name in md5):
             self.fetch(source, root, put, download)
+        for path in filter(is_there, (root / name for name in md5)):
+            if regular(path, put).stat().st_size > LARGEST:
+                raise DataError(f"{path} is larger than any of the originals: delete it and {put}")
         try:
             with reading(root, f"its files are damaged; delete them and {put}"):
                 train, test = (self.read(source, root, value) for value in self.split[1:])
         except DataError:
             for path, known in ((root / name, known) for name, known in md5.items()):
-                if is_there(path) and not is_original(regular(path, put), known):
+                if is_there(path) and not is_original(path, known):
                     raise DataError(f"{path} is damaged, its md5 is not {known}: delete it and {put}") from None
             raise
         return {"train": train, "test": test}
@@ -163,7 +168,7 @@ def idx_array(source: Source, path: Path, dims: int) -> np.ndarray:
     """The array in an idx file, held to its header."""
     content = original(source, path)
     start = 4 + 4 * dims
-    shape = tuple(int(size) for size in content[4:start].view(">u4"))
+    shape = struct.unpack(f">{dims}I", bytes(content[4:start]).ljust(4 * dims, b"\0"))
     if bytes(content[:4]) != bytes([0, 0, 8, dims]) or len(content) != start + math.prod(shape):
         raise DataError(f"{path} is no idx file of {dims} axes, or not whole: delete it and fetch it again")
     return content[start:].reshape(shape)
@@ -172,7 +177,7 @@ def idx_array(source: Source, path: Path, dims: int) -> np.ndarray:
 def original(source: Source, path: Path) -> np.ndarray:
     """The bytes of an idx file, held to those published: by SHA-256, or by the packed file beside it and its md5."""
     packed, raw, same, fix = path.with_name(path.name + ".gz"), is_there(path), True, "put the original file there"
-    content = regular(path, fix).read_bytes() if raw else b""
+    content = content_of(path, fix) if raw else b""
     if raw and source.__name__ == "MNIST":
         same = hashlib.sha256(content).hexdigest() == MNIST_SHA256[path.name]
     elif is_there(packed):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyrovae.arguments import one_line
 from pyrovae.data.arrays import Parts, as_tensor, channels_first, check_numbers, whole_numbers
-from pyrovae.data.files import find_file, reading, regular, require
+from pyrovae.data.files import content_of, find_file, reading, regular, require
 from pyrovae.data.folders import read_folder
 from pyrovae.data.matlab import read_matrices
 from pyrovae.data.published import CIFAR10, OMNIGLOT, SVHN, mnist_like
@@ -68,15 +68,14 @@ def read_binarized_mnist(root: Path, download: bool) -> Parts:
     for part, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
         file = f"binarized_mnist_{name}.amat"
         path = find_file("binarized_mnist", root, f"binarized_mnist/{file}", file)
-        require(path, [((path.stat().st_size,), 1)], path.stat().st_size, fix := "fetch the file again")
-        with reading(path, fix):
+        with reading(path, "fetch the file again"):
             parts[part] = bits_of(path).to(torch.get_default_dtype()).reshape(-1, 1, 28, 28), None
     return parts
 
 
 def bits_of(path: Path) -> Tensor:
     """The bits in a text, 784 in each of its lines, with something between them."""
-    text = np.frombuffer(path.read_bytes().removesuffix(b"\n") + b"\n", np.uint8)
+    text = np.frombuffer(content_of(path, "fetch the file again").removesuffix(b"\n") + b"\n", np.uint8)
     is_bit = (text == ord("0")) | (text == ord("1"))
     starts = np.concatenate([[0], np.flatnonzero(text == ord("\n"))[:-1]])
     counts = np.add.reduceat(is_bit, starts, dtype=np.int64)

@@ -615,6 +615,49 @@ def homeless():
         os.path.expanduser = before
 
 
+def endless(path: Path) -> None:
+    """A terabyte of nothing, which takes no room on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+HUGE = {
+    "omniglot28": ("chardata.mat", 6), "binarized_mnist": ("binarized_mnist_train.amat", 6),
+    "mnist": ("MNIST/raw/train-images-idx3-ubyte", 6), "kmnist": ("KMNIST/raw/train-images-idx3-ubyte", 6),
+    "kmnist packed": ("KMNIST/raw/train-images-idx3-ubyte.gz", 3), "cifar10": ("cifar-10-batches-py/data_batch_1", 3),
+    "svhn": ("train_32x32.mat", 3), "omniglot": ("omniglot-py/images_background.zip", 3),
+}  # fmt: skip
+REST = {
+    "omniglot28": [], "binarized_mnist": ["binarized_mnist_valid.amat", "binarized_mnist_test.amat"],
+    "svhn": ["test_32x32.mat"], "omniglot": ["omniglot-py/images_evaluation.zip"],
+    "cifar10": [f"cifar-10-batches-py/{n}" for n in ("data_batch_2", "data_batch_3", "data_batch_4")]
+    + ["cifar-10-batches-py/data_batch_5", "cifar-10-batches-py/test_batch", "cifar-10-batches-py/batches.meta"],
+}  # fmt: skip
+
+
+def a_file_of_a_terabyte(folder: Path, case):
+    name, path = case
+    if "mnist" in name and "binarized" not in name:
+        mnist(folder, "MNIST" if name == "mnist" else "KMNIST")
+    for other in REST.get(name, []):
+        (folder / "data" / other).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "data" / other).touch()
+    endless(folder / "data" / path)
+    yield load(name.split()[0], root="data", download=False)
+
+
+for code, says in ((6, r"[\d,.]+ GiB of memory"), (3, r"is larger than any of the originals: delete it")):
+    cases = {name: (name, path) for name, (path, wanted) in HUGE.items() if wanted == code}
+    fault("C", "load", code, says, each=cases)(a_file_of_a_terabyte)
+
+
+@fault("C", "load", 3, r"cannot be read", each={"npz": "npz:set/x.png", "folder": "folder:set"})
+def a_file_of_a_terabyte_of_ones_own(folder: Path, name):
+    endless(folder / "set" / "x.png")
+    yield load(name)
+
+
 # Verbs that read data again --------------------
 
 
