@@ -8,6 +8,7 @@
 4      a run or checkpoint: :class:`CheckpointError`
 5      numbers: :class:`NumericalError`, or any ``FloatingPointError`` (``ArithmeticError``)
 6      resources: :class:`ResourceError`, or any ``OSError`` or ``MemoryError`` (disk, lock, permission, memory)
+129    the terminal is gone (SIGHUP)
 130    interrupted (SIGINT)
 143    terminated (SIGTERM)
 =====  ==================================================================================================
