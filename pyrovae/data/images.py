@@ -32,8 +32,8 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
     :param binarization: "none", "dynamic", "static" or "threshold"; all but "none" ask for values in [0, 1].
     :param seed: of the static draw.
     :param name: the data's name in messages.
-    :param raw: keep integers and booleans, and NaN, which may stand for what is missing: whether a model takes them is
-        seen when it observes them.
+    :param raw: keep integers and booleans, and values that are not finite, as NaN for what is missing: whether a model
+        takes them is seen when it observes them.
     :raises DataError: no data, a value that is not finite or outside [0, 1], labels that are not N integers.
     :raises ValueError: an unknown binarization.
 
@@ -65,8 +65,7 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
             raise DataError(
                 f"data must be [N, ...] with N >= 1, {name!r} has shape {list(x.shape)}: pass at least one datum"
             )
-        valid = (lambda part: ~part.isinf()) if raw and binarization == "none" else torch.isfinite
-        if (bad := first_outside(x, valid)) is not None:
+        if (not raw or binarization != "none") and (bad := first_outside(x, torch.isfinite)) is not None:
             raise DataError(f"{at(name, bad, x[bad])}: data must be finite; {DROP}")
         if binarization != "none" and (bad := first_outside(x, constraints.unit_interval.check)) is not None:
             raise DataError(

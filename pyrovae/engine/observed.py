@@ -9,16 +9,15 @@ from functools import partial
 import numpy as np
 import pyro
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, Multinomial, constraints
 from torch.distributions.constraints import Constraint
 
 from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.engine.sites import Site, Sites, log_prob, observed, record_pair
+from pyrovae.engine.sites import Site, Sites, log_prob, masks, observed, record_pair
 from pyrovae.engine.support import all_inside, inside, refusal
-from pyrovae.engine.unwrap import is_discrete, layers, plain, point_mass, unvalidated, unwrapped
+from pyrovae.engine.unwrap import is_discrete, plain, point_mass, unvalidated, unwrapped
 from pyrovae.errors import DataError
 
 BOUNDS = "lower_bound", "upper_bound"
@@ -71,11 +70,9 @@ def outside(site: Site) -> Tensor:
     bad = ~inside(value, support_of(fn))
     if not bad.any():
         return bad
-    masks = [(site["mask"], fn), *((f._mask, f) for f in layers(fn) if isinstance(f, MaskedDistribution))]
-    for mask, layer in masks:
-        if mask is not None:
-            own = torch.as_tensor(mask, device=bad.device)
-            bad = bad & own[(..., *[None] * (bad.dim() - len(layer.batch_shape)))]
+    inside_events = value.dim() - bad.dim()
+    for mask, hidden in masks(site):
+        bad = bad & mask[(..., *[None] * (hidden - inside_events))]
     missing = torch.isnan(value) if value.is_floating_point() and not is_discrete(fn) else None
     if missing is not None and missing.any():
         known = scored(site).isfinite()  # a density that does not depend on it, as NanMaskedNormal's
@@ -187,7 +184,6 @@ class Observed:
 def skips_nan(site: Site) -> bool:
     """Whether the density of a site takes NaN for missing, whatever the batch."""
     value, fn = site["value"], site["fn"]
-    masked = site["mask"] is not None or any(isinstance(f, MaskedDistribution) for f in layers(fn))
-    if masked or is_discrete(fn) or not value.is_floating_point():
+    if any(masks(site)) or is_discrete(fn) or not value.is_floating_point():
         return False
     return bool(scored({**site, "value": torch.full_like(value, torch.nan)}).isfinite().all())

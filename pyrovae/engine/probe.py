@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from pyrovae.engine.auxiliary import Auxiliary, auxiliary_of
 from pyrovae.engine.blame import ADVICE, at_fault, nan_in
+from pyrovae.engine.brief import shorten
 from pyrovae.engine.observed import check_observed, excused
 from pyrovae.engine.particles import Layout, Particles, Role
 from pyrovae.engine.programs import Batch, Program, graph_leaves, isolated_run, protected_buffers, reached_modules, warn
@@ -308,4 +309,5 @@ def check_shapes(role: Role, sites: Sites) -> None:
                 scored = {**site, "log_prob": log_prob(site, in_guide=role == "guide")}
             check_site_shape(scored, max_plate_nesting=math.inf)  # type: ignore[arg-type]
         except ValueError as error:
+            shorten(error)
             raise ValueError(f'{role} site "{name}": ' + " ".join(str(error).split())) from error

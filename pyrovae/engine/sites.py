@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from pyro.distributions import Delta, TorchDistribution, Unit
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
@@ -16,10 +17,11 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from pyrovae.engine.brief import shorten
 from pyrovae.engine.devices import beside
 from pyrovae.engine.programs import Batch, Program, refuse_call
 from pyrovae.engine.stacked import Stacked
-from pyrovae.engine.unwrap import point_mass, unwrapped
+from pyrovae.engine.unwrap import inner_value, layers, point_mass, unwrapped
 
 Site = dict[str, Any]  # a message of Pyro's
 Sites = dict[str, Site]
@@ -51,6 +53,10 @@ class Record(Messenger):
         super().__init__()
         self.replay, self.redraw = replay or {}, redraw
         self.sites: Sites = {}
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)
+        shorten(error)
 
     def _pyro_sample(self, msg: Site) -> None:  # type: ignore[override]
         if not self.redraw and not msg["is_observed"] and msg["name"] in self.replay:
@@ -190,10 +196,32 @@ def structure(*runs: Sites, folded: int = 1) -> tuple[object, ...]:
 
 def log_prob(site: Site, value: Tensor | None = None, *, in_guide: bool = False) -> Tensor:
     """The unscaled log-probability of one site, masks counted as zero."""
-    value = site["value"] if value is None else value
+    if value is None:
+        value = seen_value(site) if site["is_observed"] and not isinstance(site["fn"], Stacked) else site["value"]
     if in_guide and isinstance(point_mass(site["fn"]), Delta):
         return masked(delta_density(site["fn"], value), site["mask"])
     return masked(site["fn"].log_prob(value, *site["args"], **site["kwargs"]), site["mask"])
+
+
+def masks(site: Site) -> Iterator[tuple[Tensor, int]]:
+    """The masks of a site, around it and inside its distribution, each with the dims of the events that it hides."""
+    held = [
+        (site["mask"], site["fn"]),
+        *((f._mask, f) for f in layers(site["fn"]) if isinstance(f, MaskedDistribution)),
+    ]
+    for mask, fn in held:
+        if mask is not None and mask is not True:
+            yield torch.as_tensor(mask, device=site["value"].device), len(fn.event_shape)
+
+
+def seen_value(site: Site) -> Tensor:
+    """What a site observes, with harmless numbers where it is masked: what is missing must not reach gradients."""
+    value, harmless = site["value"], None
+    for mask, hidden in masks(site):
+        harmless = inner_value(site["fn"]) if harmless is None else harmless
+        if harmless is not None and value.is_floating_point():
+            value = torch.where(mask[(..., *[None] * hidden)], value, harmless)
+    return value
 
 
 def delta_density(fn: TorchDistribution, value: Tensor) -> Tensor:

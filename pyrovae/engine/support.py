@@ -131,7 +131,8 @@ def advice(support: Constraint, low: float, high: float) -> str:
 
 def at(name: str, index: tuple[int, ...], value: Tensor) -> str:
     """Where a value stands, for a message: ``data[17, 0] = 0.53``."""
-    return f"{name}[{', '.join(map(str, index))}] = {show(value)}"
+    place = f"[{', '.join(map(str, index))}]" if index else ""
+    return f"{name}{place} = {show(value)}"
 
 
 def show(value: Tensor) -> str:

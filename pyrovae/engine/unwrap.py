@@ -117,6 +117,20 @@ def widest(support: constraints.Constraint) -> constraints.Constraint | None:
     return support
 
 
+def inner_value(fn: Distribution) -> float | None:
+    """A number well inside of the support of a distribution over reals, where it is known to hold one."""
+    try:
+        support = widest(fn.support)  # type: ignore[arg-type]
+    except NotImplementedError:
+        return None
+    low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    if isinstance(support, type(constraints.real)):
+        return 0.0
+    if not isinstance(support, constraints.interval | constraints.greater_than | constraints.greater_than_eq):
+        return None
+    return low + 1 if high is None else (low + high) / 2  # type: ignore[no-any-return, operator]
+
+
 def unconstrained(support: constraints.Constraint) -> Transform | None:
     """The map from all reals onto a support; None where that is the identity."""
     inside = support

@@ -114,6 +114,11 @@ def log_likelihood(
                 number = data.total or rows(batch, kwargs)
                 sampler.prepare(data.seen, batch, number, num_draws, seed, chunk_size, compiles)
             results.append(sampler(batch, data.done))
+            if results[-1][0].dim() != results[0][0].dim():
+                raise ValueError(
+                    "some batches have latents outside the data plate, and others have not: evaluate data of one kind "
+                    "at a time"
+                )
     log_prob, std_error, ess, k, draws = (torch.cat(c, -1) if c[0].dim() else c[0] for c in zip(*results, strict=True))
     return LikelihoodEstimate(
         log_prob, std_error, ess, k, num_samples, seed, str(sampler.dtype).removeprefix("torch."), sampler.weigh.kind,

@@ -20,6 +20,7 @@ from pyrovae.compile.precision import networks_in
 from pyrovae.compile.recording import CannotRecord, Recording, capturable
 from pyrovae.data.feed import Feed, as_batch
 from pyrovae.data.images import Images
+from pyrovae.engine.brief import Brief
 from pyrovae.engine.devices import beside
 from pyrovae.engine.guard import Guard
 from pyrovae.engine.left_out import leaving_out
@@ -96,7 +97,7 @@ class Eager:
             loss.backward()
             return Outcome(loss.detach(), left_out)
         size, loss_and_grads = self.size(batch), objective.loss_and_grads  # type: ignore[attr-defined]
-        with networks_in(self.precision), beside(batch), before_backward(partial(self.meet, batch)):
+        with networks_in(self.precision), beside(batch), before_backward(partial(self.meet, batch)), Brief():
             found = first_loss(loss_and_grads(self.announced, self.guide, *batch))
         if gradients := [p.grad for p in self.parameters if p.grad is not None]:
             torch._foreach_div_(gradients, size)
@@ -124,7 +125,7 @@ class Eager:
 
     def loss(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
         """The loss per datum, to be differentiated."""
-        with networks_in(self.precision), beside(batch), leaving_out() as counts:
+        with networks_in(self.precision), beside(batch), leaving_out() as counts, Brief():
             loss = objective.differentiable_loss(self.model, self.guide, *batch)  # type: ignore[attr-defined]
             left_out = counts[0] if counts else torch.zeros((), dtype=torch.long, device=loss.device)
             return Outcome(loss / self.size(batch), left_out)
