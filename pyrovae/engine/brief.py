@@ -30,7 +30,7 @@ def shorten(error: BaseException | None) -> None:
     while isinstance(inner.__cause__, ValueError):
         inner = inner.__cause__
     message = one_line(str(inner).partition(", but found invalid values")[0].partition("tensor(")[0], None)
-    message = re.sub(r"\((?:Tensor of shape|\w+: (?:torch|tensor|-?\d)).*?\)\)?(?= (?:of|to|is))", "(...)", message)
+    message = re.sub(r"\((?:Tensor of shape|\w+: (?:torch|tensor|-?\d)).*?\)\)?(?= (?:of|to|is)|$)", "(...)", message)
     value, valid = failing(inner.__traceback__)
     if value is not None and valid is not None and not valid.all():
         index = np.unravel_index(int((~valid).int().argmax()), valid.shape)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.data.sampler import BatchSampler, RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler
 
 import pyrovae as pv
+from pyrovae.engine.brief import Brief
 from tests.faults.matrix import fault
 
 LOGITS = torch.linspace(-1, 2, 4)
@@ -668,13 +669,32 @@ class Broken(Bits):
         return dist.Normal(self.table[: len(x)] + 0 * z.unsqueeze(-1), 1.0).to_event(1)
 
 
-@fault("C", "message", 2, r"^Expected parameter loc .*Real\(\), but loc\[3, 2\] = nan$", each={
+BROKEN = {
     "log_likelihood": lambda pair, x: measured(pair, x),
     "log_weights": lambda pair, x: pv.log_weights(pair.model, pair.guide, x),
     "ais": lambda pair, x: pv.ais_log_likelihood(pair.model, x),
-    "sample": lambda pair, x: pv.sample(pair.model, 200, like=x),
     "fit": lambda pair, x: fitted(pair, x),
     "fit by Pyro": lambda pair, x: fitted(pair, x, objective=pyro.infer.Trace_ELBO()),
-})  # fmt: skip
+}
+
+
+@fault("C", "message", 5, r'^parameter "table" is nan: [^\n]*$', each=BROKEN)
 def a_parameter_is_no_number(folder: Path, verb):
     yield lambda: verb(Broken(), torch.zeros(200, 4))
+
+
+@fault("C", "message", 2, r"^Expected parameter loc .*Real\(\), but loc\[3, 2\] = nan$")
+def a_parameter_is_no_number_when_drawn_from(folder: Path):
+    yield lambda: pv.sample(Broken().model, 200, like=torch.zeros(200, 4))
+
+
+@fault("C", "message", 2, r'^site "x": Expected value .*Boolean\(\), but value\[150, 2\] = 0.25$')
+def an_objective_of_pyros_is_asked_itself(folder: Path):
+    """What Pyro says is shortened wherever this package runs its programs."""
+    pair, x = Bits(), wrong(0.25)
+
+    def asked():
+        with Brief():
+            pyro.infer.Trace_ELBO().loss(pair.model, pair.guide, x)
+
+    yield asked
