@@ -761,3 +761,110 @@ def the_test_part_is_outside_the_support(folder: Path, value: float):
     outcome = yield "train", "--data", "npz:data.npz", *TINY, "--set", "binarization=none", "--run-dir", "run"
     assert "trained" not in outcome.printed
     assert not (folder / "run").exists()
+
+
+# --- programs that are functions -------------------------------------------------------------------
+
+
+def functions(kind: str) -> tuple[object, object]:
+    """A pair of functions, new tensors every time."""
+    import pyro
+    import pyro.distributions as dist
+    import torch
+    from torch import nn
+    from torch.distributions import constraints
+
+    decoder, leaf = nn.Linear(2, 16), torch.zeros(2, requires_grad=True)
+
+    def model(x):
+        bias = pyro.param("bias", lambda: torch.zeros(16)) if kind == "params" else 0.0
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z) + bias).to_event(1), obs=x)
+
+    def guide(x):
+        if kind == "params":
+            scale = pyro.param("scale", lambda: torch.ones(2), constraint=constraints.positive)
+            place = pyro.param("place", lambda: torch.zeros(2))
+        else:
+            scale, place = torch.ones(2), leaf
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(place.expand(len(x), 2), scale).to_event(1))
+
+    return model, guide
+
+
+@fault("D", "load", each={"pyro.param": "params", "leaves": "leaves"})
+def functions_are_loaded(folder: Path, kind: str):
+    import pyro
+    import torch
+
+    import pyrovae as pv
+
+    x = (torch.rand(50, 16) > 0.5).float()
+    pair = functions(kind)
+    pv.fit(*pair, x, objective=pv.ELBO(), epochs=2, run_dir=folder / "run", device="cpu", compile=False)
+    expected = pv.log_likelihood(*pair, x, num_samples=5, seed=0).log_prob
+    stored = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+    pyro.clear_param_store()
+    again = functions(kind)
+    outcome = yield lambda: pv.load(folder / "run", pair=again, data=x)
+    assert outcome.value is again
+    assert torch.equal(pv.log_likelihood(*again, x, num_samples=5, seed=0).log_prob, expected)
+    assert stored.keys() == dict(pyro.get_param_store().items()).keys()
+    assert all(torch.equal(value, pyro.param(name)) for name, value in stored.items())
+
+
+@fault("D", "load")
+def an_autoguide_is_loaded(folder: Path):
+    import pyro
+    import pyro.distributions as dist
+    import torch
+    from pyro.infer.autoguide import AutoNormal
+
+    import pyrovae as pv
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    x, guide, again = torch.randn(20), AutoNormal(model), AutoNormal(model)
+    pv.fit(model, guide, x, objective=pv.ELBO(), epochs=2, run_dir=folder / "run", device="cpu", batch_size=20)
+    yield lambda: pv.load(folder / "run", pair=(model, again), data=x)
+    assert {k: v.tolist() for k, v in guide.state_dict().items()} == {
+        k: v.tolist() for k, v in again.state_dict().items()
+    }
+
+
+@fault("D", "load", 2, "pass data=")
+def functions_are_loaded_without_data(folder: Path):
+    import torch
+
+    import pyrovae as pv
+
+    x = (torch.rand(50, 16) > 0.5).float()
+    pv.fit(*functions("params"), x, objective=pv.ELBO(), epochs=1, run_dir=folder / "run", device="cpu", compile=False)
+    yield lambda: pv.load(folder / "run", pair=functions("params"))
+
+
+@fault("D", "load", 2, r"pair=\(model, guide\) with data=")
+def functions_are_to_be_built_from_a_run(folder: Path):
+    import torch
+
+    import pyrovae as pv
+
+    x = (torch.rand(50, 16) > 0.5).float()
+    pv.fit(*functions("params"), x, objective=pv.ELBO(), epochs=1, run_dir=folder / "run", device="cpu", compile=False)
+    yield lambda: pv.load(folder / "run")
+
+
+@fault("D", "load", 4, "weights of .* are of another model: missing leaf")
+def functions_of_another_kind_are_loaded(folder: Path):
+    import torch
+
+    import pyrovae as pv
+
+    x = (torch.rand(50, 16) > 0.5).float()
+    pv.fit(*functions("params"), x, objective=pv.ELBO(), epochs=1, run_dir=folder / "run", device="cpu", compile=False)
+    yield lambda: pv.load(folder / "run", pair=functions("leaves"), data=x)
