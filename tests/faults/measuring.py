@@ -234,7 +234,7 @@ TRAIN = "train", "vae", "--epochs", "1", "--samples", "5", "--latent-dim", "2", 
 
 
 @fault("A1", "train", 3, r"data\[40, 2\] = \S+ is outside the support of site \"x\"", each=PARTS)
-def the_test_part_is_outside_the_support(folder: Path, value):
+def the_test_part_alone_is_outside_the_support(folder: Path, value):
     data = split_file(folder / "data.npz", wrong(value, 40, 60))
     yield *TRAIN, "--data", data, "--run-dir", folder / "run"
     assert not (folder / "run" / "metrics.jsonl").exists()
