@@ -751,7 +751,7 @@ def a_fit_is_to_end_before_where_it_is(folder: Path):
     "A1", "train", 3, r"data\[3, 0, 1, 2\] = .* is outside the support|must be finite|binarization needs values",
     each={"2": 2.0, "grey": 0.5, "negative": -1.0, "255": 255.0},
 )  # fmt: skip
-def the_test_part_is_outside_the_support(folder: Path, value: float):
+def a_test_datum_is_outside_the_support(folder: Path, value: float):
     import numpy as np
 
     npz(folder / "data.npz")
