@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from pyrovae.engine.auxiliary import Auxiliary, auxiliary_of
 from pyrovae.engine.blame import ADVICE, at_fault, nan_in
 from pyrovae.engine.brief import shorten
-from pyrovae.engine.observed import check_observed, excused
+from pyrovae.engine.observed import OTHER, check_observed, excused
 from pyrovae.engine.particles import Layout, Particles, Role
 from pyrovae.engine.programs import Batch, Program, graph_leaves, isolated_run, protected_buffers, reached_modules, warn
 from pyrovae.engine.randomness import isolated_rng
@@ -120,7 +120,7 @@ class Look:
         """
 
         def again() -> Sites:
-            with pyro.validation_enabled(False), isolated_rng(), protected_buffers():
+            with pyro.validation_enabled(False), isolated_rng(OTHER), protected_buffers():
                 return self.again()
 
         check_observed(self.model, again=again)

@@ -15,6 +15,7 @@ from pyrovae.engine.unwrap import is_boolean, widest
 from pyrovae.errors import DataError
 
 CHUNK_BYTES = 64 * 2**20
+BOUNDS = "lower_bound", "upper_bound"
 # Supports that hold all (integer) values between two that they hold.
 BETWEEN = (
     type(constraints.real), constraints.interval, constraints.half_open_interval, constraints.greater_than,
@@ -100,7 +101,8 @@ def inside(x: Tensor, support: Constraint | None) -> Tensor:
 
 def all_inside(x: Tensor, support: Constraint | None) -> Tensor:
     """Whether all values are finite and in the support, 0-d: quickly, where the extremes say it of what is between."""
-    if not x.numel() or not (support is None or isinstance(support, BETWEEN + INTEGERS)):
+    varies = any(isinstance(getattr(support, name, None), Tensor) for name in BOUNDS)
+    if varies or not x.numel() or not (support is None or isinstance(support, BETWEEN + INTEGERS)):
         return inside(x, support).all()
     ends = torch.stack(torch.aminmax(x))
     ok = inside(ends, support).all()

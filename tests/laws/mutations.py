@@ -22,7 +22,7 @@ ENGINE = ["pyrovae/engine", "pyrovae/objectives", "pyrovae/evaluate"]
 VARIABLE = "PYROVAE_MUTATION"
 SUITE = [
     *("tests/laws/test_derivatives.py", "tests/laws/test_scored.py", "tests/laws/test_local.py"),
-    *("tests/laws/test_identities.py", "tests/test_devices.py"),
+    *("tests/laws/test_identities.py", "tests/test_devices.py", "tests/laws/test_observed.py"),
     *("tests/laws/test_scales.py", "tests/laws/test_free_bits.py"),
     *("tests/laws/test_auxiliary.py", "tests/laws/test_structure.py", "tests/laws/test_separate.py"),
     *("tests/test_importance.py", "tests/test_objectives.py", "tests/laws/test_oracles.py"),
@@ -53,6 +53,7 @@ FIRST = {
     "discrete": "tests/evaluate/test_discrete.py",
     "tail": "tests/evaluate/test_psis.py",
     "rounded": "tests/fuzz/test_objectives.py",
+    "watched": "tests/laws/test_observed.py",
 }
 
 VALUE = "-(bound * particles.scale).sum() - (ascent"
@@ -433,6 +434,45 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "evaluated: data that follow no index are repeated": [
         ("value.shape[axis] != frame.size", "value.shape[axis] not in (1, frame.size)")
     ],
+    "watched: no look at the data": [("        check_observed(self.model, again=again)", "        return")],
+    "watched: later batches pass": [("check(batch := taken(batch), self.done)", "batch = taken(batch)")],
+    "watched: later batches keep their type": [("check(batch := taken(batch), self.done)", "check(batch, self.done)")],
+    "watched: only what was computed is judged": [
+        ("        if not self.fine(batch):", "        if self.fine(batch) is None:")
+    ],
+    "watched: what was computed passes": [("        if None in self.columns:\n            return None\n", "")],
+    "watched: data count from their batch": [("name, first=first)", "name)")],
+    "watched: views begin where their batch does": [
+        ("own.storage_offset() + offset)", "own.storage_offset())"),
+        ("view = list(value.shape), list(value.stride()),", "view = list(own.shape), list(own.stride()),"),
+    ],
+    "watched: batches are as long as the first": [("(n, s) == (self.rows, self.stride)", "False")],
+    "watched: masks hide nothing": [("bad = bad & mask[", "bad = bad | ~mask[")],
+    "watched: what is missing passes everywhere": [
+        ("bad = bad & ~(missing & known[", "bad = bad & ~(missing | known[")
+    ],
+    "watched: infinite data are missing": [("x[~x.isnan()] if self.skips_nan", "x[x.isfinite()] if self.skips_nan")],
+    "watched: bounds of latents are data's": [("if again is not None and (limits := bounds(fn)):", "if False:")],
+    "watched: the same latents tell of bounds": [("isolated_rng(OTHER), protected", "isolated_rng(), protected")],
+    "watched: extremes lie on the edge": [("    ends = torch.stack(torch.aminmax(x))", "    ends = x.mean()")],
+    "watched: fractions count": [
+        (
+            "return ok & (x == x.round()).all() if isinstance(support, INTEGERS) and x.is_floating_point() else ok",
+            "return ok",
+        ),
+    ],
+    "watched: bounds of each datum are extremes": [("    if varies or not x.numel()", "    if not x.numel()")],
+    "watched: what is masked reaches gradients": [
+        ('value = seen_value(site) if site["is_observed"]', 'value = site["value"] if site["is_observed"]')
+    ],
+    "watched: integers stay": [("yield from (Taken(dtype, dtype or default) for dtype in known)", "yield Taken()")],
+    "watched: integers never stay": [
+        ("Taken(dtype, integers) for integers in (torch.int64, None)", "Taken(dtype, default) for _ in (0,)")
+    ],
+    "watched: reals keep their type": [
+        ("kind = self.dtype if a.is_floating_point()", "kind = None if a.is_floating_point()")
+    ],
+    "watched: labels become reals": [("self.integers if first and not", "self.integers if not")],
     "simulated: factors of latents pass": [(TIES, "if False:")],
     "simulated: ties are told by marks alone": [(TIES, "if name in tied:")],
     "simulated: ties are told by values alone": [(TIES, TIES.replace("name in tied or ", ""))],
