@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def fit(
 
     run = None if run_dir is None else runs.Run.of(run_dir, override=override)
     held = nullcontext() if run is None else run.writing()
-    with held, isolated_rng(setup.seed), setup.place(), in_modes(training_modes(model, guide)):
+    with held, isolated_rng(setup.seed), setup.place(), torch.enable_grad(), in_modes(training_modes(model, guide)):
         feed = Feed(data, setup.batch_size, setup.device, num_workers)
         trainee = Trainee(model, guide, objective, setup, feed, maker)
         gradients: Gradients = trainee.eager
@@ -323,8 +324,9 @@ class Trainee:
 
     def show(self, on_epoch: OnEpoch) -> bool:
         """Show what came of it so far, whatever is drawn or put in another mode there; whether to go on."""
-        with isolated_rng(), in_modes(modes_of(self.eager.state.modules)):
-            return on_epoch(self.result) is not False
+        shown = replace(self.result, history=list(self.result.history))
+        with isolated_rng(), torch.enable_grad(), in_modes(modes_of(self.eager.state.modules)):
+            return on_epoch(shown) is not False
 
     def save(self, run: runs.Run) -> None:
         """Write the last checkpoint, and the best one where it is another than is there."""

@@ -123,7 +123,8 @@ class Validation:
     """The bound on held-out data, in nats per datum, in eval mode and on the same noise every time."""
 
     def __init__(self, model: Program, guide: Program, feed: Feed, objective: pyro.infer.ELBO) -> None:
-        seen = look_on(feed, model, guide)
+        with evaluating(model, guide):
+            seen = look_on(feed, model, guide)
         self.model, self.guide, self.modules, self.feed, self.objective = model, guide, seen.modules, feed, objective
         self.full_size, self.joint = seen.full_size, seen.joint
         self.data = feed.images if feed.loader is None else in_order(feed.loader)

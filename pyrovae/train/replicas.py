@@ -97,7 +97,13 @@ def fit_replicas(
     makers = [optimizer_maker(optimizer, replica.lr) for replica in replicas]
 
     programs = [program for replica in replicas for program in replica.pair]
-    with isolated_rng(setup.seed), setup.place(), in_modes(training_modes(*programs)), ExitStack() as cleanup:
+    with (
+        isolated_rng(setup.seed),
+        setup.place(),
+        torch.enable_grad(),
+        in_modes(training_modes(*programs)),
+        ExitStack() as cleanup,
+    ):
         for replica in replicas:
             if replica.run is not None:
                 cleanup.enter_context(replica.run.writing())

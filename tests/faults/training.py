@@ -309,6 +309,8 @@ def what_a_callback_does_leaves_training_as_it_is(folder: Path, compile: bool):
         torch.rand(5)
         pv.log_likelihood(watched.model, watched.guide, X[:3], num_samples=2)
         watched.zero_grad()
+        torch.set_grad_enabled(False)
+        result.history.clear()
 
     outcome = yield lambda: fitted(watched, compile=compile, epochs=3, on_epoch=look)
     assert seen == [(1, 1, True), (2, 2, True), (3, 3, True)]
@@ -316,6 +318,23 @@ def what_a_callback_does_leaves_training_as_it_is(folder: Path, compile: bool):
     for name, tensor in plain.state_dict().items():
         assert torch.equal(watched.state_dict()[name], tensor), name
     assert watched.training
+
+
+@fault("A9", "fit", each={"fit": fitted, "fit_replicas": at_once})
+def training_is_called_without_gradients(folder: Path, train: Any):
+    one, other = Trunk(), Trunk()
+    with torch.no_grad():
+        yield lambda: train(one, Trunk())
+    assert torch.is_grad_enabled()
+    train(other, Trunk())
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@fault("A9", "fit")
+def one_datum_is_enough_to_validate_batchnorm(folder: Path):
+    outcome = yield lambda: fitted(Trunk(), validation=X[:1])
+    assert len([row["validation_bound"] for row in outcome.value[0].history]) == 2
 
 
 @fault("D", "fit", each={"None": None, "0": 0, "True": True})
