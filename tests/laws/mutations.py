@@ -27,7 +27,7 @@ SUITE = [
     *("tests/laws/test_auxiliary.py", "tests/laws/test_structure.py", "tests/laws/test_separate.py"),
     *("tests/test_importance.py", "tests/test_objectives.py", "tests/laws/test_oracles.py"),
     *("tests/laws/test_wake_sleep.py", "tests/laws/test_subsampling.py", "tests/laws/test_reparameterised.py"),
-    "tests/laws/test_fixed.py",
+    *("tests/laws/test_fixed.py", "tests/laws/test_left_out.py"),
     *("tests/laws/test_gradients.py", "tests/laws/test_bounds.py", "tests/laws/test_variances.py"),
     "tests/test_late.py",
     *("tests/evaluate/test_psis.py", "tests/evaluate/test_discrete.py", "tests/evaluate/test_simulated.py"),
@@ -48,6 +48,7 @@ FIRST = {
     "reparameterised": "tests/laws/test_reparameterised.py",
     "fixed z": "tests/laws/test_fixed.py",
     **dict.fromkeys(("late", "lazy modules"), "tests/test_late.py"),
+    "left out": "tests/laws/test_left_out.py",
     "evaluated": "tests/evaluate/test_whole.py",
     "simulated": "tests/evaluate/test_simulated.py",
     "discrete": "tests/evaluate/test_discrete.py",
@@ -56,7 +57,7 @@ FIRST = {
     "watched": "tests/laws/test_observed.py",
 }
 
-VALUE = "-(bound * particles.scale).sum() - (ascent"
+VALUE = "-(kept(bound) * particles.scale).sum() - (ascent"
 DREG = "path - kl_weight * curvature(self.path_bound, log_w)"
 SCORE = "dot(parts.kl_weight * (weights.path + weights.score), log_q, alive)"
 REINFORCE = "dot(weights.reinforce, log_score, torch.isfinite(log_score.detach()))"
@@ -67,7 +68,7 @@ OTHERS = "others(torch.cumsum, torch.add, 0.0, grouped) / (group - 1)"
 REST = "others(torch.logcumsumexp, torch.logaddexp, -math.inf, log_share)"
 MODEL = "total = dot(weights.model, log_p, alive)"
 KL = "log_prior - log_guide"
-PROBE = "torch.enable_grad(), isolated_run(), validating, protected_buffers(), reached"
+PROBE = "torch.enable_grad(), isolated_run(), validating, protected_buffers(),"
 FIXED = 'fixed = self.gradient != "total"'
 
 RWS = '(wn - wn.square(), zero) if self.gradient == "dreg" else (zero, wn)'
@@ -169,10 +170,10 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "reported: mean over data": [(VALUE, VALUE.replace("sum", "mean"))],
     "reported: N/B inside the logsumexp": [(VALUE, "-self.bound((log_w * particles.scale).detach()).sum() - (ascent")],
     "reported without gradient: N/B inside the logsumexp": [
-        ("-(self.bound(log_w) * particles.scale).sum()", "-self.bound(log_w * particles.scale).sum()")
+        ("-(kept(self.bound(log_w)) * particles.scale).sum()", "-self.bound(log_w * particles.scale).sum()")
     ],
     "reported without gradient: mean over data": [
-        ("-(self.bound(log_w) * particles.scale).sum()", "-(self.bound(log_w) * particles.scale).mean()")
+        ("-(kept(self.bound(log_w)) * particles.scale).sum()", "-(self.bound(log_w) * particles.scale).mean()")
     ],
     # what is followed
     "followed: N/B inside the logsumexp": [
@@ -415,6 +416,25 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "probing draws from the generator": [(PROBE, PROBE.replace("isolated_run(), ", ""))],
     "probing moves batch norm": [(PROBE, PROBE.replace(", protected_buffers()", ""))],
     # what a pair reaches
+    # what is left out of a step
+    "left out: what is NaN as well": [("dead = bound == -math.inf", "dead = ~torch.isfinite(bound)")],
+    "left out: all of a batch": [
+        ("torch.where(dead, 0.0 * bound.detach().amax(), bound)", "torch.where(dead, 0.0, bound)")
+    ],
+    "left out: counted by cells": [("dead.reshape(-1, dead.shape[-1]).any(0) if dead.dim() > 1 else dead", "dead")],
+    "left out: in evaluations too": [
+        ("        return bound\n    dead =", "        pass\n    dead ="),
+        ("    counts.append(", "    (counts if counts is not None else []).append("),
+    ],
+    "left out: a mean over the others": [
+        ("0.0 * bound.detach().amax(), bound)", "0.0 * bound.detach().amax(), bound * len(bound) / (~dead).sum())")
+    ],
+    "left out: free bits pay for all": [
+        (
+            "-kept(-(torch.as_tensor(cost) * particles.scale).mean(0)).sum()",
+            "(torch.as_tensor(cost) * particles.scale).mean(0).sum()",
+        )
+    ],
     "lazy modules: the look's noise once more": [("rng_snapshot() if any(lazy) else None", "None")],
     "lazy modules: the look's data in their buffers": [("            if is_lazy(module):", "            if False:")],
     "late: what is reached late is nobody's": [("                    found.append(leaf)", "                    pass")],
