@@ -43,7 +43,7 @@ class Guard:
 
     def judge(self, losses: Tensor, gradients: Sequence[Iterable[Tensor]]) -> None:
         """After the backward pass: losses become NaN where a step is withheld, and buffers are put back."""
-        for r, (loss, own) in enumerate(zip(losses.reshape(-1).unbind(), gradients, strict=True)):
+        for r, (loss, own) in enumerate(zip(losses.unbind() if losses.dim() else (losses,), gradients, strict=True)):
             withheld, shadow = self.each[r], self.shadows[r]
             found = [loss, *(g._values() if g.is_sparse else g for g in own)]
             try:  # what GradScaler uses: one pass over all, which it multiplies by 1
