@@ -215,12 +215,13 @@ def look(
             reached_modules(model, guide) as reached, poutine.trace(param_only=True) as parameters,
         ):  # fmt: skip
             sites = record_pair(model, guide, args, kwargs or {})
-    except ValueError:  # by Pyro's checks; where the data are at fault, they are told of in plainer words
+    except ValueError as error:  # by Pyro's checks; where the data are at fault, they are told of in plainer words
         if validate:
             with suppress(RuntimeError, TypeError):
                 seen = look(model, guide, args, kwargs, validate=False)
                 seen.check_data()
-                seen.check_numbers(args)
+                if "nan" in str(error):
+                    seen.check_numbers(args)
         raise
     auxiliary = auxiliary_of(guide, args, kwargs or {}, *sites)
     below = {child for module in reached for child in module.modules() if child is not module}
