@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ JOB = (
     "schedule=cosine", "--set", "kl_warmup=2",
 )  # fmt: skip
 CLOCKS = ("seconds", "cpu_seconds", "images_per_second", "timings", "seconds_per_epoch")
+LEFT = re.compile(r"/\.|\.old(/|$)")  # by a death while it was taken away; the next save does so
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 
 
@@ -64,23 +66,30 @@ def forked(do: Callable[[], object], log: Path) -> int:
         os._exit(code)
 
 
-def train(run: Path, kind: str, *, last_change: int | None = None) -> None:
-    """The job; it dies before the ``last_change``-th change of a file in its run."""
-    if last_change is not None:
-        left = iter(range(last_change))
+def train(run: Path, kind: str, *, last_change: int | None = None, counted: Path | None = None) -> None:
+    """The job; it dies before the ``last_change``-th change of a file in its run, or writes down how many there are."""
+    changes = 0
 
-        def dying(event: str, arguments: tuple[Any, ...]) -> None:
-            if event not in CHANGES or not isinstance(arguments[0], str | os.PathLike):
-                return
-            if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
-                return
-            if str(arguments[0]).startswith(str(run)) and next(left, None) is None:
+    def watching(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal changes
+        if event not in CHANGES or not isinstance(arguments[0], str | os.PathLike):
+            return
+        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        if str(arguments[0]).startswith(str(run)):
+            if changes == last_change:
                 os.kill(os.getpid(), signal.SIGKILL)
+            changes += 1
 
-        sys.addaudithook(dying)
+    if last_change is not None or counted is not None:
+        sys.addaudithook(watching)
     from pyrovae.app.cli import main
 
-    main(words(run, kind))
+    try:
+        main(words(run, kind))
+    finally:
+        if counted is not None:
+            counted.write_text(str(changes))
 
 
 def ended(child: int, seconds: float | None = None) -> int:
@@ -117,7 +126,7 @@ def facts(run: Path) -> dict[str, Any]:
         "weights": {name: load_file(run / name / "weights.safetensors") for name in ("last", "best")},
         "state": state, "metrics": [timeless(json.loads(line)) for line in lines],
         "results": timeless(json.loads((run / "results.json").read_text())),
-        "files": sorted(str(path.relative_to(run)) for path in run.rglob("*") if not path.name.startswith(".")),
+        "files": sorted(str(path.relative_to(run)) for path in run.rglob("*") if not LEFT.search(str(path))),
     }  # fmt: skip
 
 
@@ -146,12 +155,10 @@ class Trials:
         self.found: Counter[str] = Counter()
         whole = base / f"{kind}-whole"
         began = time.monotonic()
-        code = ended(forked(lambda: train(whole, kind), self.log))
+        code = ended(forked(lambda: train(whole, kind, counted=base / "counted"), self.log))
         assert code == 0, self.log.read_text()[-2000:]
         self.seconds, self.whole = time.monotonic() - began, facts(whole)
-        counted, self.changes = base / f"{kind}-counted", 0
-        while ended(forked(lambda: train(counted, kind, last_change=self.changes + 64), self.log)) != 0:
-            self.changes += 64  # resumed, so that this is an estimate; a run of few changes outlives its limit
+        self.changes = int((base / "counted").read_text())
 
     def kill(self, how: str, run: Path) -> bool:
         """Kill the job once; whether it had not ended before."""
@@ -160,7 +167,7 @@ class Trials:
             return freshly_killed(run, self.kind, 0.2 + moment * 4, self.log) == -signal.SIGKILL
         if how == "clock":
             return ended(forked(lambda: train(run, self.kind), self.log), moment * self.seconds) == -signal.SIGKILL
-        change = self.chance.randrange(max(self.changes, 64))
+        change = self.chance.randrange(self.changes)
         return ended(forked(lambda: train(run, self.kind, last_change=change), self.log)) == -signal.SIGKILL
 
     def trial(self, how: str, number: int) -> None:
@@ -241,6 +248,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--loads", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=4, help="of writers at once")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="after which no more runs are killed")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "MPLBACKEND": "Agg"}
@@ -263,14 +271,17 @@ def main() -> int:
             kinds.append(Trials(kind, Path(folder), chance))
         hows = ["import", "save", *["clock", "save"] * 4]
         for i in range(10**6):
-            if sum(count for t in kinds for name, count in t.found.items() if "kills" in name) >= options.kills:
+            kills = sum(count for t in kinds for name, count in t.found.items() if "kills" in name)
+            if kills >= options.kills or time.monotonic() - began > options.seconds:
                 break
             kinds[i % 2].trial(hows[i // 2 % len(hows)], i)
+            print(f"{kills} kills", end="\r", flush=True)
         for t in kinds:
-            print(f"{t.kind}: {dict(sorted(t.found.items()))}, a run takes {t.seconds:.1f} s")
+            took = f"a run takes {t.seconds:.1f} s and changes files {t.changes} times"
+            print(f"{t.kind}: {dict(sorted(t.found.items()))}; {took}", flush=True)
             wrong += sum(count for name, count in t.found.items() if "wrong" in name)
         failed = loads(Path(folder), options.loads)
-        print(f"{options.loads - failed} of {options.loads} processes loaded one epoch's weights 5 times")
+        print(f"{options.loads - failed} of {options.loads} processes loaded one epoch's weights 5 times", flush=True)
         unfair = two_writers(kinds[0], options.pairs)
         print(f"{options.pairs - unfair} of {options.pairs} pairs of writers: one gave way")
     print(f"{time.monotonic() - began:.0f} s, {wrong + failed + unfair} wrong")
