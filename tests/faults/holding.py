@@ -267,6 +267,24 @@ def a_pickle_in_torchs_own_format_is_not_executed(folder: Path):
     assert not list(folder.rglob("owned"))
 
 
+@fault("E", "evaluate --override", 4, each={"weights": "last/weights.safetensors", "config": "config.json"})
+def a_pickle_is_not_executed_where_changes_are_overridden(folder: Path, file: str):
+    run = small_run(folder / "run")
+    (run / file).write_bytes(evil("pickle"))
+    yield "evaluate", run, "--override", "--device", "cpu"
+    assert not list(folder.rglob("owned"))
+
+
+@fault("E", "train --override", 4, each={"a pickle": True, "torch's own format": False})
+def a_pickled_state_is_not_executed_where_changes_are_overridden(folder: Path, bare: bool):
+    run = small_run(folder / "run")
+    zipped(run / "last" / "state.pt")
+    if bare:
+        (run / "last" / "state.pt").write_bytes(evil("pickle"))
+    yield "train", "--resume", "--override", "--run-dir", run, "--device", "cpu"
+    assert not list(folder.rglob("owned"))
+
+
 @fault("E", "data.load", 3, each={"objects": "x", "labels": "y", "in the test part": "x_test"})
 def an_archive_of_objects_is_not_unpickled(folder: Path, key: str):
     arrays: dict[str, Any] = {name: np.zeros((3, 4)) for name in ("x", "x_test")} | {"y": np.zeros(3, int)}

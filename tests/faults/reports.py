@@ -265,6 +265,36 @@ def a_batch_of_one_under_batch_norm_is_named(folder: Path, size: int):
     yield lambda: pv.fit(pair.model, pair.guide, x, objective=pv.ELBO(1), epochs=1, batch_size=size, progress=False)
 
 
+# --- NaN -----------------------------------------------------------------------------------------------------------
+
+
+class Poisoned(Noisy):
+    """A pair whose decoder's parameter becomes NaN at a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(0.0)
+        self.steps, self.step = 0, step
+
+    def model(self, x: Tensor) -> None:
+        if torch.is_grad_enabled() and self.training and len(x) <= 5:
+            self.steps += 1
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            logits = self.decoder(z)
+            logits = logits * (math.nan if self.steps > self.step else 1.0)
+            pyro.sample("x", dist.Bernoulli(logits=logits, validate_args=False).to_event(1), obs=x)
+
+
+@fault("E", "fit", 5, '"x"', each={"epoch 1": 3, "epoch 3": 12})
+def nan_in_training_names_its_site_and_spares_the_weights(folder: Path, step: int):
+    """clementchadebec/benchmark_VAE#102, #132, pyro-ppl/pyro#571: "NaN detected in train loss", and no word more."""
+    pair = Poisoned(step)
+    yield lambda: pv.fit(
+        pair.model, pair.guide, BITS, objective=pv.ELBO(1), epochs=4, batch_size=5, progress=False, compile=False
+    )
+    assert all(torch.isfinite(p).all() for p in pair.parameters())
+
+
 # --- early stopping ------------------------------------------------------------------------------------------------
 
 
