@@ -1044,7 +1044,7 @@ MATS = {
     "sparse": ({"data": scipy.sparse.eye(784, 5)}, r"must have data \[784, N\], has \[0\]"),
     "complex": ({"data": RNG.random((784, 5)) * 1j}, r"data is complex"),
     "cells": ({"data": np.array([[np.ones(3)]] * 784, dtype=object)}, r"must have data \[784, N\], has \[0\]"),
-    "nan": ({"data": np.full((784, 5), np.nan)}, r"= nan: data must be finite"),
+    "nan": ({"data": np.full((784, 5), np.nan)}, r"must have data in \[0, 1\], has nan"),
     "bytes of bits": ({"data": RNG.integers(0, 2, (784, 5), np.uint8), "testdata": np.zeros((784, 3), np.uint8)},
                       r"0 and 1 only"),
     "half labels": ({"targetchar": np.arange(20) / 2}, r"targetchar must be whole numbers, number 1 is 0\.5"),
@@ -1126,10 +1126,9 @@ def a_mat_file_is_cut_short(folder: Path):
 @fault("A7", "load", 0)
 def a_mat_file_is_read_as_matlab_reads_it(folder: Path):
     """Packed or not, in either order of bytes, in any kind of number."""
-    for kind in ("<f8", ">f8", "<f4", "u1", ">i2"):
+    for kind in ("<f8", ">f8", "<f4", "u2", ">i2"):
         for pack in (False, True):
             arrays = {key: RNG.integers(0, 2, (784, n)).astype(kind) for key, n in (("data", 6), ("testdata", 3))}
-            arrays = {key: x * 255 if kind == "u1" else x for key, x in arrays.items()}
             scipy.io.savemat(folder / "chardata.mat", arrays, do_compression=pack)
             splits = pv.data.load("omniglot28", root=".")
             columns = (arrays["data"] > 0).astype("f").T.reshape(-1, 1, 28, 28)
