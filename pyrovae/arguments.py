@@ -55,8 +55,10 @@ def in_range(name: str, value: object, low: float, high: float = math.inf) -> fl
     return number
 
 
-def rising_betas(value: Iterable[object]) -> list[float]:
+def rising_betas(value: object) -> list[float]:
     """Inverse temperatures that rise from 0 to 1, or one clear error."""
+    if not isinstance(value, Iterable):
+        raise TypeError(f"betas must be a sequence of numbers, got {value!r}: pass such as (0, .1, .5, 1)")
     betas = [in_range("every beta", beta, 0.0, 1.0) for beta in value]
     if len(betas) < 2 or betas[0] != 0 or betas[-1] != 1 or any(a >= b for a, b in pairwise(betas)):
         raise ValueError(f"betas must rise from 0 to 1, got {betas}: pass such as (0, .1, .5, 1)")
