@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from pyrovae.engine.programs import Batch, Program, held_by
 from pyrovae.errors import is_out_of_memory
@@ -41,13 +43,17 @@ class Taken:
 
 
 def ways(*programs: Program) -> Iterator[Taken]:
-    """How programs may take data, the likeliest first: as reals like their parameters, where those are known.
+    """How programs may take data, the likeliest first: as reals like most of their parameters, where those are known.
 
     Integers become reals but for programs that need them: those that embed what they are given.
     """
-    reals = next((t.dtype for t in held_by(*programs) if t.is_floating_point()), None)
     default = torch.get_default_dtype()
-    known = [reals] if reals is not None else [None, default, torch.float32, torch.float64]
+    held = Counter[torch.dtype]()
+    for tensor in held_by(*programs):
+        if tensor.is_floating_point():
+            held[tensor.dtype] += 0 if is_lazy(tensor) else tensor.numel()
+    unknown: list[torch.dtype | None] = [None, default, torch.float32, torch.float64]
+    known = [dtype for dtype, _ in held.most_common()] or unknown
     yield from (Taken(dtype, dtype or default) for dtype in known)
     yield from (Taken(dtype, integers) for integers in (torch.int64, None) for dtype in known)
 
@@ -91,5 +97,5 @@ def exactly(data: object) -> object:
         return array
     if array.dtype in (np.longdouble, np.uint64):
         return array
-    kept = array.dtype if array.dtype.kind in "bf" or array.dtype == np.uint8 else np.int64
+    kept = array.dtype.newbyteorder("=") if array.dtype.kind in "bf" or array.dtype == np.uint8 else np.int64
     return torch.from_numpy(np.array(array, kept, order="C"))

@@ -45,7 +45,7 @@ class Guard:
         """After the backward pass: losses become NaN where a step is withheld, and buffers are put back."""
         for r, (loss, own) in enumerate(zip(losses.unbind() if losses.dim() else (losses,), gradients, strict=True)):
             withheld, shadow = self.each[r], self.shadows[r]
-            found = [loss, *(g._values() if g.is_sparse else g for g in own)]
+            found = [loss, *map(numbers, own)]
             try:  # what GradScaler uses: one pass over all, which it multiplies by 1
                 torch._amp_foreach_non_finite_check_and_unscale_(found, withheld, self.one)
             except RuntimeError:  # a gradient is expanded from fewer numbers, and cannot be written to
@@ -84,6 +84,12 @@ class Guard:
             optimizer.step()
             for tensor, old in zip(kept, then, strict=True):
                 torch.where(withheld > 0, old, tensor, out=tensor)
+
+
+def numbers(gradient: Tensor) -> Tensor:
+    """A gradient's reals, stored densely."""
+    dense = gradient._values() if gradient.is_sparse else gradient
+    return torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
 
 
 @contextmanager

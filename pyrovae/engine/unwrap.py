@@ -118,14 +118,16 @@ def widest(support: constraints.Constraint) -> constraints.Constraint | None:
 
 
 def inner_value(fn: Distribution) -> float | None:
-    """A number well inside of the support of a distribution over reals, where it is known to hold one."""
+    """A number well inside of the support of a distribution over reals, bits or counts, where it is known."""
     try:
         support = widest(fn.support)  # type: ignore[arg-type]
     except NotImplementedError:
         return None
     low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
-    if isinstance(support, type(constraints.real)):
+    if isinstance(support, type(constraints.real) | type(constraints.boolean)):
         return 0.0
+    if isinstance(support, constraints.integer_interval | type(constraints.nonnegative_integer)):
+        return low
     if not isinstance(support, constraints.interval | constraints.greater_than | constraints.greater_than_eq):
         return None
     return low + 1 if high is None else (low + high) / 2  # type: ignore[no-any-return, operator]

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyrovae import data as datasets
 from pyrovae.compile.precision import full_float32
+from pyrovae.data.arrays import as_tensor
 from pyrovae.data.feed import as_batch, length
 from pyrovae.engine.convert import exactly, first_way
 from pyrovae.engine.devices import batch_device, home_of
@@ -59,7 +61,9 @@ class Batches:
         title: str = "",
         progress: bool | None = False,
     ) -> None:
-        self.pair, self.args, self.kwargs = (model, guide), tuple(exactly(a) for a in args), kwargs
+        given = tuple(map(exactly, args))
+        self.args = tuple(as_tensor(a, "data") if isinstance(a, np.ndarray) else a for a in given)
+        self.pair, self.kwargs = (model, guide), kwargs
         self.programs = (model,) if guide is None else (model, guide)
         self.batch_size, self.default, self.seed = batch_size, default, seed
         self.total = len(args[0]) if len(args) == 1 and isinstance(args[0], datasets.Images) else None

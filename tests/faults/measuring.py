@@ -698,3 +698,22 @@ def an_objective_of_pyros_is_asked_itself(folder: Path):
             pyro.infer.Trace_ELBO().loss(pair.model, pair.guide, x)
 
     yield asked
+
+
+@fault("D", "log_likelihood", each={
+    "uint64": np.uint64, "longdouble": np.longdouble, "big-endian": np.dtype(">f4"), "half": np.float16,
+})  # fmt: skip
+def numpys_other_numbers(folder: Path, dtype):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x)
+
+    outcome = yield lambda: pv.log_likelihood(model, lambda x: None, np.ones((5, 2), dtype), num_samples=2)
+    assert abs(outcome.value.nll - (math.log(2 * math.pi) + 1)) < 1e-6
+
+
+@fault("D", "log_likelihood", 3, "numbers.*received|no masked values, has 4", each={
+    "masked": np.ma.masked_array(np.ones((5, 4)), mask=np.eye(5, 4)), "text": np.array([["a", "b"]] * 5),
+})  # fmt: skip
+def arrays_that_are_no_numbers(folder: Path, x):
+    yield lambda: pv.log_likelihood(lambda x: None, lambda x: None, x, num_samples=2)

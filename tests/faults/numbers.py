@@ -529,3 +529,60 @@ def a_run_of_nan_is_not_measured(folder: Path):
     kept.save("last", {name: tensor * NAN for name, tensor in kept.weights().items()})
     yield "evaluate", run, "--samples", "5", "--device", "cpu"
     assert not (run / "results.json").exists() or "NaN" not in (run / "results.json").read_text()
+
+
+class Shifted(nn.Module):
+    """x ~ N(m, 1), where a parameter of another type of numbers shifts m; that is trained, and comes first."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shift, self.net = nn.Parameter(torch.zeros(4, dtype=dtype)), nn.Linear(4, 4)
+
+    def model(self, x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0 * self.net(x) + self.shift.real.float(), 1.0).to_event(1), obs=x)
+
+    def guide(self, x: torch.Tensor) -> None: ...
+
+
+@fault("D", "fit", each={
+    f"{kind} {how}": (getattr(torch, kind), how) for kind in ("float64", "bfloat16", "complex64") for how in COMPILE
+})  # fmt: skip
+def a_parameter_of_another_type_of_numbers(folder: Path, case):
+    pair, sgd = Shifted(case[0]), lambda parameters: torch.optim.SGD(parameters, lr=1.0)
+    yield lambda: pv.fit(
+        pair.model, pair.guide, X, objective=pv.ELBO(), epochs=3, compile=COMPILE[case[1]], optimizer=sgd
+    )
+    assert torch.allclose(pair.shift.real.float(), X.mean(0), atol=1e-2)
+
+
+@fault("A10", "fit", 5, r'gradient in parameter "shift" is \(?nan')
+def a_complex_gradient_that_is_nan(folder: Path):
+    pair = Shifted(torch.complex64)
+    pair.shift.register_hook(lambda gradient: gradient * NAN)
+    yield lambda: trained(pair, X, compile=False)
+    assert not pair.shift.any()
+
+
+class Missing(nn.Module):
+    """Bits or counts of which some are missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = nn.Parameter(torch.zeros(4))
+
+    def model(self, x: torch.Tensor) -> None:
+        kind = dist.Bernoulli(logits=self.m) if x.nan_to_num().max() <= 1 else dist.Poisson(self.m.exp())
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", kind.expand([len(x), 4]).mask(~x.isnan()).to_event(1), obs=x)
+
+    def guide(self, x: torch.Tensor) -> None: ...
+
+
+@fault("D", "fit", each={"bits": (1, torch.sigmoid), "counts": (5, torch.exp)})
+def missing_bits_and_counts_are_masked(folder: Path, case):
+    pair, x = Missing(), (X.abs() * case[0]).round()
+    x[3, 1] = NAN
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.2)  # noqa: E731
+    yield lambda: pv.fit(pair.model, pair.guide, x, objective=pv.ELBO(), epochs=300, compile=False, optimizer=sgd)
+    assert torch.allclose(case[1](pair.m), x.nanmean(0), atol=1e-2)
