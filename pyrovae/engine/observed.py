@@ -72,7 +72,8 @@ def outside(site: Site) -> Tensor:
         return bad
     inside_events = value.dim() - bad.dim()
     for mask, hidden in masks(site):
-        bad = bad & mask[(..., *[None] * (hidden - inside_events))]
+        if mask.dim():  # a site that never counts still says what its values may be, such as labels
+            bad = bad & mask[(..., *[None] * (hidden - inside_events))]
     missing = torch.isnan(value) if value.is_floating_point() and not is_discrete(fn) else None
     if missing is not None and missing.any():
         known = scored(site).isfinite()  # a density that does not depend on it, as NanMaskedNormal's

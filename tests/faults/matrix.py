@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import io
 import json
 import multiprocessing
@@ -111,14 +111,9 @@ def fault(
 
 def rows() -> list[Row]:
     """All rows of the files beside this one."""
-    sys.modules["tests.faults.matrix"] = sys.modules[__name__]  # one list, whatever name this file runs under
-    ROWS.clear()
     for path in sorted(HERE.glob("*.py")):
-        if path.stem != "matrix" and not path.stem.startswith("test_"):
-            spec = importlib.util.spec_from_file_location(f"tests.faults.{path.stem}", path)
-            assert spec is not None
-            assert spec.loader is not None
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        if path.stem not in ("matrix", "preloaded") and not path.stem.startswith("test_"):
+            importlib.import_module(f"tests.faults.{path.stem}")
     names = Counter(map(str, ROWS))
     assert max(names.values(), default=1) == 1, [name for name, count in names.items() if count > 1]
     return list(ROWS)
@@ -225,8 +220,7 @@ def child(name: str, folder: Path) -> None:
 def run(row: Row, folder: Path, seconds: float = SECONDS) -> Verdict:
     """One row, from a process that has imported the package and does nothing else."""
     processes = multiprocessing.get_context("forkserver")
-    modules = ["pyrovae.app.cli", "sklearn.datasets", "matplotlib.pyplot", "PIL.Image", "torch._dynamo"]
-    processes.set_forkserver_preload(modules)  # torch.optim needs the last
+    processes.set_forkserver_preload(["tests.faults.preloaded"])
     process = processes.Process(target=child, args=(str(row), folder))
     process.start()
     process.join(seconds)
@@ -291,5 +285,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.path[0] = str(HERE.parent.parent)
-    sys.modules["tests.faults.matrix"] = sys.modules["__main__"]
-    sys.exit(main())
+    # Under the name that the files of rows know it by: there is one list.
+    sys.exit(importlib.import_module("tests.faults.matrix").main())

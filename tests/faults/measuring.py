@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.data.sampler import BatchSampler, RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler
 
 import pyrovae as pv
-from pyrovae.engine.brief import Brief
 from tests.faults.matrix import fault
 
 LOGITS = torch.linspace(-1, 2, 4)
@@ -694,6 +693,8 @@ def an_objective_of_pyros_is_asked_itself(folder: Path):
     pair, x = Bits(), wrong(0.25)
 
     def asked():
+        from pyrovae.engine.brief import Brief
+
         with Brief():
             pyro.infer.Trace_ELBO().loss(pair.model, pair.guide, x)
 
