@@ -121,7 +121,9 @@ def compare(compared: Sequence[runs.Run], out: Console) -> None:
         folder = run.path
         data, results = run.config().get("data", {}), kept_results(run)
         if results is None:
-            raise datasets.DataError(f'the run "{folder}" has no {runs.RESULTS}: run pyrovae evaluate {folder}')
+            by_command = "settings" in run.config()
+            fix = f"run pyrovae evaluate {folder}" if by_command else "it is measured in Python, by pv.log_likelihood"
+            raise datasets.DataError(f'the run "{folder}" has no {runs.RESULTS}: {fix}')
         # Grey images are not bits: their NLL may be a density, and no figure of one compares with the other's.
         grey = data.get("binarization") == "none" and not str(data.get("name")).startswith(CODES)
         seconds = results.get("seconds_per_epoch")

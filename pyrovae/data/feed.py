@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -34,9 +35,10 @@ from pyrovae.engine.convert import Taken, exactly, listed
 from pyrovae.engine.observed import Observed
 from pyrovae.engine.programs import Batch, warn
 from pyrovae.engine.randomness import isolated_rng
-from pyrovae.errors import DataError, ResourceError
+from pyrovae.errors import DataError, ResourceError, is_out_of_memory
 
 PIECE = 2**19, 64 * 2**20  # bytes that are checked at a time: what a cache holds; on a GPU, one wait for each
+COLLATED = os.path.join("torch", "utils", "data", "_utils", "collate.py")  # where rows become a batch
 Source = Images | Dataset[Any] | DataLoader[Any]
 
 
@@ -329,9 +331,14 @@ def from_workers(loader: Iterable[object]) -> Iterator[object]:
         text = str(error)
         if re.match(r"DataLoader worker \(pid.*\) (exited|is killed)", text):
             raise ResourceError(f"{one_line(text)}: free memory, or pass num_workers=0 to see what ends it") from error
+        what = one_line((text.strip("'\\n ").splitlines() or [""])[-1])
+        if not is_out_of_memory(error) and COLLATED in text + "".join(traceback.format_tb(error.__traceback__)):
+            raise DataError(
+                f"rows of the data set do not go into one batch ({what}): let all be tensors of one shape and type, or "
+                "pass a DataLoader with a collate_fn"
+            ) from error
         if "in DataLoader worker process" not in text:
             raise
-        what = one_line(text.strip("'\\n ").splitlines()[-1])
         raise type(error)(f"in a worker of the DataLoader: {what}; num_workers=0 shows where") from error
 
 

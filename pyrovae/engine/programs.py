@@ -22,7 +22,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyrovae.arguments import shown
-from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
+from pyrovae.engine.randomness import isolated_rng, one_thread, restore_rng, rng_snapshot
 
 Program = Callable[..., Any]
 Batch = tuple[Any, ...]  # what a program takes
@@ -173,12 +173,13 @@ def set_modes(modes: Modes) -> None:
 @contextmanager
 def in_modes(modes: Modes) -> Iterator[None]:
     """Run modules in given modes; restore each one's own afterwards, whatever was done to it meanwhile."""
-    found = {module: module.training for module in modes}
-    try:
-        set_modes(modes)
-        yield
-    finally:
-        set_modes(found)
+    with one_thread():
+        found = {module: module.training for module in modes}
+        try:
+            set_modes(modes)
+            yield
+        finally:
+            set_modes(found)
 
 
 def training_modes(*programs: Program) -> Modes:
@@ -214,9 +215,9 @@ def evaluating(*programs: Program) -> Iterator[None]:
                 modes.setdefault(child, child.training)
                 child.training = False
 
-    for root in roots(*programs):
-        enter(root)
-    with on_forward(enter):
+    with one_thread(), on_forward(enter):
+        for root in roots(*programs):
+            enter(root)
         try:
             yield
         finally:

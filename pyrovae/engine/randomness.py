@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,34 @@ import torch
 from torch import Tensor
 
 from pyrovae.arguments import check_seed
+from pyrovae.errors import ResourceError
+
+RUNNING, PATIENCE = RLock(), 10  # seconds that a thread waits for another
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Wait until no other thread runs programs: Pyro's handlers and the generators are one for the whole process.
+
+    :raises ResourceError: where that takes long; the other thread may wait for this one.
+    """
+    if not RUNNING.acquire(timeout=PATIENCE):
+        raise ResourceError(
+            "another thread of this process trains or measures, and Pyro's handlers are one for all threads: wait for "
+            "it, or use processes"
+        )
+    try:
+        yield
+    finally:
+        RUNNING.release()
 
 
 @contextmanager
 def isolated_rng(seed: int | None = None) -> Iterator[None]:
     """Leave every random generator as it was found; inside, start from ``seed`` if one is given."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
+    with one_thread(), torch.random.fork_rng(devices=devices):
+        python_state, numpy_state = random.getstate(), np.random.get_state()
         if seed is not None:
             seed_everything(seed)
         try:

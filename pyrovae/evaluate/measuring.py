@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from pyrovae import data as datasets
 from pyrovae.compile.precision import full_float32
 from pyrovae.data.arrays import as_tensor
-from pyrovae.data.feed import as_batch, length
+from pyrovae.data.feed import as_batch, as_dataset, length
 from pyrovae.engine.convert import exactly, first_way
 from pyrovae.engine.devices import batch_device, home_of
 from pyrovae.engine.observed import Observed
@@ -94,7 +94,12 @@ class Batches:
         batch = next(batches, None)
         if batch is None or not rows(batch, self.kwargs):
             raise datasets.DataError("there are no data to evaluate: pass at least one datum")
-        taken, (batch, self.seen) = first_way(batch, self.look, *self.programs)
+        try:
+            taken, (batch, self.seen) = first_way(batch, self.look, *self.programs)
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            if len(self.args) == 1:
+                as_dataset(self.args[0], raw=True)  # which names what is no data
+            raise
         number = rows(batch, self.kwargs)
         if self.seen.layout.sizes[-1:] != [number] and next(batches, None) is not None:
             batch, batches = taken(self.uncut()), iter(())

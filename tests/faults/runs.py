@@ -1127,3 +1127,9 @@ def everything_is_on_disk_before_it_counts(folder):
     assert "/metrics.jsonl" in events[:moved]
     assert "" in events[moved:], events
     assert any(event.startswith("/.config.json") for event in events), events
+
+
+@fault("A11", "compare", 3, "has no results.json: it is measured in Python, by pv.log_likelihood$")
+def a_run_of_python_has_no_results(folder):
+    fit(folder / "run")
+    yield "compare", folder / "run"

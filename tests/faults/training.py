@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -1018,3 +1020,81 @@ def a_loader_gives_whole_batches(folder: Path):
     rows = Subset(Rows(lambda i: X[10 * i : 10 * i + 10]), [0, 1, 2])
     outcome = yield lambda: fit(data=DataLoader(rows, batch_size=None))
     assert outcome.value.timings["steps"] == 6
+
+
+# --- Threads, and rows that are no batch -----------------------------------------------------------------------------
+
+
+def bounds(pair: pv.models.VAE) -> list[float]:
+    return [row["bound"] for row in fit(copy.deepcopy(pair), X, epochs=8).history]
+
+
+@fault("A9", "fit")
+def two_threads_train_at_once(folder: Path):
+    pair = vae()
+    alone, before = bounds(pair), torch.get_rng_state()
+    with ThreadPoolExecutor(2) as threads:
+        outcome = yield lambda: list(threads.map(bounds, [pair] * 3))
+    assert outcome.value == [alone] * 3
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@fault("A9", "log_likelihood")
+def two_threads_measure_at_once(folder: Path):
+    pair = vae()
+    alone = measured(pair, X).nll
+    with ThreadPoolExecutor(3) as threads:
+        outcome = yield lambda: [f.nll for f in threads.map(lambda _: measured(pair, X), range(6))]
+    assert outcome.value == [alone] * 6
+
+
+@fault("C", "fit", 6, "another thread of this process trains or measures.*use processes")
+def a_callback_waits_for_a_thread_that_measures(folder: Path):
+    def wait(_: pv.Fit) -> None:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(measured, vae(), X).result()
+
+    with patch("pyrovae.engine.randomness.PATIENCE", 0.1):
+        yield lambda: fit(data=X, on_epoch=wait)
+
+
+ROWS_THAT_DIFFER = {
+    "none": lambda i: None if i == 17 else X[i],
+    "longer": lambda i: X[i, : 3 if i == 17 else 4],
+    "objects": lambda i: object(),
+}
+
+
+@fault("C", "fit", 3, "rows of the data set do not go into one batch", each=ROWS_THAT_DIFFER)
+def rows_do_not_go_into_a_batch(folder: Path, row: Any):
+    yield lambda: fit(data=working(row))
+
+
+@fault("C", "log_likelihood", 3, "rows of the data set do not go into one batch", each=ROWS_THAT_DIFFER)
+def rows_to_measure_do_not_go_into_a_batch(folder: Path, row: Any):
+    yield lambda: measured(vae(), Rows(row))
+
+
+NO_DATA = {
+    "a list of tensors": lambda: list(X), "a name": lambda: "digits", "a generator": lambda: iter(X.split(10)),
+    "splits": lambda: pv.data.load("digits"), "sparse": lambda: X.to_sparse(),
+    "complex": lambda: X.to(torch.complex64),
+}  # fmt: skip
+
+
+@fault("D", "log_likelihood", 2, "data must be a tensor|must be a dense, real tensor", each=NO_DATA)
+def what_is_measured_is_no_data(folder: Path, make: Any):
+    yield lambda: measured(vae(), make())
+
+
+@fault("D", "fit", 2, "data must be a tensor|must be a dense, real tensor", each=NO_DATA)
+def what_is_trained_on_is_no_data(folder: Path, make: Any):
+    yield lambda: fit(data=make())
+
+
+@fault("D", "log_likelihood")
+def data_were_made_in_inference_mode(folder: Path):
+    with torch.inference_mode():
+        made = X.clone()
+    outcome = yield lambda: measured(vae(), made).nll
+    assert outcome.value == measured(vae(), X).nll
