@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import TypedDict, cast
 
 from pyrovae import runs
@@ -65,16 +66,21 @@ def kept_results(run: runs.Run) -> Results | None:
     return cast(Results, found | null)
 
 
+def readable_results(run: runs.Run) -> Results:
+    """As :func:`kept_results`; nothing where they are absent or of another shape, as they will be measured anew."""
+    with suppress(CheckpointError):
+        return kept_results(run) or {}
+    return {}
+
+
 def timed(run: runs.Run) -> Results:
     """What the last results say of training, which another measurement keeps."""
-    try:
-        kept = kept_results(run) or {}
-    except CheckpointError:
-        kept = {}
+    kept = readable_results(run)
     return cast(Results, {name: kept[name] for name in ("timings", "seconds_per_epoch") if name in kept})
 
 
 def belongs(results: Results, run: runs.Run) -> bool:
     """Whether results are of the weights that the run's checkpoint holds now."""
     checkpoint = results.get("checkpoint", "last")
-    return run.checkpoint(checkpoint) is not None and results.get("weights") == run.digest(checkpoint)
+    known = "weights" in results and run.checkpoint(checkpoint) is not None
+    return known and results["weights"] == run.digest(checkpoint)

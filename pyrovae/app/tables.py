@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from pyrovae import data as datasets
 from pyrovae import models, objectives, runs
 from pyrovae.app.results import Diagnostics, Results, belongs, kept_results
 from pyrovae.app.settings import CODES
+from pyrovae.engine.programs import warn
 
 #: How an NLL was found, where it is no estimate by importance sampling.
 KINDS = {
@@ -133,10 +133,9 @@ def compare(compared: Sequence[runs.Run], out: Console) -> None:
             *figures(results, belongs(results, run)),
         )  # fmt: skip
         if "weights" not in results:
-            warnings.warn(
+            warn(
                 f'"{folder}" does not say which weights its results are of, it may have been trained on since: run '
-                f"pyrovae evaluate {folder}",
-                stacklevel=2,
+                f"pyrovae evaluate {folder}"
             )
     out.print(table)
 

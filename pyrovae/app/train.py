@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from pyrovae import runs
 from pyrovae.app.job import Task, Terms, as_seen_by, run_of
 from pyrovae.app.measure import check_test, measure
 from pyrovae.app.pictures import pictures
-from pyrovae.app.results import belongs, kept_results
+from pyrovae.app.results import belongs, readable_results
 from pyrovae.app.settings import CODES, Settings, keywords
 from pyrovae.app.tables import print_results
 from pyrovae.arguments import pick_device, positive_int
 from pyrovae.engine.randomness import rng_snapshot
-from pyrovae.errors import CheckpointError
 from pyrovae.models import CodePrior
 from pyrovae.models.base import Rule
 from pyrovae.train.log import Fit
@@ -40,13 +38,15 @@ def train_in(run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], 
     """The main job in a run that no other process writes to."""
     folder = run.path
     run.check_files()
-    if resume and run.exists:
+    if not resume:
+        run.check_absent()
+    if run.exists:
         given = {name: value for name, value in dataclasses.asdict(job).items() if name in explicit}
         with runs.opening(folder):
             job = Settings.of(run.config().get("settings", dataclasses.asdict(job)) | given)
     positive_int("samples", job.samples)
     pick_device(job.device)
-    named = not (resume and run.exists) or "model" in explicit
+    named = not run.exists or "model" in explicit
     task = Task.of(job, terms, named=named, explicit=explicit)
     pair, test = task.pair, task.splits.test
     check_test(pair, test)
@@ -62,11 +62,8 @@ def train_in(run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], 
             **task.parts.fit,  # type: ignore[arg-type]
         )  # fmt: skip
     else:
-        result = train_by_rule(rule, task, run, resume)
-    kept = None
-    with suppress(CheckpointError):
-        kept = kept_results(run)
-    if kept is not None and belongs(kept, run):
+        result = train_by_rule(rule, task, run)
+    if belongs(readable_results(run), run):
         out.print(f'the run "{folder}" is finished; its results are in {runs.RESULTS}')
         return
     if (t := result.timings).get("steps"):
@@ -91,11 +88,9 @@ def train_in(run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], 
     out.print(f"pictures in {folder}: " + ", ".join(path.name for path in drawn))
 
 
-def train_by_rule(rule: Rule, task: Task, run: runs.Run, resume: bool) -> Fit:
+def train_by_rule(rule: Rule, task: Task, run: runs.Run) -> Fit:
     """Train a pair by its own rule; it is saved in the end, and begins anew if it did not get there."""
     job, pair = task.job, task.pair
-    if run.exists and not resume:
-        raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
     config = {"model": runs.describe(pair), "objective": None, "versions": runs.versions()} | task.config()
     if run.exists and (state := run.state()) is not None and state["finished"]:
         check_finished(run, config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from pyrovae.arguments import one_of
 from pyrovae.data.fingerprint import repeated
 from pyrovae.data.images import BINARIZATIONS, Images
 from pyrovae.data.readers import SOURCES, permutation
+from pyrovae.engine.programs import warn
 from pyrovae.errors import DataError
 
 DATASETS: dict[str, str] = {name: description for name, (description, _) in SOURCES.items()}
@@ -113,10 +113,9 @@ def load(
         shapes = ", ".join(f"{k} {list(images.event_shape)}" for k, images in sets.items())
         raise DataError(f"the parts of {name!r} must have one shape, received {shapes}: make them equal")
     if twice := repeated(sets["test"].x, sets["train"].x):
-        warnings.warn(
+        warn(
             f"{twice:,} of the {len(sets['test']):,} test data of {name!r} are training data as well, value for value: "
-            "what is measured on them is no test",
-            stacklevel=2,
+            "what is measured on them is no test"
         )
     held_out = sets["validation"].fixed(seed) if "validation" in sets else None
     return Splits(sets["train"], held_out, sets["test"].fixed(seed))

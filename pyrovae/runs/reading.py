@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from pyrovae.engine.programs import warn
 from pyrovae.errors import CheckpointError
 from pyrovae.memory import require_memory
 from pyrovae.runs.classes import public_path
@@ -84,7 +84,7 @@ class Reader(os.PathLike[str]):
         """Refuse what was changed, but for a user who goes on knowingly."""
         if not self.override:
             raise error(f"{message}, or go on knowingly with --override (override=True)")
-        warnings.warn(message, stacklevel=3)
+        warn(message)
 
     def config(self) -> dict[str, Any]:
         """What the run was made of, its classes by their paths of today; or a CheckpointError.
@@ -158,10 +158,7 @@ class Reader(os.PathLike[str]):
 
         weights = self.read(name, WEIGHTS, tensors)
         if self.manifest(self.folder(name)) is None:
-            warnings.warn(
-                f'"{self.path}" was made before runs had manifests: whether files or data were changed is not known',
-                stacklevel=2,
-            )
+            warn(f'"{self.path}" was made before runs had manifests: whether files or data were changed is not known')
         return weights
 
     def state(self) -> State | None:

@@ -103,6 +103,13 @@ class Run(Reader):
                 "empty folder"
             )
 
+    def check_absent(self) -> None:
+        """Refuse to begin where a run is already."""
+        if self.exists:
+            raise ValueError(
+                f'"{self.path}" holds a run already: pass resume=True (--resume) to go on with it, or another run_dir'
+            )
+
     def check_place(self) -> None:
         """Refuse to go on where the run was, if it is there no more."""
         if not (self.exists and (self.lock is None or self.lock.in_place)):

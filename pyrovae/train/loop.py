@@ -141,15 +141,15 @@ def fit(
     check_compile(compile)
     if resume and run_dir is None:
         raise ValueError("resume=True needs the folder of the run to go on with: pass run_dir")
-
     if not (on_epoch is None or callable(on_epoch)):
         raise TypeError(
             f"on_epoch must be a function of a Fit, got {type(on_epoch).__name__}: pass one, or leave it out"
         )
-
     run = None if run_dir is None else runs.Run.of(run_dir, override=override)
     held = nullcontext() if run is None else run.writing()
     with held, isolated_rng(setup.seed), setup.place(), torch.enable_grad(), in_modes(training_modes(model, guide)):
+        if run is not None and not resume:
+            run.check_absent()
         feed = Feed(data, setup.batch_size, setup.device, num_workers)
         trainee = Trainee(model, guide, objective, setup, feed, maker)
         gradients: Gradients = trainee.eager
@@ -165,7 +165,7 @@ def fit(
             training["num_validation"] = held_out.size
         if run is not None:
             described = with_fingerprints(config or {}, train=feed, validation=held_out)
-            trainee.open(run, training, described, step, resume)
+            trainee.open(run, training, described, step)
         return train([trainee], step, on_epoch)[0]
 
 
@@ -271,12 +271,9 @@ class Trainee:
         training: Mapping[str, object],
         more: Mapping[str, object],
         step: Step | Recorded,
-        resume: bool = False,
     ) -> None:
         """Start its run, or take up its last checkpoint; its config.json says ``training`` of that, and ``more``."""
         self.run = run
-        if run.exists and not resume:
-            raise ValueError(f'"{run.path}" holds a run already: pass resume=True to go on with it, or another run_dir')
         own = {"lr": self.rate, "optimizer": type(self.optimizer).__name__}
         settings = {**self.setup.describe(self.feed), **own, **training}
         config = {**describe_job(self.model, self.guide, self.objective, settings), **more}

@@ -84,7 +84,7 @@ class Plan:
     def growing(self) -> int:
         """How many epochs begin before warm-up and stages are over; the last epoch counts as final in any case."""
         stages = len(self.particles or (1,))
-        return min(max(math.ceil(self.kl_warmup), -(self.epochs * (1 - stages) // stages)), self.epochs - 1)
+        return min(math.ceil(max(self.kl_warmup, self.epochs * (stages - 1) / stages)), self.epochs - 1)
 
     def at(self, epoch: float) -> pyro.infer.ELBO:
         """The objective after ``epoch`` epochs (a fraction counts): one object, so that it looks at its pair once."""
