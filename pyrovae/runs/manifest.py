@@ -88,7 +88,7 @@ def newer(written: Mapping[str, Any]) -> str | None:
 
 
 def numbers(text: object) -> list[int]:
-    """The numbers of a version: 0.2.1 is (0, 2, 1)."""
+    """The numbers of a version: 0.2.1 is [0, 2, 1]."""
     return [int(number) for number in re.findall(r"\d+", str(text))[:3]]
 
 
