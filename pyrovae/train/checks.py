@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import Look, look, warn_of_strays
-from pyrovae.engine.programs import Program, warn
+from pyrovae.engine.programs import Program, held_by, warn
 from pyrovae.engine.sites import counted
 
 
@@ -54,4 +55,18 @@ def warn_of_data(seen: Look, feed: Feed) -> None:
         warn(
             "latents outside the data plate are shared by all data, but each batch will count as all of them: pass "
             'batch_size=len(data), or give the plate its full size, pyro.plate("data", N, subsample_size=...)'
+        )
+
+
+def derivable() -> AbstractContextManager[object]:
+    """Derivatives are taken inside, also below ``torch.no_grad()`` and ``torch.inference_mode()``."""
+    return torch.inference_mode(False)
+
+
+def check_derivable(*programs: Program) -> None:
+    """Refuse programs whose weights no step may change."""
+    if any(tensor.is_inference() for tensor in held_by(*programs)):
+        raise ValueError(
+            "the pair was made under torch.inference_mode(), whose tensors are never trained: build or load the pair "
+            "outside it"
         )

@@ -29,7 +29,7 @@ from pyrovae.memory import memory_advice
 from pyrovae.objectives.base import Objective
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Schedule
-from pyrovae.train.checks import check_last_batch, lone_datum_advice, warn_of_data
+from pyrovae.train.checks import check_derivable, check_last_batch, derivable, lone_datum_advice, warn_of_data
 from pyrovae.train.compiled import Compiled, worthwhile
 from pyrovae.train.log import Fit, describe_job
 from pyrovae.train.monitor import Monitor, Validation, look_on, warn_unlogged
@@ -148,7 +148,7 @@ def fit(
         )
     run = None if run_dir is None else runs.Run.of(run_dir, override=override)
     held = nullcontext() if run is None else run.writing()
-    with held, isolated_rng(setup.seed), setup.place(), torch.enable_grad(), in_modes(training_modes(model, guide)):
+    with held, isolated_rng(setup.seed), setup.place(), derivable(), in_modes(training_modes(model, guide)):
         if run is not None and not resume:
             run.check_absent()
         feed = Feed(data, setup.batch_size, setup.device, num_workers)
@@ -239,6 +239,7 @@ class Trainee:
         self.model, self.guide, self.objective, self.kl_factor = model, guide, objective, kl_factor
         self.setup, self.feed, self.result = setup, feed, Fit()
         setup.plan.check(feed.steps)
+        check_derivable(model, guide)
         with lone_datum_advice():
             seen = look_on(feed, model, guide, validate=not setup.skips)
         check_last_batch(model, guide, seen, feed)

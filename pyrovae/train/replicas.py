@@ -31,6 +31,7 @@ from pyrovae.engine.programs import Batch, Program, in_modes, training_modes, wa
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective
 from pyrovae.schedules import Schedule
+from pyrovae.train.checks import derivable
 from pyrovae.train.compiled import CHECK_SEED, Compiled, put, traceable
 from pyrovae.train.log import Fit
 from pyrovae.train.loop import Trainee, fit, train
@@ -100,7 +101,7 @@ def fit_replicas(
     with (
         isolated_rng(setup.seed),
         setup.place(),
-        torch.enable_grad(),
+        derivable(),
         in_modes(training_modes(*programs)),
         ExitStack() as cleanup,
     ):

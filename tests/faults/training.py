@@ -1098,3 +1098,19 @@ def data_were_made_in_inference_mode(folder: Path):
         made = X.clone()
     outcome = yield lambda: measured(vae(), made).nll
     assert outcome.value == measured(vae(), X).nll
+
+
+@fault("D", "fit", each=TWICE)
+def training_is_called_in_inference_mode(folder: Path, train: Any):
+    alone, pair, other = vae(), vae(), vae()
+    train([alone, vae()] if train is replicas else alone)
+    with torch.inference_mode():
+        yield lambda: train([pair, other] if train is replicas else pair)
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), pair.parameters(), strict=True))
+
+
+@fault("D", "fit", 2, "was made under torch.inference_mode\\(\\).*build or load the pair outside", each=TWICE)
+def a_pair_was_made_in_inference_mode(folder: Path, train: Any):
+    with torch.inference_mode():
+        pairs = vae(), vae()
+    yield lambda: train(pairs if train is replicas else pairs[0])
