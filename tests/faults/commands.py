@@ -155,7 +155,7 @@ def a_switch_is_written_as_in_python(folder: Path):
     assert described["arguments"]["vectorize_particles"] is False
 
 
-@fault("D", "fit", 2, "a seed has at most 64 bits, got one of 101")
+@fault("D", "fit", 2, "seed must be an integer of 64 bits, got 1267650600228229401496703205376: pass")
 def a_seed_is_too_long(folder: Path):
     import pyrovae as pv
 
