@@ -33,6 +33,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -209,6 +210,7 @@ def attempt(row: Row, folder: Path, result: Path) -> None:
 
 def child(name: str, folder: Path) -> None:
     """Find a row by its name and attempt it; what it prints stays in its folder."""
+    os.setsid()
     for stream, path in ((1, folder / "stdout"), (2, folder / "stderr")):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), stream)
     os.environ |= {"HOME": str(folder), "COLUMNS": "200"}
@@ -225,7 +227,7 @@ def run(row: Row, folder: Path, seconds: float = SECONDS) -> Verdict:
     process.start()
     process.join(seconds)
     if process.is_alive():
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # what it started too
         process.join()
         return Verdict("hung", None, f"no answer after {seconds:g} s")
     if (folder / "verdict.json").exists():
