@@ -208,12 +208,12 @@ def attempt(row: Row, folder: Path, result: Path) -> None:
     result.write_text(json.dumps(asdict(verdict)), encoding="utf-8")
 
 
-def child(name: str, folder: Path) -> None:
+def child(name: str, folder: Path, kept: str) -> None:
     """Find a row by its name and attempt it; what it prints stays in its folder."""
     os.setsid()
     for stream, path in ((1, folder / "stdout"), (2, folder / "stderr")):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), stream)
-    os.environ |= {"HOME": str(folder), "COLUMNS": "200"}
+    os.environ |= {"HOME": str(folder), "COLUMNS": "200", "PYROVAE_MATRIX": kept}
     row = next(row for row in rows() if str(row) == name)
     (folder / "work").mkdir()
     attempt(row, folder / "work", folder / "verdict.json")
@@ -223,7 +223,7 @@ def run(row: Row, folder: Path, seconds: float = SECONDS) -> Verdict:
     """One row, from a process that has imported the package and does nothing else."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.faults.preloaded"])
-    process = processes.Process(target=child, args=(str(row), folder))
+    process = processes.Process(target=child, args=(str(row), folder, os.environ["PYROVAE_MATRIX"]))
     process.start()
     process.join(seconds)
     if process.is_alive():
