@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import Look, look, warn_of_strays
@@ -65,7 +66,7 @@ def derivable() -> AbstractContextManager[object]:
 
 def check_derivable(*programs: Program) -> None:
     """Refuse programs whose weights no step may change."""
-    if any(tensor.is_inference() for tensor in held_by(*programs)):
+    if any(not is_lazy(tensor) and tensor.is_inference() for tensor in held_by(*programs)):
         raise ValueError(
             "the pair was made under torch.inference_mode(), whose tensors are never trained: build or load the pair "
             "outside it"
