@@ -451,6 +451,7 @@ def an_import_is_interrupted(folder: Path, how: str):
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": paths},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         until(folder / "here")
         process.send_signal(signal.SIGINT)
