@@ -102,7 +102,7 @@ SETTINGS = {
     "a number for a name": ("likelihood=5", "unknown likelihood 5: did you mean"),
     "null for a name": ("activation=null", "unknown activation None: did you mean"),
     "NaN": ("kl_weight=NaN", "kl_weight must be a number .* got nan"),
-    "infinite": ("kl_weight=1e999", "kl_weight must be a finite number .* got inf"),
+    "infinite": ("kl_weight=1e999", "kl_weight must be a number in .*got inf"),
     "unknown": ("x=NaN", "unknown setting .* 'x'"),
     "no key": ("=3", "takes KEY=VALUE"),
     "a word for a switch": ("vectorize_particles=no", "vectorize_particles must be true or false, got 'no'"),
