@@ -38,9 +38,6 @@ def forked(
     if (pid := os.fork()) == 0:
         code = 1
         signal.alarm(100)  # its parent may be gone by then
-        for number in (signal.SIGHUP, signal.SIGTERM):  # which a job in the background may have been told to ignore
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             for number, path in ((1, out or Path("out")), (2, Path("err"))):
                 os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), number)
@@ -451,7 +448,6 @@ def an_import_is_interrupted(folder: Path, how: str):
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": paths},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         until(folder / "here")
         process.send_signal(signal.SIGINT)

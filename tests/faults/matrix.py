@@ -211,6 +211,9 @@ def attempt(row: Row, folder: Path, result: Path) -> None:
 def child(name: str, folder: Path, kept: str) -> None:
     """Find a row by its name and attempt it; what it prints stays in its folder."""
     os.setsid()
+    for number in (signal.SIGHUP, signal.SIGTERM):  # which a job in the background may have been told to ignore
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream, path in ((1, folder / "stdout"), (2, folder / "stderr")):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), stream)
     os.environ |= {"HOME": str(folder), "COLUMNS": "200", "PYROVAE_MATRIX": kept}
