@@ -547,9 +547,11 @@ def perturbed(which):
                 next(t for t in inputs if t.shape == (4,) and not t.requires_grad).add_(1e-3)
             elif which == "nan":
                 results[-1] = results[-1] * math.nan
+            elif which == "count":
+                results[1] = results[1] + 1
             elif which == "a small gradient":  # below the norm of all by far, and yet wrong by half
                 smallest = min(
-                    (i for i in range(1, len(results)) if results[i].norm() > 1e-6), key=lambda i: results[i].norm()
+                    (i for i in range(2, len(results)) if results[i].norm() > 1e-6), key=lambda i: results[i].norm()
                 )
                 results[smallest] = results[smallest] * 0.5
             else:
@@ -561,7 +563,7 @@ def perturbed(which):
     return wrapped
 
 
-@pytest.mark.parametrize("which", [0, 1, "a small gradient", "buffer", "nan"])
+@pytest.mark.parametrize("which", [0, "count", 2, "a small gradient", "buffer", "nan"])
 def test_a_graph_that_computes_something_else_is_refused(which, monkeypatch):
     monkeypatch.setattr(graphs.Graph, "compiled", perturbed(which))
     trained, message = trained_with_a_warning(**SHORT)

@@ -45,6 +45,9 @@ class Terms:
         return runs.Run(folder, override=self.override)
 
 
+TERMS = Terms()  # nothing passes
+
+
 class Opened(NamedTuple):
     """A trained pair, what it was made of, and the SHA-256 that its weights had before they were read."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from pyrovae import runs
-from pyrovae.app.job import Task, Terms, as_seen_by, run_of
+from pyrovae.app.job import TERMS, Task, Terms, as_seen_by, run_of
 from pyrovae.app.measure import check_test, measure
 from pyrovae.app.pictures import pictures
 from pyrovae.app.results import belongs, readable_results
@@ -25,7 +25,15 @@ from pyrovae.train.loop import fit
 from pyrovae.train.resuming import FINGERPRINTS, check_data, check_same
 
 
-def train(job: Settings, *, run_dir: Path | None, resume: bool, explicit: set[str], terms: Terms, out: Console) -> None:
+def train(
+    job: Settings,
+    *,
+    run_dir: Path | None,
+    resume: bool,
+    explicit: set[str],
+    terms: Terms = TERMS,
+    out: Console,
+) -> None:
     """Train a model, measure it, draw its pictures, all in one run: the main job.
 
     :param explicit: names of the settings that were given, which a resumed run must not have begun without.

@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, InitVar, dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
@@ -113,8 +114,8 @@ class Checked:
 
 
 def check_compile(compile: bool | str) -> None:
-    """Refuse anything but "auto", True and False."""
-    if not (isinstance(compile, bool) or (isinstance(compile, str) and compile == "auto")):
+    """Refuse anything but "auto", True and False; 1 and 0 are these."""
+    if not (isinstance(compile, int | np.bool_ | str) and compile in ("auto", True, False)):
         raise ValueError(f'compile must be "auto", True or False, got {shown(compile)}: pass one of these')
 
 

@@ -60,11 +60,13 @@ def unmasked(fn: Distribution) -> Distribution:
 
 
 def unvalidated(fn: Distribution) -> Distribution:
-    """A distribution that scores whatever it is given."""
+    """A distribution that scores whatever it is given, as do those inside, whatever attributes hold them."""
     fn = copy.copy(fn)
-    fn._validate_args = False
-    if hasattr(fn, "base_dist"):
-        fn.base_dist = unvalidated(fn.base_dist)
+    parts = {name: unvalidated(part) for name, part in vars(fn).items() if isinstance(part, Distribution)}
+    vars(fn).update(parts)
+    fn._validate_args = False  # last: Pyro's Independent passes it on to the one inside
+    if isinstance(fn, Stacked):
+        fn.parts = [None if part is None else unvalidated(part) for part in fn.parts]
     return fn
 
 

@@ -11,6 +11,8 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch.nn.functional import cross_entropy, log_softmax
 
 import pyrovae as pv
+from pyrovae.engine.stacked import Stacked
+from pyrovae.engine.unwrap import unvalidated
 from pyrovae.errors import DataError
 from pyrovae.models import SemiSupervisedVAE
 from pyrovae.parts import PartialLabel, SoftOneHot, Weighted, hide_labels
@@ -360,6 +362,16 @@ def test_weighted_is_its_base_but_for_the_weight():
     assert weighted.support.check(z).all()
     torch.testing.assert_close(weighted.log_prob(z), weighted.weight * base.log_prob(z))
     torch.testing.assert_close(weighted.expand([4, 3, 6]).log_prob(z), weighted.log_prob(z).expand(4, 3, 6))
+
+
+@pytest.mark.parametrize("gap", [{}, {"validate_args": True}])
+def test_unvalidated_reaches_distributions_held_by_any_name(gap):
+    base, x = dist.Normal(torch.zeros(3, 2), 1.0, **gap).to_event(1), torch.full((3, 2), torch.nan)
+    weighted = Weighted(base, torch.ones(3))
+    mixture = dist.MixtureSameFamily(dist.Categorical(torch.ones(3)), dist.Normal(torch.zeros(3), 1.0), **gap)
+    for fn, value in ((weighted, x), (mixture, x), (Stacked([None, weighted], [None, x], 1), torch.stack([x, x]))):
+        assert unvalidated(fn).log_prob(value).isnan().any()
+        refused(ValueError, "within the support", weighted.log_prob, x)  # what it was made from still looks
 
 
 def test_partial_label():
