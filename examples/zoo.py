@@ -15,7 +15,7 @@ from rich.console import Console
 from pyrovae.app import measure, tables
 from pyrovae.app import train as training
 from pyrovae.app.settings import Settings
-from pyrovae.runs import RESULTS
+from pyrovae.runs import RESULTS, Run
 
 LABELS = 10  # per class, for the semi-supervised system
 
@@ -63,7 +63,7 @@ def main():
         measure.evaluate(
             joined, samples=1, checkpoint="last", data_dir=options.data_dir, device="auto", seed=0, out=out
         )
-    tables.compare([*chosen, *([joined] if joined.exists() else [])], out)
+    tables.compare([Run(folder) for folder in (*chosen, *([joined] if joined.exists() else []))], out)
 
 
 def train(name, folders, options, out):
