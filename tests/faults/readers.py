@@ -593,6 +593,7 @@ def validation_parts_of_no_size(folder: Path, value):
 @fault("C", "load", 0)
 def digits_without_a_home(folder: Path):
     os.environ.pop("HOME")
+    os.environ.pop("PYROVAE_DATA", None)
     with homeless():
         splits = (yield load("digits")).value
     assert len(splits.train) == 1437
@@ -601,6 +602,7 @@ def digits_without_a_home(folder: Path):
 @fault("C", "load", 3, r"MNIST is not under ~/\.cache/pyrovae and download=False.*--data-dir")
 def mnist_without_a_home(folder: Path):
     os.environ.pop("HOME")
+    os.environ.pop("PYROVAE_DATA", None)
     with homeless():
         yield load("mnist", download=False)
 
