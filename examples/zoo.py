@@ -12,7 +12,7 @@ from pathlib import Path
 import head
 from rich.console import Console
 
-from pyrovae.app import measure, tables
+from pyrovae.app import cli, tables
 from pyrovae.app import train as training
 from pyrovae.app.settings import Settings
 from pyrovae.runs import RESULTS, Run
@@ -60,10 +60,8 @@ def main():
     chosen = [folders[name] for name in options.only or SYSTEMS]
     joined = folders["code prior"] / "vqvae"
     if joined.exists() and not (joined / RESULTS).exists():
-        measure.evaluate(
-            joined, samples=1, checkpoint="last", data_dir=options.data_dir, device="auto", seed=0, out=out
-        )
-    tables.compare([Run(folder) for folder in (*chosen, *([joined] if joined.exists() else []))], out)
+        cli.evaluate(joined, samples=1, data_dir=options.data_dir)
+    tables.compare([Run(folder) for folder in [*chosen, *([joined] if joined.exists() else [])]], out)
 
 
 def train(name, folders, options, out):
