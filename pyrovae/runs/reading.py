@@ -177,7 +177,7 @@ class Reader(os.PathLike[str]):
                 self.check_file(folder, file)
                 with undamaged(folder / file):
                     return load(folder / file)
-            except CheckpointError as error:
+            except (CheckpointError, FileNotFoundError) as error:
                 failed = error
                 if self.identity(name) == before:
                     break
