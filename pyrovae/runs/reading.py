@@ -172,8 +172,9 @@ class Reader(os.PathLike[str]):
     def read(self, name: str, file: str, load: Callable[[Path], T]) -> T:
         """What a checkpoint's file holds, once it is found to be as it was saved; read again if replaced meanwhile."""
         for _ in range(TRIES):
-            folder, before = self.folder(name), self.identity(name)
+            before = self.identity(name)
             try:
+                folder = self.folder(name)
                 self.check_file(folder, file)
                 with undamaged(folder / file):
                     return load(folder / file)
