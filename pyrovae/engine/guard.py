@@ -142,10 +142,11 @@ class Shadow:
         self.live = [owner[name] for owner, name in self.places]
 
     def settle(self) -> None:
-        """After the first pass: what it left alone will be left alone."""
+        """After the first pass: frozen parameters that it left alone will be left alone, buffers may move later."""
         if not self.settled:
             held = list(zip(self.places, self.live, self.copies, strict=True))
-            moving = [i for i, ((o, n), t, c) in enumerate(held) if o[n] is not t or not torch.equal(t, c)]
+            frozen = [isinstance(t, nn.Parameter) and o[n] is t and torch.equal(t, c) for (o, n), t, c in held]
+            moving = [i for i, still in enumerate(frozen) if not still]
             self.places, self.live = [self.places[i] for i in moving], [self.live[i] for i in moving]
             self.copies = [self.copies[i] for i in moving]
             self.settled = True
