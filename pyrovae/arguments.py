@@ -50,7 +50,7 @@ def in_range(name: str, value: object, low: float, high: float = math.inf) -> fl
     """``value`` as a finite float in [low, high], or one clear error."""
     number = float(value) if isinstance(value, int | float | np.number) and not isinstance(value, bool) else math.nan
     if not (math.isfinite(number) and low <= number <= high):
-        between = f"[{low:g}, {high:g}]"
+        between = f"[{low:g}, inf)" if high == math.inf else f"[{low:g}, {high:g}]"
         raise ValueError(f"{name} must be a number in {between}, got {shown(value)}: pass a value in that range")
     return number
 

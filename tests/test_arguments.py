@@ -31,8 +31,8 @@ MESSAGES = [
         (in_range, ("p", bad, 0, 1), f"p must be a number in [0, 1], got {bad!r}: pass a value in that range")
         for bad in (-0.1, 1.5, math.nan, math.inf, True, "0.5", None)
     ),
-    (in_range, ("x", -1.0, 0), "x must be a number in [0, inf], got -1.0: pass a value in that range"),
-    (weight, ("w", -1.0), "w must be a number in [0, inf], got -1.0: pass a value in that range"),
+    (in_range, ("x", -1.0, 0), "x must be a number in [0, inf), got -1.0: pass a value in that range"),
+    (weight, ("w", -1.0), "w must be a number in [0, inf), got -1.0: pass a value in that range"),
     *(
         (rising_betas, (bad,), f"betas must rise from 0 to 1, got {bad}: pass such as (0, .1, .5, 1)")
         for bad in ([], [0.0], [0.0, 0.5], [0.1, 1.0], [0.0, 0.5, 0.5, 1.0])

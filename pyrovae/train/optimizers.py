@@ -69,7 +69,7 @@ def check_optimizer(optimizer: object, parameters: Sequence[Tensor]) -> Optimize
         raise ValueError(f"the optimizer {name} holds none of the pair's parameters: make it of those it is given")
     for rate in (float(group["lr"]) for group in groups):
         if not 0 <= rate < math.inf:
-            raise ValueError(f"a learning rate must be a number in [0, inf], got {rate:g} in {name}: pass such")
+            raise ValueError(f"a learning rate must be a number in [0, inf), got {rate:g} in {name}: pass such")
     return optimizer
 
 

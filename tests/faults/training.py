@@ -746,9 +746,9 @@ def a_batch_is_larger_than_the_data(folder: Path):
 ARGUMENTS = {
     "epochs=0": ({"epochs": 0}, "epochs must be an integer of at least 1, got 0: pass 1 or more"),
     "epochs=1.5": ({"epochs": 1.5}, "epochs must be an integer of at least 1, got 1.5"),
-    "lr=-1": ({"lr": -1}, r"lr must be a number in \[0, inf\], got -1"),
-    "lr=nan": ({"lr": torch.nan}, r"lr must be a number in \[0, inf\], got nan"),
-    "lr of tensors": ({"lr": torch.ones(3)}, r"lr must be a number in \[0, inf\], got a Tensor of shape \[3\]"),
+    "lr=-1": ({"lr": -1}, r"lr must be a number in \[0, inf\), got -1"),
+    "lr=nan": ({"lr": torch.nan}, r"lr must be a number in \[0, inf\), got nan"),
+    "lr of tensors": ({"lr": torch.ones(3)}, r"lr must be a number in \[0, inf\), got a Tensor of shape \[3\]"),
     "kl_warmup=nan": ({"kl_warmup": torch.nan}, "kl_warmup must be a number in .*, got nan"),
     "kl_warmup=-1": ({"kl_warmup": -1}, "kl_warmup must be a number in .*, got -1"),
     "clip_norm=0": ({"clip_norm": 0}, "clip_norm must be a number in .*, got 0"),
