@@ -108,7 +108,7 @@ def fingerprints(pair: Pair, splits: Splits) -> dict[str, str]:
 
 
 def load_data(
-    job: Settings, parts: Parts, root: str | None, binarization: str | None = None, terms: Terms = Terms()
+    job: Settings, parts: Parts, root: str | None, binarization: str | None = None, terms: Terms = TERMS
 ) -> Splits:
     """The data set of an experiment, labelled where it has labels; grey, unless asked otherwise."""
     if job.data.startswith(CODES):
@@ -213,7 +213,7 @@ def example(run: runs.Run) -> Tensor:
 
 
 def reopen_with_data(
-    folder: Path, root: str | None = None, checkpoint: str = "last", terms: Terms = Terms()
+    folder: Path, root: str | None = None, checkpoint: str = "last", terms: Terms = TERMS
 ) -> tuple[Opened, Splits]:
     """The trained pair of a run, and the data that it was trained and is to be measured on."""
     found = reopen(folder, checkpoint, terms)
@@ -224,7 +224,7 @@ def reopen_with_data(
     return found, splits
 
 
-def reopen(folder: Path, checkpoint: str = "last", terms: Terms = Terms()) -> Opened:
+def reopen(folder: Path, checkpoint: str = "last", terms: Terms = TERMS) -> Opened:
     """The trained pair of a run, with the settings it was made with."""
     one_of("checkpoint", checkpoint, ("last", "best"))
     run = terms.run(folder)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -99,7 +100,7 @@ SETTINGS = {
     "a number for a name": ("likelihood=5", "unknown likelihood 5: did you mean"),
     "null for a name": ("activation=null", "unknown activation None: did you mean"),
     "NaN": ("kl_weight=NaN", "kl_weight must be a number .* got nan"),
-    "infinite": ("kl_weight=1e999", "kl_weight must be a number in .*got inf"),
+    "infinite": ("kl_weight=1e999", r"kl_weight must be a number in \[0, inf\), got inf"),
     "unknown": ("x=NaN", "unknown setting .* 'x'"),
     "no key": ("=3", "takes KEY=VALUE"),
     "a word for a switch": ("vectorize_particles=no", "vectorize_particles must be true or false, got 'no'"),
@@ -495,12 +496,21 @@ def samples_are_to_replace_what_is_no_file(folder: Path, output: str):
     "sample",
     2,
     r"samples go to \.png, \.npz, \.csv files, got",
-    each={"jpg": "a.jpg", "none": "a", "device": "/dev/full"},
+    each={"jpg": "a.jpg", "none": "a"},
 )
 def samples_have_another_suffix(folder: Path, output: str):
     yield "sample", small_run(folder / "run"), "-n", 4, "--output", output
     assert not Path("a.jpg").exists()
-    assert Path("/dev/full").is_char_device()
+
+
+@fault("B4", "sample", 2, r"samples go to \.png, \.npz, \.csv files, got")
+def samples_go_to_a_device(folder: Path):
+    """One of the row's own, where it may make one: a library that is not right replaces it."""
+    device = folder / "full" if os.geteuid() == 0 else Path("/dev/full")
+    if os.geteuid() == 0:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 7))
+    yield "sample", small_run(folder / "run"), "-n", 4, "--output", device
+    assert device.is_char_device()
 
 
 @fault("B4", "image_grid", 2, "is there and is no regular file")

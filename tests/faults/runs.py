@@ -786,23 +786,17 @@ def a_file_is_in_the_folders_place(folder, name):
     assert (folder / "run").read_text() == "mine"
 
 
-@fault("B4", "evaluate", 2, "no run made")
-def results_are_a_link_to_something_precious(folder):
+@fault(
+    "B4", "evaluate or sample", 2, "no run made",
+    each={"results": ("results.json", ("evaluate",)), "samples": ("samples.png", ("sample", "-n", "4"))},
+)  # fmt: skip
+def what_a_run_would_replace_is_a_link_to_something_precious(folder, case):
+    name, (verb, *options) = case
     run = small_run(folder / "run")
     (folder / "precious").write_text("mine")
-    (run / "results.json").unlink()
-    (run / "results.json").symlink_to(folder / "precious")
-    yield words("evaluate", run)
-    assert (folder / "precious").read_text() == "mine"
-
-
-@fault("B4", "sample", 2, "no run made")
-def samples_are_a_link_to_something_precious(folder):
-    run = small_run(folder / "run")
-    (folder / "precious").write_text("mine")
-    (run / "samples.png").unlink()
-    (run / "samples.png").symlink_to(folder / "precious")
-    yield "sample", run, "-n", "4"
+    (run / name).unlink()
+    (run / name).symlink_to(folder / "precious")
+    yield verb, run, *options
     assert (folder / "precious").read_text() == "mine"
 
 
