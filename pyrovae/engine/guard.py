@@ -45,11 +45,12 @@ class Guard:
         """After the backward pass: losses become NaN where a step is withheld, and buffers are put back."""
         for r, (loss, own) in enumerate(zip(losses.unbind() if losses.dim() else (losses,), gradients, strict=True)):
             withheld, shadow = self.each[r], self.shadows[r]
-            found = [loss, *map(numbers, own)]
+            found = [loss, *own]
             try:  # what GradScaler uses: one pass over all, which it multiplies by 1
                 torch._amp_foreach_non_finite_check_and_unscale_(found, withheld, self.one)
-            except RuntimeError:  # a gradient is expanded from fewer numbers, and cannot be written to
-                torch._amp_foreach_non_finite_check_and_unscale_([t.clone() for t in found], withheld, self.one)
+            except RuntimeError:  # a gradient is complex or sparse, or expanded from fewer numbers
+                reals = [numbers(t).clone() for t in found]
+                torch._amp_foreach_non_finite_check_and_unscale_(reals, withheld, self.one)
             shadow.settle()
             if not self.waits:
                 loss.masked_fill_(withheld > 0, math.nan)
