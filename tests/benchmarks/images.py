@@ -1,4 +1,4 @@
-"""The data of the benchmarks: MNIST, or random bits where it is absent."""
+"""The data of the benchmarks: MNIST, or random pixels where it is absent."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def load(data_dir: Path | None) -> tuple[pv.data.Images, pv.data.Images, str]:
     try:
         splits = pv.data.load("mnist", root, binarization="dynamic", download=False)
     except pv.data.DataError as error:
-        print(f"!! MNIST is not there, taking RANDOM BITS instead: {error}", file=sys.stderr)
+        print(f"!! MNIST is not there, taking RANDOM PIXELS instead: {error}", file=sys.stderr)
         generator = torch.Generator().manual_seed(0)
-        bits = (torch.rand(70_000, *SHAPE, generator=generator) < 0.13).float()
-        return pv.data.Images(bits[:60_000]), pv.data.Images(bits[60_000:]), "RANDOM BITS (no MNIST found)"
+        grey = torch.rand(22_000, *SHAPE, generator=generator)
+        grey = pv.data.Images(grey * (torch.rand(grey.shape, generator=generator) < 0.26), binarization="dynamic")
+        return grey.subset(slice(20_000)), grey.subset(slice(20_000, None)), "RANDOM PIXELS (no MNIST found)"
     return splits.train, splits.test, "MNIST, dynamically binarised"
 
 

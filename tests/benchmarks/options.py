@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-GRID = ((20, 1), (20, 5), (20, 50), (100, 1), (100, 50), (1000, 1))
 
 
 @dataclass(frozen=True)
@@ -16,9 +15,13 @@ class Options:
     seconds: float = 3.0
     warmup: int = 300
     networks: tuple[str, ...] = ("mlp", "conv")
-    cells: tuple[tuple[int, int], ...] = GRID
+    cells: tuple[tuple[int, int], ...] = ()  # the section's own
     samples: int = 5000
     images: int = 100
     device: str = "cpu"
     data_dir: Path | None = None
     compile_mode: str | None = None
+    contenders: tuple[str, ...] = ()  # all of the section
+    cores: tuple[int, ...] = (1, 2)
+    rounds: int = 6
+    steps: int = 0  # of an epoch; the section's own

@@ -1,9 +1,10 @@
-"""The benchmarks: pyrovae beside hand-written PyTorch, Pyro's SVI and Pythae, in one process, taking turns.
+"""The benchmarks: pyrovae beside NumPyro, hand-written PyTorch, Pyro's SVI and Pythae, taking turns.
 
     python tests/benchmarks/run.py [--only steps,likelihoods,replicas,...] [--json FILE] [--markdown FILE]
 
-Real MNIST if it is found (``--data-dir``, ``$PYROVAE_DATA``). Medians; compare ratios, not milliseconds, and let
-nothing else run. Without Pythae (``pip install pythae``) or a C++ compiler, what needs them is left out, and says so.
+Real MNIST if it is found (``--data-dir``, ``$PYROVAE_DATA``). Compare ratios, not milliseconds, and let nothing else
+run. NumPyro and Pythae come with ``pip install "pyrovae[benchmarks]"``; without them, or without a C++ compiler, what
+needs them is left out, and says so.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from typing import Any
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.options import GRID, Options
+from tests.benchmarks.options import Options
 from tests.benchmarks.tables import Table
 
-SECTIONS = ("steps", "likelihoods", "replicas", "startup", "growth", "memory", "quantizer")
+SECTIONS = ("epochs", "steps", "likelihoods", "replicas", "startup", "growth", "memory", "quantizer")
+PACKAGES = ("torch", "pyro-ppl", "pyrovae", "jax", "numpyro", "pythae")
+UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, as Linux names them
 
 
 def environment(options: Options) -> dict[str, Any]:
@@ -37,22 +40,22 @@ def environment(options: Options) -> dict[str, Any]:
 
     cuda = options.device.startswith("cuda")
     return {
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "device": torch.cuda.get_device_name() if cuda else _about_processor("model name") or platform.machine(),
+        "units": " ".join(u for u in UNITS if u in _about_processor("flags").split()),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load at start": os.getloadavg()[0],
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
-        **{name: _version(name) for name in ("torch", "pyro-ppl", "pyrovae", "pythae")},
+        **{name: _version(name) for name in PACKAGES},
     }
 
 
-def _processor() -> str:
-    """The processor's name, where the system tells."""
+def _about_processor(key: str) -> str:
+    """What the system tells of the first processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split("\t")[0] == key), "")
 
 
 def _version(name: str) -> str:
@@ -74,7 +77,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=default.seconds, help="per contender and setting")
     parser.add_argument("--warmup", type=int, default=default.warmup, help="training steps before all timing")
     parser.add_argument("--networks", default=",".join(default.networks), help="mlp, conv or both")
-    parser.add_argument("--cells", type=_cell, nargs="+", default=GRID, help="batch x k, such as 20x5 100x50")
+    parser.add_argument("--cells", type=_cell, nargs="+", default=(), help="batch x k, such as 20x5 100x50")
+    parser.add_argument("--contenders", nargs="+", default=(), help="of epochs; all by default")
+    parser.add_argument("--on", type=int, nargs="+", default=default.cores, help="numbers of cores, for epochs")
+    parser.add_argument("--rounds", type=int, default=default.rounds, help="epochs of each that are timed")
+    parser.add_argument("--epoch-steps", type=int, default=default.steps, help="steps of an epoch; about half a second")
     parser.add_argument("--samples", type=int, default=default.samples, help="of log p(x)")
     parser.add_argument("--images", type=int, default=default.images, help="for log p(x)")
     parser.add_argument("--device", default=default.device, help="cpu or cuda")
@@ -104,7 +111,8 @@ def main() -> None:
     asked = parse()
     options = Options(
         asked.seconds, asked.warmup, tuple(asked.networks.split(",")), tuple(asked.cells), asked.samples, asked.images,
-        asked.device, asked.data_dir and asked.data_dir.resolve(), asked.compile_mode,
+        asked.device, asked.data_dir and asked.data_dir.resolve(), asked.compile_mode, tuple(asked.contenders),
+        tuple(asked.on), asked.rounds, asked.epoch_steps,
     )  # fmt: skip
     tables: dict[str, list[Table]] = {}
     with ExitStack() as stack:

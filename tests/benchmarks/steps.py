@@ -27,6 +27,7 @@ from tests.benchmarks.options import Options
 from tests.benchmarks.tables import Row, Table, ratio
 from tests.benchmarks.timing import Run, Times, block, take_turns, timed_compilation
 
+GRID = ((20, 1), (20, 5), (20, 50), (100, 1), (100, 50), (1000, 1))
 RATIOS = {
     f"{ours.removeprefix('pyrovae ')} / {other}": (ours, other)
     for ours, others in {
@@ -99,7 +100,7 @@ def run(options: Options) -> list[Table]:
     compilations: list[Row] = []
     absent: dict[str, str] = {}
     for network in options.networks:
-        for batch, k in options.cells:
+        for batch, k in options.cells or GRID:
             print(f"steps: {network}, batch {batch}, k {k}", file=sys.stderr)
             result = measure(Setting(network, batch, k), options)
             absent |= result.absent

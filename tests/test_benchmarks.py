@@ -1,0 +1,64 @@
+"""The benchmarks at a tiny size: they measure, say what is absent and who trains otherwise, and write both files."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import epochs, run
+from tests.benchmarks.children import Child
+from tests.benchmarks.tables import Table, show
+from tests.benchmarks.trainers import FLOOR, HAND, NUMPYRO
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_epochs_without_jax(tmp_path, monkeypatch, capsys):
+    """One command measures whoever is there, and names the extra that brings whoever is not."""
+    (tmp_path / "jax.py").write_text("raise ModuleNotFoundError('No module named jax')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    words = "--only epochs --cells 4x2 --on 1 --rounds 2 --epoch-steps 3 --data-dir no-such-folder --json"
+    files = [str(tmp_path / "found.json"), "--markdown", str(tmp_path / "found.md")]
+    monkeypatch.setattr(sys, "argv", ["run.py", *words.split(" "), *files, "--contenders", HAND, FLOOR, NUMPYRO])
+    run.main()
+    left_out = f'!! {NUMPYRO} is left out: pip install "pyrovae[benchmarks]"'
+    assert [line for line in capsys.readouterr().err.splitlines() if "left out" in line] == [left_out]
+    found = json.loads((tmp_path / "found.json").read_text())
+    times, compilations, losses = (table["rows"][0] for table in found["sections"]["epochs"])
+    assert (times["cores"], times["batch"], times["k"], times["steps"]) == (1, 4, 2, 3)
+    assert times["cpu ms"][HAND] > times["cpu ms"][FLOOR] > 0  # it does the same products, and more
+    assert NUMPYRO not in {**times, **compilations, **losses}
+    assert 0 < losses[HAND] < 784 * math.log(2)
+    assert {"device", "units", "torch", "jax"} <= found["environment"].keys()
+    assert f"| 1 | 4 | 2 | {show(times[HAND])} | {show(times[FLOOR])} |" in (tmp_path / "found.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("own", "fault"),
+    [([200.0, 150.0], None), ([200.0, 154.0], None), ([200.0, 170.0], "170.0"), ([140.0, 150.0], "140.0"),
+     ([200.0, math.nan], "nan")],
+)  # fmt: skip
+def test_who_trains_otherwise_is_named(own, fault):
+    runs = {HAND: [200.0, 151.0], NUMPYRO: own, FLOOR: [math.nan, math.nan]}
+    said = epochs.unlike({name: epochs.Run(None, losses=losses) for name, losses in runs.items()})
+    assert [NUMPYRO in line and fault in line for line in said] == ([True] if fault else [])
+
+
+def test_a_child_that_dies_says_why():
+    with Child("trainers", "nobody", 1, 1, 1, "not a number", "") as child, pytest.raises(RuntimeError, match="number"):
+        child.answer()
+
+
+@pytest.mark.parametrize("words", ["--only nothing", "--cells 20", "--cells 20x"])
+def test_unknown_arguments_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        run.parse(words.split())
+    assert "error" in capsys.readouterr().err
+
+
+def test_a_table_shows_what_was_not_measured():
+    table = Table("T", ["a", "b"], [{"a": 1234.5, "b": None}, {"a": 0.123, "b": 20}], ["A note."])
+    assert table.markdown().splitlines()[2:6] == ["| a | b |", "| --- | --- |", "| 1,234 | – |", "| 0.12 | 20 |"]
+    assert table.markdown().endswith("A note.\n")
