@@ -1,6 +1,7 @@
 """What a program is made of: modules, randomness, buffers and parameters, wherever they live."""
 
 import random
+import warnings
 from contextlib import suppress
 from functools import partial
 
@@ -13,6 +14,7 @@ import torch
 from pyro.infer import config_enumerate
 from torch import nn
 
+from pyrovae import ELBO
 from pyrovae.engine.probe import look
 from pyrovae.engine.programs import (
     evaluating,
@@ -106,6 +108,90 @@ def test_buffers_come_back_bit_for_bit():
         assert not torch.equal(net.running_mean, before["running_mean"])
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert [id(b) for b in net.buffers()] == identities
+
+
+class Counting(Pair):
+    """Its methods count their runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+        self.register_buffer("anew", torch.zeros(()))
+
+    def count(self):
+        self.runs += 1
+        self.anew = self.anew + 1
+
+    def model(self, x):
+        self.count()
+        super().model(x)
+
+    def guide(self, x):
+        self.count()
+        super().guide(x)
+
+
+class Around:
+    def __init__(self, held):
+        self.held = held
+
+    def model(self, x):
+        return pair_in(self.held).model(x)
+
+    def __call__(self, x):
+        return pair_in(self.held).guide(x)
+
+
+def pair_in(held):
+    return next(iter(held)) if isinstance(held, list | set) else held["pair"] if isinstance(held, dict) else held
+
+
+NAMED = Counting()
+WAYS = {
+    "methods": lambda pair: (pair.model, pair.guide),
+    "closures": lambda pair: (lambda x: pair.model(x), lambda x: [pair.guide(x) for _ in range(1)]),
+    "handlers": lambda pair: tuple(poutine.scale(program, scale=1.0) for program in (pair.model, pair.guide)),
+    "arguments": lambda pair: tuple(partial(getattr(Counting, name), pair) for name in ("model", "guide")),
+    "an object": lambda pair: (Around(pair).model, Around(pair)),
+    "a list": lambda pair: (Around([pair]).model, Around([pair])),
+    "a dict": lambda pair: (Around({"pair": pair}).model, Around({"pair": pair})),
+    "a name": lambda pair: (lambda x: NAMED.model(x), lambda x: [NAMED.guide(x) for _ in range(1)]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_buffers_that_methods_move_are_moved_by_steps_alone(way):
+    pair = NAMED if way == "a name" else Counting()
+    model, guide = WAYS[way](pair)
+    look(model, guide, (X,))
+    with evaluating(model, guide):
+        model(X), guide(X)
+        assert pair.runs == 2
+    assert pair.runs == pair.anew == 0
+    ELBO(2, gradient="stl").differentiable_loss(model, guide, X)  # runs the guide twice
+    assert pair.runs == pair.anew == 2
+
+
+def test_what_is_not_written_to_is_not_copied():
+    net = nn.Module()
+    net.register_buffer("large", torch.zeros(1000))
+    there = net.large.data_ptr()
+    with protected_buffers(net):
+        assert torch._C._data_address(net.large) == there
+        net.large += 1
+        assert torch._C._data_address(net.large) != there
+    assert not net.large.any()
+    assert net.large.data_ptr() == there
+
+
+def test_the_buffers_of_scripted_modules_come_back():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        norm = torch.jit.script(nn.BatchNorm1d(2))
+    with protected_buffers():
+        norm(X)
+        assert norm.num_batches_tracked == 1
+    assert norm.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -20,7 +20,7 @@ from pyrovae.compile.inductor import COMPILATION
 from pyrovae.compile.noise import CannotCompile, rewritten
 from pyrovae.compile.precision import full_float32
 from pyrovae.engine.probe import PairState
-from pyrovae.engine.programs import Batch, warn
+from pyrovae.engine.programs import Batch, put_buffers, warn
 from pyrovae.engine.randomness import isolated_rng
 
 SAVED = 1e-11  # seconds that compiling saves, per parameter and sample of one datum (measured on CPUs)
@@ -164,7 +164,7 @@ def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
 @contextmanager
 def untouched(state: PairState) -> Iterator[None]:
     """Leave parameters and buffers as they were: their values, and which tensors they are."""
-    buffers = [(m, dict(m._buffers)) for root in state.modules for m in root.modules() if m._buffers]
+    buffers = [(m, dict(m._buffers.items())) for root in state.modules for m in root.modules() if m._buffers]
     owned = [b for _, named in buffers for b in named.values() if b is not None]
     values = [(t, t.detach().clone()) for t in distinct([*state.tensors.values(), *owned])]
     try:
@@ -175,7 +175,7 @@ def untouched(state: PairState) -> Iterator[None]:
                     raise CannotCompile(f'{type(module).__name__} replaces its buffer "{name}": change it in place')
     finally:
         for module, named in buffers:
-            module._buffers.update(named)
+            put_buffers(module, named)
         with torch.no_grad():
             for tensor, value in values:
                 tensor.copy_(value)

@@ -58,7 +58,7 @@ def auxiliary_of(guide: Program, args: Batch, kwargs: Mapping[str, object], run:
     if not own:
         return Auxiliary()
     with (
-        torch.no_grad(), pyro.validation_enabled(False), isolated_rng(), protected_buffers(),
+        torch.no_grad(), pyro.validation_enabled(False), isolated_rng(), protected_buffers(guide),
         beside(args, kwargs), Origins(own), Record(drawn(run)) as record,
     ):  # fmt: skip
         guide(*args, **kwargs)

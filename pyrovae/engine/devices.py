@@ -108,7 +108,8 @@ def home_of(*programs: Program, args: Batch, kwargs: Mapping[str, object] | None
         return found
     for program in programs:
         try:
-            with undone(), beside(args, kwargs), Meets(place), suppress(Exception):  # the run proper tells of errors
+            # The run proper tells of errors.
+            with undone(program), beside(args, kwargs), Meets(place), suppress(Exception):
                 program(*args, **(kwargs or {}))
         except Elsewhere as met:
             return met.device
@@ -121,11 +122,11 @@ def may_differ(place: torch.device) -> bool:
 
 
 @contextmanager
-def undone() -> Iterator[None]:
+def undone(program: Program) -> Iterator[None]:
     """Leave generators, buffers and, of a run that was stopped, Pyro's parameter store as they were."""
     store = pyro.get_param_store()
     known = set(store.keys())
-    with isolated_rng(), protected_buffers(), pyro.validation_enabled(False), torch.enable_grad():
+    with isolated_rng(), protected_buffers(program), pyro.validation_enabled(False), torch.enable_grad():
         try:
             yield
         except Elsewhere:

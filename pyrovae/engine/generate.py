@@ -121,7 +121,7 @@ def ties(run: Callable[[], Sites]) -> dict[str, frozenset[str]]:
 
     :param run: runs the program, for its sites.
     """
-    with torch.no_grad(), pyro.validation_enabled(False), isolated_rng(), protected_buffers(), Origins({}):
+    with torch.no_grad(), pyro.validation_enabled(False), isolated_rng(), protected_buffers(run), Origins({}):
         marked = observed(run())
     found = {name: get_provenance(log_prob(site)) for name, site in marked.items() if site["mask"] is not False}
     return {name: latents for name, latents in found.items() if latents}
@@ -130,7 +130,7 @@ def ties(run: Callable[[], Sites]) -> dict[str, frozenset[str]]:
 def refuse_tied(program: Program, args: Batch, kwargs: Mapping[str, object], redrawn: str) -> None:
     """Refuse a model that weighs its latents by more than the data that it draws at ``redrawn``, however it does."""
     tied = ties(run := partial(record, program, args, kwargs))
-    with torch.no_grad(), pyro.validation_enabled(False), isolated_rng(), protected_buffers():
+    with torch.no_grad(), pyro.validation_enabled(False), isolated_rng(), protected_buffers(program):
         one, other = run(), run()  # on other latents: what is written in place leaves no mark
     for name, site in observed(one).items():
         if name == redrawn or site["mask"] is False:

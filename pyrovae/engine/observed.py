@@ -178,7 +178,7 @@ class Observed:
 
     def run(self, batch: Batch, seed: int | None = None) -> Sites:
         """The model's sites on a batch; no trace is left in generators and buffers."""
-        with isolated_rng(seed), protected_buffers(), pyro.validation_enabled(False):
+        with isolated_rng(seed), protected_buffers(*self.pair), pyro.validation_enabled(False):
             return record_pair(*self.pair, batch, self.kwargs)[1]
 
 

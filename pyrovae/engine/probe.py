@@ -120,7 +120,7 @@ class Look:
         """
 
         def again() -> Sites:
-            with pyro.validation_enabled(False), isolated_rng(OTHER), protected_buffers():
+            with pyro.validation_enabled(False), isolated_rng(OTHER), protected_buffers(self.again):
                 return self.again()
 
         check_observed(self.model, again=again)
@@ -211,7 +211,7 @@ def look(
     validating = nullcontext() if validate else pyro.validation_enabled(False)
     try:
         with (
-            torch.enable_grad(), isolated_run(), validating, protected_buffers(),
+            torch.enable_grad(), isolated_run(), validating, protected_buffers(model, guide),
             reached_modules(model, guide) as reached, poutine.trace(param_only=True) as parameters,
         ):  # fmt: skip
             sites = record_pair(model, guide, args, kwargs or {})

@@ -10,9 +10,10 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from threading import get_ident
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ Program = Callable[..., Any]
 Batch = tuple[Any, ...]  # what a program takes
 Modes = dict[nn.Module, bool]  # whether each is in train mode
 
+HOLDERS = nn.Module, partial, MethodType, FunctionType, list, tuple, set, dict
+LIBRARIES = {"torch", "pyro", "pyrovae"}  # whose functions name no networks of a user
+MANY = 1000  # items of a container; a longer one holds data
 ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # the autograd node of a leaf
 
 
@@ -114,24 +118,86 @@ def on_forward(hook: Callable[[nn.Module, Batch], None]) -> Iterator[None]:
         handle.remove()
 
 
+def within(*programs: object) -> dict[nn.Module, None]:
+    """The modules that programs are, belong to, close over or name, and all below them, called or not."""
+    found: dict[nn.Module, None] = {}
+    pending, seen = list(programs), dict[int, object]()
+    while pending:
+        held = pending.pop()
+        if id(held) not in seen:
+            seen[id(held)] = held
+            if isinstance(held, nn.Module):
+                found.update(dict.fromkeys(held.modules()))
+            else:
+                pending += parts(held)
+    return found
+
+
+def parts(held: Any) -> Iterable[object]:
+    """What may hold modules in a program, in what it is made of, or in an object that it belongs to."""
+    if isinstance(held, partial):
+        return held.func, *held.args, *held.keywords.values()
+    if isinstance(held, MethodType):
+        return held.__self__, held.__func__
+    if isinstance(held, FunctionType):
+        return named_in(held)
+    if isinstance(held, list | tuple | set | dict):
+        items = held.values() if isinstance(held, dict) else held
+        return [item for item in items if isinstance(item, HOLDERS)] if len(held) <= MANY else ()
+    if isinstance(held, type | ModuleType | Tensor) or not isinstance(own := getattr(held, "__dict__", None), dict):
+        return ()
+    return [*parts(own), held.__call__] if callable(held) else parts(own)
+
+
+def named_in(function: FunctionType) -> Iterator[object]:
+    """What a function closes over, and what it names of its file."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it is empty so far
+            yield cell.cell_contents
+    codes = [] if function.__module__.split(".")[0] in LIBRARIES else [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += (inner for inner in code.co_consts if isinstance(inner, CodeType))
+        yield from (function.__globals__[name] for name in code.co_names if name in function.__globals__)
+
+
+def lent(buffer: Tensor) -> Tensor:
+    """A copy of a buffer; where there is such a thing, one that takes time and memory only if it is written to."""
+    plain = type(buffer) is Tensor and buffer.layout is torch.strided and buffer.device.type in ("cpu", "cuda")
+    traced = torch._C._len_torch_dispatch_stack()
+    return torch._lazy_clone(buffer) if plain and not traced else buffer.clone()
+
+
 @contextmanager
-def protected_buffers() -> Iterator[None]:
-    """Let every module that runs inside work on copies of its buffers (BatchNorm's averages stay as they were)."""
+def protected_buffers(*programs: object) -> Iterator[None]:
+    """Let the programs' modules, and all that run inside, work on copies of their buffers (averages stay as they were).
+
+    Modules of programs need not run to be found (:func:`within`): their methods may be what moves buffers.
+    """
     originals: dict[nn.Module, dict[str, Tensor | None]] = {}
 
     def lend_copies(module: nn.Module, inputs: Batch) -> None:
         if module._buffers and module not in originals:
             if is_lazy(module):
                 module.initialize_parameters(*inputs)  # type: ignore[operator]  # as it does itself before it runs, if that is still to be done
-            originals[module] = dict(module._buffers)
-            module._buffers.update({k: None if b is None else b.clone() for k, b in module._buffers.items()})
+            originals[module] = dict(module._buffers.items())
+            put_buffers(module, {name: None if b is None else lent(b) for name, b in module._buffers.items()})
 
+    for module in within(*programs):
+        if module._buffers and not is_lazy(module):
+            lend_copies(module, ())
     with on_forward(lend_copies):
         try:
             yield
         finally:
             for module, buffers in originals.items():
-                module._buffers.update(buffers)
+                put_buffers(module, buffers)
+
+
+def put_buffers(module: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
+    """Let a module have other tensors for its buffers; one by one, as scripted modules take them."""
+    for name, buffer in buffers.items():
+        module._buffers[name] = buffer
 
 
 @contextmanager
@@ -206,7 +272,7 @@ def warn_of_eval(modules: Iterable[nn.Module], *programs: Program) -> None:
 
 @contextmanager
 def evaluating(*programs: Program) -> Iterator[None]:
-    """Run the programs in eval mode, with every module that they are, belong to or come to call; restore the modes."""
+    """Run programs in eval mode and on copies of buffers, with all modules that they are, belong to or come to call."""
     modes: Modes = {}
 
     def enter(module: nn.Module, _: Batch = ()) -> None:
@@ -215,7 +281,7 @@ def evaluating(*programs: Program) -> Iterator[None]:
                 modes.setdefault(child, child.training)
                 child.training = False
 
-    with one_thread(), on_forward(enter):
+    with one_thread(), protected_buffers(*programs), on_forward(enter):
         for root in roots(*programs):
             enter(root)
         try:

@@ -87,7 +87,7 @@ def run(
         assert states is not None
         moving = (n for n in values if not isinstance(point_mass(proposed[n]["fn"]), Delta))
         fixed = {n: duplicate(values[n], Tensor.detach) if isinstance(values[n], Tensor) else values[n] for n in moving}
-        with pyro.validation_enabled(False), replayed_rng(*states), protected_buffers():
+        with pyro.validation_enabled(False), replayed_rng(*states), protected_buffers(guide):
             return execute(guide, {**fixed, **own}, redraw=True)
 
     particles = Particles.of(proposed, joint, num_particles, particle_dim, folded, noise=noise, scaled=scaled)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrovae.arguments import positive_int
 from pyrovae.engine.probe import checked_look
-from pyrovae.engine.programs import Program, graph_leaves, protected_buffers
+from pyrovae.engine.programs import Program, graph_leaves
 from pyrovae.engine.runner import log_weights
 from pyrovae.engine.sites import Sites, counted, latent, log_prob, proposed, record
 from pyrovae.engine.weights import log_mean_exp
@@ -155,7 +155,7 @@ def gradient_snr(
     Rainforth et al. (2018), *Tighter variational bounds are not necessarily better*.
     """
     repetitions = positive_int("repetitions", repetitions, minimum=2)
-    with measuring(model, guide, seed=seed), protected_buffers(), torch.enable_grad():
+    with measuring(model, guide, seed=seed), torch.enable_grad():
         checked_look(model, guide, args, kwargs)
         drawn = record(guide, args, kwargs)
         values = {name: site["value"] for name, site in latent(drawn).items()}

@@ -156,7 +156,7 @@ class Sampler:
         drawn = [site["fn"] for run in (seen.guide, seen.model) for site in latent(run).values()]
         discrete = [is_discrete(fn) for fn in drawn if point_mass(fn) is None]
         self.discrete = any(discrete) and all(discrete)
-        with protected_buffers(), isolated_rng(), PeakBytes() as used:
+        with protected_buffers(self.runner.model, self.runner.guide), isolated_rng(), PeakBytes() as used:
             refuse_without_density(self.run(batch, 2), seen.auxiliary.lacking)
         self.dtype = measure(seen.particles).dtype
         saved = 0.0 if self.exact else SAVED * number * self.num_samples * sum(t.numel() for t in state)

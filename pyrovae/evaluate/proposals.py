@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyrovae.arguments import in_range, positive_int
-from pyrovae.engine.programs import Program, protected_buffers
+from pyrovae.engine.programs import Program
 from pyrovae.engine.sites import Site, counts, latent
 from pyrovae.engine.unwrap import plain
 from pyrovae.engine.whole import Whole
@@ -191,7 +191,7 @@ def refine(
         free = [t.requires_grad_() for t in (*shifts.values(), *log_scales.values())]
         refined, objective = Refined(guide, shifts, log_scales), ELBO(num_particles, gradient="stl")
         optimizer = torch.optim.Adam(free, lr=lr)
-        with protected_buffers(), torch.enable_grad():
+        with torch.enable_grad():
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
                 loss = objective.differentiable_loss(model, refined, *args, **kwargs)

@@ -103,7 +103,7 @@ class Compiled:
         """Loss and gradients as a function of a batch; once it ran, the parameters whose gradients follow the loss."""
         objective = copy.copy(traceable(objective))
         for _ in range(2):  # with these particles it may reach more than the look did; what it reaches twice lasts
-            with isolated_rng(), protected_buffers():
+            with isolated_rng(), protected_buffers(self.eager.model, self.eager.guide):
                 self.eager.meet(self.example, self.eager.loss(objective, self.example).losses)
         self.anneal(objective)
         if self.anneals:

@@ -168,6 +168,6 @@ class Outcomes:
         """A step with its data; on a device, its gradients too are found again."""
         given = self.step.gathered(batch)
         if again is not None and not self.step.guard.waits:
-            with isolated_rng(), protected_buffers():
+            with isolated_rng(), protected_buffers(again.eager.model, again.eager.guide):
                 again.eager(self.objective, given)
         return Moment(epoch + 1, step + 1, given, index)

@@ -1,6 +1,7 @@
 """What held before and goes on holding: no global state changed, nothing executed, nothing written unasked."""
 
 import errno
+import functools
 import json
 import os
 import pickle
@@ -112,6 +113,87 @@ class Failing(Noisy):
         super().model(x)
 
 
+class Counted(Noisy):
+    """A pair whose methods count their runs in buffers, in place and anew, in every mode."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.register_buffer("runs", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(()))
+
+    def count(self, x: torch.Tensor) -> None:
+        self.runs += 1
+        self.mean = self.mean + x.mean()
+
+    def model(self, x: torch.Tensor) -> None:
+        self.count(x)
+        super().model(x)
+
+    def guide(self, x: torch.Tensor) -> None:
+        self.count(x)
+        super().guide(x)
+
+
+class InPlace(Counted):
+    """The same, in place only, so that its step can be compiled."""
+
+    def count(self, x: torch.Tensor) -> None:
+        self.runs += 1
+        self.mean += x.mean()
+
+
+class Outer:
+    """No module itself, but its attribute is; or so is one in a list of its own."""
+
+    def __init__(self, *pairs: Counted) -> None:
+        self.pair, self.pairs = pairs[0] if len(pairs) == 1 else None, list(pairs)
+
+    def model(self, x: torch.Tensor) -> None:
+        (self.pair or self.pairs[0]).model(x)
+
+    def guide(self, x: torch.Tensor) -> None:
+        (self.pair or self.pairs[0]).guide(x)
+
+
+class Programs:
+    """A model and a guide."""
+
+    def __init__(self, model: Callable[..., object], guide: Callable[..., object]) -> None:
+        self.model, self.guide = model, guide
+
+
+NAMED = Counted()
+
+
+def named_model(x: torch.Tensor) -> None:
+    relay("model", x)
+
+
+def named_guide(x: torch.Tensor) -> None:
+    relay("guide", x)
+
+
+def relay(name: str, x: torch.Tensor) -> None:
+    getattr(NAMED, name)(x)
+
+
+def closed(pair: Counted) -> Programs:
+    return Programs(lambda x: pair.model(x), lambda x: [pair.guide(x) for _ in range(1)])
+
+
+def scaled(pair: Counted) -> Programs:
+    return Programs(*(pyro.poutine.scale(program, scale=1.0) for program in (pair.model, pair.guide)))
+
+
+def partial_of(pair: Counted) -> Programs:
+    return Programs(*(functools.partial(type(pair).__dict__[name], pair) for name in ("model", "guide")))
+
+
+HOLDINGS: dict[str, Callable[[Counted], Any]] = {
+    "methods": lambda pair: pair, "closures": closed, "an object": Outer, "a handler": scaled,
+    "a list of an object": lambda pair: Outer(pair, Counted()), "partial functions": partial_of,
+    "names of a file": lambda pair: Programs(named_model, named_guide),
+}  # fmt: skip
 Use = Callable[[Any, torch.Tensor], object]
 MEASURES: dict[str, Use] = {
     "log_likelihood": lambda p, x: pv.log_likelihood(p.model, p.guide, x, num_samples=40, seed=1),
@@ -150,7 +232,7 @@ TRAINING: dict[str, Use] = {
 }  # fmt: skip
 
 
-def watched(use: Use, pair: torch.nn.Module, *, frozen: bool) -> Callable[[], object]:
+def watched(use: Use, pair: torch.nn.Module, programs: Any = None, *, frozen: bool) -> Callable[[], object]:
     """A call after which global state, the data and what it leaves of the pair are as they were, come what may."""
     pyro.set_rng_seed(3)
     pair.train()
@@ -160,7 +242,7 @@ def watched(use: Use, pair: torch.nn.Module, *, frozen: bool) -> Callable[[], ob
 
     def call() -> object:
         try:
-            return use(pair, data)
+            return use(programs or pair, data)
         finally:
             after, pair_after = state(), marks(pair)
             changed = [key for key in before if before[key] != after[key]]
@@ -179,6 +261,31 @@ def empty(folder: Path) -> bool:
 def a_measurement_leaves_all_as_it_was(folder: Path, use: Use):
     yield watched(use, Noisy(), frozen=True)
     assert empty(folder)
+
+
+@fault("A9", "measure", each={f"{name}, {held}": (use, held) for name, use in MEASURES.items() for held in HOLDINGS
+                             if held in ("methods", "closures") or name in ("log_likelihood", "sample")})  # fmt: skip
+def a_measurement_leaves_buffers_that_methods_move(folder: Path, case: tuple[Use, str]):
+    pair = NAMED if case[1] == "names of a file" else Counted()
+    yield watched(case[0], pair, HOLDINGS[case[1]](pair), frozen=True)
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False}, "compiled": {"compile": True}, "doubly": {"objective": pv.ELBO(2, gradient="dreg")},
+    "by Pyro": {"objective": pyro.infer.Trace_ELBO()}, "validated": {"validation": BITS},
+}  # fmt: skip
+
+
+@fault("A9", "fit", each={f"{name}, {held}": (name, held) for name in STEPS for held in HOLDINGS
+                         if held == "methods" or name == "eager"} | {"in place": ("compiled", "")})  # fmt: skip
+def buffers_that_methods_move_are_moved_by_steps_alone(folder: Path, case: tuple[str, str]):
+    pair = NAMED if case[1] == "names of a file" else Counted() if case[1] else InPlace()
+    programs = HOLDINGS.get(case[1], lambda pair: pair)(pair)
+    options = {"objective": pv.ELBO(), "epochs": 2, "batch_size": 5, "progress": False, "device": "cpu"}
+    halves = torch.stack([torch.eye(6)[:, torch.randperm(6)[:3]].sum(1) for _ in BITS])
+    yield lambda: pv.fit(programs.model, programs.guide, halves, **options | STEPS[case[0]])
+    assert pair.runs == 2 * 2 * 3
+    assert torch.isclose(pair.mean, pair.runs / 2)
 
 
 @fault("E", "fit", each=TRAINING)

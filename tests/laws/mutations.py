@@ -37,7 +37,7 @@ SUITE = [
 FIRST = {
     **dict.fromkeys(("RWS", "sleep", "TVO", "copies"), "tests/laws/test_wake_sleep.py"),
     "devices": "tests/test_devices.py",
-    "modes": "tests/test_programs.py",
+    **dict.fromkeys(("modes", "methods"), "tests/test_programs.py"),
     "score": "tests/laws/test_scored.py",
     "local": "tests/laws/test_local.py",
     "KL": "tests/laws/test_free_bits.py",
@@ -68,7 +68,8 @@ OTHERS = "others(torch.cumsum, torch.add, 0.0, grouped) / (group - 1)"
 REST = "others(torch.logcumsumexp, torch.logaddexp, -math.inf, log_share)"
 MODEL = "total = dot(weights.model, log_p, alive)"
 KL = "log_prior - log_guide"
-PROBE = "torch.enable_grad(), isolated_run(), validating, protected_buffers(),"
+AGAIN = "replayed_rng(*states), protected_buffers(guide)"
+PROBE = "torch.enable_grad(), isolated_run(), validating, protected_buffers(model, guide),"
 FIXED = 'fixed = self.gradient != "total"'
 
 RWS = '(wn - wn.square(), zero) if self.gradient == "dreg" else (zero, wn)'
@@ -411,10 +412,14 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("usable = torch.isfinite(bound)", "usable = torch.ones_like(bound, dtype=torch.bool)")
     ],
     "dead particles not masked": [("torch.where(alive, value, 0.0)).sum()", "value).sum()")],
-    "dropout drawn anew in the second run": [("replayed_rng(*states), protected_buffers()", "protected_buffers()")],
-    "batch norm moved by the second run": [("replayed_rng(*states), protected_buffers()", "replayed_rng(*states)")],
+    "dropout drawn anew in the second run": [(AGAIN, "protected_buffers(guide)")],
+    "batch norm moved by the second run": [(AGAIN, "replayed_rng(*states)")],
+    "methods: buffers moved by the second run": [(AGAIN, "replayed_rng(*states), protected_buffers()")],
     "probing draws from the generator": [(PROBE, PROBE.replace("isolated_run(), ", ""))],
-    "probing moves batch norm": [(PROBE, PROBE.replace(", protected_buffers()", ""))],
+    "probing moves batch norm": [(PROBE, PROBE.replace(", protected_buffers(model, guide)", ""))],
+    "methods: buffers moved by a look": [(PROBE, PROBE.replace("(model, guide)", "()"))],
+    "methods: buffers moved by measuring": [("protected_buffers(*programs), on_forward", "on_forward")],
+    "methods: closed-over modules are not found": [("in function.__closure__ or ()", "in ()")],
     # what a pair reaches
     # what is left out of a step
     "left out: what is NaN as well": [("dead = bound == -math.inf", "dead = ~torch.isfinite(bound)")],
