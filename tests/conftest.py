@@ -21,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "double(number): the same, and float64 by default")
     if not re.search(r"(?<!not )\bcuda\b", config.getoption("markexpr")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for one
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers, which share the cores, inherit it
 
 
 @pytest.fixture(autouse=True)

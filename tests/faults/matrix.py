@@ -1,6 +1,6 @@
 """The fault matrix: what users, disks and strangers do to the library, each with the answer that is right.
 
-    python tests/faults/matrix.py [PATTERN] [--package FOLDER] [--wrong]
+    python tests/faults/matrix.py [PATTERN] [--package FOLDER] [--wrong] [--jobs 2] [--seconds 120]
 
 prints every row (or those whose name matches PATTERN) and counts them by clause; ``--package`` tries the rows on
 another checkout of the package, ``--wrong`` prints only those that are not right. ``tests/faults/test_matrix.py`` runs
@@ -42,6 +42,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,7 @@ def main() -> int:
     parser.add_argument("--package", type=Path, help="folder of another checkout to try")
     parser.add_argument("--wrong", action="store_true", help="print only what is not right")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which a row hangs")
     options = parser.parse_args()
     chosen = [row for row in rows() if re.search(options.pattern, str(row))]
     with alone(options.package), tempfile.TemporaryDirectory() as base, ThreadPoolExecutor(options.jobs) as pool:
@@ -272,7 +274,7 @@ def main() -> int:
         for folder in folders:
             folder.mkdir()
         found: Counter[tuple[str, str]] = Counter()
-        for row, verdict in zip(chosen, pool.map(run, chosen, folders), strict=True):
+        for row, verdict in zip(chosen, pool.map(partial(run, seconds=options.seconds), chosen, folders), strict=True):
             kind = verdict.kind.partition(":")[0].partition(" code")[0]
             found[row.clause, kind] += 1
             if not (options.wrong and kind == "right"):

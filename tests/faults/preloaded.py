@@ -1,11 +1,18 @@
 """What the processes of rows have imported before they begin: the package, what it uses late, and the rows."""
+# ruff: noqa: F401
 
-import matplotlib.pyplot  # noqa: F401
-import PIL.Image  # noqa: F401
-import sklearn.datasets  # noqa: F401
-import torch._dynamo  # noqa: F401, torch.optim needs it
+import matplotlib.backends.backend_agg
+import matplotlib.pyplot
+import PIL.Image
+import setuptools  # Inductor needs it
+import sklearn.datasets.data
+import torch._dynamo  # torch.optim needs it
+import torch._inductor.compile_fx
+import typer._adapters
 
-import pyrovae.app.cli  # noqa: F401
+import pyrovae.app.cli
+import pyrovae.train.replicas
 from tests.faults.matrix import rows
 
+PIL.Image.preinit()
 rows()
