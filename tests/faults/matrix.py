@@ -121,20 +121,26 @@ def rows() -> list[Row]:
     return list(ROWS)
 
 
-def small_run(folder: Path, *more: str, epochs: int = 2) -> Path:
-    """A finished run on the digits, copied to ``folder``; trained once for each package and choice of options."""
+def once(key: str, folder: Path, make: Callable[[], object]) -> Path:
+    """What is made in ``folder``: for each package and key once, and copied there for other rows."""
     import pyrovae
 
-    words = ["train", "--epochs", str(epochs), "--samples", "20", "--latent-dim", "3", "--set", "hidden=[16]", *more]
-    key = re.sub(r"\W+", "-", f"{Path(pyrovae.__file__).parent}{words}")
-    kept = Path(os.environ["PYROVAE_MATRIX"]) / key
-    if not kept.exists():
-        made = Path(tempfile.mkdtemp(dir=kept.parent))
-        command(*words, "--device", "cpu", "--run-dir", made / "run")
-        with contextlib.suppress(OSError):
-            made.replace(kept)
-    shutil.copytree(kept / "run", folder)
+    kept = Path(os.environ["PYROVAE_MATRIX"]) / re.sub(r"\W+", "-", f"{Path(pyrovae.__file__).parent}{key}")
+    if kept.exists():
+        shutil.copytree(kept, folder)
+        return folder
+    make()
+    aside = Path(tempfile.mkdtemp(dir=kept.parent)) / "made"
+    shutil.copytree(folder, aside)
+    with contextlib.suppress(OSError):  # another process was first
+        aside.replace(kept)
     return folder
+
+
+def small_run(folder: Path, *more: str, epochs: int = 2) -> Path:
+    """A finished run on the digits."""
+    words = ["train", "--epochs", str(epochs), "--samples", "20", "--latent-dim", "3", "--set", "hidden=[16]", *more]
+    return once(str(words), folder, lambda: command(*words, "--device", "cpu", "--run-dir", folder))
 
 
 def command(*words: object) -> Outcome:
@@ -234,30 +240,30 @@ def run(row: Row, folder: Path, seconds: float = SECONDS) -> Verdict:
         os.killpg(process.pid, signal.SIGKILL)  # what it started too
         process.join()
         return Verdict("hung", None, f"no answer after {seconds:g} s")
-    if (folder / "verdict.json").exists():
+    with contextlib.suppress(OSError, ValueError):  # of a row that crashed, or lets no file grow
         return Verdict(**json.loads((folder / "verdict.json").read_text(encoding="utf-8")))
     said = (folder / "stderr").read_text(encoding="utf-8", errors="replace")[-500:]
     return Verdict("crashed" if process.exitcode else "no verdict", process.exitcode, said)
 
 
 @contextlib.contextmanager
-def alone(package: Path | None = None) -> Iterator[None]:
-    """Processes that are started find the package to be tried first, and use one thread and no GPU."""
+def alone(kept: Path, package: Path | None = None) -> Iterator[None]:
+    """Processes that are started find the package to be tried first, use one thread and no GPU, and share a folder."""
     paths = [str(path) for path in (package, HERE.parent.parent) if path is not None]
-    with tempfile.TemporaryDirectory() as kept:
-        settings = {
-            "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-            "PYROVAE_MATRIX": kept, "MPLBACKEND": "Agg", "PYTHONSAFEPATH": "1",
-        }  # fmt: skip
-        before, path = dict(os.environ), list(sys.path)
-        os.environ |= settings
-        sys.path[:0] = paths
-        try:
-            yield
-        finally:
-            sys.path[:] = path
-            os.environ.clear()
-            os.environ |= before
+    settings = {
+        "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "PYROVAE_MATRIX": str(kept), "MPLBACKEND": "Agg", "PYTHONSAFEPATH": "1",
+    }  # fmt: skip
+    before, path = dict(os.environ), list(sys.path)
+    kept.mkdir(exist_ok=True)
+    os.environ |= settings
+    sys.path[:0] = paths
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        os.environ.clear()
+        os.environ |= before
 
 
 def main() -> int:
@@ -269,7 +275,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which a row hangs")
     options = parser.parse_args()
     chosen = [row for row in rows() if re.search(options.pattern, str(row))]
-    with alone(options.package), tempfile.TemporaryDirectory() as base, ThreadPoolExecutor(options.jobs) as pool:
+    with (
+        tempfile.TemporaryDirectory() as base,
+        alone(Path(base, "kept"), options.package),
+        ThreadPoolExecutor(options.jobs) as pool,
+    ):
         folders = [Path(base, f"{i:04d}") for i in range(len(chosen))]
         for folder in folders:
             folder.mkdir()

@@ -115,9 +115,9 @@ MEASURES = {
     "log_likelihood by 50": lambda p, x: measured(p, x, batch_size=50),
     "log_likelihood refined": lambda p, x: measured(p, x, batch_size=50, refine_steps=1),
     "log_likelihood compiled": lambda p, x: measured(p, x, compile=True, batch_size=50),
-    "ais": lambda p, x: pv.ais_log_likelihood(p.model, x, num_chains=2, num_temperatures=2),
+    "ais": lambda p, x: pv.ais_log_likelihood(p.model, x, num_chains=2, num_temperatures=2, leapfrog_steps=1),
     "ais from the guide": lambda p, x: pv.ais_log_likelihood(
-        p.model, x, guide=p.guide, num_chains=2, num_temperatures=2, batch_size=50
+        p.model, x, guide=p.guide, num_chains=2, num_temperatures=2, leapfrog_steps=1, batch_size=50
     ),
     "posterior_gap": lambda p, x: pv.posterior_gap(p.model, p.guide, x, num_particles=2, num_samples=2),
     "information": lambda p, x: pv.information(p.model, p.guide, x),
@@ -302,7 +302,7 @@ IN_ORDER = {
 MEASURED_IN_ORDER = {
     "log_likelihood": lambda pair, data: measured(pair, data),
     "ais": lambda pair, data: pv.ais_log_likelihood(
-        pair.model, data, guide=pair.guide, num_chains=2, num_temperatures=2, seed=0
+        pair.model, data, guide=pair.guide, num_chains=2, num_temperatures=2, leapfrog_steps=1, seed=0
     ),
 }
 BOTH = {f"{verb}-{name}": (verb, name) for verb in MEASURED_IN_ORDER for name in IN_ORDER}
@@ -478,7 +478,7 @@ def data_of_any_type_are_trained_on(folder: Path, name):
 @fault("D", "types", 0, each={"ais": 0, "gap": 1, "units": 2})
 def bytes_are_measured_in_every_way(folder: Path, which):
     pair, data = Gauss(), BYTES.numpy()
-    options = {"num_chains": 2, "num_temperatures": 2, "guide": pair.guide, "seed": 0}
+    options = {"num_chains": 2, "num_temperatures": 2, "leapfrog_steps": 1, "guide": pair.guide, "seed": 0}
     verbs = [
         lambda: -pv.ais_log_likelihood(pair.model, data, **options).nll,
         lambda: pv.posterior_gap(pair.model, pair.guide, data, num_particles=2, num_samples=2).log_p,
