@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from torchvision.datasets import CIFAR10, Omniglot
 
 from pyrovae.data import DataError, Images, as_dataset, check_support, load, published
+from pyrovae.data.fingerprint import fingerprint, repeated
 from tests.state import unwaiting
 
 REAL = Path(os.environ.get("PYROVAE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -826,13 +827,13 @@ def test_values_outside(values, support, fragments):
 
 
 def test_first_offender_is_found_across_pieces(monkeypatch):
-    monkeypatch.setattr("pyrovae.engine.support.CHUNK_BYTES", 3 * 5 * 4)
+    monkeypatch.setattr("pyrovae.engine.support.CHUNK_BYTES", {"cpu": 3 * 5 * 4})
     x = torch.zeros(20, 5)
     x[10, 4], x[10, 2], x[15, 0] = 0.1, 0.2, 0.3
     refused(check_support, x, constraints.boolean, says=("data[10, 2] = 0.2", "0.0 to 0.3"))
     pieces = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyrovae.engine.support.inside", lambda x, support: pieces.append(x.nbytes) or torch.isfinite(x))
+        patch.setattr("pyrovae.engine.support.all_inside", lambda x, support: pieces.append(x.nbytes) or True)
         check_support(x, constraints.boolean)
     assert sum(pieces) == x.nbytes
     assert max(pieces) == 60
@@ -848,6 +849,47 @@ def test_bounds_of_another_batch_count_with_their_widest_values():
 def test_mixture_supports():
     mixture = MixtureSameFamily(Categorical(torch.ones(4, 2)), Normal(torch.zeros(4, 2), 1.0))
     check_support(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), mixture.support)
+
+
+# Fingerprints and rows that come twice --------------------
+
+BITS = torch.bernoulli(torch.full((90, 7, 5), 0.3), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64, torch.int64])
+def test_any_change_changes_the_fingerprint(dtype, monkeypatch):
+    x = BITS.to(dtype)
+    first, seen = fingerprint(x), {fingerprint(x)}
+    flat = x.view(90, -1)
+    changes = [*((row, i) for row in (0, 41, 89) for i in range(35)), *((row, 3) for row in range(90))]
+    for row, i in dict.fromkeys(changes):
+        changed = flat.clone()
+        changed[row, i] = 1 - changed[row, i]
+        seen.add(fingerprint(changed.view_as(x)))
+    swaps = [(i, j) for i in range(35) for j in range(i) if flat[0, i] != flat[0, j]]  # which a sum of values misses
+    for i, j in swaps:
+        swapped = flat.clone()
+        swapped[0, [i, j]] = flat[0, [j, i]]
+        seen.add(fingerprint(swapped.view_as(x)))
+    seen.add(fingerprint(x.flip(0)))
+    seen.add(fingerprint(x.mT.reshape(90, 7, 5)))
+    assert len(seen) == 1 + len(dict.fromkeys(changes)) + len(swaps) + 2
+    monkeypatch.setattr("pyrovae.engine.support.CHUNK_BYTES", {"cpu": 100})
+    assert fingerprint(x) == first
+
+
+@pytest.mark.parametrize("event", [(3,), (9, 40)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_rows_that_come_twice_are_counted(event, dtype):
+    draw = torch.Generator().manual_seed(0)
+    among = torch.randint(2, (300, *event), generator=draw).to(dtype)
+    rows = torch.cat([torch.randint(2, (100, *event), generator=draw).to(dtype), among[50:57], among[:1]])
+    edges = among[100:120].clone()  # alike but for the last value
+    edges.view(20, -1)[:, -1] = 1 - edges.view(20, -1)[:, -1]
+    rows = torch.cat([rows, edges])
+    there = {tuple(row.flatten().tolist()) for row in among}
+    assert repeated(rows, among) == sum(tuple(row.flatten().tolist()) in there for row in rows)
+    assert repeated(rows, among) >= 8
 
 
 # Real data --------------------

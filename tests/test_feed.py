@@ -164,7 +164,7 @@ def watch(feed, fn):
 @pytest.mark.parametrize("rows", [1, 3, 100])
 @pytest.mark.parametrize(("row", "value"), [(0, 0.5), (9, 255.0), (3, -1.0)])
 def test_every_datum_that_is_held_is_watched_before_training(row, value, rows, monkeypatch):
-    monkeypatch.setattr("pyrovae.data.feed.PIECE", (rows * 8, 0))
+    monkeypatch.setattr("pyrovae.engine.support.CHUNK_BYTES", {"cpu": rows * 8})
     x = torch.zeros(10, 2)
     x[row, 1] = value
     refused(DataError, rf"data\[{row}, 1\] = {value}", watch, Feed(x, 4, CPU), dist.Bernoulli(0.5))

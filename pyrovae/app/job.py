@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 import pyro
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyrovae import models, runs
 from pyrovae.app.settings import CODES, Parts, Settings, keywords
@@ -21,6 +22,7 @@ from pyrovae.engine.blame import ADVICE, nan_in
 from pyrovae.engine.programs import device_of, evaluating
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import Site, counts, record_pair
+from pyrovae.engine.support import first_outside
 from pyrovae.engine.unwrap import is_boolean
 from pyrovae.errors import CheckpointError, DataError, NumericalError, ResourceError
 from pyrovae.memory import Declared, require_memory
@@ -164,7 +166,7 @@ def check_parts(splits: Splits, parts: Parts) -> None:
 
 def observes_bits(pair: Pair, images: Images) -> bool:
     """Whether the pair's observed site is boolean and the data are not."""
-    if pair.observes_bits is False or bool(((images.x == 0) | (images.x == 1)).all()):
+    if pair.observes_bits is False or first_outside(images.x, constraints.boolean) is None:
         return False
     if pair.observes_bits:
         return True

@@ -35,9 +35,9 @@ from pyrovae.engine.convert import Taken, exactly, listed
 from pyrovae.engine.observed import Observed
 from pyrovae.engine.programs import Batch, warn
 from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.support import rows_at_a_time
 from pyrovae.errors import DataError, ResourceError, is_out_of_memory
 
-PIECE = 2**19, 64 * 2**20  # bytes that are checked at a time: what a cache holds; on a GPU, one wait for each
 COLLATED = os.path.join("torch", "utils", "data", "_utils", "collate.py")  # where rows become a batch
 Source = Images | Dataset[Any] | DataLoader[Any]
 
@@ -278,7 +278,7 @@ class Feed:
             return
         # Bits that are drawn anew are all like those that were seen.
         drawn = self.images.binarization == "dynamic" and {c and c.position for c in observed.columns} == {0}
-        rows = max(1, PIECE[self.device.type != "cpu"] // max(1, self.images.x[:1].nbytes))
+        rows = rows_at_a_time(self.images.x)
         number = 0 if drawn else len(self.images)
         for start in range(0, number, rows):
             end = min(start + rows, number)

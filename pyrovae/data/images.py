@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -65,9 +66,11 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
             raise DataError(
                 f"data must be [N, ...] with N >= 1, {name!r} has shape {list(x.shape)}: pass at least one datum"
             )
-        if (not raw or binarization != "none") and (bad := first_outside(x, torch.isfinite)) is not None:
-            raise DataError(f"{at(name, bad, x[bad])}: data must be finite; {DROP}")
-        if binarization != "none" and (bad := first_outside(x, constraints.unit_interval.check)) is not None:
+        drawn = binarization != "none"
+        if (drawn or not raw) and first_outside(x, constraints.unit_interval if drawn else None) is not None:
+            if (bad := first_outside(x)) is not None:
+                raise DataError(f"{at(name, bad, x[bad])}: data must be finite; {DROP}")
+            bad = cast(tuple[int, ...], first_outside(x, constraints.unit_interval))
             raise DataError(
                 f"{at(name, bad, x[bad])}: binarization needs values in [0, 1]; {BY_255}, or pass binarization='none'"
             )

@@ -76,7 +76,7 @@ def active_units(
     with measuring(guide, seed=SEED), batches:
         for batch in batches:
             for name, average in mean_draws(guide, batch, samples).items():
-                bad = first_outside(average.mean, torch.isfinite)
+                bad = first_outside(average.mean)
                 if bad is not None:
                     fine = bool(batch[0][bad[0]].isfinite().all())
                     raise (NumericalError if fine else datasets.DataError)(

@@ -39,7 +39,7 @@ class Classes:
     def check_values(self, y: Tensor) -> None:
         """Their range; on CUDA this waits for the device."""
         y = torch.atleast_1d(y)
-        if (bad := first_outside(y, lambda v: (v >= 0) & (v < self.size))) is not None:
+        if (bad := first_outside(y, constraints.integer_interval(0, self.size - 1))) is not None:
             raise DataError(
                 f"{at('labels', bad, y[bad])}: with num_classes={self.size}, labels run from 0 to {self.size - 1}; "
                 "correct the labels, or build the model with more classes"
@@ -73,7 +73,7 @@ class Attributes:
     def check_values(self, y: Tensor) -> None:
         """That they are finite; on CUDA this waits for the device."""
         y = torch.atleast_2d(y)
-        if (bad := first_outside(y, torch.isfinite)) is not None:
+        if (bad := first_outside(y)) is not None:
             raise DataError(f"{at('attributes', bad, y[bad])}: attributes must be finite; {DROP}")
 
     def encode(self, y: Tensor, like: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ OF_DATA = ("num_data", "num_validation", "shape")  # which change with them
 
 def with_fingerprints(config: Mapping[str, object], **feeds: Feed | None) -> dict[str, object]:
     """A run's config that says what its data hold, those that are held in tensors, if it does not say so yet."""
+    if FINGERPRINTS in config:
+        return dict(config)
     found = {name: feed.fingerprint for name, feed in feeds.items() if feed is not None and feed.fingerprint}
     return {FINGERPRINTS: found, **config}
 

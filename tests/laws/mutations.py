@@ -479,14 +479,16 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "watched: infinite data are missing": [("x[~x.isnan()] if self.skips_nan", "x[x.isfinite()] if self.skips_nan")],
     "watched: bounds of latents are data's": [("if again is not None and (limits := bounds(fn)):", "if False:")],
     "watched: the same latents tell of bounds": [("isolated_rng(OTHER), protected", "isolated_rng(), protected")],
-    "watched: extremes lie on the edge": [("    ends = torch.stack(torch.aminmax(x))", "    ends = x.mean()")],
-    "watched: fractions count": [
-        (
-            "return ok & (x == x.round()).all() if isinstance(support, INTEGERS) and x.is_floating_point() else ok",
-            "return ok",
-        ),
+    "watched: extremes lie on the edge": [
+        ("inside(torch.stack(torch.aminmax(x)), support).all()", "inside(x.mean(), support)")
     ],
-    "watched: bounds of each datum are extremes": [("    if varies or not x.numel()", "    if not x.numel()")],
+    "watched: fractions count": [
+        ("inside(ends[:2], support).all() & ends[2:].eq(0).all()", "inside(ends[:2], support).all()")
+    ],
+    "watched: greys are bits": [
+        ("torch.addcmul(x, x, x, value=-1))).eq(0)", "torch.addcmul(x, x, x, value=-1))).ge(0)")
+    ],
+    "watched: bounds of each datum are extremes": [("    if varies or not known", "    if not known")],
     "watched: what is masked reaches gradients": [
         ('value = seen_value(site) if site["is_observed"]', 'value = site["value"] if site["is_observed"]')
     ],

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.distributions import constraints as c
 
 import pyrovae as pv
 from pyrovae.engine.convert import Taken, first_way
@@ -13,6 +14,7 @@ from pyrovae.engine.observed import Observed, check_observed
 from pyrovae.engine.probe import look
 from pyrovae.engine.programs import nothing
 from pyrovae.engine.sites import log_prob, record
+from pyrovae.engine.support import all_inside, inside
 from pyrovae.errors import DataError
 
 X = torch.linspace(-2, 2, 24, dtype=torch.float64).reshape(12, 2)
@@ -168,3 +170,15 @@ def test_integers_become_reals_where_a_program_takes_those():
     assert [a.dtype for a in given] == [torch.float32, torch.int64, torch.float32]
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         first_way((whole[:, :1],), lambda batch: single(*batch), single)
+
+
+NEAR = [0.5, 1 - 2**-24, 1 + 2**-23, 1e-45, -0.0, -1e-45, 2.0, -1.0, 255.0, 3e38, math.inf, -math.inf, math.nan]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("support", [c.boolean, c.integer_interval(0, 2), c.unit_interval, c.real, None])
+def test_what_is_judged_quickly_is_judged_alike(support, dtype):
+    for value in NEAR if dtype.is_floating_point else (0, 1, 2, 5):
+        x = torch.tensor([0, 1, 1, 0, 1]).to(dtype).repeat(40)
+        x[77] = value
+        assert bool(all_inside(x, support)) == bool(inside(x, support).all()), value
