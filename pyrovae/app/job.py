@@ -156,11 +156,11 @@ def check_parts(splits: Splits, parts: Parts) -> None:
     labels = [cast(Tensor, as_labelled(images).labels) for images in (train, test, held_out) if images is not None]
     counted = "num_classes" in keywords(parts.model_class) and not {"num_classes", "num_attributes"} & set(parts.model)
     most, low = int(labels[0].max()), min(int(y.min()) for y in labels)
-    if counted and (most < 1 or low < -1 or any(y.max() > most for y in labels)):
+    if counted and (not 1 <= most < len(train) or low < -1 or any(y.max() > most for y in labels)):
         found = " and ".join(f"{int(y.min())} to {int(y.max())}" for y in labels)
         raise DataError(
-            "labels must run from 0, over two classes at least, and the test part have none of its own; those of "
-            f"{train.name!r} run from {found} (train, test): correct them, or give num_classes"
+            "labels must run from 0, over two classes at least and no more than there are data, and the test part have "
+            f"none of its own; those of {train.name!r} run from {found} (train, test): correct, or give num_classes"
         )
 
 
@@ -238,11 +238,10 @@ def reopen(folder: Path, checkpoint: str = "last", terms: Terms = TERMS) -> Open
         parts = Parts.of(job, trust=terms.trust)
         # The arguments of a class without .config are the settings.
         built = None if config.get("model") else build(parts, Images(example(run)), job.seed).module
-    weights = run.digest(checkpoint)
     pair = as_pair(runs.load(run, pair=built, checkpoint=checkpoint, trust=terms.trust))
     if found := nan_in(pair.state_dict(keep_vars=True)):
         raise NumericalError(f'{found.said} in the checkpoint "{checkpoint}" of "{folder}": {ADVICE[found.kind]}')
-    return Opened(pair, job, parts, weights)
+    return Opened(pair, job, parts, run.loaded)
 
 
 @contextmanager

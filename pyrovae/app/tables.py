@@ -33,6 +33,7 @@ def print_results(results: Results, out: Console) -> None:
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     rows, units = likelihood_rows(results), results["active_units"]
+    rows += [("checkpoint", results["checkpoint"])] if of_checkpoint(results) else []
     if results["reconstruction_error"] is not None:
         rows.append(("reconstruction", f"squared error {results['reconstruction_error']:.3g} per image"))
     if results.get("accuracy") is not None:
@@ -110,7 +111,7 @@ def compare(compared: Sequence[runs.Run], out: Console) -> None:
     caption = (
         "error: squared, per image; NLL: nats per image, \N{LESS-THAN OR EQUAL TO} marks a bound, stale what is of "
         "other weights than are there (pyrovae evaluate measures anew); in use: active units by layer, or the "
-        "perplexity of the codes"
+        "perplexity of the codes; (best): of that checkpoint, all else of the last"
     )
     table = Table(caption=caption, caption_justify="left", box=None)
     for name in ("run", "data", "parameters", "s/epoch", "error", "test NLL", "in use"):
@@ -127,8 +128,9 @@ def compare(compared: Sequence[runs.Run], out: Console) -> None:
         # Grey images are not bits: their NLL may be a density, and no figure of one compares with the other's.
         grey = data.get("binarization") == "none" and not str(data.get("name")).startswith(CODES)
         seconds = results.get("seconds_per_epoch")
+        name = f"{folder.absolute().relative_to(base)}{of_checkpoint(results)}"
         table.add_row(
-            str(folder.absolute().relative_to(base)), f"{data.get('name', '?')}{', grey' if grey else ''}",
+            name, f"{data.get('name', '?')}{', grey' if grey else ''}",
             f"{results.get('parameters', 0):,}", "" if seconds is None else f"{seconds:.1f}",
             *figures(results, belongs(results, run)),
         )  # fmt: skip
@@ -138,6 +140,12 @@ def compare(compared: Sequence[runs.Run], out: Console) -> None:
                 f"pyrovae evaluate {folder}"
             )
     out.print(table)
+
+
+def of_checkpoint(results: Results) -> str:
+    """Which checkpoint was measured, where that is not the last one."""
+    name = results.get("checkpoint", "last")
+    return "" if name == "last" else f" ({name})"
 
 
 def figures(results: Results, current: bool) -> Row:

@@ -25,6 +25,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from pyrovae.arguments import one_line, positive_int
@@ -209,6 +210,7 @@ class Feed:
         self._first: Batch | None = None
         self.observed: Observed | None = None
         self.unseen, self.taken = False, Taken()
+        self.others = self.loader is not None and not same_each_time(self.loader)
         self.index: Tensor | None = None  # of the batch given last, where it is known
         self.size = length(self.images if self.loader is None else self.loader.dataset)
         self.steps = length(range(0, len(self.images), batch_size) if self.images is not None else self.loader)
@@ -270,7 +272,7 @@ class Feed:
             self.images = self.images.matched(taken)
 
     def watch(self, observed: Observed) -> None:
-        """Check all data by what a pair was seen to observe: those held here at once, others as they first come."""
+        """Check all data by what a pair was seen to observe: those held here at once, others as they come."""
         if self.observed is not None:
             return
         self.observed, self.unseen = observed, self.images is None
@@ -288,20 +290,23 @@ class Feed:
                 observed(self.images.subset(slice(first, first + self.batch_size)).fixed().columns, first)
 
     def watched(self, loaded: Iterable[object]) -> Iterator[Batch]:
-        """What a loader gives as batches on the device, each checked when it first comes: on the CPU if it is there."""
+        """What a loader gives as batches on the device, each checked, on the CPU if it is there.
+
+        In later epochs these are the same data where tensors hold them; of others the arguments are looked at again.
+        """
         first, doubtful = 0, torch.zeros((), dtype=torch.bool)
         for given in loaded:
             arguments = as_batch(given)
             batch = self.taken(as_batch(arguments, self.device, non_blocking=True))
-            if self.unseen and self.observed is not None:
+            if (self.unseen or self.others) and self.observed is not None:
                 fine = self.observed.fine(arguments)
                 if fine is not None and not fine.is_cpu:  # read at the end: here it would wait for the device
                     doubtful = doubtful.to(fine.device) | ~fine
-                elif not fine:
+                elif not (fine or (fine is None and not self.unseen)):
                     self.refuse(batch, first)
                 first += len(batch[0])
             yield batch
-        if self.unseen and doubtful:
+        if doubtful:
             self.refuse()
         self.unseen = False
 
@@ -309,18 +314,22 @@ class Feed:
         """Refuse a batch that is bad indeed; of data that come in another order, by its place in the data set."""
         assert self.observed is not None
         assert self.loader is not None
+        found: DataError | None = None
         try:
             if batch:
                 self.observed(batch, first)
                 return
-        except DataError:
+        except DataError as error:
             if (ordered := in_order(self.loader)) is self.loader:
                 raise
+            found = error
         place = 0
         for given in ordered if batch else in_order(self.loader):
             batch = self.taken(as_batch(given, self.device))
             self.observed(batch, place)
             place += len(batch[0])
+        if found is not None:  # the data set gave something else this time
+            raise found
 
 
 def from_workers(loader: Iterable[object]) -> Iterator[object]:
@@ -340,6 +349,11 @@ def from_workers(loader: Iterable[object]) -> Iterator[object]:
         if "in DataLoader worker process" not in text:
             raise
         raise type(error)(f"in a worker of the DataLoader: {what}; num_workers=0 shows where") from error
+
+
+def same_each_time(loader: DataLoader[Any]) -> bool:
+    """Whether a loader is known to give the same data in all epochs: from tensors, and put into batches as they are."""
+    return type(loader.dataset) in (TensorDataset, Images) and loader.collate_fn is default_collate
 
 
 def refuse_one_pass(source: object) -> None:

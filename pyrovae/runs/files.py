@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,15 @@ def strange(folder: Path, *, run: bool) -> list[str]:
     return sorted(found)
 
 
+def tidy(folder: Path) -> None:
+    """Delete what a killed writer left of checkpoints that others have replaced, or that were not done."""
+    if (folder / CONFIG).is_file() and not strange(folder, run=True):
+        for now in (folder / name for name in CHECKPOINTS):
+            shutil.rmtree(now.with_suffix(".new"), ignore_errors=True)
+            if now.is_dir():
+                shutil.rmtree(now.with_suffix(".old"), ignore_errors=True)
+
+
 def read(path: Path) -> bytes:
     """The bytes of a regular file; a pipe or a device, which might never end, is a ValueError."""
     if path.exists() and not path.is_file():
@@ -53,7 +63,7 @@ def read(path: Path) -> bytes:
 def read_json(path: Path) -> Any:
     """What a JSON file holds; a ValueError where it is none, or is nested too deeply to be of a run."""
     try:
-        return json.loads(read(path).decode("utf-8"))
+        return json.loads(read(path).decode("utf-8-sig"))  # an editor may have put a mark in front
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

@@ -19,7 +19,7 @@ from pyrovae.errors import CheckpointError
 from pyrovae.memory import require_memory
 from pyrovae.runs.classes import public_path
 from pyrovae.runs.files import CONFIG, MANIFEST, METRICS, RESULTS, STATE, WEIGHTS, read, read_json, reason, undamaged
-from pyrovae.runs.manifest import Manifest, digest, holds, newer, read_manifest, sha256
+from pyrovae.runs.manifest import Manifest, digest, newer, read_manifest, sha256
 
 T = TypeVar("T")
 TRIES = 10  # readings of a checkpoint that is replaced meanwhile
@@ -66,11 +66,12 @@ class Reader(os.PathLike[str]):
     """What is read of one run directory.
 
     :param override: warn of what was changed since it was written, or is not known, instead of refusing it.
+    :ivar loaded: the SHA-256 of the weights that were read last.
     :raises CheckpointError: for files that are absent, damaged, changed or of another run.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, override: bool = False) -> None:
-        self.path, self.override = Path(path), override
+        self.path, self.override, self.loaded = Path(path), override, ""
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -127,7 +128,7 @@ class Reader(os.PathLike[str]):
         """The metrics of every epoch; a last line cut short by a crash is left out."""
         path, rows = self.path / METRICS, []
         with undamaged(path):
-            text = read(path).decode("utf-8", errors="replace") if path.exists() else ""
+            text = read(path).decode("utf-8-sig", errors="replace") if path.exists() else ""
         with suppress(ValueError, RecursionError):
             for line in text.splitlines():
                 rows.append(json.loads(line))
@@ -147,7 +148,7 @@ class Reader(os.PathLike[str]):
 
     def digest(self, name: str = "last") -> str:
         """What the weights of a checkpoint are known by: the SHA-256 of their file."""
-        return self.read(name, WEIGHTS, sha256)
+        return self.read(name, WEIGHTS, lambda _: None)[1]
 
     def weights(self, name: str = "last") -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
@@ -156,7 +157,7 @@ class Reader(os.PathLike[str]):
             require_memory(path.stat().st_size, f'the weights in "{path}"', "take a machine with more")
             return load(path.read_bytes())  # load_file takes no path that is not UTF-8
 
-        weights = self.read(name, WEIGHTS, tensors)
+        weights, self.loaded = self.read(name, WEIGHTS, tensors)
         if self.manifest(self.folder(name)) is None:
             warn(f'"{self.path}" was made before runs had manifests: whether files or data were changed is not known')
         return weights
@@ -167,17 +168,17 @@ class Reader(os.PathLike[str]):
             return None
         return self.read(
             "last", STATE, lambda path: check_state(torch.load(path, map_location="cpu", weights_only=True))
-        )
+        )[0]
 
-    def read(self, name: str, file: str, load: Callable[[Path], T]) -> T:
-        """What a checkpoint's file holds, once it is found to be as it was saved; read again if replaced meanwhile."""
+    def read(self, name: str, file: str, load: Callable[[Path], T]) -> tuple[T, str]:
+        """What a checkpoint's file holds, found to be as it was saved, and its SHA-256; again if replaced meanwhile."""
         for _ in range(TRIES):
             before = self.identity(name)
             try:
                 folder = self.folder(name)
-                self.check_file(folder, file)
+                found = self.check_file(folder, file)
                 with undamaged(folder / file):
-                    return load(folder / file)
+                    return load(folder / file), found
             except (CheckpointError, FileNotFoundError) as error:
                 failed = error
                 if self.identity(name) == before:
@@ -191,17 +192,18 @@ class Reader(os.PathLike[str]):
             return found.st_ino, found.st_mtime_ns
         return ()
 
-    def check_file(self, folder: Path, name: str) -> None:
-        """Refuse a file that is not what the checkpoint in a folder says of it; the metrics may have grown since."""
+    def check_file(self, folder: Path, name: str) -> str:
+        """The SHA-256 of a file, refused where a checkpoint says another; the metrics' until then, as they may grow."""
         grows = name == METRICS
         path = (self.path if grows else folder) / name
         if not path.is_file():
             raise CheckpointError(f'"{path}" is missing: restore it, or train again')
-        if (manifest := self.manifest(folder)) is None or (grows and name not in manifest["files"]):
-            return
-        stated = manifest["files"].get(name)
-        if stated is None or not holds(path, stated, grows=grows):
+        manifest = self.manifest(folder)
+        stated = None if manifest is None else manifest["files"].get(name)
+        found = sha256(path, stated["bytes"] if grows and stated else None)
+        if manifest is not None and (found != stated["sha256"] if stated else not grows):
             self.doubt(f'"{path}" is damaged or was changed, its SHA-256 is another: restore it, or train again')
+        return found
 
     def manifest(self, folder: Path) -> Manifest | None:
         """What a checkpoint says of its files; nothing for a run of before there were manifests."""

@@ -31,6 +31,7 @@ from pyrovae.runs.files import (
     as_json,
     reason,
     strange,
+    tidy,
     write_json,
     write_text,
 )
@@ -88,6 +89,7 @@ class Run(Reader):
             ) from error
         try:
             with Lock(self.path / LOCK) as self.lock:
+                tidy(self.path)
                 yield
         finally:
             self.lock = None

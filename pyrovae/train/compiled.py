@@ -27,10 +27,11 @@ from pyrovae.compile.inductor import COMPILATION, has_compiler, laid_out_as
 from pyrovae.compile.noise import CannotCompile
 from pyrovae.compile.precision import choose_precision
 from pyrovae.data.feed import Feed
-from pyrovae.engine.convert import first_way
+from pyrovae.engine.convert import Taken, first_way
 from pyrovae.engine.probe import look
 from pyrovae.engine.programs import (
     Batch,
+    Modes,
     Program,
     in_modes,
     modes_of,
@@ -156,7 +157,7 @@ def training_step(
     *batch: object,
     clip_norm: float | None = None,
     precision: str = "float32",
-) -> Callable[..., Tensor]:
+) -> TrainingStep:
     r"""One whole training step of a pair as a function of its batch, compiled, for loops of one's own.
 
     A call computes :math:`-\frac{1}{B} \sum_b L(x_b)`, the objective's loss in nats per datum, and its gradients in one
@@ -169,7 +170,8 @@ def training_step(
     :param clip_norm: largest 2-norm of the gradient.
     :param precision: "float32", "bfloat16" for networks that multiply in bfloat16, or "auto".
     :returns: a function ``step(*batch)`` that gives the loss, 0-d, not read back from the device. A step whose loss or
-        gradient is not finite moves nothing, and gives NaN; data whose bound is -inf are left out of loss and gradient.
+        gradient is not finite moves nothing, and gives NaN; data whose bound is -inf are left out of loss and gradient,
+        and ``step.left_out`` says of how many data the last call did so, 0-d as well.
     :raises CannotCompile: with the reason, for a pair that cannot become a static graph.
 
     >>> import pyrovae as pv
@@ -197,13 +199,24 @@ def training_step(
         gradients = Compiled(eager)
         gradients.compile(objective)
     step = Step(gradients, [optimizer], clip_norm)
-    run = Recorded(step) if device.type == "cuda" else step
+    return TrainingStep(Recorded(step) if device.type == "cuda" else step, objective, taken, modes)
 
-    def call(*batch: object) -> Tensor:
-        with in_modes(modes), lone_datum_advice():
-            return run(objective, taken(batch)).losses
 
-    return call
+class TrainingStep:
+    """A step of a pair as a function of its batch.
+
+    :ivar left_out: how many data of the last batch had a bound of -inf, 0-d.
+    """
+
+    def __init__(self, step: Step | Recorded, objective: Objective, taken: Taken, modes: Modes) -> None:
+        self.step, self.objective, self.taken, self.modes = step, objective, taken, modes
+        self.left_out = torch.zeros((), dtype=torch.long)
+
+    def __call__(self, *batch: object) -> Tensor:
+        """The loss, 0-d."""
+        with in_modes(self.modes), lone_datum_advice():
+            loss, self.left_out = self.step(self.objective, self.taken(batch))
+            return loss
 
 
 def worthwhile(plan: Plan, parameters: Iterable[Tensor], feed: Feed) -> bool:

@@ -115,8 +115,8 @@ def fit(
     :param on_epoch: called with the :class:`Fit` so far, whose last row is ``fit.history[-1]``, after each epoch, once
         that is logged. Training ends where it returns False; after an error in it the run can be resumed. What it
         draws, and the modes that it puts modules in, leave training as it is.
-    :raises DataError: for data outside the observed sites' support, saying where; those that stream are looked at in
-        their first epoch.
+    :raises DataError: for data outside the observed sites' support, saying where; those that stream are looked at as
+        they come (what a program computes from them, in their first epoch).
     :raises ValueError: for arguments out of range, and a ``run_dir`` that holds a run where ``resume`` is False.
     :raises CheckpointError: for a run to resume that is damaged or was changed.
     :raises ResourceError: where another process writes to ``run_dir``, or its disk is full; what was saved is kept.

@@ -142,9 +142,10 @@ class Outcomes:
             causes = [watch.known(moment) for watch in self.watches]
             if not any(causes):
                 raise
-            for watch, cause in zip(self.watches, causes, strict=True):
-                if cause is not None:
-                    watch.withheld(moment, cause)
+            of_all = next(Cause(f"{w.called}{c.said}", c.kind) for w, c in zip(self.watches, causes, strict=True) if c)
+            # No pair took the step; the first that are told of it are those at fault.
+            for watch, cause in sorted(zip(self.watches, causes, strict=True), key=lambda found: found[1] is None):
+                watch.withheld(moment, cause or of_all)
             return
         self.pending.append((epoch, step, batch, self.feed.index, outcome))
         if len(self.pending) >= self.every:

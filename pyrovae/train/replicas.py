@@ -108,6 +108,8 @@ def fit_replicas(
         for replica in replicas:
             if replica.run is not None:
                 cleanup.enter_context(replica.run.writing())
+        if taken := [f'"{own.run.path}"' for own in replicas if own.run is not None and own.run.exists]:
+            raise ValueError(f"{', '.join(taken)} hold runs already: pass other run_dirs")
         feed = Feed(data, setup.batch_size, setup.device)
         trainees = [
             Trainee(*replica.pair, replica.weighted(objective), setup, feed, maker, replica.kl_factor)
@@ -185,8 +187,6 @@ def replicas_of(
     given = [run for run in own_runs if run is not None]
     if len(places := {os.path.realpath(run) for run in given}) < len(given):
         raise ValueError(f"run_dirs must be {len(given)} folders, got {len(places)}: give each pair its own")
-    if taken := [f'"{run.path}"' for run in given if run.exists]:
-        raise ValueError(f"{', '.join(taken)} hold runs already: pass other run_dirs")
     return [Replica(*own) for own in zip(programs, rates, factors, own_runs, strict=True)]
 
 

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyrovae as pv
 from tests.faults.matrix import fault, small_run
@@ -158,6 +158,58 @@ def only_the_bad_replica_is_withheld_its_step(folder: Path, stay_batched):
     assert [[row["skipped"] for row in fit.history] for fit in outcome.value] == [[0, 0], [1, 1]]
     for pair, expected in zip(pairs, alone, strict=True):
         torch.testing.assert_close(pair.m, expected.m, rtol=1e-6, atol=1e-7)
+
+
+class Raising(Mean):
+    """Raises once where it is told to, as a decomposition does that finds NaN."""
+
+    armed = False
+
+    def model(self, x, c):
+        if self.armed:
+            self.armed = False
+            raise RuntimeError("the decomposition did not converge")
+        super().model(x, c)
+
+
+class Uneven(IterableDataset):
+    """In training, the first batch of each epoch has another size, so that it runs eagerly, and a bad row."""
+
+    def __init__(self, pair):
+        self.begun, self.pair = 0, pair
+
+    def __iter__(self):
+        self.begun += 1
+        if self.begun > 1:  # the first is a look
+            self.pair.armed = True
+            yield X[:7], marks(NAN, at=3)[:7]
+        yield from ((X[i : i + SIZE], marks()[i : i + SIZE]) for i in range(10, 40, SIZE))
+
+
+@fault("A10", "fit_replicas", 0, "replica 0: step 1 of epoch 1 was skipped, because replica 1: the data .* row 3")
+def a_step_that_raises_is_skipped_by_all_replicas(folder: Path):
+    pairs, alone = [Mean(False), Raising()], Mean()
+    settings = {"objective": pv.ELBO(), "device": "cpu", "progress": False, "optimizer": OPTIMIZERS["fused"]}
+    pv.fit(alone.model, alone.guide, loader(marks(), slice(10, 40)), epochs=1, **settings)
+    data = DataLoader(Uneven(pairs[1]), batch_size=None)
+    outcome = yield lambda: pv.fit_replicas(pairs, data, epochs=1, on_nan="skip", **settings)
+    assert [(row["skipped"], row["steps"]) for fit in outcome.value for row in fit.history] == [(1, 4)] * 2
+    for pair in pairs:
+        torch.testing.assert_close(pair.m, alone.m, rtol=1e-6, atol=1e-7)
+
+
+@fault("A10", "training_step", each={f"{rows} of 10": rows for rows in (0, 2)})
+def a_step_says_how_many_data_it_left_out(folder: Path, number):
+    pair = Mean()
+    step = pv.training_step(
+        pair.model, pair.guide, pv.ELBO(), torch.optim.SGD(pair.parameters(), 0.1), X[:10], marks()[:10]
+    )
+    assert step.left_out == 0
+    for size in (10, 8):
+        assert step(X[:size], marks(*[-INF] * number, at=3)[:size]).isfinite()
+        assert step.left_out == number
+    outcome = yield lambda: int(step.left_out)
+    assert outcome.value == number
 
 
 @fault("A10", "fit_replicas", 5, "replica 1: step 2 of epoch 1 was not taken.*last good weights")

@@ -346,6 +346,8 @@ CLASSES = {
     "one class": (np.zeros(40, int), np.zeros(40, int), "0 to 0 and 0 to 0"),
     "negative": (np.arange(40) % 2 - 5, np.arange(40) % 2, "-5 to -4 and 0 to 1"),
     "new in the test part": (np.arange(40) % 2, np.arange(40) % 4, "0 to 1 and 0 to 3"),
+    "a billion": (np.arange(40) % 2 * 10**9, np.arange(40) % 2, "0 to 1000000000 and 0 to 1"),
+    "more than data": (np.arange(1, 41), np.arange(40), "1 to 40 and 0 to 39"),
 }
 
 

@@ -1127,3 +1127,135 @@ def everything_is_on_disk_before_it_counts(folder):
 def a_run_of_python_has_no_results(folder):
     fit(folder / "run")
     yield "compare", folder / "run"
+
+
+# --- what editors, kills and races leave -----------------------------------------------------------------------------
+
+MARK = b"\xef\xbb\xbf"
+
+
+@fault("A4", "evaluate", 0, r"test NLL +\d", each={f: f for f in ("config.json", "results.json", "last/manifest.json")})
+def an_editor_puts_a_mark_in_front(folder: Path, file: str):
+    run = small_run(folder / "run")
+    path = run / file
+    path.write_bytes(MARK + path.read_bytes().replace(b"\n", b"\r\n"))
+    yield "evaluate", run, "--samples", "5", "--device", "cpu"
+
+
+@fault("A4", "load", 4, "config.json is absent or unreadable")
+def an_editor_writes_sixteen_bits(folder: Path):
+    import pyrovae as pv
+
+    run = small_run(folder / "run")
+    (run / "config.json").write_text((run / "config.json").read_text(), encoding="utf-16")
+    yield lambda: pv.load(run)
+
+
+@fault("A4", "history", each={"metrics": MARK})
+def a_mark_in_front_of_metrics_hides_no_epoch(folder: Path, mark: bytes):
+    from pyrovae.runs import Run
+
+    run = small_run(folder / "run")
+    expected = Run(run).history()
+    (run / "metrics.jsonl").write_bytes(mark + (run / "metrics.jsonl").read_bytes())
+    outcome = yield lambda: Run(run).history()
+    assert outcome.value == expected != []
+
+
+@fault("C", "train --resume", 0, "is finished; its results are in results.json")
+def half_deleted_checkpoints_go_with_the_next_writer(folder: Path):
+    run = small_run(folder / "run")
+    for name, file in (("last.old", "state.pt"), ("last.new", "manifest.json"), ("best.old", "weights.safetensors")):
+        (run / name).mkdir()
+        (run / name / file).write_bytes(b"half")
+    (run / "vqvae").mkdir()
+    before = (run / WEIGHTS).read_bytes()
+    yield "train", "--resume", "--run-dir", run, "--device", "cpu"
+    assert sorted(place.name for place in run.iterdir() if place.is_dir()) == ["best.old", "last", "vqvae"]
+    assert (run / WEIGHTS).read_bytes() == before
+
+
+@fault("C", "writing")
+def a_checkpoint_under_its_old_name_is_kept(folder: Path):
+    from pyrovae.runs import Run
+
+    run = small_run(folder / "run")
+    expected = Run(run).digest()
+    (run / "last").rename(run / "last.old")
+
+    def write() -> str:
+        with Run(run).writing():
+            return Run(run).digest()
+
+    outcome = yield write
+    assert outcome.value == expected
+
+
+@fault("B4", "writing", each={"a file": False, "a link": True})
+def what_no_run_made_is_not_tidied_away(folder: Path, link: bool):
+    from pyrovae.runs import Run
+
+    run, other = small_run(folder / "run"), folder / "thesis"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years")
+    if link:
+        (run / "last.old").symlink_to(other)
+    else:
+        shutil.copytree(other, run / "last.new")
+
+    def write() -> None:
+        with Run(run).writing():
+            pass
+
+    yield write
+    assert (run / ("last.old" if link else "last.new") / "thesis.tex").read_text() == "years"
+    assert (other / "thesis.tex").exists()
+
+
+@fault("A3", "evaluate", 0, "checkpoint +best")
+def a_figure_says_that_it_is_of_the_best_checkpoint(folder: Path):
+    run, plain = small_run(folder / "run", "--set", "validation=100"), small_run(folder / "plain")
+    yield "evaluate", run, "--samples", "20", "--checkpoint", "best", "--device", "cpu"
+    compared = command("compare", run, plain).printed
+    assert "run (best)" in compared
+    assert "plain (" not in compared
+    assert "run (" not in command("compare", plain).printed
+
+
+@fault("A4", "evaluate")
+def weights_are_read_and_hashed_once(folder: Path):
+    from unittest.mock import patch
+
+    from pyrovae.app.job import reopen
+    from pyrovae.runs import reading
+
+    run, hashed = small_run(folder / "run"), []
+    original = reading.sha256
+    with patch.object(reading, "sha256", lambda path, size=None: (hashed.append(path.name), original(path, size))[1]):
+        outcome = yield lambda: reopen(run)
+    assert hashed == ["weights.safetensors"]
+    assert outcome.value.weights == hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest()
+
+
+@fault("C", "fit_replicas", 2, r"b\" hold runs already")
+def a_run_begins_while_replicas_are_made_ready(folder: Path):
+    import torch
+
+    import pyrovae as pv
+    from pyrovae.train import replicas
+
+    original, made = replicas.replicas_of, []
+
+    def slow(*arguments: object) -> object:
+        found = original(*arguments)
+        with pv.runs.Run(folder / "b").writing():
+            pv.runs.Run(folder / "b").start({"of": "another process"})
+        made.append((folder / "b" / "config.json").read_bytes())
+        return found
+
+    replicas.replicas_of = slow
+    pairs = [pv.models.VAE((4,), latent_dim=1, hidden=()) for _ in range(2)]
+    places = [folder / "a", folder / "b"]
+    yield lambda: pv.fit_replicas(pairs, torch.ones(8, 4), objective=pv.ELBO(), epochs=1, run_dirs=places)
+    assert (folder / "b" / "config.json").read_bytes() == made[0]
+    assert not (folder / "a").exists()

@@ -397,6 +397,10 @@ def vae(**options: Any) -> pv.models.VAE:
     return pv.models.VAE((4,), latent_dim=2, hidden=(), likelihood="gaussian", **options)
 
 
+def bits() -> pv.models.VAE:
+    return pv.models.VAE((4,), latent_dim=2, hidden=())
+
+
 def conditional() -> pv.models.ConditionalVAE:
     return pv.models.ConditionalVAE((4,), 3, latent_dim=2, hidden=(), likelihood="gaussian")
 
@@ -935,6 +939,64 @@ def a_stream_changes_its_length(folder: Path):
 
     outcome = yield lambda: fit(data=Changing(), num_workers=0, epochs=2)
     assert outcome.value.timings["steps"] in (4, 6)
+
+
+class Later(Dataset[Tensor]):
+    """Bits at first; from an epoch on, what is no bit."""
+
+    def __init__(self, bad: float, place: int = 17) -> None:
+        self.bad, self.place, self.given = bad, place, 0
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, i: int) -> Tensor:
+        self.given += 1
+        x = X[i].round()
+        return torch.full_like(x, self.bad) if i == self.place and self.given > 70 else x  # 30 of an epoch, 10 looks
+
+
+class LaterStream(IterableDataset[Tensor]):
+    def __init__(self, bad: float) -> None:
+        self.rows = Later(bad)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.rows[i] for i in range(len(X)))
+
+
+def later_collated(rows: list[Tensor], given: list[int] = []) -> Tensor:  # noqa: B006
+    x = default_collate(rows)[0].round()
+    given += [0] * len(rows)
+    return x + 0.3 if len(given) > 70 else x
+
+
+OTHERS = {
+    "a stream": lambda: LaterStream(0.3), "a data set": lambda: Later(0.3), "far away": lambda: Later(1e30),
+    "a collate_fn": lambda: DataLoader(TensorDataset(X), 10, shuffle=True, collate_fn=later_collated),
+    "NaN": lambda: LaterStream(float("nan")),
+}  # fmt: skip
+
+
+@fault("A1", "fit", 3, r'^data\[\d+, 0\] = (0\.3|1\.3|1e\+30|nan) .*site "x"', each={
+    f"{name}, {where}": (make, where) for name, make in OTHERS.items() for where in ("data", "validation")
+})  # fmt: skip
+def later_epochs_have_other_data(folder: Path, case: tuple[Any, str]):
+    make, where = case
+    given = {"data": X.round()} | {where: make()}
+    yield lambda: fit(bits(), **given, num_workers=0, epochs=6, run_dir=folder / "run")
+    assert pv.runs.Run(folder / "run").history()
+
+
+@fault("A1", "fit")
+def data_in_tensors_are_looked_at_once(folder: Path):
+    from pyrovae.engine.observed import Observed
+
+    looked = []
+    seen = Observed.fine
+    with patch.object(Observed, "fine", lambda self, batch: (looked.append(len(batch[0])), seen(self, batch))[1]):
+        loader = DataLoader(TensorDataset(X.round()), 10, shuffle=True)
+        yield lambda: fit(bits(), data=loader, epochs=4)
+    assert sum(looked) == len(X)
 
 
 EMPTY = {
