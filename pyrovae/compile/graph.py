@@ -57,8 +57,9 @@ class Graph:
         :raises CannotCompile: where Inductor, or the compiler that it calls, fails.
         """
         run, constants = remembered(self.module, self.key), self.constants
+        drawn = self.noise.forward if isinstance(self.noise, fx.GraphModule) else self.noise  # without Module.__call__
 
-        def call(*inputs: Tensor, noise: Callable[[], tuple[Tensor, ...]] = self.noise) -> list[Tensor]:
+        def call(*inputs: Tensor, noise: Callable[[], tuple[Tensor, ...]] = drawn) -> list[Tensor]:
             with torch.no_grad():
                 return list(run(*inputs, *constants, *noise()))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from pyrovae.engine.updates import Update
 from pyrovae.errors import NumericalError
 
 Place = tuple[dict[str, Tensor], str]
@@ -68,13 +69,13 @@ class Guard:
         """Whether a pair's step is withheld, as far as one may ask."""
         return self.waits and bool(self.each[r].item())
 
-    def move(self, r: int, optimizer: Optimizer) -> None:
+    def move(self, r: int, update: Update) -> None:
         """Let the optimizer of a pair take its step, unless that is withheld."""
-        withheld = self.each[r]
+        withheld, optimizer = self.each[r], update.optimizer
         kept = [] if self.waits else kept_by(optimizer)
         if self.waits or id(optimizer) not in self.begun or any(t.device != withheld.device for t in kept):
             if not withheld.item():
-                optimizer.step()
+                update()
                 self.begun.add(id(optimizer))
         elif getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = withheld  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from pyrovae.engine.observed import Observed
 from pyrovae.engine.programs import nothing
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import record
+from pyrovae.engine.updates import Update
 from pyrovae.errors import NumericalError
 from pyrovae.models.base import Pair
 from pyrovae.models.partition import Energy, bits
@@ -178,6 +179,7 @@ def run_epoch(
 ) -> None:
     """One pass over the data; a step without finite gradients is not taken, nor are those after it."""
     guard, parameters = Guard([[]], machine.weight.device, lasting=True), dict(machine.named_parameters())
+    update = Update(optimizer)
     with last_good(parameters):
         for v, *_ in feed:
             start = machine.chains.unflatten(-1, machine.input_shape) if persistent else None
@@ -185,7 +187,7 @@ def run_epoch(
             for parameter, gradient in zip(parameters.values(), gradients, strict=True):
                 parameter.grad = gradient
             guard.judge(scalar, [gradients])
-            guard.move(0, optimizer)
+            guard.move(0, update)
             if persistent:
                 machine.chains = torch.where(guard.withheld > 0, machine.chains, states.flatten(1))
         if guard.withheld.item():

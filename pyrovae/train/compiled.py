@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pyro.infer
@@ -90,12 +90,13 @@ class Compiled:
 
     def compile(self, objective: pyro.infer.ELBO) -> None:
         """Make the graph of an objective; a :class:`CannotCompile` says why it cannot be made."""
-        function, parameters = self.differentiated(objective)
+        function, reached = self.differentiated(objective)
         run = function.compile(self.example)
+        others = self.others(reached)
 
         def gradients(batch: Batch) -> Outcome:
             loss, left_out, *found = run(*tensors(batch))
-            put(self.eager.parameters, dict(zip(parameters, found, strict=True)))
+            put(reached, found, others)
             return Outcome(loss, left_out)
 
         self.functions[objective.num_particles] = gradients
@@ -126,6 +127,11 @@ class Compiled:
         )  # fmt: skip
         return checked, parameters
 
+    def others(self, reached: Iterable[Tensor]) -> list[Tensor]:
+        """The pair's parameters that have no gradient."""
+        found = set(map(id, reached))
+        return [p for p in self.eager.parameters if id(p) not in found]
+
     def anneal(self, objective: pyro.infer.ELBO, factor: float = 1.0) -> None:
         """Let the graphs find the objective's kl_weight where it changes."""
         if self.anneals:
@@ -142,11 +148,12 @@ class Compiled:
         return distinct([*self.eager.parameters, *self.buffers, *([self.kl_weight] if self.anneals else [])])
 
 
-def put(parameters: Iterable[Tensor], gradients: Mapping[Tensor, Tensor]) -> None:
-    """Put gradients where optimizers find them; none where there is none."""
-    for parameter in parameters:
-        found = gradients.get(parameter)
-        parameter.grad = None if found is None else laid_out_as(parameter, found)
+def put(reached: Iterable[Tensor], gradients: Iterable[Tensor], others: Iterable[Tensor]) -> None:
+    """Put gradients where optimizers find them; none where there are others."""
+    for parameter, gradient in zip(reached, gradients, strict=True):
+        parameter.grad = laid_out_as(parameter, gradient)
+    for parameter in others:
+        parameter.grad = None
 
 
 def training_step(

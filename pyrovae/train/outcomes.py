@@ -154,7 +154,8 @@ class Outcomes:
     def read(self) -> None:
         """Read back what was taken in since."""
         pending, self.pending = self.pending, []
-        rows = torch.stack([t for *_, outcome in pending for t in outcome]).tolist() if pending else []
+        read = [t for *_, outcome in pending for t in outcome]
+        rows = [t.tolist() for t in read] if self.every == 1 else torch.stack(read).tolist() if read else []
         for number, (epoch, step, batch, index, _) in enumerate(pending):
             losses, left_out = (row if isinstance(row, list) else [row] for row in rows[2 * number : 2 * number + 2])
             for watch, loss, left in zip(self.watches, losses, left_out, strict=True):

@@ -317,10 +317,12 @@ class Batched:
                 compare(expected, [g[r] for g in got], function.precision)
                 compare(changed, function.changes, function.precision)
 
+        others = [one.others(reached) for one, (_, reached) in zip(self.each, own, strict=True)]
+
         def gradients(batch: Batch) -> Outcome:
             losses, left_out, *found = together(*self.stacks, *tensors(batch))
-            for r, (one, (_, parameters)) in enumerate(zip(self.each, own, strict=True)):
-                put(one.eager.parameters, {p: g[r] for p, g in zip(parameters, found, strict=True)})
+            for r, (_, reached) in enumerate(own):
+                put(reached, [g[r] for g in found], others[r])
             return Outcome(losses, left_out)
 
         return gradients

@@ -27,6 +27,7 @@ from pyrovae.engine.left_out import leaving_out
 from pyrovae.engine.probe import Look, PairState
 from pyrovae.engine.programs import Batch, Program, before_backward, new_leaves, warn
 from pyrovae.engine.sites import quoted
+from pyrovae.engine.updates import Update
 from pyrovae.train.late import Reach
 from pyrovae.train.plan import MakeOptimizer
 
@@ -159,6 +160,7 @@ class Step:
         self.parameters, self.joined = [in_order(optimizer) for optimizer in optimizers], 0
         self.norms: list[Tensor] = []
         modules = [state.modules for state in gradients.states]
+        self.updates = [Update(optimizer) for optimizer in optimizers]
         self.guard = Guard(modules, self.parameters[0][0].device, lasting=lasting)
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
@@ -206,10 +208,10 @@ class Step:
 
     def update(self) -> None:
         """Clip the gradients and move the parameters."""
-        for r, (optimizer, own) in enumerate(zip(self.optimizers, self.parameters, strict=True)):
+        for r, (update, own) in enumerate(zip(self.updates, self.parameters, strict=True)):
             if self.clip_norm is not None and not self.guard.idle(r):
                 clip_grads_with_norm_(own, self.clip_norm, self.norms[r])
-            self.guard.move(r, optimizer)
+            self.guard.move(r, update)
 
     def gathered(self, batch: Batch) -> Batch:
         """The data of a batch."""
