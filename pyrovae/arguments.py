@@ -6,12 +6,12 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from numbers import Integral, Real
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
-import numpy as np
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch  # which takes seconds to import, and no option of the command line is a tensor
 
 T = TypeVar("T")
 MOST = 2**63 - 1  # that a size can be
@@ -19,24 +19,31 @@ MOST = 2**63 - 1  # that a size can be
 
 def shown(value: object) -> str:
     """A value for a message: in one line, and no numbers of a tensor."""
-    many = isinstance(value, Tensor | np.ndarray)
+    many = isinstance(getattr(value, "shape", None), tuple) and not isinstance(value, Real)  # as NumPy's scalars are
     return f"a {type(value).__name__} of shape {list(value.shape)}" if many else one_line(repr(value))  # type: ignore[attr-defined]
+
+
+def whole(value: object) -> int | None:
+    """``value`` as an int; None for what is no integer, a Boolean too."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
 def check_seed(value: object) -> int:
     """``value`` as a seed that every generator takes, or one clear error."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not -(2**63) <= value < 2**64:
+    number = whole(value)
+    if number is None or not -(2**63) <= number < 2**64:
         raise ValueError(f"seed must be an integer of 64 bits, got {shown(value)}: pass one, another for another run")
-    return int(value)
+    return number
 
 
 def positive_int(name: str, value: object, minimum: int = 1) -> int:
     """``value`` as an int of at least ``minimum``, or one clear error."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+    number = whole(value)
+    if number is None or number < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {shown(value)}: pass {minimum} or more")
-    if value > MOST:
+    if number > MOST:
         raise ValueError(f"{name} must be an integer of at most {MOST}, got a larger one: pass a smaller one")
-    return int(value)
+    return number
 
 
 def sizes(name: str, value: object) -> tuple[int, ...]:
@@ -48,7 +55,7 @@ def sizes(name: str, value: object) -> tuple[int, ...]:
 
 def in_range(name: str, value: object, low: float, high: float = math.inf) -> float:
     """``value`` as a finite float in [low, high], or one clear error."""
-    number = float(value) if isinstance(value, int | float | np.number) and not isinstance(value, bool) else math.nan
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not (math.isfinite(number) and low <= number <= high):
         between = f"[{low:g}, inf)" if high == math.inf else f"[{low:g}, {high:g}]"
         raise ValueError(f"{name} must be a number in {between}, got {shown(value)}: pass a value in that range")
@@ -65,8 +72,10 @@ def rising_betas(value: object) -> list[float]:
     return betas
 
 
-def weight(name: str, value: object) -> float | Tensor:
+def weight(name: str, value: object) -> float | torch.Tensor:
     """A weight that may be annealed: a 0-d tensor as it is, else a float of at least 0."""
+    from torch import Tensor
+
     return value if isinstance(value, Tensor) and value.dim() == 0 else in_range(name, value, 0.0)
 
 
@@ -122,6 +131,8 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")  # where a pair can be trained; others h
 
 def pick_device(device: str | torch.device) -> torch.device:
     """The device asked for, never another: "auto" is CUDA where there is one, and the CPU elsewhere."""
+    import torch
+
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

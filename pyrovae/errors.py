@@ -16,8 +16,6 @@
 
 from __future__ import annotations
 
-from torch import OutOfMemoryError
-
 __all__ = ["CheckpointError", "DataError", "NumericalError", "ResourceError", "exit_code"]
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -58,4 +56,5 @@ def exit_code(error: BaseException) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed, on any device."""
-    return isinstance(error, OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+    torchs = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # torch may not be here yet
+    return torchs or any(words in str(error) for words in OUT_OF_MEMORY)

@@ -1,8 +1,7 @@
-"""Memory: what fits, keeping it where that saves time, and what to do when it runs out."""
+"""Memory: what fits, and what to do when it runs out."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 import re
 import weakref
@@ -68,20 +67,6 @@ def require_memory(size: float, what: str, advice: str) -> None:
         raise ResourceError(
             f"holding {what} takes {size / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} GiB are free: {advice}"
         )
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees, for a step to find it again in the next: each new page costs a fault.
-
-    It is what ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_MAX_`` set before a process starts; for glibc only.
-    """
-    trim_threshold, mmap_max = -1, -4  # mallopt(3)
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library, another system
-        return
-    mallopt(trim_threshold, -1)
-    mallopt(mmap_max, 0)
 
 
 @contextmanager

@@ -328,9 +328,42 @@ def test_list_names_every_model_objective_and_data_set(run):
         assert name in out
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "list"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "compare", "list"])
 def test_help(run, command):
     assert "Usage" in run(command, "--help").out
+
+
+LIGHT = """
+import json, os, sys
+from pyrovae.app.cli import app, main
+verbs = [command.name or command.callback.__name__ for command in app.registered_commands]
+lines = [[], ["--help"], ["--version"], *([verb, "--help"] for verb in verbs), ["trian"], ["train", "vea"],
+    ["train", "--data", "mnits"], ["train", "--epochs", "many"], ["train", "--set", "hidden"]]
+os.environ["COMP_CWORD"] = "3"
+words = ["train --objective i", "train --data om", "train --data np", "evaluate --checkpoint b"]
+codes = []
+for shell, line in [*((None, line) for line in lines), *(("complete_bash", word) for word in words)]:
+    if shell:
+        os.environ |= {"_PYROVAE_COMPLETE": shell, "COMP_WORDS": "pyrovae " + line}
+    try:
+        main([] if shell else line)
+    except SystemExit as stop:
+        codes.append(stop.code)
+heavy = {"torch", "pyro", "numpy", "matplotlib", "scipy", "sklearn"} & sys.modules.keys()
+print(json.dumps([sorted(heavy), verbs, codes]))
+"""
+
+
+def test_what_needs_no_work_imports_nothing_heavy():
+    root = Path(pv.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True, cwd=root)
+    *said, last = done.stdout.splitlines()
+    heavy, verbs, codes = json.loads(last)
+    assert heavy == []
+    assert verbs == ["train", "evaluate", "sample", "compare", "list"]
+    assert codes == [2, 0, 0, *[0] * len(verbs), *[2] * 5, *[0] * 4]
+    assert said[-5:] == ["iwae", "omniglot", "omniglot28", "npz:", "best"]
+    assert f"pyrovae {pv.__version__}" in said
 
 
 @pytest.mark.parametrize(
@@ -420,7 +453,7 @@ def test_python_raises_what_the_command_line_prints(run):
 
 FAULTS = """
 import resource
-from pyrovae.memory import keep_freed_memory
+from pyrovae.app.process import keep_freed_memory
 keep_freed_memory()
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,4 +1,8 @@
-"""The command line: train, evaluate, sample, list."""
+"""The command line: train, evaluate, sample, compare, list.
+
+What stands here is what a user may write. A command imports its work when it begins, so that help, completion and
+complaints take no longer than they must.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +17,25 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pyrovae import runs
-from pyrovae.app import measure, pictures, samples, tables
-from pyrovae.app import train as training
-from pyrovae.app.job import Terms, as_seen_by, example, reopen, reopen_with_data
-from pyrovae.app.process import Patient, Stop
-from pyrovae.app.results import timed
+from pyrovae import __version__
+from pyrovae.app.process import Patient, Stop, at_once, keep_freed_memory
 from pyrovae.app.settings import Settings, parse_settings
-from pyrovae.arguments import MOST, one_line, pick_device, positive_int
+from pyrovae.arguments import MOST, one_line
+from pyrovae.data.names import DATASETS
 from pyrovae.errors import INTERRUPTED, exit_code
-from pyrovae.memory import keep_freed_memory
+from pyrovae.models import MODELS
+from pyrovae.objectives import OBJECTIVES
 
 app = typer.Typer(
     help="Variational autoencoders as Pyro programs: train a pair, measure log p(x), swap the objective.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out = Console(soft_wrap=True, markup=False, emoji=False)  # what users name things is printed as it is
 DataDir = Annotated[str | None, typer.Option(help="Folder of the data sets; else $PYROVAE_DATA, else a cache folder.")]
 Device = Annotated[str, typer.Option(help='"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...')]
-Checkpoint = Annotated[str, typer.Option(help='"last" or "best".')]
+Checkpoint = Annotated[str, typer.Option(help='"last" or "best".', autocompletion=lambda: ["last", "best"])]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Import the class that the run names, though it is not pyrovae's.")
@@ -43,9 +44,24 @@ Override = Annotated[bool, typer.Option("--override", help="Go on with a warning
 SampleSeed = Annotated[int, typer.Option(help="Of the samples.", min=0, max=MOST)]
 
 
+def data_names() -> list[str]:
+    """What a shell completes: a path follows after a colon."""
+    return [name.removesuffix("PATH") for name in DATASETS]
+
+
+def say_version(wanted: bool) -> None:
+    """Print the version, and end."""
+    if wanted:
+        out.print(f"pyrovae {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=say_version)
+    ] = False,
 ) -> None:
     """What every command takes; ``main`` reads it before any command runs."""
 
@@ -54,11 +70,19 @@ def common(
 def train(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help='A model (see "pyrovae list"), or my_module:MyPair, your own class.')
+        str,
+        typer.Argument(
+            help='A model (see "pyrovae list"), or my_module:MyPair, your own class.', autocompletion=lambda: [*MODELS]
+        ),
     ] = "vae",
-    data: Annotated[str, typer.Option(help='A data set (see "pyrovae list"), folder:PATH or npz:PATH.')] = "digits",
+    data: Annotated[
+        str,
+        typer.Option(help='A data set (see "pyrovae list"), folder:PATH or npz:PATH.', autocompletion=data_names),
+    ] = "digits",
     data_dir: DataDir = None,
-    objective: Annotated[str, typer.Option(help='An objective (see "pyrovae list").')] = "elbo",
+    objective: Annotated[
+        str, typer.Option(help='An objective (see "pyrovae list").', autocompletion=lambda: [*OBJECTIVES])
+    ] = "elbo",
     particles: Annotated[
         int | None, typer.Option(help="Particles per datum (per group); the objective's default.")
     ] = None,
@@ -88,8 +112,12 @@ def train(
     given = {k: v for k, v in context.params.items() if k not in ("run_dir", "resume", "trust", "override", "set_")}
     explicit = {k for k in given if getattr(context.get_parameter_source(k), "name", "DEFAULT") != "DEFAULT"}
     job = Settings(**given, settings=parse_settings(set_ or []))
+    job.check_names()
     explicit |= {"settings"} if set_ else set()
-    training.train(job, run_dir=run_dir, resume=resume, explicit=explicit, terms=Terms(trust, override), out=out)
+    with at_once():
+        from pyrovae.app import train as work
+        from pyrovae.app.job import Terms
+    work.train(job, run_dir=run_dir, resume=resume, explicit=explicit, terms=Terms(trust, override), out=out)
 
 
 @app.command()
@@ -108,27 +136,13 @@ def evaluate(
     override: Override = False,
 ) -> None:
     """Measure a run's test NLL with its standard error, and its active units; writes results.json."""
-    positive_int("samples", samples)
-    place = pick_device(device)
-    terms = Terms(trust, override)
-    found, splits = reopen_with_data(run, data_dir, checkpoint, terms)
-    terms.run(run).check_files()
-    pair, test = found.pair.to(place), splits.test
-    if (ais or diagnostics) and pair.likelihood_is != "estimate":
-        raise ValueError(
-            f"{type(pair.module).__name__} has nothing to anneal or diagnose, its log p(x) is no estimate: leave --ais "
-            "and --diagnostics out"
-        )
-    results = measure.measure(pair, test, samples=samples, seed=seed)
-    results |= {"checkpoint": checkpoint, "weights": found.weights, **timed(terms.run(run))}
-    seen = as_seen_by(pair, test)
-    few = seen.subset(slice(0, measure.CLOSER))
-    if diagnostics:
-        results["diagnostics"] = measure.diagnose(pair, seen, few, samples=samples, seed=seed)
-    if ais:
-        results["ais"] = measure.anneal(pair, few, samples=samples, seed=seed)
-    runs.write_json(run / runs.RESULTS, results)
-    tables.print_results(results, out)
+    with at_once():
+        from pyrovae.app import measure as work
+        from pyrovae.app.job import Terms
+    work.evaluate(
+        run, samples=samples, checkpoint=checkpoint, root=data_dir, device=device, seed=seed, ais=ais,
+        diagnostics=diagnostics, terms=Terms(trust, override), out=out,
+    )  # fmt: skip
 
 
 @app.command()
@@ -150,16 +164,13 @@ def sample(
     override: Override = False,
 ) -> None:
     """Draw new data from a run's model, into a picture (.png), arrays (.npz) or a table (.csv)."""
-    number, terms = positive_int("number", number), Terms(trust, override)
-    pair = reopen(run, checkpoint, terms).pair
-    if output is None:
-        terms.run(run).check_files()
-    like, columns = example(terms.run(run)), pictures.columns_for(pair, label)
-    path = samples.place_of(output, run, like.shape[1:], number, columns)
-    labels, returns = pictures.labels_for(pair, number, label), "draws" if draws else "means"
-    x = samples.drawn(pair.module, number, labels, returns=returns, temperature=temperature, seed=seed, like=like)
-    samples.write(x, labels, path, columns)
-    out.print(f"wrote {path}")
+    with at_once():
+        from pyrovae.app import samples as work
+        from pyrovae.app.job import Terms
+    work.sample(
+        run, number=number, draws=draws, label=label, temperature=temperature, output=output, checkpoint=checkpoint,
+        seed=seed, terms=Terms(trust, override), out=out,
+    )  # fmt: skip
 
 
 @app.command()
@@ -168,13 +179,18 @@ def compare(
     override: Override = False,
 ) -> None:
     """Put the results of several runs side by side in one table."""
-    tables.compare([runs.Run(folder, override=override) for folder in folders], out)
+    with at_once():
+        from pyrovae.app import tables as work
+        from pyrovae.runs import Run
+    work.compare([Run(folder, override=override) for folder in folders], out)
 
 
 @app.command(name="list")
 def list_() -> None:
     """What there is: models, objectives and data sets, with one line each."""
-    tables.catalogue(out)
+    with at_once():
+        from pyrovae.app import tables as work
+    work.catalogue(out)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrovae import models, runs
-from pyrovae.app.settings import CODES, Parts, Settings, keywords
+from pyrovae.app.parts import Parts, keywords
+from pyrovae.app.settings import CODES, Settings
 from pyrovae.arguments import one_of, pick_device
 from pyrovae.data import Images, Splits, load
 from pyrovae.data.fingerprint import fingerprint

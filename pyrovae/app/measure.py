@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from pyrovae.app.job import as_seen_by, observed_sites
-from pyrovae.app.results import Diagnostics, Results
+from pyrovae import runs
+from pyrovae.app.job import Terms, as_seen_by, observed_sites, reopen_with_data
+from pyrovae.app.results import Diagnostics, Results, timed
+from pyrovae.app.tables import print_results
+from pyrovae.arguments import pick_device, positive_int
 from pyrovae.data.feed import Feed
 from pyrovae.data.images import Images
 from pyrovae.engine.programs import Batch, device_of, evaluating
@@ -34,6 +39,34 @@ def check_test(pair: Pair, test: Images) -> None:
         return  # it has no programs before it is fitted, by PCA's rule, to any reals
     with isolated_rng():
         look_on(Feed(as_measured(pair, test), 100, test.x.device), pair.model, pair.guide)
+
+
+def evaluate(
+    folder: Path, *, samples: int, checkpoint: str, root: str | None, device: str, seed: int, ais: bool,
+    diagnostics: bool, terms: Terms, out: Console,
+) -> None:  # fmt: skip
+    """Measure a run: results.json anew, and printed."""
+    positive_int("samples", samples)
+    place = pick_device(device)
+    found, splits = reopen_with_data(folder, root, checkpoint, terms)
+    run = terms.run(folder)
+    run.check_files()
+    pair, test = found.pair.to(place), splits.test
+    if (ais or diagnostics) and pair.likelihood_is != "estimate":
+        raise ValueError(
+            f"{type(pair.module).__name__} has nothing to anneal or diagnose, its log p(x) is no estimate: leave --ais "
+            "and --diagnostics out"
+        )
+    results = measure(pair, test, samples=samples, seed=seed)
+    results |= {"checkpoint": checkpoint, "weights": found.weights, **timed(run)}
+    seen = as_seen_by(pair, test)
+    few = seen.subset(slice(0, CLOSER))
+    if diagnostics:
+        results["diagnostics"] = diagnose(pair, seen, few, samples=samples, seed=seed)
+    if ais:
+        results["ais"] = anneal(pair, few, samples=samples, seed=seed)
+    runs.write_json(folder / runs.RESULTS, results)
+    print_results(results, out)
 
 
 def measure(pair: Pair, test: Images, *, samples: int, seed: int) -> Results:

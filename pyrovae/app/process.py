@@ -1,7 +1,8 @@
-"""The command as a process: what signals do to it, and its standard streams. Nothing here takes time to import."""
+"""The command as a process: signals, memory, its standard streams. Nothing here takes time to import."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
@@ -43,6 +44,36 @@ def end_at_once(number: int, _: object) -> None:
     os._exit(128 + number)
 
 
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Let a signal end the process meanwhile: while modules are imported, an exception may go unheard."""
+    before = install(end_at_once)
+    try:
+        yield
+    finally:
+        restore(before)
+
+
+def restore(before: dict[signal.Signals, object]) -> None:
+    """Handle signals again as before :func:`install`."""
+    for number, handler in before.items():
+        signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, for a step to find it again in the next: each new page costs a fault.
+
+    It is what ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_MAX_`` set before a process starts; for glibc only.
+    """
+    trim_threshold, mmap_max = -1, -4  # mallopt(3)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, another system
+        return
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0)
+
+
 class Stopped(KeyboardInterrupt):
     """A signal came. (Where it is a plain KeyboardInterrupt, caught or not, Python may end as if by SIGINT.)"""
 
@@ -59,8 +90,7 @@ class Stop:
         try:
             yield self
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)  # type: ignore[arg-type]
+            restore(before)
 
     def hear(self, number: int, _: object) -> None:
         install(end_at_once)

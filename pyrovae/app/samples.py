@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from pyrovae import plots
+from pyrovae.app.job import Terms, example, reopen
+from pyrovae.app.pictures import columns_for, labels_for
+from pyrovae.arguments import positive_int
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.files import replacing
 from pyrovae.memory import require_memory
@@ -19,6 +23,23 @@ from pyrovae.sampling import sample as draw
 
 PASS = 10_000  # data that are drawn at a time
 SUFFIXES = (".png", ".npz", ".csv")
+
+
+def sample(
+    folder: Path, *, number: int, draws: bool, label: str | None, temperature: float, output: Path | None,
+    checkpoint: str, seed: int, terms: Terms, out: Console,
+) -> None:  # fmt: skip
+    """Draw from a run's model, into a file."""
+    positive_int("number", number)
+    pair, run = reopen(folder, checkpoint, terms).pair, terms.run(folder)
+    if output is None:
+        run.check_files()
+    like, columns = example(run), columns_for(pair, label)
+    path = place_of(output, folder, like.shape[1:], number, columns)
+    labels, returns = labels_for(pair, number, label), "draws" if draws else "means"
+    x = drawn(pair.module, number, labels, returns=returns, temperature=temperature, seed=seed, like=like)
+    write(x, labels, path, columns)
+    out.print(f"wrote {path}")
 
 
 def place_of(output: Path | None, run: Path, shape: Sequence[int], number: int, columns: int | None) -> Path:

@@ -12,9 +12,10 @@ from rich.console import Console
 from pyrovae import runs
 from pyrovae.app.job import TERMS, Task, Terms, as_seen_by, run_of
 from pyrovae.app.measure import check_test, measure
+from pyrovae.app.parts import keywords
 from pyrovae.app.pictures import pictures
 from pyrovae.app.results import belongs, readable_results
-from pyrovae.app.settings import CODES, Settings, keywords
+from pyrovae.app.settings import CODES, Settings
 from pyrovae.app.tables import print_results
 from pyrovae.arguments import pick_device, positive_int
 from pyrovae.engine.randomness import rng_snapshot

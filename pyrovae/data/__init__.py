@@ -4,10 +4,6 @@
 (tensors, arrays, Datasets, DataLoaders); :func:`check_support` compares values with what a likelihood can explain.
 """
 
-from pyrovae.data.feed import as_dataset, batches
-from pyrovae.data.images import Images
-from pyrovae.data.sets import DATASETS, Splits, load
-from pyrovae.engine.support import check_support
-from pyrovae.errors import DataError
+import lazy_loader
 
-__all__ = ["DATASETS", "DataError", "Images", "Splits", "as_dataset", "batches", "check_support", "load"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

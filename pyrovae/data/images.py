@@ -15,6 +15,7 @@ from pyrovae.arguments import one_of
 from pyrovae.data.arrays import checked_labels
 from pyrovae.engine.convert import Taken
 from pyrovae.engine.support import BY_255, DROP, at, first_outside
+from pyrovae.engine.support import check_support as check_support
 from pyrovae.errors import DataError
 
 REALS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that can be computed with

@@ -201,6 +201,7 @@ def mnist_like(kind: str) -> Published:
     return Published(kind, lambda source: {f"{kind}/raw/{name}": md5 for name, md5 in source.resources}, read_idx)
 
 
+MNIST, FASHION_MNIST, KMNIST = map(mnist_like, ("MNIST", "FashionMNIST", "KMNIST"))
 OMNIGLOT = Published(
     "Omniglot",
     lambda source: {f"{source.folder}/{name}.zip": md5 for name, md5 in source.zips_md5.items()},

@@ -1,11 +1,13 @@
 """Readers: one for each format, from files to the parts of a data set.
 
 A reader takes a folder (or the path after ``folder:`` or ``npz:``) and whether it may download; it returns the parts
-"train", "test" and "validation" that the set has, each as raw values and labels. A new set is a row of :data:`SOURCES`.
+"train", "test" and "validation" that the set has, each as raw values and labels. A new set is a row of
+:data:`pyrovae.data.names.SOURCES`, which names its reader.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import zipfile
 from collections.abc import Callable
@@ -18,14 +20,19 @@ from torch import Tensor
 from pyrovae.arguments import one_line
 from pyrovae.data.arrays import Parts, as_tensor, channels_first, check_numbers, whole_numbers
 from pyrovae.data.files import content_of, find_file, reading, regular, require
-from pyrovae.data.folders import read_folder
 from pyrovae.data.matlab import read_matrices
-from pyrovae.data.published import CIFAR10, OMNIGLOT, SVHN, mnist_like
+from pyrovae.data.names import SOURCES
 from pyrovae.errors import DataError
 
 OTHER_ARRAYS = "write it anew with numpy.savez(path, x=x), of numbers, not objects"
 
 Reader = Callable[[Path, bool], Parts]
+
+
+def reader_of(source: str) -> Reader:
+    """The reader of a set, by its key in :data:`SOURCES`; only the file that it stands in is imported."""
+    file, _, name = SOURCES[source][0].partition(":")
+    return getattr(importlib.import_module(f"pyrovae.data.{file}"), name)
 
 
 def permutation(total: int, seed: int) -> Tensor:
@@ -135,18 +142,3 @@ def array_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) ->
     if min(shape, default=0) < 0 or start + math.prod(shape) * dtype.itemsize != info.file_size:
         raise DataError(f"{name} declares {list(shape)} of {dtype}, which its size does not fit: {OTHER_ARRAYS}")
     return shape, dtype.itemsize
-
-
-SOURCES: dict[str, tuple[str, Reader]] = {
-    "digits": ("scikit-learn's 1,797 digits, 8x8 grey; needs no files", read_digits),
-    "mnist": ("70,000 digits, 28x28 grey", mnist_like("MNIST")),
-    "fashion_mnist": ("70,000 pieces of clothing, 28x28 grey", mnist_like("FashionMNIST")),
-    "kmnist": ("70,000 cursive Japanese characters, 28x28 grey", mnist_like("KMNIST")),
-    "omniglot": ("32,460 drawings of 1,623 characters, 105x105 black and white, new alphabets in test", OMNIGLOT),
-    "omniglot28": ("OMNIGLOT in the IWAE paper's 28x28 form, from chardata.mat", read_omniglot28),
-    "binarized_mnist": ("Larochelle's fixed binarisation of MNIST, from its .amat files", read_binarized_mnist),
-    "cifar10": ("60,000 photographs of 10 classes, 32x32 colour", CIFAR10),
-    "svhn": ("99,289 house numbers, 32x32 colour", SVHN),
-    "folder:PATH": ("a folder of images of one size, one subfolder per class or none", read_folder),
-    "npz:PATH": ("arrays x and, where present, y, x_test, y_test of a NumPy archive", read_npz),
-}

@@ -13,12 +13,10 @@ import torch
 from pyrovae.arguments import one_of
 from pyrovae.data.fingerprint import repeated
 from pyrovae.data.images import BINARIZATIONS, Images
-from pyrovae.data.readers import SOURCES, permutation
+from pyrovae.data.names import source_of
+from pyrovae.data.readers import permutation, reader_of
 from pyrovae.engine.programs import warn
 from pyrovae.errors import DataError
-
-DATASETS: dict[str, str] = {name: description for name, (description, _) in SOURCES.items()}
-"""The names that :func:`load` knows, each with a line about it."""
 
 
 class Splits(NamedTuple):
@@ -70,9 +68,8 @@ def load(
     >>> len(train), len(validation), len(test), train.event_shape
     (1293, 144, 360, torch.Size([1, 8, 8]))
     """
-    scheme, colon, path = str(name).partition(":")
-    key = f"{scheme}:PATH" if colon else name
-    one_of("data set", key if key in SOURCES else name, SOURCES)
+    _, colon, path = str(name).partition(":")
+    key = source_of(name)
     if colon and not path:
         raise ValueError(f"{key} needs a path, received {name!r}: write it after the colon")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pyrovae"
@@ -85,7 +82,7 @@ def load(
         raise ValueError(
             f"validation must be a count or a fraction in [0, 1), received {validation!r}: pass such as 1000"
         )
-    parts = SOURCES[key][1](location, download)
+    parts = reader_of(key)(location, download)
     if validation and "validation" in parts:
         (x, y), (more, of_more) = parts["train"], parts.pop("validation")
         parts["train"] = torch.cat([x, more]), None if y is None or of_more is None else torch.cat([y, of_more])

@@ -19,7 +19,7 @@ from pyrovae.models.vae import OneLatent
 from pyrovae.nn.residual import ResidualDecoder, ResidualEncoder, code_grid
 from pyrovae.parts.codes import CodebookPrior
 from pyrovae.parts.likelihoods import make_likelihood
-from pyrovae.parts.quantizer import VectorQuantizer
+from pyrovae.parts.quantizer import Quantized, VectorQuantizer
 
 START = 16  # vectors per code that a start from the data chooses from, at most
 
@@ -113,7 +113,7 @@ class VQVAE(OneLatent):
         """The codebook's rows for x over the plate ``"data"``; in training mode with the factor ``"vq"``."""
         self.check(x)
         with pyro.plate("data", len(x)):
-            found = self.quantizer(self.vectors(x))
+            found: Quantized = self.quantizer(self.vectors(x))
             if self.training:
                 pyro.factor("vq", self.quantizer.loss(found).sum((-2, -1)), has_rsample=True)
             return pyro.sample("z", dist.Delta(found.z_q, event_dim=3))

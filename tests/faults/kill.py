@@ -257,8 +257,9 @@ def main() -> int:
     import torch
 
     import pyrovae.app.cli
+    import pyrovae.app.train
 
-    loaded = matplotlib.pyplot, sklearn.datasets, pyrovae.app.cli
+    loaded = matplotlib.pyplot, sklearn.datasets, pyrovae.app.cli, pyrovae.app.train
     assert all(loaded)
     torch.set_num_threads(1)
     began, wrong = time.monotonic(), 0

@@ -11,8 +11,14 @@ import torch._inductor.compile_fx
 import typer._adapters
 
 import pyrovae.app.cli
+import pyrovae.app.samples
+import pyrovae.app.train
+import pyrovae.data.published
 import pyrovae.train.replicas
+from pyrovae.models import MODELS
+from pyrovae.objectives import OBJECTIVES
 from tests.faults.matrix import rows
 
 PIL.Image.preinit()
+assert [*MODELS.values(), *OBJECTIVES.values()]
 rows()

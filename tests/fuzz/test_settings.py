@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import pyrovae as pv
 from pyrovae.app.job import build
-from pyrovae.app.settings import Parts, Settings, parse_settings
+from pyrovae.app.parts import Parts
+from pyrovae.app.settings import Settings, parse_settings
 from pyrovae.runs import Run
 from tests.fuzz.damage import ANY_JSON, answer
 
