@@ -8,7 +8,7 @@ import pyro
 import pytest
 import torch
 
-# Nothing of pyrovae is imported here: the laws' conftest needs this module before a mutation comes in.
+from pyrovae.compile import inductor
 
 
 @contextmanager
@@ -44,8 +44,6 @@ def refused(error: type[Exception], match: str, function: Callable[..., Any], *a
 
 def counting(patch: Any, compiler: Callable[..., Any]) -> list[Any]:
     """Count compilations, from an empty memory of them."""
-    from pyrovae.compile import inductor
-
     made: list[Any] = []
     patch.setattr(inductor, "through_inductor", lambda module: made.append(module) or compiler(module))
     patch.setattr(inductor, "_compiled", type(inductor._compiled)())

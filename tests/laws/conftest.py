@@ -1,8 +1,6 @@
-"""Fixtures of the laws, the list of their z-scores, and the door by which a mutation enters."""
+"""Fixtures of the laws, and the list of their z-scores."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -24,10 +22,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TABLE] = {}
-    if name := os.environ.get("PYROVAE_MUTATION"):
-        from tests.laws.mutations import apply
-
-        apply(name)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,7 +19,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ["pyrovae/engine", "pyrovae/objectives", "pyrovae/evaluate"]
-VARIABLE = "PYROVAE_MUTATION"
 SUITE = [
     *("tests/laws/test_derivatives.py", "tests/laws/test_scored.py", "tests/laws/test_local.py"),
     *("tests/laws/test_identities.py", "tests/test_devices.py", "tests/laws/test_observed.py"),
@@ -574,13 +573,15 @@ def attack(name: str) -> tuple[str, str | None, float, str]:
     import pytest
 
     start, first = time.monotonic(), FirstFailure()
-    os.environ[VARIABLE] = name
+    apply(name)
     with tempfile.TemporaryFile("w+") as output:
         for descriptor in (1, 2):
             os.dup2(output.fileno(), descriptor)
         likely = FIRST.get(name.split(":")[0], SUITE[0])
-        files = [likely, *(file for file in SUITE if file != likely)]
-        code = pytest.main([*files, "-x", "-q", "--tb=line", "-p", "no:cacheprovider"], plugins=[first])
+        for files in ([likely], [file for file in SUITE if file != likely]):  # most die in the first, collected alone
+            code = pytest.main([*files, "-x", "-q", "--tb=line", "-p", "no:cacheprovider"], plugins=[first])
+            if code != 0:
+                break
         sys.stdout.flush()
         output.seek(0)
         broken = output.read() if first.name is None and code != 0 else ""
