@@ -3,14 +3,17 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import epochs, run
+from tests.benchmarks import bound, contenders, epochs, images, likelihoods, rates, run
 from tests.benchmarks.children import Child
+from tests.benchmarks.options import Options
 from tests.benchmarks.tables import Table, show
 from tests.benchmarks.trainers import FLOOR, HAND, NUMPYRO
+from tests.benchmarks.turns import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +38,31 @@ def test_epochs_without_jax(tmp_path, monkeypatch, capsys):
     assert f"| 1 | 4 | 2 | {show(times[HAND])} | {show(times[FLOOR])} |" in (tmp_path / "found.md").read_text()
 
 
+def test_likelihoods_and_time_to_a_bound_without_jax(tmp_path, monkeypatch, capsys):
+    """The children of both read the weights and data that they are given, and name the extra."""
+    (tmp_path / "numpyro.py").write_text("raise ModuleNotFoundError('No module named numpyro')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setattr(rates, "NAMES", (NUMPYRO, HAND))
+    monkeypatch.setattr(bound, "NAMES", (NUMPYRO, HAND))
+    options = Options(warmup=2, samples=3, images=2, data_dir=Path("no-such-folder"), cores=(1,), rounds=1, steps=2)
+    rate, time = likelihoods.beside_numpyro(options), bound.run(replace(options, epochs=1, target=-1e9))[0]
+    assert rate.rows[0][HAND] > 0
+    vae = contenders.trained(contenders.Setting("mlp", 20), options)
+    x = images.load(options.data_dir)[1].x[:2]  # grey: its log p(x) is near that of its bits
+    assert abs(rate.rows[0][f"log p(x), {HAND}"] - contenders.hand_log_likelihood(vae, x, 50).mean().item()) < 50
+    assert [row[f"epochs, {HAND}"] for row in time.rows] == [1, 1]
+    assert all(-784 * math.log(2) < row[f"bound, {HAND}"] < 0 < row[HAND] for row in time.rows)
+    for table in (rate, time):
+        assert table.notes[-1] == f'Left out: {NUMPYRO} (pip install "pyrovae[benchmarks]").'
+    assert capsys.readouterr().err.count("left out") == 2
+
+
+@pytest.mark.parametrize(("other", "far"), [(-100.5, False), (-101.0, True), (math.nan, True)])
+def test_another_log_likelihood_is_named(other, far):
+    ours = Run(None, losses=[-100.0], errors=[0.1])
+    assert len(likelihoods.unequal({"pyrovae": ours, NUMPYRO: Run(None, losses=[other], errors=[math.nan])})) == far
+
+
 @pytest.mark.parametrize(
     ("own", "fault"),
     [([200.0, 150.0], None), ([200.0, 154.0], None), ([200.0, 170.0], "170.0"), ([140.0, 150.0], "140.0"),
@@ -42,7 +70,7 @@ def test_epochs_without_jax(tmp_path, monkeypatch, capsys):
 )  # fmt: skip
 def test_who_trains_otherwise_is_named(own, fault):
     runs = {HAND: [200.0, 151.0], NUMPYRO: own, FLOOR: [math.nan, math.nan]}
-    said = epochs.unlike({name: epochs.Run(None, losses=losses) for name, losses in runs.items()})
+    said = epochs.unlike({name: Run(None, losses=losses) for name, losses in runs.items()})
     assert [NUMPYRO in line and fault in line for line in said] == ([True] if fault else [])
 
 

@@ -7,84 +7,20 @@ itself, NumPyro's one compiled scan over ``svi.update``.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
-from tests.benchmarks.children import Child
 from tests.benchmarks.options import Options
 from tests.benchmarks.tables import Row, Table, ratio
-from tests.benchmarks.trainers import FIT, FLOOR, HAND, HAND_COMPILED, NAMES, NEEDS, NUMPYRO
+from tests.benchmarks.trainers import FIT, FLOOR, HAND, HAND_COMPILED, NAMES, NUMPYRO
+from tests.benchmarks.turns import Run, in_turns, numbers_of_cores
 
 CELLS = ((20, 1), (100, 1), (20, 5), (100, 5), (20, 50))
 STEPS = 900  # of an epoch, times the square root of batch size times particles: some half a second
 ALIKE = 0.05  # by what part two losses after as many steps may differ
 COMPILE = (FIT, NUMPYRO, HAND_COMPILED)
-EXTRA = 'pip install "pyrovae[benchmarks]"'
 AT = ("cores", "batch", "k")
-
-
-@dataclass
-class Run:
-    """What one contender's process answered, epoch by epoch."""
-
-    child: Child
-    seconds: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    data: str = ""
-
-    def turn(self) -> None:
-        answer = self.child.turn()
-        self.seconds.append(answer["seconds"])
-        self.cpu.append(answer["cpu"])
-        self.losses.append(answer["loss"])
-
-    @property
-    def best(self) -> float:
-        """Seconds of the quickest epoch but the first."""
-        return min(self.seconds[1:])
-
-
-def measure(options: Options, batch: int, k: int, cores: int, steps: int, absent: dict[str, str]) -> dict[str, Run]:
-    """All contenders of a cell, in turns: one epoch with compilation from an empty cache, then ``options.rounds``."""
-    runs: dict[str, Run] = {}
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        arguments = batch, k, cores, steps, options.data_dir or ""
-        for name in options.contenders or NAMES:
-            child = Child("trainers", name, *arguments, environment={"TORCHINDUCTOR_CACHE_DIR": folder})
-            runs[name] = Run(stack.enter_context(child))
-        for name in tuple(runs):
-            try:
-                runs[name].data = runs[name].child.answer()["data"]  # and its imports are done
-            except RuntimeError as error:
-                _leave_out(name, error, runs, absent)
-        for turn in range(1 + options.rounds):
-            for name in _rotated(tuple(runs), turn):
-                try:
-                    runs[name].turn()
-                except RuntimeError as error:
-                    _leave_out(name, error, runs, absent)
-    return runs
-
-
-def _leave_out(name: str, error: RuntimeError, runs: dict[str, Run], absent: dict[str, str]) -> None:
-    """Say once why a contender is absent; where a package is, say what brings it."""
-    del runs[name]
-    reason = EXTRA if name in NEEDS and "ModuleNotFoundError" in str(error) else str(error)
-    if absent.get(name) != reason:
-        print(f"!! {name} is left out: {reason}", file=sys.stderr)
-    absent[name] = reason
-
-
-def _rotated(names: tuple[str, ...], by: int) -> Iterator[str]:
-    """The names in order, from another one on in each round."""
-    yield from (names[(i + by) % len(names)] for i in range(len(names)))
 
 
 def unlike(runs: dict[str, Run]) -> list[str]:
@@ -103,14 +39,16 @@ def run(options: Options) -> list[Table]:
     rows: list[Row] = []
     absent: dict[str, str] = {}
     strange: list[str] = []
-    for cores in (n for n in options.cores if n <= len(os.sched_getaffinity(0))):
+    for cores in numbers_of_cores(options.cores):
         for batch, k in options.cells or CELLS:
             print(f"epochs: {cores} cores, batch {batch}, k {k}", file=sys.stderr)
             steps = options.steps or max(20, round(STEPS / (batch * k) ** 0.5))
-            found = measure(options, batch, k, cores, steps, absent)
+            arguments = batch, k, cores, steps, options.data_dir or ""
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+                found = in_turns("trainers", options.contenders or NAMES, arguments, options.rounds, absent, cache)
             strange += [f"{cores} cores, batch {batch}, k {k}: {why}" for why in unlike(found)]
             rows.append({**dict(zip(AT, (cores, batch, k), strict=True)), "steps": steps, "runs": found})
-    data = ", ".join({run.data for row in rows for run in row["runs"].values()})
+    data = ", ".join({run.about["data"] for row in rows for run in row["runs"].values()})
     notes = [
         f"Data: {data}. 784-200-200-50, tanh, Adam, float32; the best of {options.rounds} epochs.",
         *(f"Left out: {name} ({why})." for name, why in absent.items()),

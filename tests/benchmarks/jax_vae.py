@@ -1,37 +1,45 @@
 """The dense VAE as a NumPyro program, with the weights of ours: what its users run on a CPU.
 
 A whole epoch is one compiled scan over ``svi.update``, binarisation included; log p(x) is ``RenyiELBO(alpha=0)`` of one
-image, mapped over images. Needs ``pip install numpyro`` (JAX comes with it).
+image, mapped over images. Needs ``pip install "pyrovae[benchmarks]"``. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-
-import pyrovae as pv
 
 LEARNING_RATE = 1e-3
-Layers = list[tuple[np.ndarray, np.ndarray]]
+Layers = list[tuple[np.ndarray, np.ndarray]]  # weights [in, out] and biases
+Weights = tuple[Layers, Layers]  # of encoder and decoder
+Programs = tuple[Callable[[Any], None], Callable[[Any], None]]
 
 
-def layers(network: nn.Module) -> Layers:
-    """Weights ``[in, out]`` and biases of a dense network."""
-    dense = (m for m in network.modules() if isinstance(m, nn.Linear))
-    return [(m.weight.detach().numpy().T.copy(), m.bias.detach().numpy().copy()) for m in dense]
+def weights(vae: Any) -> Weights:
+    """Those of a dense VAE of ours, copied."""
+    return weights_of({name: value.numpy().copy() for name, value in vae.state_dict().items()})
 
 
-def programs(vae: pv.models.VAE) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
+def weights_of(state: Mapping[str, np.ndarray]) -> Weights:
+    """The same from the arrays of its state, by name."""
+
+    def layers(network: str) -> Layers:
+        names = [n.removesuffix(".weight") for n in state if n.startswith(network) and n.endswith(".weight")]
+        return [(state[f"{n}.weight"].T.copy(), state[f"{n}.bias"]) for n in names]
+
+    return layers("encoder"), layers("decoder")
+
+
+def programs(start: Weights) -> Programs:
     """Model and guide of flat images ``[B, D]``."""
     import jax.numpy as jnp
     import numpyro
     import numpyro.distributions as dist
 
-    encoder, decoder, dim = layers(vae.encoder), layers(vae.decoder), vae.latent_dim
+    encoder, decoder = start
+    dim = len(decoder[0][0])
 
     def network(name: str, start: Layers, x: Any) -> Any:
         for i, (weight, bias) in enumerate(start):
@@ -59,15 +67,16 @@ def bound(k: int) -> Any:
     return Trace_ELBO() if k == 1 else RenyiELBO(alpha=0, num_particles=k)
 
 
-def epochs(vae: pv.models.VAE, k: int, x: Tensor, batch: int) -> Callable[[], float]:
-    """One more epoch at each call; the mean loss in nats per image."""
+def epochs(
+    start: Weights, k: int, pixels: np.ndarray, batch: int, held_out: np.ndarray | None = None
+) -> Iterator[tuple[float, float]]:
+    """Train an epoch at each step: the mean loss in nats per image, and minus the loss on images held out."""
     import jax
     from numpyro import optim
     from numpyro.infer import SVI
 
-    pixels = np.asarray(x.flatten(1))
     steps = len(pixels) // batch
-    svi = SVI(*programs(vae), optim.Adam(LEARNING_RATE), bound(k))
+    svi = SVI(*programs(start), optim.Adam(LEARNING_RATE), bound(k))
 
     def epoch(state: Any, key: Any, data: Any) -> tuple[Any, Any]:
         shuffle, noise = jax.random.split(key)
@@ -81,27 +90,19 @@ def epochs(vae: pv.models.VAE, k: int, x: Tensor, batch: int) -> Callable[[], fl
         state, losses = jax.lax.scan(step, state, (jax.random.split(noise, steps), order))
         return state, losses.mean() / batch
 
-    compiled, data = jax.jit(epoch, donate_argnums=0), jax.device_put(pixels)
-    held = [svi.init(jax.random.PRNGKey(0), data[:batch])]
-    keys = iter(jax.random.split(jax.random.PRNGKey(1), 10_000))
-
-    def run() -> float:
-        held[0], loss = compiled(held[0], next(keys), data)
-        return float(loss)
-
-    return run
+    compiled, evaluate = jax.jit(epoch, donate_argnums=0), jax.jit(svi.evaluate)
+    data = jax.device_put(pixels)
+    state = svi.init(jax.random.PRNGKey(0), data[:batch])
+    for key in jax.random.split(jax.random.PRNGKey(1), 10_000):
+        state, loss = compiled(state, key, data)
+        yield float(loss), float("nan") if held_out is None else -float(evaluate(state, held_out)) / len(held_out)
 
 
-def log_likelihood(vae: pv.models.VAE, x: Tensor, samples: int) -> Tensor:
-    """log p(x) of each image."""
-    return likelihoods(vae, samples)(x)
-
-
-def likelihoods(vae: pv.models.VAE, samples: int) -> Callable[[Tensor], Tensor]:
-    """The same, to be called again with as many images without being compiled again."""
+def likelihoods(start: Weights, samples: int) -> Callable[[np.ndarray], np.ndarray]:
+    """log p(x) of each image; called again with as many images, it is not compiled again."""
     import jax
 
-    model, guide = programs(vae)
+    model, guide = programs(start)
     of = bound(samples)
 
     def one(key: Any, x: Any) -> Any:
@@ -109,8 +110,7 @@ def likelihoods(vae: pv.models.VAE, samples: int) -> Callable[[Tensor], Tensor]:
 
     mapped = jax.jit(lambda keys, x: jax.lax.map(lambda pair: one(*pair), (keys, x)))
 
-    def run(x: Tensor) -> Tensor:
-        keys = jax.random.split(jax.random.PRNGKey(0), len(x))
-        return torch.from_numpy(np.array(mapped(keys, np.asarray(x.flatten(1)))))
+    def run(x: np.ndarray) -> np.ndarray:
+        return np.asarray(mapped(jax.random.split(jax.random.PRNGKey(0), len(x)), x))
 
     return run

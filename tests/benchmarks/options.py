@@ -25,3 +25,5 @@ class Options:
     cores: tuple[int, ...] = (1, 2)
     rounds: int = 6
     steps: int = 0  # of an epoch; the section's own
+    target: float = -120.0  # nats per image, for the time to a bound
+    epochs: int = 30  # at most, on the way there

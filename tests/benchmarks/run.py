@@ -29,7 +29,7 @@ if not __package__:  # run as a file
 from tests.benchmarks.options import Options
 from tests.benchmarks.tables import Table
 
-SECTIONS = ("epochs", "steps", "likelihoods", "replicas", "startup", "growth", "memory", "quantizer")
+SECTIONS = ("epochs", "steps", "likelihoods", "bound", "replicas", "startup", "growth", "memory", "quantizer")
 PACKAGES = ("torch", "pyro-ppl", "pyrovae", "jax", "numpyro", "pythae")
 UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, as Linux names them
 
@@ -82,6 +82,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--on", type=int, nargs="+", default=default.cores, help="numbers of cores, for epochs")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="epochs of each that are timed")
     parser.add_argument("--epoch-steps", type=int, default=default.steps, help="steps of an epoch; about half a second")
+    parser.add_argument("--target", type=float, default=default.target, help="bound to train to, nats per image")
+    parser.add_argument("--epochs", type=int, default=default.epochs, help="at most, on the way to that bound")
     parser.add_argument("--samples", type=int, default=default.samples, help="of log p(x)")
     parser.add_argument("--images", type=int, default=default.images, help="for log p(x)")
     parser.add_argument("--device", default=default.device, help="cpu or cuda")
@@ -112,7 +114,7 @@ def main() -> None:
     options = Options(
         asked.seconds, asked.warmup, tuple(asked.networks.split(",")), tuple(asked.cells), asked.samples, asked.images,
         asked.device, asked.data_dir and asked.data_dir.resolve(), asked.compile_mode, tuple(asked.contenders),
-        tuple(asked.on), asked.rounds, asked.epoch_steps,
+        tuple(asked.on), asked.rounds, asked.epoch_steps, asked.target, asked.epochs,
     )  # fmt: skip
     tables: dict[str, list[Table]] = {}
     with ExitStack() as stack:

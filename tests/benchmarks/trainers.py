@@ -7,7 +7,6 @@ Adam in float32, and tells the mean loss of the epoch in nats per image.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable
 from itertools import repeat
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.children import Turns
+from tests.benchmarks.turns import NEEDS, hold_to
 
 FIT, NUMPYRO, FLOOR = "pyrovae", "NumPyro", "products and Adam"
 HAND, HAND_COMPILED, SVI, PYTHAE = "hand-written", "hand-written, torch.compile", "Pyro SVI vectorised", "Pythae"
 NAMES = (FIT, NUMPYRO, HAND_COMPILED, HAND, SVI, PYTHAE, FLOOR)
-NEEDS = {NUMPYRO: ("jax", "numpyro"), PYTHAE: ("pythae.models",)}
 
 Tell = Callable[[float], object]  # the mean loss of an epoch; it returns when the next may begin
 Train = Callable[[Any, int, Any, int, Tell], object]  # of network, k, images, batch: without end
@@ -43,9 +42,8 @@ def numpyro(vae: Any, k: int, images: Any, batch: int, tell: Tell) -> None:
     """One compiled scan an epoch."""
     from tests.benchmarks import jax_vae
 
-    epoch = jax_vae.epochs(vae, k, images.x, batch)
-    while True:
-        tell(epoch())
+    for loss, _ in jax_vae.epochs(jax_vae.weights(vae), k, images.x.flatten(1).numpy(), batch):
+        tell(loss)
 
 
 def loop(name: str) -> Train:
@@ -93,7 +91,7 @@ def trainer(name: str) -> Train:
 
 def main(name: str, batch: int, k: int, cores: int, steps: int, data_dir: str) -> None:
     """Answer every turn with its seconds and the mean loss."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    hold_to(cores)
     turns = Turns()
     for module in NEEDS.get(name, ()):  # told as absent where it is
         importlib.import_module(module)
