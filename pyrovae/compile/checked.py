@@ -164,14 +164,15 @@ def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
 @contextmanager
 def untouched(state: PairState) -> Iterator[None]:
     """Leave parameters and buffers as they were: their values, and which tensors they are."""
-    buffers = [(m, dict(m._buffers.items())) for root in state.modules for m in root.modules() if m._buffers]
+    modules = [*(module for root in state.modules for module in root.modules()), *state.held]
+    buffers = [(m, dict(m._buffers.items())) for m in modules if m._buffers]
     owned = [b for _, named in buffers for b in named.values() if b is not None]
     values = [(t, t.detach().clone()) for t in distinct([*state.tensors.values(), *owned])]
     try:
         yield
         for module, named in buffers:
             for name, then in named.items():
-                if module._buffers.get(name) is not then:
+                if dict(module._buffers.items()).get(name) is not then:
                     raise CannotCompile(f'{type(module).__name__} replaces its buffer "{name}": change it in place')
     finally:
         for module, named in buffers:

@@ -134,7 +134,10 @@ def lift_constants(module: fx.GraphModule) -> list[Tensor]:
         if not isinstance(tensor, Tensor):
             raise CannotCompile(f"it holds a sub-graph ({type(tensor).__name__})")
         if any(getattr(user.target, "_schema", None) and user.target._schema.is_mutable for user in node.users):
-            raise CannotCompile("it changes a tensor in place that is no parameter and no buffer: register it as one")
+            raise CannotCompile(
+                "it changes a tensor in place that is no buffer of a module that the programs are, belong to or call: "
+                "register it in one"
+            )
         if id(tensor) not in lifted:
             if devices and tensor.device not in devices:
                 if any(user.target is not aten.lift_fresh_copy.default for user in node.users):

@@ -23,7 +23,16 @@ from pyrovae.engine.blame import ADVICE, at_fault, nan_in
 from pyrovae.engine.brief import shorten
 from pyrovae.engine.observed import OTHER, check_observed, excused
 from pyrovae.engine.particles import Layout, Particles, Role
-from pyrovae.engine.programs import Batch, Program, graph_leaves, isolated_run, protected_buffers, reached_modules, warn
+from pyrovae.engine.programs import (
+    Batch,
+    Program,
+    graph_leaves,
+    isolated_run,
+    protected_buffers,
+    reached_modules,
+    warn,
+    within,
+)
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import (
     Sites,
@@ -48,6 +57,7 @@ class Look:
     :ivar guide: the guide's sites.
     :ivar model: the model's sites, on the guide's samples.
     :ivar modules: the modules that the programs are, belong to or call, none of them below another.
+    :ivar held: those modules that the programs hold besides, and may call methods of, which have buffers.
     :ivar store: the tensors of Pyro's parameter store that the programs use, unconstrained, by name.
     :ivar auxiliary: what the guide draws that the model lacks.
     :ivar again: runs the model once more, on draws of its own.
@@ -56,6 +66,7 @@ class Look:
     guide: Sites
     model: Sites
     modules: list[nn.Module]
+    held: list[nn.Module]
     store: dict[str, Tensor]
     auxiliary: Auxiliary
     again: Callable[[], Sites]
@@ -144,7 +155,7 @@ class Look:
             if id(tensor) not in known:
                 known.add(id(tensor))
                 loose[name] = tensor
-        return PairState(self.modules, loose, len(self.modules))
+        return PairState(self.modules, loose, len(self.modules), self.held)
 
     def leaves(self) -> list[Tensor]:
         """The tensors that require grad and that the log-probabilities of the run depend on."""
@@ -164,6 +175,7 @@ class PairState:
     modules: list[nn.Module]
     loose: dict[str, Tensor]
     first: int  # of the modules, those reached at first; the others joined later
+    held: list[nn.Module]  # what else the programs hold that has buffers: these are put back, but not saved
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -227,7 +239,8 @@ def look(
     below = {child for module in reached for child in module.modules() if child is not module}
     store = {name: site["value"].unconstrained() for name, site in parameters.trace.nodes.items()}  # type: ignore[union-attr]
     again = partial(record, model, args, kwargs or {})
-    seen = Look(*sites, [m for m in reached if m not in below], store, auxiliary, again)
+    held = [module for module in within(model, guide) if module._buffers and module not in {*reached, *below}]
+    seen = Look(*sites, [m for m in reached if m not in below], held, store, auxiliary, again)
     if not validate:
         return seen
     seen.check_data()

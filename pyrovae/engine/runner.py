@@ -129,7 +129,7 @@ class Runner:
         if Particles.of(guide, model, noise=self.noise).structure not in self.structures:
             auxiliary = auxiliary_of(self.guide, args, kwargs, guide, model)
             again = partial(record, self.model, args, kwargs)
-            seen = Look(guide, model, roots(self.model, self.guide), {}, auxiliary, again)
+            seen = Look(guide, model, roots(self.model, self.guide), [], {}, auxiliary, again)
             check_pair(seen)
             self.meet(seen, check)
 
