@@ -117,6 +117,7 @@ class PeakBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.over_time: list[int] = []
         self.holders: Counter[int] = Counter()
 
     def __torch_dispatch__(
@@ -132,6 +133,7 @@ class PeakBytes(TorchDispatchMode):
                 self.holders[pointer] += 1
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(tensor, self.release, pointer, size)
+        self.over_time.append(self.now)
         return out
 
     def release(self, pointer: int, size: int) -> None:
@@ -139,6 +141,26 @@ class PeakBytes(TorchDispatchMode):
         if not self.holders[pointer]:
             del self.holders[pointer]
             self.now -= size
+
+
+def bytes_at_peak(run: Callable[[int], object], size: int) -> float:
+    """The most bytes that the tensors of ``run(size)`` hold at one time, extrapolated from runs on 2 and 4.
+
+    What they hold after each operation is linear in the size; the peak need not be, as another operation may have it.
+
+    >>> bytes_at_peak(lambda n: torch.zeros(n, 10) + torch.zeros(1000)[:, None].sum(), 500)
+    40004.0
+    """
+    few = (2, 4) if size > 4 else (size, size)
+    held = []
+    for n in (few[0], *few):  # a first run also does what is done once
+        with PeakBytes() as used:
+            run(n)
+        held.append(used.over_time)
+    _, first, last = held
+    if len(first) != len(last):  # which operations there are depends on the data
+        first, last = [max(first)], [max(last)]
+    return max(b + (size - few[1]) * (b - a) / 2 for a, b in zip(first, last, strict=True))
 
 
 def fitting_chunk(bytes_per_particle: float, memory: int, batch: Iterable[object]) -> int:

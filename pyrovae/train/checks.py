@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from pyrovae.compile.checked import tensors
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import Look, look, warn_of_strays
-from pyrovae.engine.programs import Program, held_by, warn
+from pyrovae.engine.programs import Batch, Program, held_by, protected_buffers, warn
+from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import counted
+from pyrovae.memory import bytes_at_peak, free_memory, require_memory
+from pyrovae.train.plan import Plan
+from pyrovae.train.step import Eager
+
+LARGE = 4000  # bytes of a step for each byte of its data and particle; dense networks take some ten
 
 
 @contextmanager
@@ -71,3 +78,26 @@ def check_derivable(*programs: Program) -> None:
             "the pair was made under torch.inference_mode(), whose tensors are never trained: build or load the pair "
             "outside it"
         )
+
+
+def check_memory(eager: Eager, plan: Plan, batch: Batch) -> None:
+    """Refuse steps that the machine's memory does not hold, before the first one.
+
+    Steps on less than what :data:`LARGE` times as much memory would hold are let pass without a look.
+    """
+    objective, number = plan.at(0), len(batch[0])
+    most, now = max(plan.particles or (1,)), plan.particles[0] if plan.particles else 1
+    particles = getattr(objective, "total_particles", 1) * most // now
+    given = sum(a.nbytes for a in tensors(batch))
+    if not eager.parameters[0].is_cpu or given * particles * LARGE < free_memory():
+        return
+
+    def step(n: int) -> object:
+        part = tuple(a[:n] if isinstance(a, Tensor) and a.shape[:1] == (number,) else a for a in batch)
+        return torch.autograd.grad(eager.loss(objective, part).losses, eager.parameters, allow_unused=True)
+
+    needed = 2.0 * sum(p.nbytes for p in eager.parameters)  # Adam's moments
+    with suppress(Exception), isolated_rng(), protected_buffers(eager.model, eager.guide):  # the first step says why
+        needed += bytes_at_peak(step, number * most // now)
+    what = f"the values of a training step of {number:,} data with {particles:,} particles"
+    require_memory(needed, what, "lower batch_size or the number of particles")

@@ -29,7 +29,14 @@ from pyrovae.memory import memory_advice
 from pyrovae.objectives.base import Objective
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Schedule
-from pyrovae.train.checks import check_derivable, check_last_batch, derivable, lone_datum_advice, warn_of_data
+from pyrovae.train.checks import (
+    check_derivable,
+    check_last_batch,
+    check_memory,
+    derivable,
+    lone_datum_advice,
+    warn_of_data,
+)
 from pyrovae.train.compiled import Compiled, worthwhile
 from pyrovae.train.log import Fit, describe_job
 from pyrovae.train.monitor import Monitor, Validation, look_on, warn_unlogged
@@ -259,6 +266,7 @@ class Trainee:
         warn_of_data(seen, feed)
         seen.state.to(feed.device)
         self.eager = Eager(model, guide, seen, feed.first(), precision=setup.precision)
+        check_memory(self.eager, setup.plan, feed.first())
         self.rate, self.make = maker
         self.optimizer = self.make(self.eager.parameters)
         check_sparse(self.optimizer, seen.modules)

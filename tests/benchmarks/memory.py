@@ -2,6 +2,8 @@
 
 An evaluation's peak must not grow with the number of images beyond the data and the results themselves. On CUDA it is
 the allocator's peak, elsewhere the resident size; peaks count from that of a process that only builds the model.
+
+Beside them stands what was predicted: the tensors that a trace on few data has alive at its peak, for all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from tests.benchmarks.options import Options
 from tests.benchmarks.tables import Row, Table
 
 IMAGES = (100, 400, 1600)
-CELLS = ((1, 1), (100, 1), (100, 50), (1000, 1))
+CELLS = ((1, 1), (100, 1), (100, 50), (1000, 1), (1000, 50))
 STEPS = 5
 
 
@@ -48,7 +50,14 @@ def child_evaluation(device: str, images: int, samples: int) -> dict[str, float]
     began = time.perf_counter()
     if images:
         pv.log_likelihood(vae.model, vae.guide, x, num_samples=samples, seed=0)
-    return {"peak": peak(device), "seconds": time.perf_counter() - began}
+    found = {"peak": peak(device), "seconds": time.perf_counter() - began}
+    if images and not device.startswith("cuda"):
+        from pyrovae.memory import PeakBytes
+
+        with PeakBytes() as used:  # of one batch, however many there are
+            pv.log_likelihood(vae.model, vae.guide, x.fixed().x[:100], num_samples=samples, seed=0, compile=False)
+        found["predicted"] = used.peak / 2**20
+    return found
 
 
 def child_step(device: str, contender: str, batch: int, k: int) -> dict[str, float]:
@@ -63,7 +72,23 @@ def child_step(device: str, contender: str, batch: int, k: int) -> dict[str, flo
         step = CONTENDERS[contender](vae, k, x)
         for _ in range(STEPS):
             step(x)
+        return {"peak": peak(device), "predicted": predicted(vae, k, x)}
     return {"peak": peak(device)}
+
+
+def predicted(vae: Any, k: int, x: Any) -> float:
+    """MiB of a step as :func:`pyrovae.fit` predicts them: its tensors, with Adam's moments."""
+    import torch
+
+    import pyrovae as pv
+    from pyrovae.memory import bytes_at_peak
+
+    objective, parameters = pv.IWAE(k), list(vae.parameters())
+
+    def step(n: int) -> object:
+        return torch.autograd.grad(objective.differentiable_loss(vae.model, vae.guide, x[:n]), parameters)
+
+    return (bytes_at_peak(step, len(x)) + 2 * sum(p.nbytes for p in parameters)) / 2**20
 
 
 def evaluations(options: Options) -> Table:
@@ -74,8 +99,9 @@ def evaluations(options: Options) -> Table:
         print(f"memory: {images} images", file=sys.stderr)
         found = run_child("memory", "evaluation", options.device, images, options.samples)
         rate = {"images x samples / s": images * options.samples / found["seconds"]} if "seconds" in found else {}
-        rows.append({"images": images, "samples": options.samples, **_above(found, start), **rate})
-    columns = ["images", "samples", "peak above start, MiB", "images x samples / s"]
+        own = {"predicted, MiB": found.get("predicted"), **_above(found, start), **rate}
+        rows.append({"images": images, "samples": options.samples, **own})
+    columns = ["images", "samples", "predicted, MiB", "peak above start, MiB", "images x samples / s"]
     return Table("Memory of an evaluation (pyrovae, the MLP)", columns, rows)
 
 
@@ -90,9 +116,9 @@ def training(options: Options) -> Table:
         print(f"memory: steps, batch {batch}, k {k}", file=sys.stderr)
         found = {name: run_child("memory", "step", options.device, name, batch, k) for name in names}
         peaks = {name: _above(result, start)["peak above start, MiB"] for name, result in found.items()}
-        rows.append({"batch": batch, "k": k, **peaks, "details": found})
+        rows.append({"batch": batch, "k": k, "predicted": found[OURS].get("predicted"), **peaks, "details": found})
     notes = ["MiB above a process that builds the model. Compiled: with the compiler itself, which batch 1, k 1 shows."]
-    return Table("Memory of training steps (the MLP)", ["batch", "k", *names], rows, notes)
+    return Table("Memory of training steps (the MLP)", ["batch", "k", "predicted", *names], rows, notes)
 
 
 def _above(found: dict[str, Any], start: dict[str, Any]) -> dict[str, float | None]:

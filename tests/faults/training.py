@@ -1057,6 +1057,18 @@ def a_worker_fails(folder: Path, case: Any):
     assert re.search(says, outcome.message), outcome.message
 
 
+@fault(
+    "C", "fit", 6, r"a training step of 100,000 data with 1,000,000 particles takes .* GiB.*lower batch_size",
+    each={"at once": None, "in the end": (10, 1_000_000)},
+)  # fmt: skip
+def a_step_is_more_than_memory(folder: Path, stages: Any):
+    pair, x = Trunk(nn.Identity()), X[:1].expand(100_000, 4)
+    before = {name: value.clone() for name, value in pair.state_dict().items()}
+    iwae = pv.IWAE(10 if stages else 1_000_000)
+    yield lambda: pv.fit(pair.model, pair.guide, x, objective=iwae, epochs=2, batch_size=10**6, particles=stages)
+    assert all(torch.equal(value, before[name]) for name, value in pair.state_dict().items())
+
+
 @fault("C", "fit", 6, "in a worker of the DataLoader: MemoryError: row 0 is too large")
 def a_worker_lacks_memory(folder: Path):
     yield lambda: fit(data=working(heavy))
