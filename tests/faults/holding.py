@@ -271,7 +271,8 @@ def a_measurement_leaves_buffers_that_methods_move(folder: Path, case: tuple[Use
 
 
 STEPS: dict[str, dict[str, Any]] = {
-    "eager": {"compile": False}, "compiled": {"compile": True}, "doubly": {"objective": pv.ELBO(2, gradient="dreg")},
+    "eager": {"compile": False}, "compiled": {"compile": True},
+    "of particles": {"objective": pv.ELBO(2, gradient="dreg")},
     "by Pyro": {"objective": pyro.infer.Trace_ELBO()}, "validated": {"validation": BITS},
 }  # fmt: skip
 
