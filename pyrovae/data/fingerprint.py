@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyrovae.data.images import Images
 from pyrovae.engine.support import rows_at_a_time
 
-PART = 64  # values of a row, in which few rows are alike
-
 
 def held(data: object) -> tuple[Tensor, ...]:
     """The tensors that a data set, or a loader's, holds; none of one that reads its data from elsewhere."""
@@ -57,9 +55,8 @@ def repeated(rows: Tensor, among: Tensor) -> int:
     if rows.shape[1:] != among.shape[1:] or rows.dtype != among.dtype or not min(rows.numel(), among.numel()):
         return 0
     rows, among = (x.detach().reshape(len(x), -1) for x in (rows, among))
-    start = max(0, rows.shape[1] - PART) // 2
-    mine, others = (row_hashes(x[:, start : start + PART]) for x in (rows, among))
-    among = among[met(others, mine).to(among.device)]  # what is left to be looked at whole
+    mine, others = (torch.cat([weighed(words) for words in pieces(x)]) for x in (rows, among))
+    among = among[met(others, mine)]  # few are left for hashes that take longer
     rows = rows[met(mine, others)]
     if not len(rows) or not len(among):
         return 0
