@@ -8,6 +8,8 @@ import pickle
 import re
 import socket
 import struct
+import subprocess
+import sys
 import warnings
 import zipfile
 from contextlib import nullcontext
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+import sklearn.datasets
 import torch
 from PIL import Image
 from torch import Tensor
@@ -217,6 +220,16 @@ def test_digits_need_no_files():
     assert train.x.max() == 1
     assert train.labels.unique().tolist() == list(range(10))
     assert load().train.labels is None
+
+
+def test_digits_are_those_of_scikit_learn_which_is_not_imported():
+    script = "import pyrovae as pv, sys; pv.data.load(); assert 'sklearn' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(published.__file__).parents[2])
+    theirs, parts = sklearn.datasets.load_digits(), load("digits", labels=True)
+    order = np.random.RandomState(0).permutation(1797)
+    for part, rows in ((parts.test, order[:360]), (parts.train, order[360:])):
+        assert (part.x.squeeze(1).numpy() * 16 == theirs.images[rows]).all()
+        assert (part.labels.numpy() == theirs.target[rows]).all()
 
 
 def test_digits_split_is_the_same_whatever_the_seed():
