@@ -123,7 +123,7 @@ def run(options: Options) -> list[Table]:
             rows.append(row)
     notes = [f"784-200-200-50, ELBO, batches of {BATCH}; a validation bound of {options.target:g} nats per image."]
     notes += [f"Left out: {name} ({why})." for name, why in absent.items()]
-    names = [name for name in NAMES if name not in absent]
+    names = [name for name in NAMES if any(name in row for row in rows)]
     own = [f"{what}, {name}" for what in ("epochs", "bound") for name in names]
     ratios = [f"/ {name}" for name in names if name != FIT]
     return [Table("Seconds from start to a bound", ["cache", *names, *ratios, *own], rows, notes)]

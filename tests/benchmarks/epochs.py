@@ -54,7 +54,9 @@ def run(options: Options) -> list[Table]:
         *(f"Left out: {name} ({why})." for name, why in absent.items()),
         *(f"!! {why}." for why in strange),
     ]
-    return _tables(rows, [name for name in options.contenders or NAMES if name not in absent], notes)
+    return _tables(
+        rows, [name for name in options.contenders or NAMES if any(name in row["runs"] for row in rows)], notes
+    )
 
 
 def _tables(rows: list[Row], names: list[str], notes: list[str]) -> list[Table]:

@@ -101,7 +101,7 @@ def beside_numpyro(options: Options) -> Table:
             rows[-1] |= {f"log p(x), {name}": run.losses[-1] for name, run in found.items()}
             notes += [f"!! {cores} cores: {why}." for why in unequal(found)]
     notes += [f"Left out: {name} ({why})." for name, why in absent.items()]
-    names = [name for name in rates.NAMES if name not in absent]
+    names = [name for name in rates.NAMES if any(name in row for row in rows)]
     columns = [*names, *(f"/ {name}" for name in names if name != FIT), *(f"log p(x), {name}" for name in names)]
     return Table("Draws per second of log p(x)", ["cores", "images", "samples", *columns], rows, notes)
 
