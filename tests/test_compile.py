@@ -738,6 +738,39 @@ def test_a_short_job_is_eager_by_default_and_a_long_one_compiled(interpreted, mo
     assert len(interpreted) == 1
 
 
+def path(**options):
+    return train(**SHORT | options)[1].timings["path"]
+
+
+def test_auto_compiles_sooner_what_this_machine_compiled_before(interpreted, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiling, "COMPILATION", 1e9)
+    monkeypatch.setattr(compiling, "FROM_CACHE", 0.0)
+    assert path() == path() == "eager"
+    assert path(compile=True) == path() == "compiled"
+    others = {"objective": pv.IWAE(7)}, {"batch_size": 7}, {"precision": "bfloat16"}, {"kl_warmup": 1}
+    assert {path(**other) for other in others} == {"eager"}
+    monkeypatch.setattr(torch, "__version__", "2.0")
+    assert path() == "eager"
+
+
+def test_a_cache_that_takes_no_note_is_as_good_as_none(interpreted, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/dev/null/cache")
+    monkeypatch.setattr(compiling, "FROM_CACHE", 0.0)
+    assert path(compile=True) == "compiled"
+    assert path() == "eager"
+
+
+@pytest.mark.parametrize("began", ["eager", "compiled"])
+def test_a_run_goes_on_as_it_began(began, interpreted, monkeypatch, tmp_path):
+    """Whatever "auto" would choose now, for more epochs or with a fuller cache; but as it is told, if it is told."""
+    monkeypatch.setattr(loop, "worthwhile", lambda *_: began == "compiled")
+    assert path(run_dir=tmp_path) == began
+    monkeypatch.setattr(loop, "worthwhile", lambda *_: began == "eager")
+    assert path(run_dir=tmp_path, epochs=2, resume=True) == began
+    assert path(run_dir=tmp_path, epochs=3, resume=True, compile=began == "eager") != began
+
+
 def test_any_other_word_for_compile_is_refused():
     with pytest.raises(ValueError, match='compile must be "auto", True or False, got'):
         train(compile="yes")

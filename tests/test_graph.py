@@ -1,7 +1,10 @@
 """Graphs of tensor operations: what they compute, where their noise comes from, and what cannot become one."""
 
+import _ctypes
+import os
 import random
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -15,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyrovae.compile import inductor
 from pyrovae.compile.graph import Composed, capture
 from pyrovae.compile.inductor import channels_last
+from pyrovae.compile.libraries import found_quickly, is_whole
 from pyrovae.compile.noise import CannotCompile, rewritten
 from pyrovae.engine.randomness import isolated_rng, replayed_rng, rng_state
 from tests.state import counting, double_precision
@@ -517,6 +521,42 @@ def test_what_inductor_cannot_do_is_a_reason(monkeypatch):
         monkeypatch.setattr(torch._inductor, name, lambda *args, **options: [][0])
     with pytest.raises(CannotCompile, match=r"Inductor failed with .*IndexError"):
         graph.compiled()
+
+
+@pytest.mark.parametrize("where", ["their cache", "another cache", "a file for each kernel"])
+def test_a_graph_is_compiled_where_the_cache_serves_nothing(where, monkeypatch):
+    """A cache that is damaged, read-only or of another version is left aside, and so is one file where it cannot be."""
+    tried, cache = [], os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+
+    def compiler(module, example, **options):
+        tried.append("a file for each kernel" if not config.cpp_wrapper else where)
+        aside = os.environ.get("TORCHINDUCTOR_CACHE_DIR") != cache
+        if aside < (where != "their cache") or config.cpp_wrapper > (where != "a file for each kernel"):
+            raise OSError("read-only")
+        return module
+
+    from torch._inductor import config
+
+    monkeypatch.setattr(inductor, "_compiled", type(inductor._compiled)())
+    monkeypatch.setattr(torch._inductor, "standalone_compile", compiler)
+    assert capture(lambda: [X * 2], [X]).compiled()(X)[0].equal(X * 2)
+    assert len(tried) == {"their cache": 1, "another cache": 2, "a file for each kernel": 4}[where]
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == cache
+
+
+def test_no_library_is_loaded_that_is_half_written(tmp_path):
+    """One that ends early kills the process that loads it."""
+    whole = Path(_ctypes.__file__)
+    content = whole.read_bytes()
+    assert is_whole(whole)
+    library = tmp_path / "library.so"
+    for held in (content[:-1], content[: len(content) // 2], content[:-64] + bytes(64), content[:64]):
+        library.write_bytes(held)
+        assert not is_whole(library)
+    from torch._inductor.codecache import CppCodeCache
+
+    with found_quickly(), pytest.raises(OSError, match="half-written"):
+        CppCodeCache._load_library(str(library), "key")
 
 
 def test_a_batched_graph_is_a_loop_over_copies_each_on_its_own_noise():

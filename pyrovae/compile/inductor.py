@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Argument, Target
 
+from pyrovae.compile.libraries import found_quickly
 from pyrovae.compile.noise import CannotCompile, aten
 
-COMPILATION = 25.0  # seconds that one compilation takes at most, unless something like it was compiled before
+COMPILATION = 12.0  # seconds that one takes at most, between an AMD EPYC with AVX-512 and processors half as fast
+FROM_CACHE = 4.0  # where it was compiled before; the imports of Inductor are most of it
 OPTIONS = {"cpp.use_decompose_tanh": True}  # by one exp: three times as fast, and off by at most 1e-7
+#: All of a graph in one file of C++. To compile its header for others takes as long as four such files, line tables a
+#: tenth of one.
+ONE_FILE = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False, "aot_inductor.enable_line_tables": False}
 REMEMBERED = 32  # compiled functions that a process keeps
 
 _compiled: OrderedDict[Hashable, Callable[..., Sequence[Tensor]]] = OrderedDict()
@@ -51,24 +57,50 @@ def remembered(module: fx.GraphModule, key: Hashable) -> Callable[..., Sequence[
 
 
 def through_inductor(module: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
-    """A graph through Inductor."""
+    """A graph through Inductor, in a cache for this once where its own cannot be read or written."""
+    from torch._inductor.utils import fresh_cache
+
+    on_cpu = all(v.device.type == "cpu" for v in placeholders(module))
+    ways: list[tuple[dict[str, bool], Callable[[], AbstractContextManager[None]]]] = []
+    for options in (ONE_FILE, {}) if on_cpu else ({},):
+        ways += [(options, nullcontext), (options, fresh_cache)]
+    for options, cache in ways:
+        try:
+            with silent(), cache(), torch.no_grad():
+                return lowered(module, options)
+        except Exception as error:
+            failed = error
+            if "CxxCompiler" in repr(error):
+                break
+    if "compiler" in f"{type(failed).__name__}: {failed}".lower():
+        raise CannotCompile("there is no working C++ compiler: install g++ or clang, or set CXX") from failed
+    raise CannotCompile(f"Inductor failed with {type(failed).__name__}: {str(failed).splitlines()[0]}") from failed
+
+
+def lowered(module: fx.GraphModule, options: dict[str, bool]) -> Callable[..., Sequence[Tensor]]:
+    """A graph through Inductor, under options besides :data:`OPTIONS`."""
     import torch._inductor.config
 
     example = [empty_like_of(v) for v in placeholders(module)]
-    logger = logging.getLogger("torch.utils.cpp_extension")  # it warns of a CUDA toolkit without a device, for one
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    with torch._inductor.config.patch(OPTIONS | options), found_quickly():
+        module = channels_last(module, example)
+        return torch._inductor.standalone_compile(module, list(example), dynamic_shapes="from_example_inputs")
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without what Inductor and its compiler warn of: a CUDA toolkit without a device, for one, or an old cache."""
+    loggers = [logging.getLogger(name) for name in ("torch.utils.cpp_extension", "torch._inductor", "torch._functorch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), torch._inductor.config.patch(OPTIONS):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = channels_last(module, example)
-            return torch._inductor.standalone_compile(module, list(example), dynamic_shapes="from_example_inputs")
-    except Exception as error:
-        if "CxxCompiler" in type(error).__name__ or "compiler" in str(error).lower():
-            raise CannotCompile("there is no working C++ compiler: install g++ or clang, or set CXX") from error
-        raise CannotCompile(f"Inductor failed with {type(error).__name__}: {str(error).splitlines()[0]}") from error
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def empty_like_of(value: Tensor) -> Tensor:

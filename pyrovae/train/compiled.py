@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 
 from pyrovae.arguments import in_range
 from pyrovae.compile.checked import Checked, distinct, signature, tensors, untouched
-from pyrovae.compile.inductor import COMPILATION, has_compiler, laid_out_as
+from pyrovae.compile.inductor import COMPILATION, FROM_CACHE, has_compiler, laid_out_as
+from pyrovae.compile.known import is_known, remember
 from pyrovae.compile.noise import CannotCompile
 from pyrovae.compile.precision import choose_precision
 from pyrovae.data.feed import Feed
@@ -100,6 +101,7 @@ class Compiled:
             return Outcome(loss, left_out)
 
         self.functions[objective.num_particles] = gradients
+        remember(kind_of(objective, objective.num_particles, self.eager, self.anneals))
 
     def differentiated(self, objective: pyro.infer.ELBO) -> tuple[Checked, list[Tensor]]:
         """Loss and gradients as a function of a batch; once it ran, the parameters whose gradients follow the loss."""
@@ -226,18 +228,27 @@ class TrainingStep:
             return loss
 
 
-def worthwhile(plan: Plan, parameters: Iterable[Tensor], feed: Feed) -> bool:
+def kind_of(objective: pyro.infer.ELBO, number: int, eager: Eager, anneals: bool) -> object:
+    """What is known of a graph before it is traced: the objective with that many particles, shapes and precision."""
+    config = {**getattr(objective, "config", {}), "num_particles": number} | ({"kl_weight": None} if anneals else {})
+    shapes = [(p.shape, p.dtype, p.device) for p in eager.parameters]
+    return type(objective).__qualname__, sorted(config.items()), shapes, signature(eager.example), eager.precision
+
+
+def worthwhile(plan: Plan, parameters: Iterable[Tensor], feed: Feed, eager: Eager | None = None) -> bool:
     """Whether compiling promises to shorten the job: steps times what each saves, against the compilations.
 
     What a step saves grows with the multiplications in it, about one per parameter and particle, from what the Python
-    of an eager step costs (measured: 1.4 ms on a CPU, more where a device waits for its launches).
+    of an eager step costs (measured: 1.4 ms on a CPU, more where a device waits for its launches). A graph of a kind
+    that was compiled here before comes from Inductor's cache.
     """
-    stages = len(set(plan.particles or (1,)))
-    steps = (feed.steps or 0) * plan.epochs / stages
+    stages = set(plan.particles or (getattr(plan.objective, "num_particles", 1),))
+    kinds = [kind_of(plan.objective, number, eager, bool(plan.kl_warmup)) for number in stages if eager is not None]
+    cost = len(stages) * COMPILATION - sum(map(is_known, kinds)) * (COMPILATION - FROM_CACHE)
     largest = max(plan.particles or (getattr(plan.objective, "total_particles", 1),))
     weights = sum(p.numel() for p in parameters)
     saved = 4e-3 if feed.device.type == "cuda" else 1.4e-3 + 1e-11 * weights * feed.batch_size * largest
-    return steps * saved > COMPILATION and has_compiler(feed.device)
+    return (feed.steps or 0) * plan.epochs * saved > cost and has_compiler(feed.device)
 
 
 def traceable(objective: pyro.infer.ELBO) -> Objective:

@@ -43,7 +43,7 @@ from pyrovae.train.monitor import Monitor, Validation, look_on, warn_unlogged
 from pyrovae.train.optimizers import check_sparse, optimizer_maker
 from pyrovae.train.outcomes import Outcomes, Watch
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup
-from pyrovae.train.resuming import check_resumable, with_fingerprints
+from pyrovae.train.resuming import begun_with, check_resumable, with_fingerprints
 from pyrovae.train.step import Eager, Gradients, Recorded, Step, on_device
 
 OnEpoch = Callable[[Fit], object]
@@ -103,7 +103,8 @@ def fit(
     :param patience: stop after that many epochs without a better validation bound; those before the end of
         ``kl_warmup`` and of all stages of ``particles`` but the last do not count, and none of them is the best.
     :param compile: True for one static training step (see :mod:`pyrovae.compile`); what cannot be compiled runs eagerly
-        after a warning. "auto" compiles where the number and size of the steps promise a shorter job.
+        after a warning. "auto" compiles where the number and size of the steps promise a shorter job, sooner where
+        such a step was compiled on this machine before; what is resumed goes on as it began.
     :param precision: "float32", or "bfloat16": networks multiply in bfloat16, all else stays float32; "auto" is that
         where the processor has units for it and batch_size times particles is at least 100.
     :param device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
@@ -161,12 +162,15 @@ def fit(
         feed = Feed(data, setup.batch_size, setup.device, num_workers)
         trainee = Trainee(model, guide, objective, setup, feed, maker)
         gradients: Gradients = trainee.eager
-        if compile and (compile != "auto" or worthwhile(setup.plan, trainee.eager.parameters, feed)):
+        if (compiled := begun_with(run, "compiled") if compile == "auto" else compile) is None:
+            compiled = worthwhile(setup.plan, trainee.eager.parameters, feed, trainee.eager)
+        if compiled:
             gradients = Compiled(trainee.eager, anneals=bool(setup.plan.kl_warmup))
         step = on_device(
             Step(gradients, [trainee.optimizer], setup.clip_norm, [trainee.make], lasting=not setup.skips), feed
         )
-        training, held_out = {"patience": patience, "compile": compile, "num_validation": None}, None
+        training = {"patience": patience, "compile": compile, "compiled": bool(compiled), "num_validation": None}
+        held_out = None
         if validation is not None:
             held_out = Feed(validation, setup.batch_size, setup.device, num_workers)
             trainee.validation, trainee.patience = Validation(model, guide, held_out, setup.plan.final), patience

@@ -11,7 +11,7 @@ from pyrovae.engine.programs import warn
 from pyrovae.errors import DataError
 
 FINGERPRINTS = "fingerprints"  # in a config: of each part of the data
-MAY_CHANGE = ("threads", "device", "compile", "on_nan", "epochs")  # between a run and its resumption
+MAY_CHANGE = ("threads", "device", "compile", "compiled", "on_nan", "epochs")  # between a run and its resumption
 OF_DATA = ("num_data", "num_validation", "shape")  # which change with them
 
 
@@ -21,6 +21,12 @@ def with_fingerprints(config: Mapping[str, object], **feeds: Feed | None) -> dic
         return dict(config)
     found = {name: feed.fingerprint for name, feed in feeds.items() if feed is not None and feed.fingerprint}
     return {FINGERPRINTS: found, **config}
+
+
+def begun_with(run: runs.Run | None, setting: str) -> object:
+    """How a run that is there was begun; None where it does not say."""
+    training = run.config().get("training") if run is not None and run.exists else None
+    return training.get(setting) if isinstance(training, dict) else None
 
 
 def check_data(run: runs.Run, now: Mapping[str, str]) -> bool:
