@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ import torch
 
 import pyrovae as pv
 from pyrovae.app.cli import main
+from pyrovae.app.job import as_bits, load_data
+from pyrovae.app.parts import Parts
+from pyrovae.app.settings import Settings
 
 SMALL = ["--epochs", "2", "--samples", "20", "--set", "hidden=[16]", "--latent-dim", "3", "--device", "cpu"]
 
@@ -469,3 +473,16 @@ def test_freed_memory_is_kept(keeps):
     root = Path(pv.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
     assert (int(done.stdout) < 100) == keeps
+
+
+@pytest.mark.parametrize("settings", [{}, {"validation": 0.2}, {"labels_per_class": 3}])
+def test_grey_data_are_made_bits_as_they_would_be_loaded(settings):
+    job = Settings(data="digits", seed=3, settings=settings)
+    parts = Parts.of(job, trust=False)
+    grey, loaded = load_data(job, parts, None), load_data(job, parts, None, "dynamic")
+    for made, expected in zip(as_bits(grey, job, parts), loaded, strict=True):
+        assert repr(made) == repr(expected)
+        if made is not None:
+            assert all(map(torch.equal, made.columns, expected.columns))
+    own = Parts.of(replace(job, settings={"binarization": "none"}), trust=False)
+    assert as_bits(grey, job, own) is grey

@@ -86,7 +86,7 @@ class Task:
         vqvae = cast(models.VQVAE | None, source)
         pair = build(parts, splits.train, job.seed, vqvae)
         if observes_bits(pair, as_seen_by(pair, splits.train)):
-            splits = load_data(job, parts, None, "dynamic", terms)
+            splits = as_bits(splits, job, parts)
         if pick_device(job.device).type == "cpu":
             size = 3 * sum(p.nbytes for p in pair.parameters())
             require_memory(size, "the gradients and Adam's moments", "make layers or latents smaller")
@@ -123,6 +123,20 @@ def load_data(
         return splits
     labels = hide_labels(cast(Tensor, as_labelled(splits.train).labels), kept, job.seed)
     return splits._replace(train=splits.train.relabelled(labels))
+
+
+def as_bits(splits: Splits, job: Settings, parts: Parts) -> Splits:
+    """Grey data as :func:`load` gives them for binarization="dynamic", unless the settings say otherwise."""
+    if job.data.startswith(CODES) or "binarization" in parts.data:
+        return splits
+    try:
+        train, held_out, test = (
+            None if x is None else Images(x.x, x.labels, binarization="dynamic", name=x.name) for x in splits
+        )
+    except DataError:  # by its place in the files
+        return load_data(job, parts, None, "dynamic")
+    held_out = None if held_out is None else held_out.fixed(job.seed)
+    return Splits(cast(Images, train), held_out, cast(Images, test).fixed(job.seed))
 
 
 def encode_data(folder: str, root: str | None, terms: Terms) -> Splits:
