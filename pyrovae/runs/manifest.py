@@ -41,6 +41,13 @@ def held(path: Path) -> Held:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
+def holds(path: Path, stated: Held, *, grows: bool = False) -> bool:
+    """Whether a file holds what was stated; one that grows, at its beginning. One of another size is not read."""
+    if not grows and path.stat().st_size != stated["bytes"]:
+        return False
+    return sha256(path, stated["bytes"] if grows else None) == stated["sha256"]
+
+
 def sha256(path: Path, size: int | None = None) -> str:
     """The SHA-256 of a file, or of its first bytes, in hexadecimal digits."""
     with path.open("rb") as file:

@@ -19,7 +19,7 @@ from pyrovae.errors import CheckpointError
 from pyrovae.memory import require_memory
 from pyrovae.runs.classes import public_path
 from pyrovae.runs.files import CONFIG, MANIFEST, METRICS, RESULTS, STATE, WEIGHTS, read, read_json, reason, undamaged
-from pyrovae.runs.manifest import Manifest, digest, newer, read_manifest, sha256
+from pyrovae.runs.manifest import Manifest, digest, holds, newer, read_manifest, sha256
 
 T = TypeVar("T")
 TRIES = 10  # readings of a checkpoint that is replaced meanwhile
@@ -178,7 +178,7 @@ class Reader(os.PathLike[str]):
                 folder = self.folder(name)
                 found = self.check_file(folder, file)
                 with undamaged(folder / file):
-                    return load(folder / file), found
+                    return load(folder / file), found or sha256(folder / file)
             except (CheckpointError, FileNotFoundError) as error:
                 failed = error
                 if self.identity(name) == before:
@@ -193,17 +193,17 @@ class Reader(os.PathLike[str]):
         return ()
 
     def check_file(self, folder: Path, name: str) -> str:
-        """The SHA-256 of a file, refused where a checkpoint says another; the metrics' until then, as they may grow."""
+        """A file's SHA-256 ("" if none is stated), refused if another is; the metrics' until then, as they may grow."""
         grows = name == METRICS
         path = (self.path if grows else folder) / name
         if not path.is_file():
             raise CheckpointError(f'"{path}" is missing: restore it, or train again')
-        manifest = self.manifest(folder)
-        stated = None if manifest is None else manifest["files"].get(name)
-        found = sha256(path, stated["bytes"] if grows and stated else None)
-        if manifest is not None and (found != stated["sha256"] if stated else not grows):
-            self.doubt(f'"{path}" is damaged or was changed, its SHA-256 is another: restore it, or train again')
-        return found
+        if (manifest := self.manifest(folder)) is None or (grows and name not in manifest["files"]):
+            return ""
+        if (stated := manifest["files"].get(name)) and holds(path, stated, grows=grows):
+            return stated["sha256"]
+        self.doubt(f'"{path}" is damaged or was changed, its SHA-256 is another: restore it, or train again')
+        return ""
 
     def manifest(self, folder: Path) -> Manifest | None:
         """What a checkpoint says of its files; nothing for a run of before there were manifests."""

@@ -1044,15 +1044,28 @@ def weights_declare_what_they_do_not_hold(folder, header):
     yield lambda: pv.load(run)
 
 
-@fault("C", "load", 6, r"weights\.safetensors.*(memory|GiB)")
-def weights_are_larger_than_memory(folder):
-    import pyrovae as pv
-
-    run = age(small_run(folder / "run"))
+def swollen(run: Path) -> Path:
+    """Four tebibytes of weights, with nothing in them."""
     text = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     with (run / WEIGHTS).open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + 2**42)
+    return run
+
+
+@fault("C", "load", 6, r"weights\.safetensors.*(memory|GiB)")
+def weights_are_larger_than_memory(folder):
+    import pyrovae as pv
+
+    run = swollen(age(small_run(folder / "run")))
+    yield lambda: pv.load(run)
+
+
+@fault("C", "load", 4, r"weights\.safetensors.*changed")
+def weights_are_larger_than_can_be_read(folder):
+    import pyrovae as pv
+
+    run = swollen(small_run(folder / "run"))
     yield lambda: pv.load(run)
 
 
@@ -1227,11 +1240,11 @@ def weights_are_read_and_hashed_once(folder: Path):
     from unittest.mock import patch
 
     from pyrovae.app.job import reopen
-    from pyrovae.runs import reading
 
-    run, hashed = small_run(folder / "run"), []
-    original = reading.sha256
-    with patch.object(reading, "sha256", lambda path, size=None: (hashed.append(path.name), original(path, size))[1]):
+    run, hashed, original = small_run(folder / "run"), [], hashlib.file_digest
+    with patch(
+        "hashlib.file_digest", lambda file, kind: (hashed.append(Path(file.name).name), original(file, kind))[1]
+    ):
         outcome = yield lambda: reopen(run)
     assert hashed == ["weights.safetensors"]
     assert outcome.value.weights == hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest()
