@@ -153,12 +153,13 @@ class Reader(os.PathLike[str]):
     def weights(self, name: str = "last") -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
 
-        def tensors(path: Path) -> dict[str, Tensor]:
+        def tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
             require_memory(path.stat().st_size, f'the weights in "{path}"', "take a machine with more")
-            return load(path.read_bytes())  # load_file takes no path that is not UTF-8
+            # load_file takes no path that is not UTF-8
+            return load(path.read_bytes()), self.manifest(path.parent) is None
 
-        weights, self.loaded = self.read(name, WEIGHTS, tensors)
-        if self.manifest(self.folder(name)) is None:
+        (weights, old), self.loaded = self.read(name, WEIGHTS, tensors)
+        if old:
             warn(f'"{self.path}" was made before runs had manifests: whether files or data were changed is not known')
         return weights
 
