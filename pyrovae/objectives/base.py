@@ -2,6 +2,7 @@ r"""The contract of an objective: a bound on log-weights, and the coefficients t
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, get_args
@@ -205,8 +206,12 @@ class Objective(Configured, RunObjective):
 
     @property
     def config(self) -> dict[str, Any]:  # type: ignore[override]
-        """The constructor's arguments, by name, as they are now: particles and weights may be annealed."""
-        return {name: getattr(self, name) for name in self.defaults()}
+        """The constructor's arguments, by name, as they are now: particles and weights may be annealed.
+
+        Those that an objective of one's own keeps under another name are not known.
+        """
+        kept = {name: getattr(self, name) for name in self.defaults() if hasattr(self, name)}
+        return {name: value for name, value in kept.items() if not inspect.ismethod(value)}
 
     def __repr__(self) -> str:
         always, defaults = self.positional(), self.defaults()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyrovae import runs
 from pyrovae.arguments import in_range
 from pyrovae.compile.checked import Checked, distinct, signature, tensors, untouched
 from pyrovae.compile.inductor import COMPILATION, FROM_CACHE, has_compiler, laid_out_as
@@ -230,9 +231,15 @@ class TrainingStep:
 
 def kind_of(objective: pyro.infer.ELBO, number: int, eager: Eager, anneals: bool) -> object:
     """What is known of a graph before it is traced: the objective with that many particles, shapes and precision."""
-    config = {**getattr(objective, "config", {}), "num_particles": number} | ({"kl_weight": None} if anneals else {})
+    given = {**getattr(objective, "config", {}), "num_particles": number} | ({"kl_weight": None} if anneals else {})
     shapes = [(p.shape, p.dtype, p.device) for p in eager.parameters]
-    return type(objective).__qualname__, sorted(config.items()), shapes, signature(eager.example), eager.precision
+    return (
+        type(objective).__qualname__,
+        sorted(runs.as_json(given).items()),
+        shapes,
+        signature(eager.example),
+        eager.precision,
+    )
 
 
 def worthwhile(plan: Plan, parameters: Iterable[Tensor], feed: Feed, eager: Eager | None = None) -> bool:

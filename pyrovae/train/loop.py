@@ -45,6 +45,7 @@ from pyrovae.train.outcomes import Outcomes, Watch
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup
 from pyrovae.train.resuming import begun_with, check_resumable, with_fingerprints
 from pyrovae.train.step import Eager, Gradients, Recorded, Step, on_device
+from pyrovae.train.threads import threads, threads_for
 
 OnEpoch = Callable[[Fit], object]
 
@@ -156,11 +157,15 @@ def fit(
         )
     run = None if run_dir is None else runs.Run.of(run_dir, override=override)
     held = nullcontext() if run is None else run.writing()
-    with held, isolated_rng(setup.seed), setup.place(), derivable(), in_modes(training_modes(model, guide)):
+    with (
+        held, isolated_rng(setup.seed), setup.place(), derivable(), in_modes(training_modes(model, guide)),
+        ExitStack() as inside,
+    ):  # fmt: skip
         if run is not None and not resume:
             run.check_absent()
         feed = Feed(data, setup.batch_size, setup.device, num_workers)
         trainee = Trainee(model, guide, objective, setup, feed, maker)
+        inside.enter_context(threads(threads_for(trainee.eager.state.modules, setup.rows)))
         gradients: Gradients = trainee.eager
         if (compiled := begun_with(run, "compiled") if compile == "auto" else compile) is None:
             compiled = worthwhile(setup.plan, trainee.eager.parameters, feed, trainee.eager)
@@ -336,7 +341,8 @@ class Trainee:
     def show(self, on_epoch: OnEpoch) -> bool:
         """Show what came of it so far, whatever is drawn or put in another mode there; whether to go on."""
         shown = replace(self.result, history=list(self.result.history))
-        with isolated_rng(), torch.enable_grad(), in_modes(modes_of(self.eager.state.modules)):
+        modes = modes_of(self.eager.state.modules)
+        with isolated_rng(), torch.enable_grad(), in_modes(modes), threads(self.setup.threads):
             return on_epoch(shown) is not False
 
     def save(self, run: runs.Run) -> None:

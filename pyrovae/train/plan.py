@@ -130,9 +130,9 @@ class Setup:
         self.batch_size = positive_int("batch_size", batch_size)
         self.clip_norm = None if clip_norm is None else in_range("clip_norm", clip_norm, 1e-12)
         self.device = pick_device(device)
-        rows = self.batch_size * max(plan.particles or (getattr(plan.objective, "total_particles", 1),))
-        self.precision = choose_precision(precision, self.device, rows)
-        self.seed, self.progress = check_seed(seed), progress
+        self.rows = self.batch_size * max(plan.particles or (getattr(plan.objective, "total_particles", 1),))
+        self.precision = choose_precision(precision, self.device, self.rows)
+        self.seed, self.progress, self.threads = check_seed(seed), progress, torch.get_num_threads()
         self.skips = one_of("on_nan", on_nan, ("raise", "skip")) == "skip"
 
     def place(self) -> AbstractContextManager[object]:

@@ -39,6 +39,7 @@ from pyrovae.train.optimizers import optimizer_maker
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup
 from pyrovae.train.resuming import with_fingerprints
 from pyrovae.train.step import Outcome, Step, on_device
+from pyrovae.train.threads import threads, threads_for
 
 WORTHWHILE = 100  # eager steps of one pair, about, for the price of a graph
 Differentiated = tuple[Checked, list[Tensor]]
@@ -115,6 +116,8 @@ def fit_replicas(
             Trainee(*replica.pair, replica.weighted(objective), setup, feed, maker, replica.kl_factor)
             for replica, maker in zip(replicas, makers, strict=True)
         ]
+        modules = [module for trainee in trainees for module in trainee.eager.state.modules]
+        cleanup.enter_context(threads(threads_for(modules, setup.rows)))
         anneals = bool(kl_warmup) or any(replica.kl_factor != 1.0 for replica in replicas)
         each = [Compiled(trainee.eager, anneals=anneals) for trainee in trainees]
         gradients = Batched(each, [replica.kl_factor for replica in replicas])
