@@ -22,8 +22,8 @@ def three_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 1), (33, 1), (70, 2), (101, 3), (10**6, 3)])
 def test_threads_are_those_that_have_work(rows: int, expected: int):
-    network = nn.Sequential(nn.Linear(300, 333, bias=False), nn.BatchNorm1d(333))
-    assert threads_for([network], rows) == expected  # about 3e5 multiplications a row
+    network = nn.Sequential(nn.Linear(1000, 300, bias=False), nn.BatchNorm1d(300))
+    assert threads_for([network], rows) == expected  # 9e5 multiplications a row
 
 
 @pytest.mark.parametrize("layer", [nn.Conv1d(1, 1, 3), nn.GRU(2, 2), nn.MultiheadAttention(2, 1), nn.BatchNorm1d(2)])
@@ -42,8 +42,8 @@ def test_a_small_job_has_one_thread_and_who_looks_at_it_all():
 
 
 def test_replicas_count_together():
-    pairs = [pv.models.VAE((300,), latent_dim=1, hidden=(100,)) for _ in range(2)]
-    data = torch.zeros(100, 300)
+    pairs = [pv.models.VAE((784,), latent_dim=1, hidden=(100,)) for _ in range(2)]
+    data = torch.zeros(100, 784)
     alone = pv.fit(pairs[0].model, pairs[0].guide, data, objective=pv.ELBO(), epochs=1, compile=False)
     together = pv.fit_replicas(pairs, data, objective=pv.ELBO(), epochs=1)
     assert [alone.timings["threads"], together[0].timings["threads"]] == [1, 3]

@@ -20,9 +20,11 @@ NARROW = 20  # columns
 def begin() -> None:
     """Let a signal end the process in one line, and open a standard stream that is closed on nothing.
 
-    Else the next file that is opened would be taken for that stream.
+    Else the next file that is opened would be taken for that stream. Threads that wait for each other are to sleep:
+    where other processes have their cores, those that turn in circles make a step five times as long.
     """
     install(end_at_once)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if os.environ.get("COLUMNS", "").isdigit() and int(os.environ["COLUMNS"]) < NARROW:
         del os.environ["COLUMNS"]  # nothing can be printed in such a width
     while os.open(os.devnull, os.O_RDWR) <= 2:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-#: Multiplications of a step that are worth a thread: a fifth of a millisecond, some twenty times what threads take to
-#: meet where each has a core for itself, and less than they wait where another process has it.
-PER_THREAD = 1e7
+#: Multiplications of a step that are worth a thread: half a millisecond. A second one gains nothing from fewer where
+#: each has a core for itself, and loses a multiple of the time where another process has it.
+PER_THREAD = 3e7
 
 
 def threads_for(modules: Iterable[nn.Module], rows: int) -> int:
