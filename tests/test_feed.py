@@ -1,5 +1,7 @@
 """The feed: every datum once per epoch, in an order that follows the generator, whatever the data come in."""
 
+import multiprocessing
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -79,6 +81,8 @@ def test_a_stream_has_no_size_and_is_not_delivered_once_per_worker(monkeypatch):
     assert feed.size is None
     assert feed.loader.num_workers == 1
     assert Feed(Squares(), 4, CPU).loader.num_workers == 4
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # as in a pool of processes
+    assert Feed(Squares(), 4, CPU).loader.num_workers == 0
 
 
 @pytest.mark.parametrize("name", ["tensor", "Dataset", "DataLoader"])

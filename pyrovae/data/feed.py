@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import re
 import traceback
@@ -201,7 +202,8 @@ class Feed:
                 shuffle = not isinstance(source, IterableDataset)
                 most = 4 if shuffle else 1  # several workers would each deliver the whole of a stream
                 placed = torch.cuda.is_initialized() and lies_on_a_device(source)
-                most = 0 if placed else most  # a worker cannot read what another process holds there
+                # A worker cannot read what another process holds there, and a daemon may have none.
+                most = 0 if placed or multiprocessing.current_process().daemon else most
                 own = None if num_workers is None else positive_int("num_workers", num_workers, minimum=0)
                 workers = min(most, (os.cpu_count() or 1) - 1) if own is None else own
                 pinned = device.type == "cuda" and not placed

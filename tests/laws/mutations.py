@@ -28,7 +28,7 @@ SUITE = [
     *("tests/laws/test_wake_sleep.py", "tests/laws/test_subsampling.py", "tests/laws/test_reparameterised.py"),
     *("tests/laws/test_fixed.py", "tests/laws/test_left_out.py"),
     *("tests/laws/test_gradients.py", "tests/laws/test_bounds.py", "tests/laws/test_variances.py"),
-    "tests/test_late.py",
+    *("tests/test_late.py", "tests/test_updates.py"),
     *("tests/evaluate/test_psis.py", "tests/evaluate/test_discrete.py", "tests/evaluate/test_simulated.py"),
     *("tests/evaluate/test_whole.py", "tests/fuzz/test_objectives.py", "tests/test_programs.py"),
 ]
@@ -36,6 +36,7 @@ SUITE = [
 FIRST = {
     **dict.fromkeys(("RWS", "sleep", "TVO", "copies"), "tests/laws/test_wake_sleep.py"),
     "devices": "tests/test_devices.py",
+    "updates": "tests/test_updates.py",
     **dict.fromkeys(("modes", "methods"), "tests/test_programs.py"),
     "score": "tests/laws/test_scored.py",
     "local": "tests/laws/test_local.py",
@@ -420,6 +421,14 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "methods: buffers moved by measuring": [("protected_buffers(*programs), on_forward", "on_forward")],
     "methods: closed-over modules are not found": [("in function.__closure__ or ()", "in ()")],
     # what a pair reaches
+    # what moves parameters
+    "updates: steps are not counted": [("self.all += 1", "self.all += 0")],
+    "updates: hooks are passed over": [("not (optimizer._optimizer_step_pre_hooks or", "not (False and")],
+    "updates: a patched step is passed over": [('"step" not in vars(optimizer)', "True")],
+    "updates: one group's options for all": [
+        ("for group, own, entries, count in zip(groups,", "for group, own, entries, count in zip(groups[:1] * 9,")
+    ],
+    "updates: counts of steps that were replaced": [("if [id(entries", "if not self.views and [id(entries")],
     # what is left out of a step
     "left out: what is NaN as well": [("dead = bound == -math.inf", "dead = ~torch.isfinite(bound)")],
     "left out: all of a batch": [
