@@ -26,7 +26,9 @@ def test_threads_are_those_that_have_work(rows: int, expected: int):
     assert threads_for([network], rows) == expected  # 9e5 multiplications a row
 
 
-@pytest.mark.parametrize("layer", [nn.Conv1d(1, 1, 3), nn.GRU(2, 2), nn.MultiheadAttention(2, 1), nn.BatchNorm1d(2)])
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(1, 1, 3), nn.GRU(2, 2), nn.MultiheadAttention(2, 1), nn.LazyLinear(2), nn.BatchNorm1d(2)]
+)
 def test_what_is_not_counted_keeps_the_number(layer: nn.Module):
     assert threads_for([layer], 1) == 3
     assert threads_for([nn.Linear(2, 2), layer], 1) == (1 if isinstance(layer, nn.BatchNorm1d) else 3)

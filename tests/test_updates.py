@@ -67,8 +67,18 @@ def hook(optimizer: Optimizer) -> None:
     optimizer.register_step_pre_hook(halve)
 
 
+def patch(optimizer: Optimizer) -> None:
+    step = optimizer.step
+
+    def twice() -> None:
+        step()
+        step()
+
+    optimizer.step = twice  # type: ignore[method-assign, assignment]
+
+
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler")
-@pytest.mark.parametrize("meddle", [reset, forget_one, change_rate, change_moment, schedule, hook])
+@pytest.mark.parametrize("meddle", [reset, forget_one, change_rate, change_moment, schedule, hook, patch])
 @pytest.mark.parametrize("name", MAKERS)
 def test_an_update_is_the_optimizers_own_step(name: str, meddle: Callable[[Optimizer], None]):
     (own, optimizer), (others, twin) = twins(MAKERS[name])

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 #: Multiplications of a step that are worth a thread: half a millisecond. A second one gains nothing from fewer where
 #: each has a core for itself, and loses a multiple of the time where another process has it.
@@ -19,12 +20,17 @@ def threads_for(modules: Iterable[nn.Module], rows: int) -> int:
     Its two passes multiply each weight of a linear layer three times a row. Layers of other kinds use theirs more
     often; with one of them, as without any layer, the number is torch's.
     """
-    layers = {m for root in modules for m in root.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))}
+    layers = {m for root in modules for m in root.modules() if any(map(is_weight, m.parameters(recurse=False)))}
     most = torch.get_num_threads()
     if not layers or any(type(layer) is not nn.Linear for layer in layers):
         return most
     multiplications = 3 * rows * sum(p.numel() for layer in layers for p in layer.parameters())
     return max(1, min(most, int(multiplications / PER_THREAD)))
+
+
+def is_weight(parameter: Tensor) -> bool:
+    """Whether something is multiplied by it, as far as one can say before it is made."""
+    return is_lazy(parameter) or parameter.dim() > 1
 
 
 @contextmanager
