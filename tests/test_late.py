@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyrovae as pv
 from pyrovae import runs
 from pyrovae.engine.probe import look
-from pyrovae.engine.programs import evaluating
+from pyrovae.engine.programs import evaluating, new_leaves
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.train import late, loop
 from pyrovae.train import step as stepping
@@ -548,3 +548,10 @@ def test_a_lazy_pair_is_loaded_before_it_ever_ran(tmp_path):
     again = pv.load(folder, pair=Lazy())
     bounds = [pv.log_likelihood(p.model, p.guide, FIVE, num_samples=10, seed=0).log_prob for p in (pair.eval(), again)]
     assert torch.equal(*bounds)
+
+
+@pytest.mark.parametrize("objective", [pv.IWAE(3, gradient="dreg"), pv.PIWAE(2, 2), pv.PIWAE(2, 2, gradient="stl")])
+def test_a_loss_has_no_leaves_but_the_pairs_parameters(objective):
+    vae = pv.models.VAE((4,), latent_dim=2, hidden=())
+    loss = objective.differentiable_loss(vae.model, vae.guide, torch.zeros(5, 4))
+    assert not new_leaves(loss, set(map(id, vae.parameters())))

@@ -182,3 +182,12 @@ def test_what_is_judged_quickly_is_judged_alike(support, dtype):
         x = torch.tensor([0, 1, 1, 0, 1]).to(dtype).repeat(40)
         x[77] = value
         assert bool(all_inside(x, support)) == bool(inside(x, support).all()), value
+
+
+def test_what_is_not_observed_does_not_count():
+    model, batch = program(lambda x: normal(x[:, 1:]), lambda x: x[:, 1:]), (X,)
+    observed = Observed(model, nothing, record(model, batch, {}), batch)
+    for column, expected in ((0, True), (1, False)):
+        other = X[:5].clone()
+        other[3, column] = math.nan
+        assert observed.fine((other,)).item() is expected
