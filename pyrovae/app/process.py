@@ -21,7 +21,7 @@ def begin() -> None:
     """Let a signal end the process in one line, and open a standard stream that is closed on nothing.
 
     Else the next file that is opened would be taken for that stream. Threads that wait for each other are to sleep:
-    where other processes have their cores, those that turn in circles make a step five times as long.
+    where other processes have their cores, those that turn in circles made a step five times as long.
     """
     install(end_at_once)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -25,6 +25,7 @@ class Update:
         self.optimizer, self.counts = optimizer, [Counts() for _ in optimizer.param_groups]
 
     def __call__(self) -> None:
+        """Move the parameters that have gradients."""
         groups, state = self.optimizer.param_groups, self.optimizer.state
         moved = [[p for p in group["params"] if p.grad is not None] for group in groups]
         known = [[state.get(p, NONE) for p in own] for own in moved]
