@@ -102,6 +102,28 @@ class Belief(nn.Module):
             pyro.sample("c", dist.Categorical(logits=self.classes(x)))
 
 
+class Clusters(nn.Module):
+    """A class that is summed out, and two bits that hang on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder, self.offsets = nn.Linear(6, 2), nn.Linear(2, 6), nn.Parameter(torch.randn(4, 6))
+        self.centres, self.logits = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(4, 2))
+
+    def model(self, x):
+        summed = {"infer": {"enumerate": "parallel"}}
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(logits=x.new_zeros(4)), **summed)
+            z = pyro.sample("z", dist.Normal(self.centres[c], 1.0).to_event(1))
+            one, other = (pyro.sample(f"b{t}", dist.Bernoulli(logits=self.logits[c, t]), **summed) for t in range(2))
+            loc = self.decoder(z) + self.offsets[c] * (one - 2 * other).unsqueeze(-1)
+            pyro.sample("x", dist.Bernoulli(logits=loc).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 0.8).to_event(1))
+
+
 def plain_functions():
     """Nothing but pyro.param, constrained and not, and a subsampled plate."""
 
@@ -130,6 +152,7 @@ def autoguide():
 
 OWN = {
     "modules": Pair, "two layers": TwoLayers, "discrete": Belief, "pyro.param": plain_functions, "autoguide": autoguide,
+    "enumerated": Clusters,
 }  # fmt: skip
 VARIANTS = {variant.name: variant for variant in ZOO if variant.brief}
 PAIRS = [*VARIANTS, *OWN]

@@ -285,7 +285,7 @@ LATENT = program(("z", noise), ("x", noise))
         (pv.IWAE(3, gradient="dreg"), LATENT, with_factor(has_rsample=True), r'"penalty".*total'),
         (pv.ELBO(), LATENT, with_factor(), r'"penalty".*has_rsample'),
         (pv.ELBO(), LATENT, program(), r'model site "z".*guide'),
-        (pv.ELBO(), enumerated, program(), r'"z" is marked for enumeration.*guide.*TraceEnum_ELBO'),
+        (pv.ELBO(), enumerated, program(), r'model site "x"'),
         (pv.IWAE(2), program(("x", noise)), program(("y", noise)), r'guide site "y"'),
         (pv.ELBO(), LATENT, program(("z", noise), ("y", noise)), r'guide site "y"'),
         (pv.ELBO(), program(), program(), "no sample site"),

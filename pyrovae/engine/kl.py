@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, kl_divergence, register_kl
 from torch.distributions.kl import _KL_REGISTRY
 
+from pyrovae.engine.marginal import Marginal, conditional
 from pyrovae.engine.particles import Layout, Particles, Role
 from pyrovae.engine.sites import Site, Weight, latent, masked, same
 from pyrovae.engine.stacked import Stacked, stack
@@ -67,7 +68,11 @@ def kl_in_place(particles: Particles, name: str) -> Tensor:
     if kl is not None:
         kl = masked(kl * q.weight, q.mask)
     if kl is None or q.mask is not p.mask:
-        drawn = q.log_prob(site["value"]) - p.log_prob(site["value"])
+        of_p = p.log_prob(site["value"])
+        of_q = q.log_prob(site["value"])
+        if isinstance(p.fn, Marginal | Stacked):  # what is summed out may have joined elements of a plate
+            of_q = of_q.sum_to_size(torch.broadcast_shapes(of_p.shape, [1] * of_q.dim()))
+        drawn = of_q - of_p
         both = q.mask & p.mask
         kl = torch.where(both, kl, drawn) if kl is not None and isinstance(both, Tensor) else drawn
     batch_dim = site["value"].dim() - site["fn"].event_dim
@@ -115,6 +120,7 @@ def sides(particles: Particles, name: str) -> tuple[Side, Side]:
     apart = elementwise(q["fn"]) is not None and elementwise(p["fn"]) is not None
 
     def side(role: Role, site: Site) -> Side:
+        site = {**site, "fn": conditional(site["fn"])}
         fn, mask = site["fn"], True if site["mask"] is None else aligned(site["mask"], site["fn"].event_dim * apart)
         several = apart and isinstance(site["fn"], Stacked)
         for fn in layers(elementwise(site["fn"]) if several else site["fn"]):  # type: ignore[arg-type]

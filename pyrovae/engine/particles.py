@@ -160,15 +160,24 @@ class Particles:
         return cls(layout, own, model, scale, tempering, noise=apart)
 
     @property
+    def weighed(self) -> Sites:
+        """The model's sites, without those whose part another site of the same sum has."""
+        return {name: site for name, site in self.model.items() if not site.get("absorbed")}
+
+    @property
+    def carried(self) -> Sites:
+        """The point masses that carry a part of the density of latents."""
+        return carriers(self.weighed)
+
+    @property
     def prior(self) -> Sites:
         """The model's latent sites, and the point masses that carry a part of their density."""
-        return latent(self.model) | carriers(self.model)
+        return latent(self.weighed) | self.carried
 
     @property
     def likelihood(self) -> Sites:
         """The model's observed sites, factors included."""
-        carried = carriers(self.model)
-        return {name: site for name, site in observed(self.model).items() if name not in carried}
+        return {name: site for name, site in observed(self.weighed).items() if name not in self.carried}
 
     @property
     def structure(self) -> tuple[object, ...]:
@@ -209,7 +218,7 @@ class Particles:
 
     def log_carried(self) -> Tensor | None:
         """The part of log p(z) that no latent site has, but point masses carry, ``[K, *plates]``."""
-        return self.total("model", {name: log_prob(site) for name, site in carriers(self.model).items()})
+        return self.total("model", {name: log_prob(site) for name, site in self.carried.items()})
 
     def log_likelihood(self) -> Tensor | None:
         """log p(x | z), factors included, ``[K, *plates]``."""

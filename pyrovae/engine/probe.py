@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from pyrovae.engine.auxiliary import Auxiliary, auxiliary_of
 from pyrovae.engine.blame import ADVICE, at_fault, nan_in
 from pyrovae.engine.brief import shorten
+from pyrovae.engine.enumerate import record_sums, refusal, to_sum
 from pyrovae.engine.observed import OTHER, check_observed, excused
 from pyrovae.engine.particles import Layout, Particles, Role
 from pyrovae.engine.programs import (
@@ -38,6 +39,7 @@ from pyrovae.engine.sites import (
     Sites,
     counted,
     counts,
+    depth,
     frames,
     latent,
     log_prob,
@@ -61,6 +63,7 @@ class Look:
     :ivar store: the tensors of Pyro's parameter store that the programs use, unconstrained, by name.
     :ivar auxiliary: what the guide draws that the model lacks.
     :ivar again: runs the model once more, on draws of its own.
+    :ivar left: the model's sites with those that are enumerated summed out; None where none is.
     """
 
     guide: Sites
@@ -70,6 +73,12 @@ class Look:
     store: dict[str, Tensor]
     auxiliary: Auxiliary
     again: Callable[[], Sites]
+    left: Sites | None = None
+
+    @property
+    def sums(self) -> bool:
+        """Whether sites of the model are summed out."""
+        return self.left is not None
 
     @property
     def noise(self) -> frozenset[str]:
@@ -79,12 +88,12 @@ class Look:
     @cached_property
     def particles(self) -> Particles:
         """The run itself, scaled."""
-        return Particles.of(self.guide, self.model, noise=self.noise, scaled=True)
+        return Particles.of(self.guide, self.left or self.model, noise=self.noise, scaled=True)
 
     @cached_property
     def unscaled(self) -> Particles:
         """The run itself, every scale ignored."""
-        return Particles.of(self.guide, self.model, noise=self.noise)
+        return Particles.of(self.guide, self.left or self.model, noise=self.noise)
 
     @property
     def layout(self) -> Layout:
@@ -94,8 +103,7 @@ class Look:
     @cached_property
     def nesting(self) -> int:
         """The number of dimensions that the programs' own plates take."""
-        sites = (*self.guide.values(), *self.model.values())
-        return max((-f.dim for site in sites for f in site["cond_indep_stack"] if f.dim is not None), default=0)
+        return depth(self.guide, self.model)
 
     @property
     def joint(self) -> bool:
@@ -226,7 +234,13 @@ def look(
             torch.enable_grad(), isolated_run(), validating, protected_buffers(model, guide),
             reached_modules(model, guide) as reached, poutine.trace(param_only=True) as parameters,
         ):  # fmt: skip
-            sites = record_pair(model, guide, args, kwargs or {})
+            drawn_by_guide, joint = record_pair(model, guide, args, kwargs or {})
+            sites = drawn_by_guide, to_sum(joint, drawn_by_guide)
+            try:
+                left = record_sums(model, args, kwargs or {}, *sites)
+            except ValueError:
+                check_shapes("model", sites[1])  # which may be the reason
+                raise
     except ValueError as error:  # by Pyro's checks; where the data are at fault, they are told of in plainer words
         if validate:
             with suppress(RuntimeError, TypeError):
@@ -240,7 +254,7 @@ def look(
     store = {name: site["value"].unconstrained() for name, site in parameters.trace.nodes.items()}  # type: ignore[union-attr]
     again = partial(record, model, args, kwargs or {})
     held = [module for module in within(model, guide) if module._buffers and module not in {*reached, *below}]
-    seen = Look(*sites, [m for m in reached if m not in below], held, store, auxiliary, again)
+    seen = Look(*sites, [m for m in reached if m not in below], held, store, auxiliary, again, left)
     if not validate:
         return seen
     seen.check_data()
@@ -281,11 +295,8 @@ def check_match(seen: Look) -> None:
     if not counted(seen.model):
         raise ValueError("the model has no sample site: it must observe something; add pyro.sample(..., obs=x)")
     for name, site in wanted.items():
-        if name not in drawn and site["infer"].get("enumerate"):
-            raise ValueError(
-                f'model site "{name}" is marked for enumeration and not drawn by the guide: sample it in the guide, or '
-                "train with pyro.infer.TraceEnum_ELBO, which alone sums it out"
-            )
+        if name not in drawn and (why := refusal(site)):
+            raise ValueError(f'model site "{name}" is not drawn by the guide, and {why}')
         if name not in drawn:
             raise ValueError(
                 f'model site "{name}" is neither observed nor drawn by the guide, which draws {quoted(drawn)}: '
@@ -316,7 +327,7 @@ def warn_of_strays(seen: Look) -> None:
 def check_shapes(role: Role, sites: Sites) -> None:
     """Pyro's check of every site's shape against its plates, and of its value against its support."""
     for name, site in sites.items():
-        if not counts(site):
+        if not counts(site) or "sum" in site:
             continue
         try:
             with torch.no_grad():

@@ -11,7 +11,7 @@ parts of the log-weights
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Literal
 
@@ -20,6 +20,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyrovae.engine.devices import beside
+from pyrovae.engine.enumerate import Enumerate, summed_out
 from pyrovae.engine.fold import Fold, check_folded, fold_arguments
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.programs import Batch, Program, protected_buffers
@@ -45,13 +46,15 @@ def run(
     scaled: bool = True,
     noise: Collection[str] = (),
     separate: bool = False,
+    sums: bool = False,
 ) -> Particles:
     """Run guide, then model on its samples, with ``num_particles`` particles to the left of ``nesting`` plates.
 
     With ``copies`` the model runs on copies of the samples, of the kind named, kept in ``Particles.copies``.
     ``rerun`` keeps what :meth:`Particles.log_guide_fixed` needs. With ``fold`` the particles are folded into the batch
     instead of a plate. With ``scaled=False`` every scale is ignored. ``noise`` are the guide's draws that leave log w.
-    With ``separate`` particles run one after the other, and may have different sites.
+    With ``separate`` particles run one after the other, and may have different sites. With ``sums`` the model's marked
+    sites that the guide does not draw are summed out.
     """
     several, particle_dim = num_particles > 1, None
     folded, apart = fold is not False and several, separate and several
@@ -61,18 +64,22 @@ def run(
     elif several:
         particle_dim = -1 - nesting
 
-    def once(program: Program, record: Record) -> Sites:
-        with beside(args, kwargs), record:
+    def once(program: Program, record: Record, sums: bool) -> Sites:
+        first_dim = -1 - nesting - several
+        with Enumerate(first_dim) if sums else nullcontext(), particle_plate(), beside(args, kwargs), record:
             program(*args, **kwargs)
-        return record.sites
+        return summed_out(record.sites, first_dim, exact=not scaled) if sums else record.sites
 
-    def execute(program: Program, values: dict[str, Tensor], *, redraw: bool = False) -> Sites:
+    def particle_plate() -> AbstractContextManager[object]:
+        together = particle_dim is not None and not apart
+        return ParticlePlate(PARTICLE_PLATE, num_particles, dim=particle_dim) if together else nullcontext()
+
+    def execute(program: Program, values: dict[str, Tensor], *, redraw: bool = False, sums: bool = False) -> Sites:
         if apart:
             each = (values_of(proposed, values, k) for k in range(num_particles))
-            runs.append([once(program, Record(own, redraw=redraw)) for own in each])
+            runs.append([once(program, Record(own, redraw=redraw), sums) for own in each])
             return joined(runs[-1], nesting)
-        with nullcontext() if particle_dim is None else ParticlePlate(PARTICLE_PLATE, num_particles, dim=particle_dim):
-            return once(program, Record(values, redraw=redraw))
+        return once(program, Record(values, redraw=redraw), sums)
 
     runs: list[list[Sites]] = []
     proposed: Sites = {}
@@ -81,7 +88,7 @@ def run(
         proposed = execute(guide, {})
         values = {name: value for name, value in drawn(proposed).items() if name not in noise}
         copied = copies_of(values, copies)
-        joint = execute(model, values | copied)
+        joint = execute(model, values | copied, sums=sums)
 
     def rerun_guide(own: Mapping[str, Tensor]) -> Sites:
         assert states is not None
@@ -94,6 +101,29 @@ def run(
     if folded:
         check_folded(particles, whole, (*args, *kwargs.values()))
     return replace(particles, copies=copied, rerun_guide=rerun_guide, runs=list(zip(*runs, strict=True)))
+
+
+def run_at(
+    program: Program,
+    args: Batch,
+    kwargs: Mapping[str, object],
+    values: Mapping[str, Tensor],
+    num_particles: int,
+    nesting: int,
+    *,
+    sums: bool = False,
+) -> tuple[Sites, int]:
+    """The sites of a program at these values, one for each particle, and the first of the dims of what is summed out.
+
+    With ``sums`` marked sites that have no value are enumerated, and not summed out so far.
+    """
+    plate, first_dim = ParticlePlate(PARTICLE_PLATE, num_particles, dim=-1 - nesting), -2 - nesting
+    with (
+        Enumerate(first_dim) if sums else nullcontext(), pyro.validation_enabled(False), beside(args, kwargs),
+        Record(values) as record, plate,
+    ):  # fmt: skip
+        program(*args, **kwargs)
+    return record.sites, first_dim
 
 
 def copies_of(values: Mapping[str, Tensor], kind: Copies) -> dict[str, Tensor]:

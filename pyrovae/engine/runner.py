@@ -36,7 +36,7 @@ class Runner:
             raise ValueError("fold_particles folds particles that run together: drop it, or vectorize_particles=False")
         self.proven = False  # that particles can run together
         self.known: dict[object, set[tuple[object, ...]]] = {}
-        self.nesting, self.noise = 0, frozenset[str]()
+        self.nesting, self.noise, self.sums = 0, frozenset[str](), False
 
     @property
     def structures(self) -> set[tuple[object, ...]]:
@@ -59,6 +59,7 @@ class Runner:
             check(seen)
         self.structures.add(seen.unscaled.structure)
         self.nesting, self.noise = max(self.nesting, seen.nesting), self.noise | seen.noise
+        self.sums = self.sums or seen.sums
 
     def __call__(
         self,
@@ -76,11 +77,12 @@ class Runner:
         if not known:
             self.look(args, kwargs, check)
         while True:
-            assumed = self.nesting, self.noise
+            assumed = self.nesting, self.noise, self.sums
             try:
                 found = run(
                     self.model, self.guide, args, kwargs, num_particles=num_particles, nesting=self.nesting,
                     fold=self.fold, copies=copies, rerun=rerun, scaled=scaled, noise=self.noise, separate=self.separate,
+                    sums=self.sums,
                 )  # fmt: skip
             except Deeper as deeper:
                 self.nesting = deeper.nesting
@@ -98,7 +100,7 @@ class Runner:
             elif found.structure not in known:
                 self.look(args, kwargs, check)
                 known.add(found.structure)
-            if assumed == (self.nesting, self.noise):
+            if assumed == (self.nesting, self.noise, self.sums):
                 return found
 
     def changed(self, args: Batch, kwargs: Mapping[str, object], check: Check | None) -> bool:

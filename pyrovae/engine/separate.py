@@ -8,7 +8,7 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyrovae.engine.sites import PARTICLE_PLATE, Site, Sites, counts, frames, same
+from pyrovae.engine.sites import PARTICLE_PLATE, Site, Sites, counts, depth, frames, same
 from pyrovae.engine.stacked import Stacked, stack
 
 
@@ -25,9 +25,7 @@ def joined(runs: Sequence[Sites], nesting: int) -> Sites:
 
     :raises Deeper: where plates reach beyond ``nesting``.
     """
-    stacks = [site["cond_indep_stack"] for sites in runs for site in sites.values()]
-    deepest = max((-f.dim for around in stacks for f in around if f.dim is not None), default=0)
-    if deepest > nesting:
+    if (deepest := depth(*runs)) > nesting:
         raise Deeper(deepest)
     names = dict.fromkeys(name for sites in runs for name in sites)
     return {name: joined_site([sites.get(name) for sites in runs], nesting) for name in names}
@@ -37,7 +35,7 @@ def joined_site(parts: Sequence[Site | None], nesting: int) -> Site:
     """One site of several runs."""
     present = [site for site in parts if site is not None]
     first = present[0]
-    if not counts(first):
+    if not counts(first) or first.get("summed"):
         values = None if first["is_observed"] else [None if site is None else site["value"] for site in parts]
         return {**first, "parts": values}
     for site in present:

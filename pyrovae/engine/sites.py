@@ -19,6 +19,7 @@ from torch.distributions import Distribution, Independent
 
 from pyrovae.engine.brief import shorten
 from pyrovae.engine.devices import beside
+from pyrovae.engine.marginal import Marginal
 from pyrovae.engine.programs import Batch, Program, refuse_call
 from pyrovae.engine.stacked import Stacked
 from pyrovae.engine.unwrap import inner_value, layers, point_mass, unwrapped
@@ -141,8 +142,8 @@ def counted(sites: Sites) -> list[Site]:
 
 
 def latent(sites: Sites) -> Sites:
-    """The sampled sites among ``sites``."""
-    return {name: site for name, site in sites.items() if counts(site) and not site["is_observed"]}
+    """The sampled sites among ``sites``, without those that are summed out."""
+    return {name: s for name, s in sites.items() if counts(s) and not (s["is_observed"] or s.get("summed"))}
 
 
 def observed(sites: Sites) -> Sites:
@@ -197,7 +198,8 @@ def structure(*runs: Sites, folded: int = 1) -> tuple[object, ...]:
 def log_prob(site: Site, value: Tensor | None = None, *, in_guide: bool = False) -> Tensor:
     """The unscaled log-probability of one site, masks counted as zero."""
     if value is None:
-        value = seen_value(site) if site["is_observed"] and not isinstance(site["fn"], Stacked) else site["value"]
+        whole = not site["is_observed"] or isinstance(site["fn"], Stacked | Marginal)
+        value = site["value"] if whole else seen_value(site)
     if in_guide and isinstance(point_mass(site["fn"]), Delta):
         return masked(delta_density(site["fn"], value), site["mask"])
     return masked(site["fn"].log_prob(value, *site["args"], **site["kwargs"]), site["mask"])
@@ -247,6 +249,12 @@ def frames(site: Site) -> Plates:
     return {
         (f.name, f.dim, f.size): f for f in site["cond_indep_stack"] if f.dim is not None and f.name != PARTICLE_PLATE
     }
+
+
+def depth(*runs: Sites) -> int:
+    """The number of dimensions that the plates around sites take."""
+    stacks = [site["cond_indep_stack"] for sites in runs for site in sites.values()]
+    return max((-f.dim for stack in stacks for f in stack if f.dim is not None), default=0)
 
 
 def oversampling(frame: CondIndepStackFrame) -> float:

@@ -7,21 +7,18 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
 from pyrovae.arguments import in_range, one_of, positive_int, rising_betas
 from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
-from pyrovae.engine.devices import beside
+from pyrovae.engine.enumerate import summed_out
 from pyrovae.engine.generate import Redraw, generate, program_of, refuse_tied
 from pyrovae.engine.particles import Layout, Particles
 from pyrovae.engine.probe import Look, check_pair
 from pyrovae.engine.programs import Batch, Program, nothing, rows
+from pyrovae.engine.run import run_at
 from pyrovae.engine.sites import (
-    PARTICLE_PLATE,
-    ParticlePlate,
-    Record,
     Sites,
     attached,
     carriers,
@@ -211,7 +208,10 @@ class Annealer:
             raise ValueError("the model has no latents to anneal: its log p(x) is exact, use pyrovae.log_likelihood")
         for name, site in sites.items():
             if site["fn"].support.is_discrete:
-                raise ValueError(f'latent site "{name}" is discrete, and HMC moves continuous ones only: enumerate it')
+                raise ValueError(
+                    f'latent site "{name}" is discrete, and HMC moves continuous ones only: mark it '
+                    'infer={"enumerate": "parallel"}, and it is summed out'
+                )
             if attached(site["value"]):
                 raise ValueError(
                     f'latent site "{name}" ({type(site["fn"]).__name__}) gives one value and scores another, and HMC '
@@ -232,7 +232,7 @@ class Annealer:
             )
         if guide:
             check_pair(seen)
-        self.nesting, state = seen.nesting, tensors_of(seen.modules)
+        self.nesting, self.sums, state = seen.nesting, seen.sums, tensors_of(seen.modules)
         maps = {name: unconstrained(site["fn"].support) for name, site in sites.items()}
         self.maps = {name: transform for name, transform in maps.items() if transform is not None}
         self.event_dims = {n: (self.maps[n].domain if n in self.maps else s["fn"]).event_dim for n, s in sites.items()}
@@ -241,20 +241,18 @@ class Annealer:
         self.slope = Checked(self.evaluated, state, wanted=wanted(self.compile, evaluations * each))
 
     def run(self, program: Program, batch: Batch, values: State) -> Sites:
-        """The sites of a program with all chains at these latents, or at fresh ones."""
-        plate = ParticlePlate(PARTICLE_PLATE, self.num_chains, dim=-1 - self.nesting)
-        with pyro.validation_enabled(False), beside(batch, self.kwargs), Record(values) as record, plate:
-            program(*batch, **self.kwargs)
-        return record.sites
+        """The sites of a program with all chains at these latents, after sums, or at fresh ones."""
+        sums = self.sums and bool(values)
+        return summed_out(*run_at(program, batch, self.kwargs, values, self.num_chains, self.nesting, sums=sums))
 
     def start(self, batch: Batch) -> State:
         """Chains drawn from q_0."""
         sites = self.run(self.source, batch, {})
-        return self.pulled_back({name: site["value"] for name, site in latent(sites).items()})
+        return self.pulled_back({name: sites[name]["value"] for name in self.event_dims})
 
     def pulled_back(self, values: State) -> State:
-        """Latents in unconstrained space."""
-        return {n: self.maps[n].inv(v) if n in self.maps else v.clone() for n, v in values.items()}
+        """Latents that are moved, in unconstrained space."""
+        return {n: self.maps[n].inv(values[n]) if n in self.maps else values[n].clone() for n in self.event_dims}
 
     def ends(self, batch: Batch, u: State) -> tuple[Tensor, Tensor, Tensor | float]:
         """log q_0, log p(x, z) and log |dz / du|, each ``[C, *plates]``."""

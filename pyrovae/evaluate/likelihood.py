@@ -2,8 +2,9 @@ r"""log p(x) by importance sampling, with a standard error and a warning where n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pyrovae.arguments import positive_int
 from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
+from pyrovae.engine.conditional import draw_summed
 from pyrovae.engine.fold import Fold
 from pyrovae.engine.particles import Particles, measure
 from pyrovae.engine.probe import Look, check_pair, warn_of_strays
@@ -28,6 +30,8 @@ from pyrovae.evaluate.estimate import LikelihoodEstimate
 from pyrovae.evaluate.measuring import Batches
 from pyrovae.evaluate.proposals import refine
 from pyrovae.memory import MEMORY, Passes, PeakBytes, fitting_chunk, require_memory
+
+Draws = dict[str, Tensor]
 
 
 def log_likelihood(
@@ -173,6 +177,12 @@ class Sampler:
         particles = self.run(batch, size)
         return [measure(particles), *self.resampler.values(particles)]
 
+    def draw_summed(self, batch: Batch, draws: Draws) -> Draws:
+        """Draws of what is summed out, given posterior draws of all else."""
+        runner, kept = self.runner, self.resampler
+        together = not (runner.separate or runner.fold)
+        return draw_summed(runner.model, batch, self.kwargs, draws, kept.ranks, kept.layout, together)
+
     def __call__(self, batch: Batch, first: int) -> tuple[Tensor, ...]:
         """log_prob, std_error, ess, pareto_k and carrying_draws of one batch, which begins with datum ``first``."""
         tally = Tally(self.num_samples, discrete=self.discrete)
@@ -180,7 +190,7 @@ class Sampler:
             tally.add(log_w)
             self.resampler.add(log_w, values)
             del values  # or two passes would be held at a time
-        self.resampler.finish()
+        self.resampler.finish(partial(self.draw_summed, batch))
         sums, k, draws = tally.results()
         bad = torch.isnan(sums.log_mean) | torch.isposinf(sums.log_mean)
         if bad.any():
@@ -223,7 +233,8 @@ class Resampler:
     r"""Keeps ``num_draws`` posterior draws per datum: particle s with probability :math:`w_s / \sum_s w_s` each.
 
     A draw gives way to one of a new pass with the share that the pass has in the weights so far; so nothing is held but
-    the draws. They have a generator of their own: what the guide draws does not depend on them.
+    the draws. They have a generator of their own: what the guide draws does not depend on them. What is summed out is
+    drawn in the end, from its exact conditional given each of the draws.
 
     Rubin (1988), *Using the SIR algorithm to simulate posterior distributions*.
     """
@@ -231,14 +242,21 @@ class Resampler:
     def __init__(self, num_draws: int, seed: int | None, seen: Look) -> None:
         self.num_draws, self.seed, self.nesting = num_draws, seed, seen.nesting
         self.layout = replace(seen.layout, num_particles=num_draws, particle_dim=-1 - seen.nesting)
-        sites = latent(seen.model) if num_draws else {}
+        sites = latent(seen.model) | {n: s for n, s in seen.model.items() if s.get("summed")} if num_draws else {}
+        self.summed = {name for name, site in sites.items() if site.get("summed")}
+        self.ranks = {name: site["value"].dim() for name, site in sites.items()}
         self.event_shapes = {name: site["fn"].event_shape for name, site in sites.items()}
         self.event_dims = {name: len(shape) for name, shape in self.event_shapes.items()}
         self.plates = {name: {dim for _, dim, _ in frames(site)} for name, site in sites.items()}
         self.generator: torch.Generator | None = None
-        self.done: list[dict[str, Tensor]] = []
-        self.draws: dict[str, Tensor] = {}
+        self.done: list[Draws] = []
+        self.draws: Draws = {}
         self.log_sum: Tensor | None = None
+
+    @property
+    def weighed(self) -> dict[str, int]:
+        """The event dims of the latents that have weights: those that are not summed out."""
+        return {name: event_dim for name, event_dim in self.event_dims.items() if name not in self.summed}
 
     def values(self, run: Particles) -> list[Tensor]:
         """The model's latents of one pass, each ``[K, *[size or 1] * nesting, *event]``."""
@@ -248,7 +266,7 @@ class Resampler:
                 f"num_draws keeps sites that all particles and batches have, in the same plates, but {quoted(uneven)} "
                 "come and go, or change plates or shapes: pass num_draws=0, or data of one kind at a time"
             )
-        for name, event_dim in self.event_dims.items():
+        for name, event_dim in self.weighed.items():
             value = run.model[name]["value"]
             missing = [1] * (1 + self.nesting + event_dim - value.dim())
             if run.layout.folded:
@@ -265,7 +283,7 @@ class Resampler:
         partly = [n for n, s in sites.items() if isinstance(s["fn"], Stacked) and None in s["fn"].parts]
         moved = [n for n, s in sites.items() if {d for _, d, _ in frames(s)} != self.plates.get(n)]
         other = [n for n, s in sites.items() if s["fn"].event_shape != self.event_shapes.get(n)]
-        return [*dict.fromkeys([*(self.event_dims.keys() ^ sites.keys()), *partly, *moved, *other])]
+        return [*dict.fromkeys([*(self.weighed.keys() ^ sites.keys()), *partly, *moved, *other])]
 
     def add(self, log_w: Tensor, values: list[Tensor]) -> None:
         """Let a pass in: its log-weights ``[K, *plates]``, and its :meth:`values`."""
@@ -284,16 +302,20 @@ class Resampler:
         share = (total - self.log_sum).exp().nan_to_num(1.0).expand(self.num_draws, *total.shape)
         taken = torch.bernoulli(share, generator=self.generator) == 1
         index = chosen.T.reshape(share.shape)
-        for (name, event_dim), value in zip(self.event_dims.items(), values, strict=True):
+        for (name, event_dim), value in zip(self.weighed.items(), values, strict=True):
             at = self.layout.spread(index, event_dim).expand(self.num_draws, *value.shape[1:])
             fresh = value.gather(0, at)
             self.draws[name] = torch.where(self.layout.spread(taken, event_dim), fresh, self.draws.get(name, fresh))
 
-    def finish(self) -> None:
+    def finish(self, draw_summed: Callable[[Draws], Draws] = dict) -> None:
+        """Let a batch end; ``draw_summed`` draws what is summed out, given the draws of all else."""
+        if self.summed and self.generator is not None:
+            with isolated_rng(int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))):
+                self.draws |= draw_summed(self.draws)
         self.done.append(self.draws)
         self.draws, self.log_sum = {}, None
 
-    def results(self) -> dict[str, Tensor]:
+    def results(self) -> Draws:
         """The draws of all batches, ``[num_draws, B, *other plates of the site, *event]``; no B for joint weights."""
         found, data = {}, self.layout.dims[-1:]
         for name, event_dim in self.event_dims.items():

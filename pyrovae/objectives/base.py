@@ -191,6 +191,7 @@ class Objective(Configured, RunObjective):
     def check(self, seen: Look) -> None:
         """Refuse a pair that this objective cannot train or measure."""
         checks.refuse_unlike_subsamples(seen)
+        checks.refuse_unlike_scales(seen)
         if not self.linear:
             checks.refuse_uncommon_subsample(seen, type(self).__name__, self.total_particles)
         if self.gradient != "total":

@@ -8,9 +8,10 @@ import torch
 from pyro.distributions import Unit
 from pyro.infer.autoguide import AutoDiscreteParallel
 
+from pyrovae.engine.marginal import Marginal
 from pyrovae.engine.probe import Look
 from pyrovae.engine.scores import score_function
-from pyrovae.engine.sites import latent, oversampling, quoted, same, says_rsample
+from pyrovae.engine.sites import Site, latent, oversampling, quoted, same, says_rsample
 from pyrovae.engine.unwrap import point_mass
 
 
@@ -35,6 +36,27 @@ def refuse_unlike_subsamples(seen: Look) -> None:
             )
 
 
+def refuse_unlike_scales(seen: Look) -> None:
+    """Refuse a sum over enumerated sites that is made of sites of several scales: the sum is of one power only."""
+    first: dict[tuple[str, ...], Site] = {}
+    for name, site in (seen.left or {}).items():
+        other = first.setdefault(tuple(site["sum"]), site) if "sum" in site else site
+        if not same(site["scale"], other["scale"]):
+            scales = [torch.as_tensor(s["scale"]).tolist() for s in (other, site)]
+            raise ValueError(
+                f'sites "{other["name"]}" and "{name}", which are summed over {quoted(site["sum"])} together, have the '
+                f"scales {scales}, and a sum has one: put them in the same subsampled plate and poutine.scale, take "
+                "the plate whole, or sample the enumerated sites in the guide"
+            )
+        if isinstance(site["fn"], Marginal):
+            shapes = torch.as_tensor(site["scale"]).shape, site["fn"].share.shape
+            if torch.broadcast_shapes(*shapes) != shapes[1]:
+                raise ValueError(
+                    f'site "{name}" has a scale of shape {list(shapes[0])}, but is part of a sum over '
+                    f"{quoted(site['sum'])} of shape {list(shapes[1])}: give it one scale for each of those"
+                )
+
+
 def refuse_scored_sites(seen: Look, gradient: str) -> None:
     """Refuse latents without rsample, where the gradient flows through them; with dreg, several scales of latents."""
     drawn, scales = latent(seen.guide), [torch.as_tensor(t) for t in seen.particles.guide_tempering]
@@ -53,13 +75,14 @@ def refuse_scored_sites(seen: Look, gradient: str) -> None:
 
 
 def refuse_without_gradient(seen: Look, objective: str) -> None:
-    """Refuse sites marked for enumeration, and guide factors that do not say how they depend on parameters."""
+    """Refuse guide sites marked for enumeration, and guide factors that do not say how they depend on parameters."""
     drawn = marked_by_themselves(seen)
-    for name, site in (*seen.guide.items(), *seen.model.items()):
+    for name, site in latent(seen.guide).items():
         if site["infer"].get("enumerate") and name not in drawn:
             raise ValueError(
-                f'site "{name}" is marked for enumeration, which {objective} cannot do: '
-                "use pyro.infer.TraceEnum_ELBO, or remove the mark"
+                f'guide site "{name}" is marked for enumeration, which {objective} cannot do: remove the mark, or '
+                "leave the site out of the guide and mark it in the model, where every objective sums it out; or use "
+                "pyro.infer.TraceEnum_ELBO"
             )
     for name, site in seen.particles.guide.items():
         if isinstance(point_mass(site["fn"]), Unit) and not says_rsample(site["fn"]):

@@ -14,7 +14,7 @@ from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import warn
 from pyrovae.engine.scores import score_functions, terms_of
-from pyrovae.engine.sites import carriers, frames, latent
+from pyrovae.engine.sites import frames, latent
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.objectives.base import Objective, Options
 from pyrovae.objectives.derivatives import Bound
@@ -108,7 +108,7 @@ class ELBO(Objective):
             of_site = self.kl_weight * (kl * (mean > self.free_bits)).sum(-1)
             terms.append((frames(particles.guide[name]), -of_site.detach()))
         if torch.is_grad_enabled() and (scores := score_functions(particles)):
-            rest = carriers(particles.model), self.kl_weight
+            rest = particles.carried, self.kl_weight
             terms += terms_of(particles, ("model", particles.likelihood, self.likelihood_weight), ("model", *rest))
             ascent = local_ascent(particles, scores, terms, PowerMeans({0.0: 1.0}), self.num_particles)
             loss = loss - (ascent - ascent.detach())

@@ -58,12 +58,14 @@ class Parts:
 
 def parts_at(pair: Pair, params: Params, x: Tensor, noise: dict[str, Tensor], *, path_only: bool = False) -> Parts:
     """One particle per datum of x, from the given noise. ``path_only`` cuts log q from the guide's parameters."""
-    model, guide = pair.programs(params)
+    model, guide = pair.exact_programs(params)
     with Noise(noise):
         drawn = poutine.trace(guide).get_trace(x)
     values = {name: drawn.nodes[name]["value"] for name in pair.latents}
     fixed = {n: p.detach() for n, p in params.items()}
-    density = poutine.trace(poutine.condition(pair.programs(fixed)[1], values)).get_trace(x) if path_only else drawn
+    density = (
+        poutine.trace(poutine.condition(pair.exact_programs(fixed)[1], values)).get_trace(x) if path_only else drawn
+    )
     joint = poutine.trace(poutine.condition(model, values)).get_trace(x)
 
     def total(trace: poutine.Trace, names: list[str]) -> Tensor:
@@ -171,7 +173,7 @@ def simulate(pair: Pair, num: int, size: int, params: Params | None = None) -> P
     normals = {n: how for n, how in pair.latents.items() if isinstance(how, int)}
     noise = {n: torch.randn(len(wide), *[how] * (how > 1)) for n, how in normals.items()}
     with Noise(noise), torch.no_grad():
-        drawn = poutine.trace(pair.programs(each)[1]).get_trace(wide)
+        drawn = poutine.trace(pair.exact_programs(each)[1]).get_trace(wide)
     noise |= {n: drawn.nodes[n]["value"] for n in pair.latents if n not in normals}
     parts = parts_at(pair, each, wide, noise)
     return Parts(*(t.view(num, len(x)) for t in (parts.log_mass, parts.likelihood, parts.prior, parts.guide)))

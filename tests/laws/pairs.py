@@ -22,7 +22,10 @@ Params = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A solvable pair. ``latents`` says how each guide site is integrated: its event size (normal) or its states."""
+    """A solvable pair. ``latents`` says how each guide site is integrated: its event size (normal) or its states.
+
+    A model that enumerates sites has another, ``collapsed``, which has the same p(x, z) in closed form.
+    """
 
     name: str
     model: Callable[..., None]
@@ -33,6 +36,7 @@ class Pair:
     latents: dict[str, int | Tensor]
     exact_log_px: Callable[[Params, Tensor], Tensor]
     posterior: bool = False
+    collapsed: Callable[..., None] | None = None
 
     @property
     def reparameterised(self) -> bool:
@@ -46,6 +50,9 @@ class Pair:
 
     def programs(self, params: Params, **plate: object) -> tuple[Callable[..., None], Callable[..., None]]:
         return partial(self.model, params, **plate), partial(self.guide, params, **plate)
+
+    def exact_programs(self, params: Params) -> tuple[Callable[..., None], Callable[..., None]]:
+        return partial(self.collapsed or self.model, params), partial(self.guide, params)
 
     def log_px(self) -> Tensor:
         """log p(x) of every datum."""
@@ -258,5 +265,42 @@ MIXED_LIVE = Pair(
     torch.tensor([0.7], dtype=torch.float64), {"z": 1, "c": BITS}, mixed_log_px,
 )  # fmt: skip
 
-PAIRS = [GAUSSIAN, POSTERIOR, MULTIVARIATE, HIERARCHY, MIXTURE, NET, MIXED, MIXED_LIVE]
+# --- c ~ Categorical, summed out; z ~ N(v m_c, .7^2), x ~ N(w z + a d_c, s^2) ----------------------------------------
+
+PLACES = torch.tensor([-1.5, 0.2, 1.0], dtype=torch.float64)
+OFFSETS = torch.tensor([0.6, -0.4, 1.1], dtype=torch.float64)
+
+
+def summed_prior(p: Params) -> dist.Categorical:
+    return dist.Categorical(logits=p["b"][..., None] * torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64))
+
+
+def summed_model(p: Params, x: Tensor, **plate: object) -> None:
+    with data_plate(x, **plate):
+        c = pyro.sample("c", summed_prior(p), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", normal(p["v"] * PLACES[c], 0.7))
+        pyro.sample("x", normal(p["w"] * z + p["a"] * OFFSETS[c], NOISE), obs=x)
+
+
+def collapsed_model(p: Params, x: Tensor) -> None:
+    with data_plate(x):
+        prior, each = summed_prior(p), normal(p["v"][..., None] * PLACES, 0.7)
+        z = pyro.sample("z", dist.MixtureSameFamily(prior, each))[..., None]
+        component = dist.Categorical(logits=prior.logits + each.log_prob(z))
+        loc = p["w"][..., None] * z + p["a"][..., None] * OFFSETS
+        pyro.sample("x", dist.MixtureSameFamily(component, normal(loc, NOISE)), obs=x)
+
+
+def summed_log_px(p: Params, x: Tensor) -> Tensor:
+    scale = (p["w"].square() * 0.7**2 + NOISE**2).sqrt()
+    each = dist.Normal(p["w"] * p["v"] * PLACES + p["a"] * OFFSETS, scale).log_prob(x.unsqueeze(-1))
+    return torch.logsumexp(each + summed_prior(p).logits, -1)
+
+
+SUMMED = Pair(
+    "summed", summed_model, gaussian_guide, {"b": 0.8, "v": 1.1, "w": 0.9, "a": 0.7}, {"m": 0.5, "c": -0.1, "r": -0.1},
+    torch.tensor([0.9], dtype=torch.float64), {"z": 1}, summed_log_px, collapsed=collapsed_model,
+)  # fmt: skip
+
+PAIRS = [GAUSSIAN, POSTERIOR, MULTIVARIATE, HIERARCHY, MIXTURE, NET, MIXED, MIXED_LIVE, SUMMED]
 REPARAMETERISED = [pair for pair in PAIRS if pair.reparameterised]

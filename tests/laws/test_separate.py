@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 
 import pyrovae as pv
 from tests.laws.objectives import OBJECTIVES
-from tests.laws.pairs import GAUSSIAN, HIERARCHY, MIXED, MIXED_LIVE, MULTIVARIATE, NET
+from tests.laws.pairs import GAUSSIAN, HIERARCHY, MIXED, MIXED_LIVE, MULTIVARIATE, NET, SUMMED
 from tests.laws.programs import lp, normal
 from tests.state import refused
 
@@ -59,7 +59,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("pair", [MULTIVARIATE, HIERARCHY, NET, MIXED, MIXED_LIVE], ids=lambda pair: pair.name)
+@pytest.mark.parametrize("pair", [MULTIVARIATE, HIERARCHY, NET, MIXED, MIXED_LIVE, SUMMED], ids=lambda pair: pair.name)
 @pytest.mark.parametrize("row", [*ROWS.values(), None], ids=lambda row: row.name if row else "free bits")
 def test_one_after_the_other_is_together(row, pair):
     if row and row.gradient != "total" and not pair.reparameterised:

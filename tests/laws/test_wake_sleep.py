@@ -59,9 +59,9 @@ def nodes(pair, params, datum):
     x = datum.expand(size, *datum.shape)
     each = {n: p.expand(size) for n, p in params.items()}
     with Noise(noise):
-        drawn = poutine.trace(pair.programs({n: p.detach() for n, p in each.items()})[1]).get_trace(x)
+        drawn = poutine.trace(pair.exact_programs({n: p.detach() for n, p in each.items()})[1]).get_trace(x)
     values = {name: drawn.nodes[name]["value"] for name in pair.latents}
-    model, guide = (poutine.trace(poutine.condition(p, values)).get_trace(x) for p in pair.programs(each))
+    model, guide = (poutine.trace(poutine.condition(p, values)).get_trace(x) for p in pair.exact_programs(each))
 
     def total(trace, names):
         return sum(trace.nodes[n]["fn"].log_prob(trace.nodes[n]["value"]) for n in names)
