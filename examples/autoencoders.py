@@ -81,7 +81,8 @@ def main():
     for name in ("undercomplete", "denoising"):
         print(f"{name:14} with 30% of the pixels masked: squared error {squared_error(pairs[name], masked, test):7.3f}")
     for kind, images in (("reconstructions", rows), ("samples", drawn)):
-        path = pv.plots.image_grid(torch.cat(images), options.output / f"autoencoders_{kind}.png", columns=12)
+        path = options.output / f"autoencoders_{kind}.png"
+        pv.plots.image_grid(torch.cat(images), path, columns=12)
         print(f"{kind} in {path}, a row for each model in the order above")
     print("the first row of the reconstructions is the data, the last but one what the denoising model is shown")
 

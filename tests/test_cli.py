@@ -21,6 +21,7 @@ import pyrovae as pv
 from pyrovae.app.cli import main
 from pyrovae.app.job import as_bits, load_data
 from pyrovae.app.parts import Parts
+from pyrovae.app.pictures import beside
 from pyrovae.app.settings import Settings
 
 SMALL = ["--epochs", "2", "--samples", "20", "--set", "hidden=[16]", "--latent-dim", "3", "--device", "cpu"]
@@ -77,6 +78,37 @@ def test_train_without_a_model_name_trains_measures_and_draws(trained):
     assert results["num_images"] == 360
     assert results["nll_std_error"] > 0
     assert [row["epoch"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())] == [1, 2]
+
+
+def test_the_first_run_has_settings_of_its_own_for_what_is_not_given(run, tmp_path):
+    short = ["--epochs", 1, "--samples", 5, "--device", "cpu"]
+    run("train", *short, "--run-dir", "first")
+    run("train", *short, "--set", "hidden=[8]", "--set", "latent_dim=2", "--lr", 0.02, "--run-dir", "own")
+    run("train", "vae", *short, "--run-dir", "named")
+    found = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "own", "named")]
+    models = [config["model"]["arguments"] for config in found]
+    assert [(model["latent_dim"], model["hidden"]) for model in models] == [(4, [64, 64]), (2, [8]), (50, [200, 200])]
+    assert [config["settings"]["lr"] for config in found] == [0.01, 0.02, 1e-3]
+    assert [config["training"]["schedule"] for config in found] == ["cosine", "cosine", "constant"]
+    assert [config["settings"]["epochs"] for config in found] == [1, 1, 1]
+
+
+def test_the_manifold_is_drawn_for_the_prior_that_lays_it_out(run, tmp_path):
+    for prior in ("normal", "mixture"):
+        run("train", *TINY, "--latent-dim", 2, "--set", f"prior={prior}", "--run-dir", prior)
+        assert (tmp_path / prior / "manifold.png").exists() == (prior == "normal")
+
+
+def test_data_stand_beside_samples_by_class():
+    labels = torch.arange(30).remainder(4).clamp(max=2)  # two of four are of the last class
+    images = pv.data.Images(torch.arange(30.0).view(30, 1, 1, 1) / 30, labels)
+    shown = (30 * beside(images, 12, 3).flatten()).round().long()
+    assert labels[shown].tolist() == [0, 1, 2] * 4
+    assert len(set(shown.tolist())) == 12
+    few = images.subset([0, 1, 2, 5])
+    assert (30 * beside(few, 6, 3)).flatten().round().tolist() == [0, 1, 2, 0, 5, 2]
+    for other, columns in ((images.unlabelled(), 3), (images, 4), (images, None)):
+        assert torch.equal(beside(other, 12, columns), images.x[:12])
 
 
 def test_evaluate_repeats_the_results_of_train(run, tmp_path, a):

@@ -18,19 +18,22 @@ from pyrovae.engine.randomness import isolated_rng
 from pyrovae.evaluate.units import mean_draws
 from pyrovae.models.base import Pair
 from pyrovae.plots.charts import has_curves
+from pyrovae.plots.images import save
 from pyrovae.sampling import sample as draw
 
 PLANE_POINTS = 5000
 
 
 def pictures(
-    pair: Pair, test: Images, history: Sequence[Mapping[str, object]], folder: Path, *, seed: int
-) -> list[Path]:
-    """Curves, samples, reconstructions and the latent plane (and, for two units, the manifold) as PNG.
+    pair: Pair, training: Images, test: Images, history: Sequence[Mapping[str, object]], folder: Path, *, seed: int
+) -> list[str]:
+    """Curves, samples beside data, reconstructions, the latent plane (and, for two units, the manifold): names of PNGs.
 
     Labels colour the plane, whether the pair takes them or not.
     """
-    drawn = [plots.curves(history, folder / "curves.png")] if has_curves(history) else []
+    drawn = {}
+    if has_curves(history):
+        drawn["curves"] = plots.curves(history)
     classes, test = test.labels, as_seen_by(pair, test).fixed(seed)
     shown = plots.is_image(test.event_shape)
     if shown:
@@ -38,22 +41,36 @@ def pictures(
         number = (columns or 8) * max(1, 64 // (columns or 8))  # 64, or as many whole rows of all classes
         with suppress(ValueError):  # the pair may need more than that to generate
             means = draw(pair.module, number, *labels_for(pair, number), returns="means", seed=seed, like=test.x[:1])
-            drawn.append(plots.image_grid(means, folder / "samples.png", columns=columns))
+            groups = {"training data": beside(training, number, columns), "samples of the model": means}
+            drawn["samples"] = plots.side_by_side(groups, columns=columns, smooth=True)
         few = test.subset(slice(0, 16))
         if (rebuilt := reconstruct(pair, few.columns, seed)) is not None:
-            drawn.append(plots.reconstructions(few.x, rebuilt, folder / "reconstructions.png"))
+            drawn["reconstructions"] = plots.reconstructions(few.x, rebuilt, columns=8, smooth=True)
     some = test.subset(slice(0, PLANE_POINTS)).to(device_of(pair.model) or test.x.device)
     with torch.no_grad(), isolated_rng(seed), evaluating(pair.model, pair.guide):
         codes = {name: average.mean for name, average in mean_draws(pair.guide, some.columns).items()}
     vectors = [mean for mean in codes.values() if mean.dim() == 2]
     if vectors:
         labels = None if classes is None else classes[:PLANE_POINTS]
-        drawn.append(plots.latent_plane(vectors[0].cpu(), folder / "latent_plane.png", labels=labels))
-        # The plane is laid out by the prior of a pair with this one latent, and decoded without labels.
+        drawn["latent_plane"] = plots.latent_plane(vectors[0].cpu(), labels=labels)
+        # The plane is laid out by the normal prior of a pair with this one latent, and decoded without labels.
         planar = len(codes) == 1 and vectors[0].shape[1] == 2 and pair.likelihood_is is not None
-        if shown and planar and pair.decodes and not pair.conditional:
-            drawn.append(plots.manifold(pair.decode, folder / "manifold.png", event_shape=test.event_shape))
-    return drawn
+        normal = not isinstance(pair.config, dict) or pair.config.get("prior", "normal") == "normal"
+        if shown and planar and normal and pair.decodes and not pair.conditional:
+            drawn["manifold"] = plots.manifold(pair.decode, event_shape=test.event_shape)
+    for name, figure in drawn.items():
+        save(figure, folder / f"{name}.png")
+    return [f"{name}.png" for name in drawn]
+
+
+def beside(training: Images, number: int, columns: int | None) -> Tensor:
+    """Data to show beside so many samples, undrawn: with columns for classes, of these, as far as there are any."""
+    chosen = torch.arange(len(training))
+    if columns is not None and training.labels is not None:
+        classes, row = [chosen[training.labels == label] for label in range(columns)], torch.arange(number // columns)
+        if all(map(len, classes)):
+            chosen = torch.stack([own[row % len(own)] for own in classes], 1).flatten()
+    return training.x[chosen[:number]]
 
 
 def labels_for(pair: Pair, number: int, label: str | None = None) -> tuple[Tensor, ...]:

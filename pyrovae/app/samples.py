@@ -79,7 +79,8 @@ def drawn(
 def write(x: Tensor, labels: tuple[Tensor, ...], path: Path, columns: int | None) -> Path:
     """Samples as a picture, as arrays ``x`` and (where the model was given labels) ``y``, or as a table, a row each."""
     if path.suffix.lower() == ".png":
-        return plots.image_grid(x, path, columns=columns)
+        plots.image_grid(x, path, columns=columns, smooth=True)
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     named = dict(zip("xy", map(as_numpy, (x, *labels)), strict=False))
     with replacing(path) as aside, aside.open("wb") as file:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, Self, get_type_hints
 
 from pyrovae.arguments import fits, one_of
@@ -14,6 +14,9 @@ from pyrovae.objectives import OBJECTIVES
 
 DEEPEST = 20  # levels of lists in a setting
 CODES = "codes:"  # data that are the codes of a VQ-VAE's run
+#: Of the first run, for which neither model nor data are named, what is otherwise: one reads digits in its samples.
+FIRST: dict[str, object] = {"latent_dim": 4, "lr": 1e-2}
+FIRST_SET: dict[str, object] = {"hidden": [64, 64], "schedule": "cosine"}
 
 
 @dataclass
@@ -43,6 +46,13 @@ class Settings:
             if not fits(value, kinds[one_of("setting", name, kinds)]):
                 raise TypeError(f"the setting {name} cannot be {type(value).__name__}")
         return cls(**given)
+
+    def by_default(self, explicit: Collection[str]) -> Self:
+        """With the defaults of the first run, if it is one, for what is not given."""
+        if {"model", "data"} & set(explicit):
+            return self
+        own = {name: value for name, value in FIRST.items() if name not in {*explicit, *self.settings}}
+        return replace(self, **own, settings=FIRST_SET | self.settings)  # type: ignore[arg-type]
 
     def check_names(self) -> None:
         """Refuse a name that nothing here has, before anything is imported that takes seconds."""

@@ -89,12 +89,12 @@ def train_in(run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], 
             joined.start(source.config() | {"model": runs.describe(task.vqvae)})
             joined.save("last", task.vqvae.state_dict())
         out.print(f'the VQ-VAE with this prior is the run "{joined.path}": pyrovae evaluate {joined.path}')
-    drawn = pictures(pair, test, result.history, folder, seed=job.seed)
+    drawn = pictures(pair, task.training, test, result.history, folder, seed=job.seed)
     seconds = sum(row["seconds"] for row in result.history) / max(len(result.history), 1)
     results |= {"timings": result.timings, "seconds_per_epoch": seconds, "checkpoint": "last", "weights": run.digest()}
     runs.write_json(folder / runs.RESULTS, results)
     print_results(results, out)
-    out.print(f"pictures in {folder}: " + ", ".join(path.name for path in drawn))
+    out.print(f"pictures in {folder}: " + ", ".join(drawn))
 
 
 def train_by_rule(rule: Rule, task: Task, run: runs.Run) -> Fit:

@@ -1,10 +1,12 @@
-"""Pictures of data, samples, training and latent spaces, each written to one PNG.
+"""Pictures of data, samples, training and latent spaces.
 
-Every function takes plain tensors and a path, writes the file in one move (a reader never sees half a picture) and
-returns the path. Nothing here touches pyplot: no display, no global state.
+Every function takes plain tensors and returns a matplotlib figure, which a notebook shows; given a path, it writes a
+PNG as well, in one move (a reader never sees half a picture). Nothing here touches pyplot: no display, no global state.
 """
 
 from pyrovae.plots.charts import curves, latent_plane, manifold, unit_activity
-from pyrovae.plots.images import image_grid, is_image, reconstructions
+from pyrovae.plots.images import image_grid, is_image, reconstructions, side_by_side
 
-__all__ = ["curves", "image_grid", "is_image", "latent_plane", "manifold", "reconstructions", "unit_activity"]
+__all__ = [
+    "curves", "image_grid", "is_image", "latent_plane", "manifold", "reconstructions", "side_by_side", "unit_activity",
+]  # fmt: skip

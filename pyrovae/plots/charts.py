@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Literal, cast
 
 import matplotlib as mpl
@@ -17,18 +16,18 @@ from torch import Tensor
 
 from pyrovae.arguments import positive_int, sizes
 from pyrovae.engine.programs import evaluating, held_by
-from pyrovae.plots.images import DPI, INK, LINES, MUTED, StrPath, as_numpy, mosaic, rgb, save
+from pyrovae.plots.images import DPI, INK, LINES, MUTED, Picture, StrPath, as_numpy, mosaic, rgb, save
 
 BLUE, ORANGE, IDLE = "#2f6796", "#d0743c", "#c9ccd2"
 MAX_NAMED = 20  # classes with a colour and a legend entry each; beyond, a colour bar
 
 
-def curves(history: Sequence[Mapping[str, object]], path: StrPath) -> Path:
+def curves(history: Sequence[Mapping[str, object]], path: StrPath | None = None) -> Figure:
     """Training epoch by epoch: the bound, reconstruction and KL, active units, and the gradient's norm.
 
     :param history: one dict per epoch, as of :class:`pyrovae.Fit`; keys that are missing are left out, as is a
         panel without any. A value may be a number, or a dict of numbers by site.
-    :param path: the PNG to write.
+    :param path: a PNG to write as well.
     """
     if not history:
         raise ValueError("history is empty: pass one dict per epoch")
@@ -54,12 +53,12 @@ def has_curves(history: Sequence[Mapping[str, object]]) -> bool:
     return any(lines_of(history, keys) for _, keys in PANELS)
 
 
-def latent_plane(means: Tensor, path: StrPath, *, labels: Tensor | None = None) -> Path:
+def latent_plane(means: Tensor, path: StrPath | None = None, *, labels: Tensor | None = None) -> Figure:
     """Posterior means as points in the plane, coloured by label.
 
     :param means: ``[N, D]``. With D = 2 both units are drawn; with D > 2 the two whose means vary most, which the axes
         name; with D = 1 a histogram.
-    :param path: the PNG to write.
+    :param path: a PNG to write as well.
     :param labels: ``[N]`` integers.
     :raises ValueError: means that are not ``[N, D]``, or labels that are not ``[N]``.
     """
@@ -80,12 +79,14 @@ def latent_plane(means: Tensor, path: StrPath, *, labels: Tensor | None = None) 
     return save(figure, path)
 
 
-def unit_activity(kl_per_unit: Tensor, variances: Tensor, path: StrPath, *, threshold: float = 0.01) -> Path:
+def unit_activity(
+    kl_per_unit: Tensor, variances: Tensor, path: StrPath | None = None, *, threshold: float = 0.01
+) -> Figure:
     """Latent units sorted by their KL: how many nats each carries, and the variance of its posterior mean over data.
 
     :param kl_per_unit: ``[D]``, nats per datum.
     :param variances: ``[D]``, as of :func:`pyrovae.active_units`.
-    :param path: the PNG to write.
+    :param path: a PNG to write as well.
     :param threshold: units whose variance exceeds it are called active and drawn in colour.
     """
     kl, variance = as_numpy(torch.as_tensor(kl_per_unit)), as_numpy(torch.as_tensor(variances))
@@ -216,7 +217,7 @@ def class_colours(count: int) -> list[tuple[float, float, float, float]]:
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of so many inches, apart from pyplot's."""
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    return Picture(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
 def dress(axes: Axes, *, title: str = "", x: str = "", y: str = "", grid: Literal["both", "y", ""] = "both") -> Axes:
@@ -245,16 +246,16 @@ def add_legend(axes: Axes, *, beside: bool = False) -> None:
 
 def manifold(
     decode: Callable[[Tensor], Tensor],
-    path: StrPath,
+    path: StrPath | None = None,
     *,
     latent_dim: int = 2,
     event_shape: Sequence[int],
     steps: int = 20,
-) -> Path:
+) -> Figure:
     """What the decoder makes of a square of latents, spaced so that the prior N(0, I) gives every cell the same mass.
 
     :param decode: ``[N, latent_dim]`` to ``[N, *event_shape]``, such as ``vae.decode``.
-    :param path: the PNG to write.
+    :param path: a PNG to write as well.
     :param latent_dim: number of latent units; those after the second are held at 0.
     :param event_shape: shape of an image, ``(H, W)`` or ``(C, H, W)``.
     :param steps: images per side.
