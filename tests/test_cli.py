@@ -364,7 +364,7 @@ def test_list_names_every_model_objective_and_data_set(run):
         assert name in out
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "compare", "list"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "report", "compare", "list"])
 def test_help(run, command):
     assert "Usage" in run(command, "--help").out
 
@@ -396,7 +396,7 @@ def test_what_needs_no_work_imports_nothing_heavy():
     *said, last = done.stdout.splitlines()
     heavy, verbs, codes = json.loads(last)
     assert heavy == []
-    assert verbs == ["train", "evaluate", "sample", "compare", "list"]
+    assert verbs == ["train", "evaluate", "sample", "report", "compare", "list"]
     assert codes == [2, 0, 0, *[0] * len(verbs), *[2] * 5, *[0] * 4]
     assert said[-5:] == ["iwae", "omniglot", "omniglot28", "npz:", "best"]
     assert f"pyrovae {pv.__version__}" in said

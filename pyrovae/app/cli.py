@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, sample, compare, list.
+"""The command line: train, evaluate, sample, report, compare, list.
 
 What stands here is what a user may write. A command imports its work when it begins, so that help, completion and
 complaints take no longer than they must.
@@ -175,15 +175,39 @@ def sample(
 
 
 @app.command()
+def report(
+    run: RunFolder,
+    output: Annotated[Path | None, typer.Option(help="The page to write; report.html in the run.")] = None,
+    checkpoint: Checkpoint = "last",
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    trust: Trust = False,
+) -> None:
+    """Write a page about a run, which needs no network: likelihood, curves, pictures, a latent space to explore."""
+    with at_once():
+        from pyrovae.app.report import command as work
+    work.report(run, output=output, checkpoint=checkpoint, root=data_dir, device=device, trust=trust, out=out)
+
+
+@app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    html: Annotated[bool, typer.Option("--html", help="Write a page, with curves laid over each other.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="The page to write; compare.html in the folder that the runs lie in.")
+    ] = None,
     override: Override = False,
 ) -> None:
-    """Put the results of several runs side by side in one table."""
+    """Put the results of several runs side by side in one table, and their curves on one page."""
     with at_once():
         from pyrovae.app import tables as work
         from pyrovae.runs import Run
-    work.compare([Run(folder, override=override) for folder in folders], out)
+    compared = [Run(folder, override=override) for folder in folders]
+    work.compare(compared, out, strict=not (html or output))
+    if html or output:
+        with at_once():
+            from pyrovae.app.report import command as pages
+        pages.compare(compared, output=output, out=out)
 
 
 @app.command(name="list")

@@ -103,43 +103,58 @@ def perplexity(results: Results) -> str:
     return ", ".join(f"{p:.0f}" for p in (found if isinstance(found, list) else [found]))
 
 
-def compare(compared: Sequence[runs.Run], out: Console) -> None:
+COLUMNS = ("run", "data", "parameters", "s/epoch", "error", "test NLL", "in use")
+LEFT = {"run", "data", "in use"}  # the columns of text
+CAPTION = (
+    "error: squared, per image; NLL: nats per image, \N{LESS-THAN OR EQUAL TO} marks a bound, stale what is of "
+    "other weights than are there (pyrovae evaluate measures anew); in use: active units by layer, or the "
+    "perplexity of the codes; (best): of that checkpoint, all else of the last"
+)
+
+
+def compare(compared: Sequence[runs.Run], out: Console, *, strict: bool = True) -> None:
     """A table of runs, one row each, from what their results.json say.
 
     Size, speed, reconstruction, log p(x), and how much of the latent space is in use.
+
+    :param strict: refuse a run that was not measured, instead of saying so in its row.
     """
-    caption = (
-        "error: squared, per image; NLL: nats per image, \N{LESS-THAN OR EQUAL TO} marks a bound, stale what is of "
-        "other weights than are there (pyrovae evaluate measures anew); in use: active units by layer, or the "
-        "perplexity of the codes; (best): of that checkpoint, all else of the last"
-    )
-    table = Table(caption=caption, caption_justify="left", box=None)
-    for name in ("run", "data", "parameters", "s/epoch", "error", "test NLL", "in use"):
-        left = name in ("run", "data", "in use")
+    table = Table(caption=CAPTION, caption_justify="left", box=None)
+    for name in COLUMNS:
+        left = name in LEFT
         table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
-    base = Path(os.path.commonpath([run.path.absolute().parent for run in compared]))
+    for row in compared_rows(compared, strict=strict):
+        table.add_row(*row)
+    out.print(table)
+
+
+def compared_rows(compared: Sequence[runs.Run], *, strict: bool = True) -> list[Row]:
+    """What :func:`compare` says of each run."""
+    base, rows = Path(os.path.commonpath([run.path.absolute().parent for run in compared])), list[Row]()
     for run in compared:
         folder = run.path
         data, results = run.config().get("data", {}), kept_results(run)
-        if results is None:
+        if results is None and strict:
             by_command = "settings" in run.config()
             fix = f"run pyrovae evaluate {folder}" if by_command else "it is measured in Python, by pv.log_likelihood"
             raise datasets.DataError(f'the run "{folder}" has no {runs.RESULTS}: {fix}')
         # Grey images are not bits: their NLL may be a density, and no figure of one compares with the other's.
         grey = data.get("binarization") == "none" and not str(data.get("name")).startswith(CODES)
+        name, what = str(folder.absolute().relative_to(base)), f"{data.get('name', '?')}{', grey' if grey else ''}"
+        if results is None:
+            rows.append((name, what, "", "", "", "not measured", ""))
+            continue
         seconds = results.get("seconds_per_epoch")
-        name = f"{folder.absolute().relative_to(base)}{of_checkpoint(results)}"
-        table.add_row(
-            name, f"{data.get('name', '?')}{', grey' if grey else ''}",
-            f"{results.get('parameters', 0):,}", "" if seconds is None else f"{seconds:.1f}",
-            *figures(results, belongs(results, run)),
-        )  # fmt: skip
+        rows.append((
+            f"{name}{of_checkpoint(results)}", what, f"{results.get('parameters', 0):,}",
+            "" if seconds is None else f"{seconds:.1f}", *figures(results, belongs(results, run)),
+        ))  # fmt: skip
         if "weights" not in results:
             warn(
                 f'"{folder}" does not say which weights its results are of, it may have been trained on since: run '
                 f"pyrovae evaluate {folder}"
             )
-    out.print(table)
+    return rows
 
 
 def of_checkpoint(results: Results) -> str:

@@ -2,9 +2,11 @@
 
 from pyrovae.runs.classes import class_path, describe, find_class, public_path
 from pyrovae.runs.files import (
+    CHECKPOINTS,
     CONFIG,
     MANIFEST,
     METRICS,
+    REPORT,
     RESULTS,
     STATE,
     WEIGHTS,
@@ -18,6 +20,7 @@ from pyrovae.runs.manifest import versions
 from pyrovae.runs.run import Run
 
 __all__ = [
-    "CONFIG", "MANIFEST", "METRICS", "RESULTS", "STATE", "WEIGHTS", "Run", "as_json", "class_path", "describe",
-    "find_class", "load", "opening", "public_path", "restore", "undamaged", "versions", "write_json", "write_text",
+    "CHECKPOINTS", "CONFIG", "MANIFEST", "METRICS", "REPORT", "RESULTS", "STATE", "WEIGHTS", "Run", "as_json",
+    "class_path", "describe", "find_class", "load", "opening", "public_path", "restore", "undamaged", "versions",
+    "write_json", "write_text",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from pyrovae.errors import CheckpointError, exit_code
 from pyrovae.files import replacing
 
 CONFIG, METRICS, RESULTS, LOCK = "config.json", "metrics.jsonl", "results.json", "pyrovae.lock"
+REPORT = "report.html"
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"  # of a checkpoint
 CHECKPOINTS = ("last", "best")
 FOLDERS = (*CHECKPOINTS, *(f"{name}.{suffix}" for name in CHECKPOINTS for suffix in ("new", "old")), "vqvae")
@@ -33,7 +34,7 @@ def strange(folder: Path, *, run: bool) -> list[str]:
     for place in folder.iterdir() if folder.is_dir() else ():
         if place.name in FOLDERS:
             own = place.is_dir()
-        elif place.name in (CONFIG, METRICS, RESULTS) or place.suffix == ".png":
+        elif place.name in (CONFIG, METRICS, RESULTS, REPORT) or place.suffix == ".png":
             own = place.is_file()
         else:
             continue

@@ -1,0 +1,85 @@
+"""The commands that write pages: a report on one run, a comparison of several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pyrovae import runs
+from pyrovae.app.report.content import content
+from pyrovae.app.report.figures import Series, overlaid
+from pyrovae.app.report.gathered import Gathered, Notes
+from pyrovae.app.report.pages import write
+from pyrovae.app.tables import CAPTION, COLUMNS, LEFT, compared_rows
+from pyrovae.arguments import one_of, pick_device
+
+BOUNDS = {"bound": "Training bound", "validation_bound": "Validation bound"}  # in nats per datum
+
+
+def report(
+    folder: Path, *, output: Path | None, checkpoint: str, root: str | None, device: str, trust: bool, out: Console
+) -> Path:
+    """Write the report on a run, and say what it lacks."""
+    one_of("checkpoint", checkpoint, runs.CHECKPOINTS)
+    found = Gathered.of(folder, checkpoint=checkpoint, root=root, device=pick_device(device), trust=trust)
+    path = output or folder / runs.REPORT
+    page = content(found)
+    write("report.html", path, page=page)
+    for note in page.notes:
+        out.print(f"note: {note}")
+    out.print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return path
+
+
+def compare(compared: Sequence[runs.Run], *, output: Path | None, out: Console) -> Path:
+    """Write a page with the table of several runs, their bounds by epoch and minute, and where settings differ."""
+    rows = compared_rows(compared, strict=False)
+    notes, histories = Notes(), []
+    for run, (name, *_) in zip(compared, rows, strict=True):
+        with notes.missing(f'the curves of "{name}"'):
+            histories.append((name, run.history()))
+            if not any("bound" in row for row in histories[-1][1]):
+                notes.add(f'"{name}" has no bound by epoch')
+    drawn = [overlaid(series(histories, key), title) for key, title in BOUNDS.items()]
+    base = Path(os.path.commonpath([run.path.absolute().parent for run in compared]))
+    path = output or base / "compare.html"
+    given = {"rows": rows, "columns": COLUMNS, "left": LEFT, "caption": CAPTION, "notes": notes}
+    write("compare.html", path, charts=drawn, differing=differing([run.config() for run in compared]), **given)
+    out.print(f"wrote {path}")
+    return path
+
+
+def series(histories: Sequence[tuple[str, list[dict[str, Any]]]], key: str) -> list[Series]:
+    """What is drawn of each run that has such a figure, by epoch and by minutes of training."""
+    drawn = []
+    for name, history in histories:
+        line, seconds = Series(name, [], [], []), 0.0
+        for epoch, row in enumerate(history, 1):
+            seconds += float(row.get("seconds") or 0.0)
+            if isinstance(value := row.get(key), int | float):
+                line.epochs.append(int(row.get("epoch", epoch)))
+                line.minutes.append(seconds / 60)
+                line.values.append(float(value))
+        drawn += [line] if line.values else []
+    return drawn
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The settings that are not the same in all runs, each with its value in every one."""
+    flat = [flattened({k: c.get(k) for k in ("model", "objective", "data", "training")}) for c in configs]
+    names = dict.fromkeys(name for one in flat for name in one)
+    shown = ((name, [str(one.get(name, "")) for one in flat]) for name in names)
+    return [(name, values) for name, values in shown if len(set(values)) > 1]
+
+
+def flattened(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        inner = flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        found |= inner
+    return {name.replace(".arguments.", "."): value for name, value in found.items()}

@@ -1,0 +1,110 @@
+"""The parts of a report, each as far as the run has what it takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from markupsafe import Markup
+
+from pyrovae.app.measure import measure
+from pyrovae.app.report import figures, parts, words
+from pyrovae.app.report.explorer import explorer
+from pyrovae.app.report.figures import Drawn
+from pyrovae.app.report.gathered import Gathered, Notes
+from pyrovae.models import VQVAE
+
+
+@dataclass
+class Content:
+    """What the template reads; what is absent is empty."""
+
+    name: str
+    lead: str
+    status: str
+    cards: list[tuple[str, str, str]]
+    notes: Notes
+    noun: str
+    epochs: int = 0
+    verdict: words.Verdict | None = None
+    here: bool = False  # whether the likelihood was measured for this page, as no one had
+    diagnosed: list[str] = field(default_factory=list)
+    ranked: parts.Ranked | None = None
+    explorer: dict[str, Any] | None = None
+    samples: list[str] = field(default_factory=list)
+    columns: int | None = None
+    reconstructions: list[tuple[str, str]] = field(default_factory=list)
+    interpolations: list[list[str]] = field(default_factory=list)
+    units: list[Drawn] = field(default_factory=list)
+    plane: Drawn | None = None
+    codebook: list[Drawn] = field(default_factory=list)
+    curves: list[Drawn] = field(default_factory=list)
+    objective: str = ""
+    bound: Markup | None = None
+    family: Markup | None = None
+    command: str | None = None
+    network: list[tuple[str, str, str]] = field(default_factory=list)
+    config: str = ""
+
+
+def content(found: Gathered) -> Content:
+    """Everything that a report on a run says and shows."""
+    notes, noun = found.notes, "images" if found.shown or not found.shape else "data"
+    likely: dict[str, Any] = {}
+    if found.pair is not None and found.test is not None:
+        with notes.missing("the likelihood of single data"):
+            likely["ranked"] = parts.ranked(found)
+        if found.results is None:
+            with notes.missing("the likelihood"):
+                count, samples = parts.within_reach(found)
+                few = found.test.subset(slice(0, count))
+                found.results = measure(found.pair, few, samples=samples, seed=found.seed)
+                likely["here"] = True
+    name, said = found.run.path.absolute().name, (parts.lead(found), parts.status(found), parts.cards(found))
+    page = Content(name, *said, notes, noun, **likely)
+    page.epochs = len(found.history)
+    if (results := found.results) is not None:
+        page.verdict, page.diagnosed = words.likelihood(results, noun), words.diagnosed(results)
+    with notes.missing("the curves"):
+        page.curves = figures.curves(found.history)
+    described(page, found.config)
+    if found.pair is not None:
+        page.network = parts.network(found)
+        shown_by(page, found)
+    return page
+
+
+def described(page: Content, config: Mapping[str, Any]) -> None:
+    """What the config says of the run."""
+    page.config, page.command = json.dumps(config, indent=2, ensure_ascii=False), words.command(config)
+    page.objective = words.objective(config)
+    with page.notes.missing("the equations"):
+        page.bound = words.equation((config.get("objective") or {}).get("class"))
+        page.family = words.equation((config.get("model") or {}).get("class"))
+
+
+def shown_by(page: Content, found: Gathered) -> None:
+    """All that takes the trained pair."""
+    notes = found.notes
+    if not found.shown and found.shape:
+        notes.add(f"the data are of shape {list(found.shape)}, no images: samples and reconstructions are not shown")
+    with notes.missing("the units"):
+        page.units = parts.unit_charts(found)
+    if isinstance(found.pair, VQVAE):
+        with notes.missing("the codebook"):
+            page.codebook = parts.codebook(found)
+    if found.shown:
+        with notes.missing("samples"):
+            page.samples, page.columns = parts.drawn_samples(found)
+        if found.test is not None:
+            with notes.missing("reconstructions"):
+                page.reconstructions = parts.rebuilt(found)
+            with notes.missing("interpolations"):
+                page.interpolations = parts.between(found)
+        with notes.missing("the explorer"):
+            page.explorer = explorer(found)
+    if found.test is not None and (page.explorer is None or "reason" in page.explorer):
+        with notes.missing("the latent plane"):
+            page.plane = parts.plane(found)

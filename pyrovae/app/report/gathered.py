@@ -1,0 +1,156 @@
+"""What a report is made of, as far as it is there: the run, its pair, its data; and what is missing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrovae import runs
+from pyrovae.app.job import Terms, as_seen_by, example, reopen, reopen_with_data
+from pyrovae.app.pictures import labels_for
+from pyrovae.app.results import Results, belongs, kept_results
+from pyrovae.arguments import one_line
+from pyrovae.data.images import Images
+from pyrovae.errors import is_out_of_memory
+from pyrovae.models.base import Pair, as_pair
+from pyrovae.plots.images import is_image
+from pyrovae.sampling import sample as draw
+
+OWN = 1000  # samples of the model, where its data are not there
+
+
+class Notes(list[str]):
+    """What is missing from a report, and why, a sentence each."""
+
+    @contextmanager
+    def missing(self, what: str) -> Iterator[None]:
+        """Go on without a part that cannot be had, and keep what it warns of."""
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                yield
+            except Exception as error:  # whatever a part of a run, or a user's own program, may raise
+                if is_out_of_memory(error):
+                    raise
+                self.add(f"{what}: {one_line(error, longest=None) or type(error).__name__}")
+        for warning in heard:
+            if issubclass(warning.category, UserWarning):
+                self.add(one_line(warning.message, longest=None))
+
+    def add(self, sentence: str) -> None:
+        """A sentence that is not there already."""
+        sentence = sentence[:1].upper() + sentence[1:]
+        if sentence not in self:
+            self.append(sentence)
+
+
+@dataclass
+class Gathered:
+    """A run as a report finds it; what is absent is None, or empty, and ``notes`` say why."""
+
+    run: runs.Run
+    notes: Notes = field(default_factory=Notes)
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    results: Results | None = None
+    epoch: int | None = None  # of the last checkpoint
+    finished: bool = False
+    pair: Pair | None = None
+    seed: int = 0
+    shape: tuple[int, ...] = ()  # of a datum
+    test: Images | None = None  # to be measured on, as the pair takes it, its bits drawn
+    labels: Tensor | None = None  # of ``test``, whether the pair takes them or not
+
+    @classmethod
+    def of(cls, folder: Path, *, checkpoint: str, root: str | None, device: torch.device, trust: bool) -> Gathered:
+        """Read all that there is of a run; files that were changed, or are newer, are read with a note.
+
+        :raises CheckpointError: a folder that holds no run.
+        """
+        terms = Terms(trust, override=True)
+        self = cls(terms.run(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.config = self.run.config()
+        with self.notes.missing("the config"):
+            self.run.config()
+        with self.notes.missing("the curves"):
+            self.history = self.run.history()
+        with self.notes.missing("the state of training"):
+            if (state := self.run.state()) is not None:
+                self.epoch, self.finished = state["epoch"], state["finished"]
+        self.read_results(checkpoint)
+        with self.notes.missing("the model"):
+            self.open(folder, checkpoint, root, terms)
+        if self.pair is not None:
+            self.pair.to(device)
+        return self
+
+    def read_results(self, checkpoint: str) -> None:
+        """Take what was measured last, if it is of the weights that are there."""
+        with self.notes.missing("what was measured"):
+            found = kept_results(self.run)
+            if found is None:
+                self.notes.add(f"the run was never evaluated: run pyrovae evaluate {self.run.path}")
+            elif found.get("checkpoint", "last") != checkpoint or not belongs(found, self.run):
+                self.notes.add(
+                    f"{runs.RESULTS} is of other weights than are shown here and was left out: run pyrovae evaluate "
+                    f"{self.run.path}{'' if checkpoint == 'last' else f' --checkpoint {checkpoint}'}"
+                )
+            else:
+                self.results = found
+
+    def open(self, folder: Path, checkpoint: str, root: str | None, terms: Terms) -> None:
+        """Build the pair, and read the data that it is measured on."""
+        if "settings" not in self.config:
+            self.pair = as_pair(runs.load(self.run, checkpoint=checkpoint, trust=terms.trust))
+            self.shape = tuple(self.config["model"]["arguments"].get("input_shape", ()))
+            self.notes.add("no test data are at hand: the run was made in Python, and does not say where they are")
+            return
+        self.seed = int(self.config["settings"].get("seed", 0))
+        with self.notes.missing("the test data"):
+            found, splits = reopen_with_data(folder, root, checkpoint, terms)
+            self.pair, self.labels = found.pair, splits.test.labels
+            self.test = as_seen_by(self.pair, splits.test).fixed(self.seed)
+        if self.pair is None:
+            self.pair = reopen(folder, checkpoint, terms).pair
+        self.shape = tuple(example(self.run).shape[1:])
+
+    @property
+    def opened(self) -> Pair:
+        """The pair, or a ValueError."""
+        if self.pair is None:
+            raise ValueError("there is no model")
+        return self.pair
+
+    @property
+    def tested(self) -> Images:
+        """The test data, or a ValueError."""
+        if self.test is None:
+            raise ValueError("there are no test data")
+        return self.test
+
+    @property
+    def shown(self) -> bool:
+        """Whether a datum is an image."""
+        return is_image(self.shape)
+
+    def samples(self, number: int, returns: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What the model generates, with the labels that it was given."""
+        labels, like = labels_for(self.opened, number), torch.zeros(1, *self.shape)
+        x = draw(self.opened.module, number, *labels, returns=returns, seed=self.seed, like=like)
+        return x.cpu(), labels
+
+    def data(self) -> Images:
+        """The test data, or what the model draws itself."""
+        if self.test is not None:
+            return self.test
+        x, labels = self.samples(OWN, "draws")
+        return Images(x, *labels)
