@@ -1,6 +1,8 @@
 __version__: str
 
 from . import data, errors, evaluate, models, nn, objectives, parts, plots
+from .app.export import export_onnx
+from .app.hub import from_pretrained, push_to_hub
 from .engine.runner import log_weights
 from .evaluate import (
     AISEstimate,
@@ -44,7 +46,7 @@ from .train.replicas import fit_replicas
 __all__ = [
     "CIWAE", "ELBO", "IWAE", "MIWAE", "PIWAE", "RWS", "TVO", "VIMCO", "AISEstimate", "Bracket", "Fit", "GradientSNR",
     "Information", "LikelihoodEstimate", "Objective", "ParticleWeights", "PosteriorGap", "Renyi", "SleepPhi", "VRMax",
-    "active_units", "ais_log_likelihood", "bdmc", "data", "errors", "evaluate", "fit", "fit_replicas", "gradient_snr",
-    "inflate", "information", "load", "log_likelihood", "log_weights", "models", "nn", "objectives", "parts", "plots",
-    "posterior_gap", "refine", "sample", "training_step",
+    "active_units", "ais_log_likelihood", "bdmc", "data", "errors", "evaluate", "export_onnx", "fit", "fit_replicas",
+    "from_pretrained", "gradient_snr", "inflate", "information", "load", "log_likelihood", "log_weights", "models",
+    "nn", "objectives", "parts", "plots", "posterior_gap", "push_to_hub", "refine", "sample", "training_step",
 ]  # fmt: skip

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from numbers import Integral, Real
 from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
+
+from pyrovae.errors import ResourceError
 
 if TYPE_CHECKING:
     import torch  # which takes seconds to import, and no option of the command line is a tensor
@@ -124,6 +127,19 @@ def fits(value: object, kind: Any) -> bool:
 def one_line(text: object, longest: int | None = 200) -> str:
     """A text in one line, cut where it is too long for a message."""
     return " ".join(str(text).split())[:longest]
+
+
+def require_packages(extra: str, *packages: str) -> None:
+    """A ResourceError where one of the packages of an extra, which pyrovae does without else, is not installed.
+
+    >>> require_packages("hub", "json", "no_such_package")
+    Traceback (most recent call last):
+    ...
+    pyrovae.errors.ResourceError: this needs no_such_package, which is not installed: pip install "pyrovae[hub]"
+    """
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    if absent:
+        raise ResourceError(f'this needs {absent[0]}, which is not installed: pip install "pyrovae[{extra}]"')
 
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")  # where a pair can be trained; others hold no values, or have no driver here

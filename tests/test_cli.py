@@ -358,13 +358,28 @@ def test_a_vqvae_gets_a_learned_prior(run, tmp_path):
     assert "needs the run of a VQVAE, got PCA" in run("train", "code_prior", "--data", "codes:q", *TINY, code=2).err
 
 
+def test_export_writes_the_networks_of_a_run(run, tmp_path, a):
+    pytest.importorskip("onnxruntime")
+    assert run("export", "a", "--output", "networks").out.splitlines() == [
+        f"wrote {Path('networks', name)}" for name in ("encoder.onnx", "decoder.onnx")
+    ]
+    assert sorted(path.name for path in (tmp_path / "networks").iterdir()) == ["decoder.onnx", "encoder.onnx"]
+
+
+def test_a_measured_run_has_a_model_card(run, tmp_path, a):
+    assert "| test NLL, nats per datum |" in (a / "README.md").read_text()
+    (a / "README.md").write_text("mine")
+    run("evaluate", "a", "--samples", 5)
+    assert (a / "README.md").read_text() == "mine"
+
+
 def test_list_names_every_model_objective_and_data_set(run):
     out = run("list").out
     for name in (*pv.models.MODELS, *pv.objectives.OBJECTIVES, *pv.data.DATASETS):
         assert name in out
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "report", "compare", "list"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "report", "compare", "export", "list"])
 def test_help(run, command):
     assert "Usage" in run(command, "--help").out
 
@@ -396,7 +411,7 @@ def test_what_needs_no_work_imports_nothing_heavy():
     *said, last = done.stdout.splitlines()
     heavy, verbs, codes = json.loads(last)
     assert heavy == []
-    assert verbs == ["train", "evaluate", "sample", "report", "compare", "list"]
+    assert verbs == ["train", "evaluate", "sample", "report", "compare", "export", "list"]
     assert codes == [2, 0, 0, *[0] * len(verbs), *[2] * 5, *[0] * 4]
     assert said[-5:] == ["iwae", "omniglot", "omniglot28", "npz:", "best"]
     assert f"pyrovae {pv.__version__}" in said

@@ -210,6 +210,23 @@ def compare(
         pages.compare(compared, output=output, out=out)
 
 
+@app.command()
+def export(
+    run: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of encoder.onnx and decoder.onnx; that of the run.")
+    ] = None,
+    checkpoint: Checkpoint = "last",
+    trust: Trust = False,
+    override: Override = False,
+) -> None:
+    """Write encoder and decoder of a run as ONNX, for any batch size, each checked against the model."""
+    with at_once():
+        from pyrovae.app import export as work
+        from pyrovae.app.job import Terms
+    work.export(run, output=output, checkpoint=checkpoint, terms=Terms(trust, override), out=out)
+
+
 @app.command(name="list")
 def list_() -> None:
     """What there is: models, objectives and data sets, with one line each."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from pyrovae import runs
+from pyrovae.app.card import write_card
 from pyrovae.app.job import Terms, as_seen_by, observed_sites, reopen_with_data
 from pyrovae.app.results import Diagnostics, Results, timed
 from pyrovae.app.tables import print_results
@@ -66,6 +67,7 @@ def evaluate(
     if ais:
         results["ais"] = anneal(pair, few, samples=samples, seed=seed)
     runs.write_json(folder / runs.RESULTS, results)
+    write_card(run)
     print_results(results, out)
 
 

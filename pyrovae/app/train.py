@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from pyrovae import runs
+from pyrovae.app.card import write_card
 from pyrovae.app.job import TERMS, Task, Terms, as_seen_by, run_of
 from pyrovae.app.measure import check_test, measure
 from pyrovae.app.parts import keywords
@@ -93,6 +94,7 @@ def train_in(run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], 
     seconds = sum(row["seconds"] for row in result.history) / max(len(result.history), 1)
     results |= {"timings": result.timings, "seconds_per_epoch": seconds, "checkpoint": "last", "weights": run.digest()}
     runs.write_json(folder / runs.RESULTS, results)
+    write_card(run)
     print_results(results, out)
     out.print(f"pictures in {folder}: " + ", ".join(drawn))
 

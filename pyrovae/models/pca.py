@@ -163,7 +163,7 @@ class PCA(OneLatent):
 
     def require_fit(self) -> None:
         """A ValueError before :meth:`fit`."""
-        if self.noise_variance.isnan():
+        if not torch.compiler.is_exporting() and self.noise_variance.isnan():
             raise ValueError("PCA has no components yet: call fit(data) first")
 
     def centred(self, x: Tensor) -> Tensor:

@@ -145,7 +145,8 @@ class VQVAE(OneLatent):
                 f"codes must be integers [..., {', '.join(map(str, wanted))}], got {z.dtype} of shape "
                 f"{tuple(z.shape)}: pass what encode returns"
             )
-        if z.numel() and not 0 <= int(z.min()) <= int(z.max()) < number:
+        known = z.numel() and not torch.compiler.is_exporting()
+        if known and not 0 <= int(z.min()) <= int(z.max()) < number:
             raise DataError(f"codes must be among 0 ... {number - 1}, got {int(z.min())} to {int(z.max())}: pass such")
         return self.likelihood(self.quantizer.lookup(z.movedim(-3, -1) if several else z)).mean
 

@@ -264,8 +264,8 @@ def nearest(vectors: Tensor, rows: Tensor) -> Tensor:
     """
     norms = rows.square().sum(-1)
     size = max(1, DISTANCES.get(vectors.device.type, DISTANCES["cpu"]) // len(rows))
-    parts = (torch.addmm(norms, some, rows.T, alpha=-2).min(-1).indices for some in vectors.split(size))
-    return torch.cat(list(parts))
+    parts = (vectors,) if torch.compiler.is_exporting() else vectors.split(size)  # a graph takes any number
+    return torch.cat([torch.addmm(norms, some, rows.T, alpha=-2).min(-1).indices for some in parts])
 
 
 def perplexity_of(count: Tensor) -> Tensor:
