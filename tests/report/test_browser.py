@@ -120,6 +120,18 @@ def test_a_drag_decodes_as_pytorch_does(visit, written, made):
     assert ((found - 255 * near[0]).abs() <= room).all()
 
 
+def test_a_finger_moves_in_the_plane(visit, written):
+    page = visit(written("plane")[0], "phone")
+    page.locator("#plane").scroll_into_view_if_needed()
+    box, before = page.locator("#plane").bounding_box(), pixels(page)
+    page.touchscreen.tap(box["x"] + 0.2 * box["width"], box["y"] + 0.8 * box["height"])
+    settle(page)
+    assert pixels(page) != before
+    units = json.loads(page.locator("#explorer-data").text_content())["units"]
+    shares = [(v - u["low"]) / (u["high"] - u["low"]) for u, v in zip(units, code(page), strict=True)]
+    assert shares == pytest.approx([0.2, 0.2], abs=0.02)
+
+
 def test_the_pages_decoder_is_equal_to_pytorchs(visit, written, made):
     page = visit(written("sliders")[0])
     z = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))

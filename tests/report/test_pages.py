@@ -209,6 +209,27 @@ def test_a_run_made_in_python_has_a_page(tmp_path, digits):
     assert page.explorer["own"]
 
 
+def test_attributes_are_further_units(tmp_path, digits):
+    torch.manual_seed(0)
+    pair = pv.models.ConditionalVAE((1, 8, 8), latent_dim=2, hidden=(8,), num_attributes=2)
+    data = digits[:200].round(), torch.randn(200, 2)
+    pv.fit(pair.model, pair.guide, data, objective=pv.ELBO(), epochs=1, run_dir=tmp_path / "run", compile=False)
+    explorer = report(tmp_path / "run")[0].explorer
+    assert [unit["name"] for unit in explorer["units"]] == ["unit 0", "unit 1", "attribute 0", "attribute 1"]
+    assert all(unit["low"] < unit["high"] for unit in explorer["units"])
+    assert explorer["size"] == 4
+
+
+@pytest.mark.parametrize(("kind", "rows", "columns"), [("plane", 15, 15), ("sliders", 5, 11)])
+def test_what_the_page_cannot_decode_is_a_grid_of_images(copied, monkeypatch, kind, rows, columns):
+    monkeypatch.setattr("pyrovae.app.report.decoder.MOST_PRODUCTS", 10)
+    page, _ = report(copied(kind))
+    assert "the page cannot decode by itself here, because it takes" in page.said
+    start = page.source.index('<div class="gridded"')
+    assert page.source[start : page.source.index("</div>", start)].count("<img") == rows * columns
+    assert page.explorer is None
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     from pyrovae.app.cli import main
 

@@ -69,11 +69,11 @@ def series(histories: Sequence[tuple[str, list[dict[str, Any]]]], key: str) -> l
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """The settings that are not the same in all runs, each with its value in every one."""
+    """The settings that are not the same in all runs that have them, each with its value in every one."""
     flat = [flattened({k: c.get(k) for k in ("model", "objective", "data", "training")}) for c in configs]
     names = dict.fromkeys(name for one in flat for name in one)
-    shown = ((name, [str(one.get(name, "")) for one in flat]) for name in names)
-    return [(name, values) for name, values in shown if len(set(values)) > 1]
+    shown = {name: [str(one[name]) if name in one else "\N{EN DASH}" for one in flat] for name in names}
+    return [(name, values) for name, values in shown.items() if len({*values} - {"\N{EN DASH}"}) > 1]
 
 
 def flattened(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -82,4 +82,9 @@ def flattened(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in given.items():
         inner = flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
         found |= inner
-    return {name.replace(".arguments.", "."): value for name, value in found.items()}
+    return {name.replace(".arguments.", "."): plain(value) for name, value in found.items()}
+
+
+def plain(value: object) -> object:
+    """A class without the package that it is from."""
+    return value.rpartition(":")[2] if isinstance(value, str) and value.startswith("pyrovae.") else value

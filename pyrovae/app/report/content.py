@@ -16,6 +16,8 @@ from pyrovae.app.report.figures import Drawn
 from pyrovae.app.report.gathered import Gathered, Notes
 from pyrovae.models import VQVAE
 
+FEW = 20  # pixels a side, below which they are too coarse to be shown as squares
+
 
 @dataclass
 class Content:
@@ -27,6 +29,7 @@ class Content:
     cards: list[tuple[str, str, str]]
     notes: Notes
     noun: str
+    smooth: bool = False  # whether images are shown without the edges of their pixels, which are few
     epochs: int = 0
     verdict: words.Verdict | None = None
     here: bool = False  # whether the likelihood was measured for this page, as no one had
@@ -64,7 +67,7 @@ def content(found: Gathered) -> Content:
                 likely["here"] = True
     name, said = found.run.path.absolute().name, (parts.lead(found), parts.status(found), parts.cards(found))
     page = Content(name, *said, notes, noun, **likely)
-    page.epochs = len(found.history)
+    page.epochs, page.smooth = len(found.history), found.shown and min(found.shape[-2:]) < FEW
     if (results := found.results) is not None:
         page.verdict, page.diagnosed = words.likelihood(results, noun), words.diagnosed(results)
     with notes.missing("the curves"):

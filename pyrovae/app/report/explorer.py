@@ -31,9 +31,7 @@ class Codes:
         pair = found.pair
         if pair is None or not pair.decodes or not found.shown:
             raise ValueError("only a model that decodes codes into images can be explored")
-        data = found.data()
-        chosen = data.subset(slice(0, POINTS))
-        self.images, *given = chosen.fixed(found.seed).columns
+        self.images, *given = found.columns(POINTS)
         place = device_of(pair.model) or self.images.device
         with torch.no_grad():
             codes = pair.encode(self.images.to(place), *(y.to(place) for y in given)).cpu()
@@ -47,7 +45,8 @@ class Codes:
         order = self.all[:, : self.size].var(0).argsort(descending=True, stable=True)[:UNITS].tolist()
         self.units = sorted(order[:2]) + order[2:] + list(range(self.size, self.all.shape[1]))
         low, high = self.all.quantile(0.005, 0), self.all.quantile(0.995, 0)
-        self.low, self.high = low - 0.15 * (high - low) - 1e-3, high + 0.15 * (high - low) + 1e-3
+        room = torch.where(high - low > 1e-3, 0.15 * (high - low), 2.0)  # of one that is always the same, as it may be
+        self.low, self.high = low - room, high + room
 
     def ways(self) -> list[Decode]:
         """How to decode, by label."""

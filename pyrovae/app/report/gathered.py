@@ -23,8 +23,6 @@ from pyrovae.models.base import Pair, as_pair
 from pyrovae.plots.images import is_image
 from pyrovae.sampling import sample as draw
 
-OWN = 1000  # samples of the model, where its data are not there
-
 
 class Notes(list[str]):
     """What is missing from a report, and why, a sentence each."""
@@ -98,7 +96,11 @@ class Gathered:
         with self.notes.missing("what was measured"):
             found = kept_results(self.run)
             if found is None:
-                self.notes.add(f"the run was never evaluated: run pyrovae evaluate {self.run.path}")
+                by_command = "settings" in self.config
+                fix = (
+                    f"run pyrovae evaluate {self.run.path}" if by_command else "pv.log_likelihood measures it in Python"
+                )
+                self.notes.add(f"the run was never evaluated: {fix}")
             elif found.get("checkpoint", "last") != checkpoint or not belongs(found, self.run):
                 self.notes.add(
                     f"{runs.RESULTS} is of other weights than are shown here and was left out: run pyrovae evaluate "
@@ -142,15 +144,14 @@ class Gathered:
         """Whether a datum is an image."""
         return is_image(self.shape)
 
-    def samples(self, number: int, returns: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What the model generates, with the labels that it was given."""
-        labels, like = labels_for(self.opened, number), torch.zeros(1, *self.shape)
-        x = draw(self.opened.module, number, *labels, returns=returns, seed=self.seed, like=like)
-        return x.cpu(), labels
+    def samples(self, number: int, returns: str) -> tuple[Tensor, ...]:
+        """What the model generates, ``[number, *shape]``, and the labels by which it did; attributes are all 0."""
+        pair, like = self.opened, torch.zeros(1, *self.shape)
+        label = ",".join("0" * pair.num_attributes) if pair.conditional and pair.num_attributes else None
+        labels = labels_for(pair, number, label)
+        return draw(pair.module, number, *labels, returns=returns, seed=self.seed, like=like).cpu(), *labels
 
-    def data(self) -> Images:
-        """The test data, or what the model draws itself."""
-        if self.test is not None:
-            return self.test
-        x, labels = self.samples(OWN, "draws")
-        return Images(x, *labels)
+    def columns(self, number: int) -> tuple[Tensor, ...]:
+        """At most so many of the test data as the pair takes them, or else what the model draws itself."""
+        few = slice(0, number)
+        return self.samples(number, "draws") if self.test is None else self.test.subset(few).columns

@@ -26,6 +26,7 @@ from pyrovae.models import VQVAE
 
 RANKED, FEWEST, SAMPLES = 1000, 40, 100  # test data that are looked at, at most and at least; samples of each
 WORK = 2e11  # multiplications, at most
+MOST = 3  # sites whose active units are named at the top
 SAMPLED, SHOWN, ENDS, PATHS, BETWEEN = 60, 12, 8, 5, 9  # samples; reconstructions; best and worst; interpolations, of 9
 
 
@@ -111,9 +112,10 @@ def cards(found: Gathered) -> list[tuple[str, str, str]]:
             shown.append(("accuracy", f"{results['accuracy']:.1%}", ""))
         if results.get("perplexity") is not None:
             shown.append(("codes in use", perplexity(results), "perplexity"))
-        for site, units in results["active_units"].items():
-            several = f' at "{site}"' if len(results["active_units"]) > 1 else ""
-            shown.append((f"active units{several}", str(units["active"]), f"of {units['of']}"))
+        if sites := list(results["active_units"].values()):
+            active, of = ("+".join(str(units[key]) for units in sites[:MOST]) for key in ("active", "of"))
+            more = "" if len(sites) <= MOST else f", by the first {MOST} of {len(sites)} layers"
+            shown.append(("active units", active, f"of {of}{more}"))
     if found.pair is not None:
         shown.append(("parameters", f"{sum(p.numel() for p in found.pair.parameters()):,}", ""))
     if found.history and all("seconds" in row for row in found.history):
@@ -141,7 +143,7 @@ def codebook(found: Gathered) -> list[Drawn]:
     """How the codes of a VQ-VAE are used by the test data."""
     pair = found.pair
     assert isinstance(pair, VQVAE)
-    x = found.data().subset(slice(0, RANKED)).x.to(next(pair.parameters()).device)
+    x = found.columns(RANKED)[0].to(next(pair.parameters()).device)
     with torch.no_grad():
         codes = pair.encode(x).cpu()
     number, several = pair.quantizer.num_codes, pair.quantizer.num_quantizers > 1
