@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -373,13 +374,93 @@ def test_a_measured_run_has_a_model_card(run, tmp_path, a):
     assert (a / "README.md").read_text() == "mine"
 
 
+@pytest.fixture
+def completed(run, monkeypatch):
+    """What bash is offered for the last of some words."""
+
+    def call(*words):
+        monkeypatch.setenv("_PYROVAE_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", " ".join(("pyrovae", *words)))
+        monkeypatch.setenv("COMP_CWORD", str(len(words)))
+        found = run().out.split()
+        monkeypatch.delenv("_PYROVAE_COMPLETE")
+        return found
+
+    return call
+
+
+def test_a_shell_completes_models_and_runs(completed, tmp_path):
+    for name in ("runs/vae-digits-elbo", "runs/pca-digits", "elsewhere/vae-mine", "[odd]/run"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+    (tmp_path / "runs" / "no-run").mkdir()
+    under = ["runs/no-run/", "runs/pca-digits", "runs/vae-digits-elbo"]
+    assert completed("train", "hier") == ["hierarchical"]
+    assert completed("evaluate", "''") == ["[odd]/", "elsewhere/", "runs/", *under]
+    assert completed("compare", "runs/pca-digits", "runs/") == [
+        "runs/no-run/",
+        "runs/pca-digits",
+        "runs/vae-digits-elbo",
+    ]
+    assert completed("sample", "elsew") == ["elsewhere/"]
+    assert completed("report", "elsewhere/") == ["elsewhere/vae-mine"]
+    assert completed("export", "[odd]/") == ["[odd]/run"]
+    assert completed("evaluate", f"{tmp_path}/else") == [f"{tmp_path}/elsewhere/"]
+    assert completed("train", "--run-dir", "r") == ["runs/", *under]
+
+
+def test_a_new_model_of_images_trains_at_once_and_comes_back(run, tmp_path):
+    assert run("new", "my_images.py").out.splitlines()[1] == "train it: pyrovae train my_images:MyPair"
+    out = run("train", "my_images:MyPair", *TINY, "--run-dir", "i").out
+    assert "test NLL" in out
+    assert (tmp_path / "i/samples.png").is_file()
+    assert json.loads((tmp_path / "i/config.json").read_text())["data"]["binarization"] == "dynamic"
+    run("evaluate", "i", "--samples", 5, "--trust")
+    assert "not pyrovae's" in run("evaluate", "i", code=4).err
+
+
+def test_a_new_model_of_a_table_trains_and_gives_rows(run, tmp_path):
+    script = (
+        "import sys; sys.path = [p for p in sys.path if p]; from pyrovae.app.cli import main; main()"  # as installed
+    )
+    shell = functools.partial(subprocess.run, check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert "table.npz" in run("new", "sub/my_table.py", "--table").out
+    folder = tmp_path / "sub"
+    shell([sys.executable, "my_table.py"], cwd=folder)
+    options = ["--data", "npz:table.npz", *TINY, "--lr", "0.01", "--run-dir", "t"]
+    environment = os.environ | {"PYTHONPATH": str(Path(pv.__file__).parents[1])}
+    shell([sys.executable, "-P", "-c", script, "train", "my_table:MyPair", *options], cwd=folder, env=environment)
+    sys.path.append(str(folder))
+    try:
+        run("sample", folder / "t", "-n", 7, "--trust", "--draws", "--output", "rows.csv")
+        assert f"wrote {folder / 't' / 'samples.npz'}" in run("sample", folder / "t", "-n", 7, "--trust").out
+    finally:
+        sys.path.remove(str(folder))
+    rows = np.loadtxt(tmp_path / "rows.csv", delimiter=",", skiprows=1)
+    with np.load(folder / "table.npz") as held:
+        assert rows.shape == (7, held["x"].shape[1])
+        assert (np.abs(rows.mean(0) - held["x"].mean(0)) < 4 * held["x"].std(0)).all()
+
+
+def test_a_new_model_replaces_nothing(run, tmp_path):
+    (tmp_path / "mine.py").write_text("mine")
+    (tmp_path / "link.py").symlink_to("nowhere.py")
+    for name, says in (
+        ("mine.py", "is there already"), ("link.py", "is there already"), ("torch.py", 'a module "torch" already'),
+        ("my-model.py", "imported by the name of its file"), ("model.txt", "imported by the name of its file"),
+    ):  # fmt: skip
+        assert says in run("new", name, code=2).err
+    assert (tmp_path / "mine.py").read_text() == "mine"
+    assert not (tmp_path / "nowhere.py").exists()
+
+
 def test_list_names_every_model_objective_and_data_set(run):
     out = run("list").out
     for name in (*pv.models.MODELS, *pv.objectives.OBJECTIVES, *pv.data.DATASETS):
         assert name in out
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "report", "compare", "export", "list"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "report", "compare", "export", "new", "list"])
 def test_help(run, command):
     assert "Usage" in run(command, "--help").out
 
@@ -411,7 +492,7 @@ def test_what_needs_no_work_imports_nothing_heavy():
     *said, last = done.stdout.splitlines()
     heavy, verbs, codes = json.loads(last)
     assert heavy == []
-    assert verbs == ["train", "evaluate", "sample", "report", "compare", "export", "list"]
+    assert verbs == ["train", "evaluate", "sample", "report", "compare", "export", "new", "list"]
     assert codes == [2, 0, 0, *[0] * len(verbs), *[2] * 5, *[0] * 4]
     assert said[-5:] == ["iwae", "omniglot", "omniglot28", "npz:", "best"]
     assert f"pyrovae {pv.__version__}" in said

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, sample, report, compare, list.
+"""The command line: train, evaluate, sample, report, compare, export, new, list.
 
 What stands here is what a user may write. A command imports its work when it begins, so that help, completion and
 complaints take no longer than they must.
@@ -6,6 +6,7 @@ complaints take no longer than they must.
 
 from __future__ import annotations
 
+import glob
 import re
 import sys
 import traceback
@@ -36,7 +37,6 @@ out = Console(soft_wrap=True, markup=False, emoji=False)  # what users name thin
 DataDir = Annotated[str | None, typer.Option(help="Folder of the data sets; else $PYROVAE_DATA, else a cache folder.")]
 Device = Annotated[str, typer.Option(help='"auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...')]
 Checkpoint = Annotated[str, typer.Option(help='"last" or "best".', autocompletion=lambda: ["last", "best"])]
-RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Import the class that the run names, though it is not pyrovae's.")
 ]
@@ -47,6 +47,15 @@ SampleSeed = Annotated[int, typer.Option(help="Of the samples.", min=0, max=MOST
 def data_names() -> list[str]:
     """What a shell completes: a path follows after a colon."""
     return [name.removesuffix("PATH") for name in DATASETS]
+
+
+def run_names(incomplete: str) -> list[str]:
+    """What a shell completes: the runs under runs/, and any folder as it is written."""
+    written = [*glob.glob("runs/*/"), *glob.glob(f"{glob.escape(incomplete)}*/")]
+    return sorted({name.rstrip("/") if Path(name, "config.json").is_file() else name for name in written})
+
+
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", autocompletion=run_names)]
 
 
 def say_version(wanted: bool) -> None:
@@ -93,7 +102,9 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0, max=MOST)] = 0,
-    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; a new one under runs/ by default.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run; a new one under runs/ by default.", autocompletion=run_names)
+    ] = None,
     samples: Annotated[int, typer.Option(help="Samples per test image of the final NLL.")] = 5000,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     trust: Trust = False,
@@ -191,7 +202,7 @@ def report(
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.", autocompletion=run_names)],
     html: Annotated[bool, typer.Option("--html", help="Write a page, with curves laid over each other.")] = False,
     output: Annotated[
         Path | None, typer.Option(help="The page to write; compare.html in the folder that the runs lie in.")
@@ -225,6 +236,17 @@ def export(
         from pyrovae.app import export as work
         from pyrovae.app.job import Terms
     work.export(run, output=output, checkpoint=checkpoint, terms=Terms(trust, override), out=out)
+
+
+@app.command()
+def new(
+    path: Annotated[Path, typer.Argument(metavar="FILE.py", help="The file to write, such as my_model.py.")],
+    table: Annotated[bool, typer.Option("--table", help="For the rows of a table; else for images.")] = False,
+) -> None:
+    """Write a commented pair of your own into a file, which trains at once: pyrovae train my_model:MyPair."""
+    from pyrovae.app import new as work
+
+    work.new(path, table=table, out=out)
 
 
 @app.command(name="list")

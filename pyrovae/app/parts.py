@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -48,6 +50,8 @@ class Parts:
     def of(cls, job: Settings, *, trust: bool = True) -> Parts:
         """Look every name up, and give each setting to the part that knows it; ``trust`` as for a run's class."""
         own = ":" in job.model
+        if own and trust and "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # where the module that was named is, as for python -m
         model_class = runs.find_class(job.model, trust=trust) if own else lookup("model", job.model, MODELS)
         objective_class = lookup("objective", job.objective.lower(), OBJECTIVES)
         rule = model_class.train_on if issubclass(model_class, Pair) else None
