@@ -15,6 +15,7 @@ from torch.fx.node import Argument, Target
 
 from pyrovae.compile.libraries import found_quickly
 from pyrovae.compile.noise import CannotCompile, aten
+from pyrovae.compile.products import own_products
 
 COMPILATION = 12.0  # seconds that one takes at most, between an AMD EPYC with AVX-512 and processors half as fast
 FROM_CACHE = 4.0  # where it was compiled before; the imports of Inductor are most of it
@@ -82,7 +83,7 @@ def lowered(module: fx.GraphModule, options: dict[str, bool]) -> Callable[..., S
     import torch._inductor.config
 
     example = [empty_like_of(v) for v in placeholders(module)]
-    with torch._inductor.config.patch(OPTIONS | options), found_quickly():
+    with torch._inductor.config.patch(OPTIONS | options), found_quickly(), own_products():
         module = channels_last(module, example)
         return torch._inductor.standalone_compile(module, list(example), dynamic_shapes="from_example_inputs")
 

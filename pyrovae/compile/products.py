@@ -1,0 +1,67 @@
+"""Matrix products of compiled graphs on processors that MKL does not know."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+
+@cache
+def source() -> str:
+    """The C++ that stands in front of a graph's own: float32 products, and macros that call them."""
+    return files("pyrovae.compile").joinpath("products.h").read_text(encoding="utf-8")
+
+
+@cache
+def wanted() -> bool:
+    """Whether MKL takes this processor for none of its own, on which its kernels are not at home.
+
+    There it multiplies by kernels of AVX2, after copying the factors; for Intel's own it has better than ours.
+    """
+    known = Path("/proc/cpuinfo")
+    maker = known.read_text(encoding="utf-8") if known.exists() else platform.processor()
+    return "AuthenticAMD" in maker and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@contextmanager
+def own_products() -> Iterator[None]:
+    """Let graphs that are lowered to one file of C++ multiply by :func:`source`, where that is :func:`wanted`."""
+    import torch._inductor.config
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Named(CustomGraphPass):
+        """Changes nothing; by its name graphs are found in Inductor's cache."""
+
+        def __call__(self, graph: fx.Graph) -> None:
+            """Leave the graph as it is."""
+
+        def uuid(self) -> str:
+            """What the source says."""
+            return hashlib.sha256(source().encode()).hexdigest()
+
+    wrapper: Any = CppWrapperCpu
+    if not wanted():
+        yield
+        return
+    write = wrapper.write_header
+
+    def write_header(self: Any) -> None:
+        write(self)
+        self.header.splice(source())
+
+    wrapper.write_header = write_header
+    try:
+        with torch._inductor.config.patch(post_grad_custom_post_pass=Named()):
+            yield
+    finally:
+        wrapper.write_header = write
