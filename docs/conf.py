@@ -11,14 +11,18 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.g
 os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are small: more threads only wait for each other
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, which Pyro imports
 
+from docutils import nodes  # noqa: E402
+from latex2mathml.converter import convert as mathml  # noqa: E402
+
 import pyrovae  # noqa: E402
 
 project, author = "pyrovae", "the pyrovae authors"
 copyright = author
 version = release = pyrovae.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "myst_nb"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.viewcode", "myst_nb"]
 exclude_patterns = ["_build"]
+html_math_renderer = "mathml"
 html_theme, html_title = "furo", f"pyrovae {version}"
 html_show_copyright = False
 
@@ -38,3 +42,16 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 nb_execution_show_tb = True
+
+
+def show_math(translator, node):
+    """MathML, which browsers draw by themselves: no script, no network."""
+    block = node.tagname == "math_block"
+    formula = mathml(node.astext(), display="block" if block else "inline")
+    translator.body.append(f'<div class="math">{formula}</div>' if block else formula)
+    raise nodes.SkipNode
+
+
+def setup(app):
+    """Equations are rendered while the pages are built."""
+    app.add_html_math_renderer("mathml", (show_math, None), (show_math, None))
