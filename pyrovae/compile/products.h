@@ -54,10 +54,15 @@ inline void tiles(int64_t rows, int64_t depth, Matrix a, Matrix b, float* c, int
     if (i < rows) tiles<R / 2, C>(rows - i, depth, a.from(i, 0), b, c + i * stride, stride, start.from(i, 0));
 }
 
+// [columns, depth] to [depth, columns]
+[[gnu::noinline]] inline void turn(const float* from, int64_t stride, float* to, int64_t columns, int64_t depth) {
+  at::vec::transpose_mxn<float>(from, stride, to, columns, columns, depth);
+}
+
 template <int C>
 [[gnu::noinline]] void panel(int64_t rows, int64_t depth, Matrix a, Matrix b, float* c, int64_t stride, Matrix start, float* copy) {
   if (b.column != 1) {
-    at::vec::transpose_mxn<float>(b.at, b.column, copy, C * W, C * W, depth);
+    turn(b.at, b.column, copy, C * W, depth);
     b = {copy, C * W, 1};
   } else if (rows >= MANY) {
     for (int64_t k = 0; k < depth; k++)
