@@ -243,7 +243,7 @@ def a_list_is_asked_of_something(folder: Path):
     yield "list", "vae"
 
 
-VERBS = {verb: verb for verb in ("train", "evaluate", "sample", "compare", "list")}
+VERBS = {verb: verb for verb in ("train", "evaluate", "sample", "report", "compare", "list")}
 
 
 @fault("D", "any verb", 0, "Usage", each=VERBS)
@@ -283,6 +283,43 @@ def a_run_has_an_odd_name(folder: Path, name: str):
     if name.isascii() and "\n" not in name:
         assert f"{name}/samples.png" in outcome.printed
     assert (run / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+@fault("C", "report", 0, r"wrote", each=NAMES)
+def a_run_with_an_odd_name_is_reported_on(folder: Path, name: str):
+    run = small_run(folder / name)
+    yield lambda: forked("report", run)
+    assert "Explore the latent space" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@fault("A3", "report", 0, "note: ", each={
+    "weights": ("last/weights.safetensors", "Explore"), "metrics": ("metrics.jsonl", "How it was trained"),
+    "results": ("results.json", ""), "state": ("last/state.pt", ""),
+})  # fmt: skip
+def a_run_with_a_damaged_file_is_reported_on(folder: Path, damaged: tuple[str, str]):
+    run, (name, lost) = small_run(folder / "run"), damaged
+    (run / name).write_bytes(b"\x00damaged")
+    yield "report", run
+    page = (run / "report.html").read_text()
+    assert "In doubt or missing" in page
+    assert "What was trained" in page
+    assert not lost or lost not in page
+
+
+@fault("C", "report", 2, "no regular file", each={"a folder": False, "a link in a circle": True})
+def a_page_cannot_be_written(folder: Path, circle: bool):
+    place = folder / "page.html"
+    place.symlink_to(place) if circle else place.mkdir()
+    yield "report", small_run(folder / "run"), "--output", place
+
+
+@fault("C", "report", 2, "report.html, which no run made")
+def a_link_has_the_name_of_the_page(folder: Path):
+    run, other = small_run(folder / "run"), folder / "other.txt"
+    other.write_text("keep")
+    (run / "report.html").symlink_to(other)
+    yield "report", run
+    assert other.read_text() == "keep"
 
 
 @fault("C", "compare", 0, r"(\+/-|±) 0\.\d+", each={"ascii": "ascii", "latin-1": "latin-1"})

@@ -26,8 +26,9 @@ def report(
     """Write the report on a run, and say what it lacks."""
     one_of("checkpoint", checkpoint, runs.CHECKPOINTS)
     found = Gathered.of(folder, checkpoint=checkpoint, root=root, device=pick_device(device), trust=trust)
-    path = output or folder / runs.REPORT
-    page = content(found)
+    if output is None:
+        found.run.check_files()
+    path, page = output or folder / runs.REPORT, content(found)
     write("report.html", path, page=page)
     for note in page.notes:
         out.print(f"note: {note}")

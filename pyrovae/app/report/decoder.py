@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 PAGE = Path(__file__).parent / "page"
 TOLERANCE = 5e-4  # of a pixel, that half precision may cost: half of what the page may be off by
 MOST_BYTES, MOST_PRODUCTS = 3_000_000, 4_000_000  # of weights; multiplications of an image, some 50 ms of a core
+DTYPES = {"float16": torch.float16, "float32": torch.float32}  # of weights, the first that serves
 SAME = {"clone", "_to_copy", "detach", "alias", "lift_fresh_copy"}  # what leaves values as they are
 
 aten = torch.ops.aten
@@ -196,17 +197,20 @@ class Decoder:
             if (products := counter.get_total_flops() // 2) > MOST_PRODUCTS:
                 raise NotInPage(f"it takes {products / 1e6:.0f} million multiplications for an image")
             self.programs = [Program(way, codes[:1], self.weights) for way in ways]
-            halves = [w.half().float() for w in self.weights]
             tried = [(w, p, z) for w, p in zip(ways, self.programs, strict=True) for z in codes.unsqueeze(1)]
-            worst = max(float((way(z) - program(z.float(), halves)).abs().max()) for way, program, z in tried)
-        self.error, self.dtype = (worst, "float16") if worst < TOLERANCE else (0.0, "float32")
+            for self.dtype, kind in DTYPES.items():
+                weights = [w.to(kind).float() for w in self.weights]
+                self.error = max(float((way(z) - program(z.float(), weights)).abs().max()) for way, program, z in tried)
+                if self.error < TOLERANCE:
+                    break
+            else:
+                raise NotInPage(f"single precision is off by {self.error:.1g} of a pixel's range")
         if (size := len(self.bytes())) > MOST_BYTES:
             raise NotInPage(f"its weights take {size / 1e6:.1f} MB")
 
     def bytes(self) -> bytes:
         """The weights, one after another."""
-        kind = torch.float16 if self.dtype == "float16" else torch.float32
-        return b"".join(w.to(kind).contiguous().numpy().tobytes() for w in self.weights)
+        return b"".join(w.to(DTYPES[self.dtype]).contiguous().numpy().tobytes() for w in self.weights)
 
     def payload(self) -> dict[str, object]:
         """As JSON."""

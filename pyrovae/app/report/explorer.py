@@ -82,7 +82,7 @@ def explorer(found: Gathered) -> dict[str, Any]:
     codes = Codes(found)
     ways = codes.ways()
     try:
-        decoder = Decoder(ways, codes.tried())
+        decoder = Decoder(ways, tried := codes.tried())
     except NotInPage as error:
         return {"reason": str(error), **grid(codes, ways[0])}
     starts = start_at(codes)
@@ -92,6 +92,7 @@ def explorer(found: Gathered) -> dict[str, Any]:
     return {
         "decoder": decoder.payload(),
         "error": decoder.error,
+        "tried": len(tried),
         "shape": list(found.shape),
         "size": codes.all.shape[1],
         "units": [

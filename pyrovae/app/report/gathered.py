@@ -81,6 +81,8 @@ class Gathered:
             self.run.config()
         with self.notes.missing("the curves"):
             self.history = self.run.history()
+            if (last := self.run.checkpoint()) is not None:
+                self.run.check_file(last, runs.METRICS)
         with self.notes.missing("the state of training"):
             if (state := self.run.state()) is not None:
                 self.epoch, self.finished = state["epoch"], state["finished"]

@@ -24,7 +24,8 @@ def write(template: str, path: Path, **given: Any) -> None:
     )  # fmt: skip
     now = datetime.now(UTC).strftime("%-d %B %Y")
     page = environment.get_template(template).render(version=__version__, date=now, inline=inline, **given)
-    write_text(path, page)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page.encode("utf-8", "backslashreplace").decode())  # a path may be no text
 
 
 def inline(name: str) -> Markup:
