@@ -359,6 +359,28 @@ def test_a_vqvae_gets_a_learned_prior(run, tmp_path):
     assert "needs the run of a VQVAE, got PCA" in run("train", "code_prior", "--data", "codes:q", *TINY, code=2).err
 
 
+def test_tensorboard_has_every_epoch_once_though_a_run_went_on(run, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    run("train", *SMALL, "--tensorboard", "--run-dir", "t")
+    run("train", "--run-dir", "t", "--resume", "--epochs", 3, "--tensorboard")
+    run("train", "pca", "--latent-dim", 2, "--tensorboard", "--run-dir", "p")
+    events = accumulator(str(tmp_path / "t/tensorboard")).Reload()
+    rows = [json.loads(line) for line in (tmp_path / "t/metrics.jsonl").read_text().splitlines()]
+    for name, values in (
+        ("bound", [r["bound"] for r in rows]),
+        ("active_units/z", [r["active_units"]["z"] for r in rows]),
+    ):
+        assert [event.step for event in events.Scalars(name)] == [1, 2, 3]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(values)
+    assert "tensorboard" not in json.loads((tmp_path / "t/config.json").read_text())["settings"]
+
+
+def test_tensorboard_that_is_not_installed_is_named_before_anything_is_trained(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert 'pip install "pyrovae[tensorboard]"' in run("train", *SMALL, "--tensorboard", code=6).err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_export_writes_the_networks_of_a_run(run, tmp_path, a):
     pytest.importorskip("onnxruntime")
     assert run("export", "a", "--output", "networks").out.splitlines() == [

@@ -107,6 +107,9 @@ def train(
     ] = None,
     samples: Annotated[int, typer.Option(help="Samples per test image of the final NLL.")] = 5000,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write every epoch into the run, for tensorboard --logdir runs.")
+    ] = False,
     trust: Trust = False,
     override: Override = False,
     set_: Annotated[
@@ -121,7 +124,8 @@ def train(
     With neither model nor data named: a VAE on the embedded digits in whose samples one reads digits, with 4 latent
     units, hidden layers [64, 64] and a rate that falls from 0.01 (schedule "cosine") where nothing else is given.
     """
-    given = {k: v for k, v in context.params.items() if k not in ("run_dir", "resume", "trust", "override", "set_")}
+    how = ("run_dir", "resume", "tensorboard", "trust", "override", "set_")
+    given = {k: v for k, v in context.params.items() if k not in how}
     explicit = {k for k in given if getattr(context.get_parameter_source(k), "name", "DEFAULT") != "DEFAULT"}
     job = Settings(**given, settings=parse_settings(set_ or [])).by_default(explicit)
     job.check_names()
@@ -129,7 +133,10 @@ def train(
     with at_once():
         from pyrovae.app import train as work
         from pyrovae.app.job import Terms
-    work.train(job, run_dir=run_dir, resume=resume, explicit=explicit, terms=Terms(trust, override), out=out)
+    work.train(
+        job, run_dir=run_dir, resume=resume, explicit=explicit, tensorboard=tensorboard, terms=Terms(trust, override),
+        out=out,
+    )  # fmt: skip
 
 
 @app.command()

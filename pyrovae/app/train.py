@@ -12,6 +12,7 @@ from rich.console import Console
 from pyrovae import runs
 from pyrovae.app.card import write_card
 from pyrovae.app.job import TERMS, Task, Terms, as_seen_by, run_of
+from pyrovae.app.live import to_tensorboard
 from pyrovae.app.measure import check_test, measure
 from pyrovae.app.parts import keywords
 from pyrovae.app.pictures import pictures
@@ -23,7 +24,7 @@ from pyrovae.engine.randomness import rng_snapshot
 from pyrovae.models import CodePrior
 from pyrovae.models.base import Rule
 from pyrovae.train.log import Fit
-from pyrovae.train.loop import fit
+from pyrovae.train.loop import OnEpoch, fit
 from pyrovae.train.resuming import FINGERPRINTS, check_data, check_same
 
 
@@ -33,18 +34,24 @@ def train(
     run_dir: Path | None,
     resume: bool,
     explicit: set[str],
+    tensorboard: bool = False,
     terms: Terms = TERMS,
     out: Console,
 ) -> None:
     """Train a model, measure it, draw its pictures, all in one run: the main job.
 
     :param explicit: names of the settings that were given, which a resumed run must not have begun without.
+    :param tensorboard: write every epoch for TensorBoard as well.
     """
     with run_of(job, run_dir, resume, terms) as run:
-        train_in(run, job, resume=resume, explicit=explicit, terms=terms, out=out)
+        on_epoch = to_tensorboard(run.path) if tensorboard else None
+        train_in(run, job, resume=resume, explicit=explicit, on_epoch=on_epoch, terms=terms, out=out)
 
 
-def train_in(run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], terms: Terms, out: Console) -> None:
+def train_in(
+    run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], on_epoch: OnEpoch | None, terms: Terms,
+    out: Console,
+) -> None:  # fmt: skip
     """The main job in a run that no other process writes to."""
     folder = run.path
     run.check_files()
@@ -69,10 +76,12 @@ def train_in(run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], 
             pair.model, pair.guide, task.training, objective=task.parts.objective, epochs=job.epochs,
             batch_size=job.batch_size, lr=job.lr, device=job.device, seed=job.seed, run_dir=run, resume=resume,
             validation=None if held_out is None else as_seen_by(pair, held_out), config=task.config(),
-            **task.parts.fit,  # type: ignore[arg-type]
+            on_epoch=on_epoch, **task.parts.fit,  # type: ignore[arg-type]
         )  # fmt: skip
     else:
         result = train_by_rule(rule, task, run)
+        if on_epoch is not None:
+            on_epoch(result)
     if belongs(readable_results(run), run):
         out.print(f'the run "{folder}" is finished; its results are in {runs.RESULTS}')
         return

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrovae.arguments import in_range
 from pyrovae.errors import NumericalError
+from pyrovae.html import table
 
 RELIABLE_K = 0.7
 ENOUGH = 100  # draws that carry an estimate
@@ -84,6 +85,19 @@ class Estimate:
             log_likelihood=xarray.Dataset({"log_prob": (("chain", "draw", "datum"), point.numpy())}),
             sample_stats=xarray.Dataset({name: ("datum", value.numpy()) for name, value in each.items()}),
         )
+
+    def warning(self) -> str | None:
+        """What a reader must know before quoting :attr:`nll`, or None."""
+        return None
+
+    def _repr_html_(self) -> str:
+        values = {name: getattr(self, name).double().flatten() for name in ("log_prob", *self.columns)}
+        rows = [
+            (name, v.min().item(), v.median().item(), v.max().item())
+            for name, v in values.items()
+            if v.isfinite().any()
+        ]
+        return table(str(self), ["", "least", "median", "most"], rows, self.warning())
 
     @property
     def nll(self) -> float:

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn, Self
 
+import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyrovae.arguments import in_range, one_of, positive_int, sizes
 from pyrovae.configured import Configured
+from pyrovae.engine.programs import evaluating
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.sites import Sites, counts, record_pair
+from pyrovae.engine.unwrap import innermost
 from pyrovae.errors import DataError
+from pyrovae.html import table
 from pyrovae.nn.conv import Decoder
 from pyrovae.nn.residual import PatchDecoder, ResidualDecoder
 from pyrovae.parts.likelihoods import Likelihood
+from pyrovae.sampling import blank
 
 Rule = Callable[..., list[dict[str, float]]]  # trains on data, with options by name; the history
 
@@ -195,6 +202,9 @@ class Pair(Hooks, Configured, nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items() if value is not None)
 
+    def _repr_html_(self) -> str:
+        return described(self)
+
 
 #: What a module may have beside its two programs, each as :class:`Pair` has it.
 OPTIONAL = (
@@ -245,6 +255,39 @@ def as_pair(module: nn.Module) -> Pair:
     (False, 'estimate')
     """
     return module if isinstance(module, Pair) else OwnPair(module)
+
+
+def described(pair: Pair) -> str:
+    """A pair as a notebook shows it: the sites of a run, and the parameters of each part."""
+    try:
+        drawn, joint = blank_run(pair)
+    except Exception as error:  # of a pair that is yet to be fitted
+        sites = table("Sites", [], [], f"not known: {error}")
+    else:
+        kinds = {
+            name: [type(innermost(s[name]["fn"])).__name__ if name in s else "" for s in (joint, drawn)]
+            for name in joint
+        }
+        rows = [
+            (name, *kinds[name], list(site["fn"].event_shape), "latent" if name in drawn else "observed")
+            for name, site in joint.items() if counts(site)
+        ]  # fmt: skip
+        sites = table("Sites", ["site", "in the model", "in the guide", "event shape", "is"], rows)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in pair.named_children()}
+    parts |= {name: p.numel() for name, p in pair.named_parameters(recurse=False)}
+    inside = table(
+        f"{sum(parts.values()):,} parameters", ["part", "parameters"], [row for row in parts.items() if row[1]]
+    )
+    return table(f"{type(pair).__name__}({pair.extra_repr()})", [], []) + sites + inside
+
+
+def blank_run(pair: Pair) -> tuple[Sites, Sites]:
+    """The sites of guide and model on one blank datum."""
+    x = blank(pair.model, 1, None, (), {})
+    label = x.new_zeros(1, pair.num_attributes) if pair.num_attributes else x.new_zeros(1, dtype=torch.long)
+    labels = (label,) if pair.conditional else ()
+    with torch.no_grad(), isolated_rng(0), evaluating(pair.model, pair.guide), pyro.validation_enabled(False):
+        return record_pair(pair.model, pair.guide, (x, *labels), {})
 
 
 def layer_number(layer: int, count: int) -> int:

@@ -13,8 +13,11 @@ import torch
 
 from pyrovae import runs
 from pyrovae.engine.programs import Program, roots
+from pyrovae.html import table
 from pyrovae.objectives.base import Objective
 from pyrovae.train.step import Recorded, Step
+
+SHOWN = ("bound", "validation_bound", "reconstruction", "kl", "active_units", "grad_norm", "learning_rate")
 
 
 @dataclass
@@ -33,6 +36,18 @@ class Fit:
     timings: dict[str, Any] = field(default_factory=dict)
     best_epoch: int | None = None
     finished: bool = False
+
+    def _repr_html_(self) -> str:
+        called = (
+            {0: "first"} | ({self.best_epoch - 1: "best"} if self.best_epoch else {}) | {len(self.history) - 1: "last"}
+        )
+        shown = [name for name in SHOWN if any(name in row for row in self.history)]
+        rows = [
+            (f"{called[i]} ({i + 1})", *(cell(row.get(name)) for name in shown))
+            for i, row in enumerate(self.history) if i in called
+        ]  # fmt: skip
+        speed = f", {self.timings['ms_per_step']:.2f} ms a step, {self.timings['path']}" if self.timings else ""
+        return table(f"{len(self.history)} epochs{speed}", ["epoch", *shown], rows)
 
     def add(self, metrics: Mapping[str, object], patience: int | None, growing: int = 0) -> None:
         """Take in one epoch; training is finished if the validation bound has not improved for ``patience`` epochs.
@@ -92,3 +107,10 @@ def validation_bound(row: Mapping[str, Any]) -> float:
     """An epoch's validation bound; what is not finite was read back from JSON as None."""
     bound = row.get("validation_bound")
     return -math.inf if bound is None or math.isnan(bound) else bound
+
+
+def cell(value: object) -> object:
+    """A metric in a table, that of each site where it has several."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{number} at {site}" for site, number in value.items())
+    return "" if value is None else value
