@@ -9,13 +9,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.ops.indexing import Vindex
 
 import pyrovae as pv
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.programs import nothing
 from pyrovae.engine.runner import Runner
+from tests.laws.exact import expected, mean
+from tests.laws.pairs import MIXTURE, NET
 from tests.state import double_precision
 
 PARALLEL = {"enumerate": "parallel"}
@@ -318,6 +320,120 @@ def test_no_sum_underflows():
         far = far.to(dtype)
         loss = pv.ELBO().loss(model, nothing, torch.zeros(1))
         assert -loss == pytest.approx(expected.item() + math.log(2), rel=1e-6)
+
+
+def test_what_no_value_allows_has_weight_0_and_no_gradient():
+    """A latent outside of every component's support, beside one that is inside of some."""
+    loc, shift = torch.tensor(0.3, requires_grad=True), torch.tensor(0.0, requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = MARKED("c", dist.Categorical(torch.ones(2)))
+            z = pyro.sample("z", dist.Uniform(2.0 * c, 2.0 * c + 1))
+            pyro.sample("x", dist.Normal(z + loc * c, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x + shift, log_density=torch.zeros(len(x))))
+
+    x = torch.tensor([0.5, 1.5])
+    log_w = pv.log_weights(model, guide, x, num_particles=2)
+    assert log_w[:, 0].isfinite().all()
+    assert (log_w[:, 1] == -torch.inf).all()
+    for objective in (pv.ELBO(2), pv.IWAE(2)):
+        loss = objective.differentiable_loss(model, guide, x)
+        assert loss == torch.inf
+        of_loc, of_shift = torch.autograd.grad(loss, [loc, shift])
+        alone = torch.autograd.grad(objective.differentiable_loss(model, guide, x[:1]), [loc, shift])
+        torch.testing.assert_close((of_loc, of_shift), alone)
+
+
+def test_data_that_some_value_allows_are_data():
+    """Counts above what the drawn number of trials would allow; and none does."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            n = MARKED("n", dist.Categorical(torch.ones(8)))
+            pyro.sample("x", dist.Binomial(n, torch.tensor(0.5)), obs=x)
+
+    x = torch.tensor([0.0, 3.0, 7.0])
+    exact = torch.stack([dist.Binomial(n, 0.5, validate_args=False).log_prob(x).exp() for n in range(8)]).mean(0).log()
+    torch.testing.assert_close(pv.log_likelihood(model, nothing, x, num_samples=1).log_prob, exact)
+    assert pv.log_weights(model, nothing, torch.tensor([9.0])).item() == -torch.inf
+
+
+def test_a_figure_is_summed_in_double():
+    """A long chain in single precision, whose sums would lose a digit."""
+    p, y = parameters(), 3 * torch.randn(40, 150)
+    alpha = p["init"].log_softmax(-1).expand(40, 3)
+    for t in range(y.shape[1]):
+        alpha = (alpha.unsqueeze(-1) + p["step"].log_softmax(-1)).logsumexp(1) if t else alpha
+        alpha = alpha + dist.Normal(p["loc"], 1.0).log_prob(y[:, t, None])
+    exact = alpha.logsumexp(-1)
+    torch.set_default_dtype(torch.float32)
+    found = pv.log_weights(partial(chain, parameters(dtype=torch.float32)), nothing, y.float())
+    assert found.dtype == torch.float32
+    assert ((found - exact) / exact).abs().max() < 2e-7
+
+
+# --- marks in the guide -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [{}, {"kl_weight": 0.5}, {"likelihood_weight": 2.0}], ids=repr)
+@pytest.mark.parametrize("pair", [MIXTURE, NET], ids=lambda pair: pair.name)
+@pytest.mark.parametrize("particles", [1, 3])
+def test_the_elbo_of_marked_guide_sites_is_exact(pair, weights, particles):
+    """Its value and every derivative, of one call."""
+    bound, gradients = expected(pair, mean, 1, **weights)
+    params = pair.params(grad=True)
+    model, guide = pair.programs(params)
+    loss = pv.ELBO(particles, **weights).differentiable_loss(model, config_enumerate(guide), pair.data)
+    loss.backward()
+    torch.testing.assert_close(-loss, bound)
+    torch.testing.assert_close({name: -p.grad for name, p in params.items()}, gradients)
+    with torch.no_grad():
+        torch.testing.assert_close(-pv.ELBO(**weights).loss(model, config_enumerate(guide), pair.data), bound.item())
+
+
+def test_marks_in_the_guide_and_sums_in_the_model_go_together():
+    """Pyro's sums of both are those of ours, of values in the guide and of others in the model."""
+    p, found = parameters(grad=True), []
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            MARKED("a", dist.Categorical(logits=p["loc"] * x[:, :1]))
+
+    for objective in (TraceEnum_ELBO(max_plate_nesting=1), pv.ELBO()):
+        loss = objective.differentiable_loss(partial(several, p), guide, X)
+        found.append((loss.item(), torch.autograd.grad(loss, [p["init"], p["pair"], p["loc"]])))
+    torch.testing.assert_close(*found)
+    log_w = pv.log_weights(
+        partial(several, p), guide, X, num_particles=4000
+    ).detach()  # where weights are measured a is drawn
+    assert log_w.mean(0).sum() == pytest.approx(-found[0][0], abs=0.1)
+
+
+def marked_guide(x, noise=False):
+    if noise:
+        pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+    with pyro.plate("data", len(x)):
+        MARKED("a", dist.Categorical(logits=torch.zeros(len(x), 3)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "guide", "words"),
+    [
+        (pv.IWAE(2), marked_guide, r'"a" is marked.*IWAE draws.*mark it in the model.*pyrovae.ELBO'),
+        (pv.RWS(2), marked_guide, r'"a" is marked.*RWS draws'),
+        (pv.ELBO(free_bits=0.1), marked_guide, r'"a" is marked.*together with free_bits'),
+        (pv.ELBO(2, fold_particles=True), marked_guide, r'"a" is marked.*together with fold_particles'),
+        (pv.ELBO(kl_weight=0.5), marked_guide, r'"a" is marked.*weights of what the model sums out'),
+        (pv.ELBO(), partial(marked_guide, noise=True), r'"a" is marked.*noise of the guide \("u"\)'),
+    ],
+)
+def test_what_marks_in_the_guide_cannot_be_joined_with_is_refused(objective, guide, words):
+    with pytest.raises(ValueError, match=words):
+        objective.differentiable_loss(partial(several, parameters()), guide, X)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.distributions import Unit
+from pyro.infer.autoguide import AutoDiscreteParallel
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -48,7 +49,7 @@ from pyrovae.engine.sites import (
     record,
     record_pair,
 )
-from pyrovae.engine.unwrap import point_mass
+from pyrovae.engine.unwrap import point_mass, unvalidated
 from pyrovae.errors import DataError, NumericalError
 
 
@@ -84,6 +85,13 @@ class Look:
     def noise(self) -> frozenset[str]:
         """Draws of the guide that do not count in log q."""
         return self.auxiliary.noise
+
+    @cached_property
+    def marked(self) -> list[str]:
+        """The guide's sites that are marked for enumeration; without an AutoDiscreteParallel's, which marks all."""
+        guides = [part for own in self.modules for part in own.modules() if isinstance(part, AutoDiscreteParallel)]
+        drawn = {site["name"] for guide in guides for site, *_ in guide._discrete_sites}
+        return [name for name, s in latent(self.guide).items() if s["infer"].get("enumerate") and name not in drawn]
 
     @cached_property
     def particles(self) -> Particles:
@@ -139,6 +147,8 @@ class Look:
         """
 
         def again() -> Sites:
+            if self.left is not None:  # with bounds for each of the values that are summed over
+                return self.left
             with pyro.validation_enabled(False), isolated_rng(OTHER), protected_buffers(self.again):
                 return self.again()
 
@@ -258,6 +268,8 @@ def look(
     if not validate:
         return seen
     seen.check_data()
+    if seen.sums:  # other values of what is summed out may allow what the one that was drawn does not
+        return replace(seen, model={name: {**s, "fn": unvalidated(s["fn"])} for name, s in seen.model.items()})
     return replace(seen, model={name: excused(site) for name, site in seen.model.items()})
 
 

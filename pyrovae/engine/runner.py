@@ -36,7 +36,7 @@ class Runner:
             raise ValueError("fold_particles folds particles that run together: drop it, or vectorize_particles=False")
         self.proven = False  # that particles can run together
         self.known: dict[object, set[tuple[object, ...]]] = {}
-        self.nesting, self.noise, self.sums = 0, frozenset[str](), False
+        self.nesting, self.noise, self.sums, self.marked = 0, frozenset[str](), False, False
 
     @property
     def structures(self) -> set[tuple[object, ...]]:
@@ -59,7 +59,7 @@ class Runner:
             check(seen)
         self.structures.add(seen.unscaled.structure)
         self.nesting, self.noise = max(self.nesting, seen.nesting), self.noise | seen.noise
-        self.sums = self.sums or seen.sums
+        self.sums, self.marked = self.sums or seen.sums, self.marked or bool(seen.marked)
 
     def __call__(
         self,

@@ -71,6 +71,8 @@ class Objective(Configured, RunObjective):
     num_groups: int = 1
     #: Whether dreg's |path| <= C * model for some C, so that one backward pass serves for both.
     proportional: bool = False
+    #: Whether it takes the exact expectation of guide sites that are marked for enumeration.
+    expects_marked: bool = False
     #: Whether kl_weight may differ from 1.
     weighs_kl: bool = True
     kl_weight: Weight
@@ -197,7 +199,9 @@ class Objective(Configured, RunObjective):
         if self.gradient != "total":
             checks.refuse_scored_sites(seen, self.gradient)
         if torch.is_grad_enabled():
-            checks.refuse_without_gradient(seen, type(self).__name__)
+            if seen.marked and not self.expects_marked:
+                checks.refuse_marked(seen, type(self).__name__)
+            checks.refuse_unsaid(seen)
             if self.needs.fixed:
                 checks.refuse_lacking(seen)
             if not self.needs.reinforce:

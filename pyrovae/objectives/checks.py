@@ -6,7 +6,6 @@ import math
 
 import torch
 from pyro.distributions import Unit
-from pyro.infer.autoguide import AutoDiscreteParallel
 
 from pyrovae.engine.marginal import Marginal
 from pyrovae.engine.probe import Look
@@ -74,16 +73,28 @@ def refuse_scored_sites(seen: Look, gradient: str) -> None:
         )
 
 
-def refuse_without_gradient(seen: Look, objective: str) -> None:
-    """Refuse guide sites marked for enumeration, and guide factors that do not say how they depend on parameters."""
-    drawn = marked_by_themselves(seen)
-    for name, site in latent(seen.guide).items():
-        if site["infer"].get("enumerate") and name not in drawn:
+def refuse_expectation(seen: Look, options: dict[str, bool]) -> None:
+    """Refuse what the exact expectation of marked guide sites cannot be joined with, by what it is called."""
+    noise = f"noise of the guide ({quoted(sorted(seen.noise))})"
+    for option, asked in (options | {noise: bool(seen.noise)}).items():
+        if asked:
             raise ValueError(
-                f'guide site "{name}" is marked for enumeration, which {objective} cannot do: remove the mark, or '
-                "leave the site out of the guide and mark it in the model, where every objective sums it out; or use "
-                "pyro.infer.TraceEnum_ELBO"
+                f'guide site "{seen.marked[0]}" is marked for enumeration, which does not go together with {option}: '
+                "remove the mark, and the site is drawn"
             )
+
+
+def refuse_marked(seen: Look, objective: str) -> None:
+    """Refuse guide sites marked for enumeration."""
+    raise ValueError(
+        f'guide site "{seen.marked[0]}" is marked for enumeration, and {objective} draws what the guide has: remove '
+        "the mark, or leave the site out of the guide and mark it in the model, where every objective sums it out; "
+        "pyrovae.ELBO alone takes the exact expectation of what the guide marks"
+    )
+
+
+def refuse_unsaid(seen: Look) -> None:
+    """Refuse guide factors that do not say how they depend on parameters."""
     for name, site in seen.particles.guide.items():
         if isinstance(point_mass(site["fn"]), Unit) and not says_rsample(site["fn"]):
             raise ValueError(f'guide factor "{name}" must say has_rsample=True or False: pass it to pyro.factor')
@@ -96,12 +107,6 @@ def refuse_lacking(seen: Look) -> None:
             f"guide sites {quoted(lacking)} are Deltas of more numbers than are drawn for them in all, so that "
             '"log q at fixed z" has no meaning for them: use an objective with gradient="total"'
         )
-
-
-def marked_by_themselves(seen: Look) -> set[str]:
-    """The sites that an AutoDiscreteParallel draws: it marks them whatever the objective."""
-    guides = [part for module in seen.modules for part in module.modules() if isinstance(part, AutoDiscreteParallel)]
-    return {site["name"] for guide in guides for site, *_ in guide._discrete_sites}
 
 
 def refuse_unscored_noise(seen: Look, objective: str) -> None:

@@ -10,14 +10,16 @@ from torch import Tensor
 from pyrovae.arguments import in_range
 from pyrovae.engine.kl import is_divergence, kl_in_place, over_plates, parents_first
 from pyrovae.engine.left_out import kept
-from pyrovae.engine.particles import Particles
+from pyrovae.engine.particles import Particles, is_number
 from pyrovae.engine.probe import Look
-from pyrovae.engine.programs import warn
+from pyrovae.engine.programs import Program, warn
 from pyrovae.engine.scores import score_functions, terms_of
 from pyrovae.engine.sites import frames, latent
 from pyrovae.engine.unwrap import point_mass
+from pyrovae.objectives import checks
 from pyrovae.objectives.base import Objective, Options
 from pyrovae.objectives.derivatives import Bound
+from pyrovae.objectives.expected import expected_loss
 from pyrovae.objectives.local import local_ascent
 from pyrovae.objectives.means import PowerMeans
 
@@ -40,6 +42,9 @@ class ELBO(Objective):
     where one is registered and the guide draws all latents before the site that the model draws before it, else by its
     samples. That is no function of log-weights: :meth:`bound` refuses.
 
+    Guide sites that are marked for enumeration (``pyro.infer.config_enumerate``) are not drawn: of them the exact
+    expectation is taken, eagerly, as ``pyro.infer.TraceEnum_ELBO`` does it, which says what the marks mean.
+
     >>> ELBO(num_particles=2).bound(torch.tensor([[0.0], [-2.0]]))
     tensor([-1.])
 
@@ -49,6 +54,8 @@ class ELBO(Objective):
     Kingma and Welling (2014), *Auto-encoding variational Bayes*; Kingma et al. (2016), *Improved variational inference
     with inverse autoregressive flow* (free bits).
     """
+
+    expects_marked = True
 
     def __init__(self, num_particles: int = 1, *, free_bits: float = 0.0, **options: Unpack[Options]) -> None:
         super().__init__(num_particles, **options)
@@ -70,9 +77,25 @@ class ELBO(Objective):
         """The loss of one run of the pair."""
         return self.free_bits_loss(particles) if self.free_bits else super().particle_loss(particles)
 
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """As of any objective; guide sites marked for enumeration are summed over, as Pyro does it."""
+        runner = self.runner(model, guide)
+        if not runner.known:
+            runner.look(args, kwargs, self.check)
+        if not runner.marked:
+            return super().differentiable_loss(model, guide, *args, **kwargs)
+        return expected_loss(
+            model, guide, args, kwargs, self.num_particles, runner.nesting, vectorize=not runner.separate,
+            kl_weight=self.kl_weight, likelihood_weight=self.likelihood_weight,
+        )  # fmt: skip
+
     def check(self, seen: Look) -> None:
         """As of any objective; free bits need a KL for each unit."""
         super().check(seen)
+        if seen.marked:
+            weighs = not (is_number(self.kl_weight, 1) and is_number(self.likelihood_weight, 1))
+            options = {"free_bits": bool(self.free_bits), "fold_particles": bool(self.fold_particles)}
+            checks.refuse_expectation(seen, options | {"weights of what the model sums out": weighs and seen.sums})
         for name, site in seen.particles.guide.items() if self.free_bits else ():
             if (inner := point_mass(site["fn"])) is not None:
                 raise ValueError(

@@ -31,11 +31,13 @@ SUITE = [
     *("tests/test_late.py", "tests/test_updates.py"),
     *("tests/evaluate/test_psis.py", "tests/evaluate/test_discrete.py", "tests/evaluate/test_simulated.py"),
     *("tests/evaluate/test_whole.py", "tests/fuzz/test_objectives.py", "tests/test_programs.py"),
+    "tests/test_enumerate.py",
 ]
 #: By the first word of a mutation's name, what the suite begins with: where its killer is likely to be.
 FIRST = {
     **dict.fromkeys(("RWS", "sleep", "TVO", "copies"), "tests/laws/test_wake_sleep.py"),
     "devices": "tests/test_devices.py",
+    "sums": "tests/test_enumerate.py",
     "updates": "tests/test_updates.py",
     **dict.fromkeys(("modes", "methods"), "tests/test_programs.py"),
     "score": "tests/laws/test_scored.py",
@@ -90,6 +92,45 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "devices: only modules are asked": [("found is not None or place is None or not may_differ(place)", "True")],
     "devices: a run that stopped leaves parameters": [("del store[name]", "pass")],
     "devices: buffers do not say where": [("(*module.parameters(), *module.buffers()))", "module.parameters())")],
+    # sites that are summed out
+    "sums: the prior is in the likelihood as well": [
+        ("joint if log_prior is None else quotient(joint, log_prior)", "joint")
+    ],
+    "sums: each latent has all of the prior": [
+        ('"absorbed": name not in (*prior[-1:], *data[:1])', '"absorbed": False')
+    ],
+    "sums: of the data alone": [("joint = self.over(list(self.sites))", "joint = self.over([*enumerated, *data])")],
+    "sums: products of exponentials": [
+        ("total = (x - top).exp().sum(dims)", "total, top = x.exp().sum(dims), torch.zeros_like(top)")
+    ],
+    "sums: the mean over values": [("torch.where(dead, 1.0, total).log()", "torch.where(dead, 1.0, total / 2).log()")],
+    "sums: NaN where all is dead": [("torch.where(dead, 1.0, total).log()", "total.log()")],
+    "sums: a mask takes the probabilities of values": [
+        ('site = {**site, "mask": None, "fn": unmasked(site["fn"])}', "pass")
+    ],
+    "sums: in single precision": [("exact=not scaled", "exact=False")],
+    "sums: what is replayed hangs on nothing": [("False, observed or replayed", 'msg["done"], observed')],
+    "sums: of several scales": [("checks.refuse_unlike_scales(seen)", "pass")],
+    "sums: 0 by 0": [
+        ("return torch.where(dead, log_a, log_a - torch.where(dead, 0.0, log_b))", "return log_a - log_b")
+    ],
+    "sums: the KL has the share": [('site = {**site, "fn": conditional(site["fn"])}', "pass")],
+    "sums: the KL given all latents": [
+        ("before = self.prior[: self.prior.index(name)]", "before = [n for n in self.prior if n != name]")
+    ],
+    "sums: draws are of the prior": [
+        (
+            "sites, first_dim = run_at(model, args, kwargs, values, layout.num",
+            "sites, first_dim = run_at(model, args, kwargs, {}, layout.num",
+        )
+    ],
+    "sums: chains start anywhere": [("sums=sums))", "sums=False))")],
+    "sums: weights of the guide's marks swapped": [
+        ("model = Weigh(kl_weight, likelihood_weight)(model)", "model = Weigh(likelihood_weight, kl_weight)(model)")
+    ],
+    "sums: of the guide's marks for each particle": [
+        ("torch.stack(bounds).sum() / num_particles", "torch.stack(bounds).sum()")
+    ],
     # the bounds
     "IWAE without log K": [(LOG_MEAN, "log_sum")],
     "IWAE with the log of another number": [(LOG_MEAN, LOG_MEAN.replace("number", "(number + 1)"))],
