@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
 from pyro.ops.indexing import Vindex
 
 import pyrovae as pv
@@ -376,6 +377,47 @@ def test_a_figure_is_summed_in_double():
     assert ((found - exact) / exact).abs().max() < 2e-7
 
 
+def test_labels_that_are_known_in_part():
+    """Pyro's obs_mask makes of a label one site that observes and one that is summed out."""
+    p, known, labels = parameters(), torch.tensor([True, False, True]), torch.tensor([0, 1, 2])
+
+    @config_enumerate
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(logits=p["init"]), obs=labels, obs_mask=known)
+            pyro.sample("x", dist.Normal(p["loc"][c], 1.0), obs=x)
+
+    each = p["init"].log_softmax(-1) + dist.Normal(p["loc"], 1.0).log_prob(X[:, :1])
+    exact = torch.where(known, each.gather(1, labels.unsqueeze(1)).squeeze(1), each.logsumexp(1))
+    torch.testing.assert_close(pv.log_likelihood(model, nothing, X[:, 0], num_samples=1).log_prob, exact)
+
+
+def test_classes_may_be_one_hot():
+    p = parameters()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = MARKED("c", dist.OneHotCategorical(logits=p["init"]))
+            pyro.sample("x", dist.Normal(c @ p["loc"], 1.0), obs=x)
+
+    each = p["init"].log_softmax(-1) + dist.Normal(p["loc"], 1.0).log_prob(X[:, :1])
+    found = pv.log_likelihood(model, nothing, X[:, 0], num_samples=1, num_draws=1000, seed=0)
+    torch.testing.assert_close(found.log_prob, each.logsumexp(1))
+    assert found.draws["c"].shape == (1000, 3, 3)
+    assert (found.draws["c"].mean(0) - each.softmax(1)).abs().max() < 5 * 0.5 / 1000**0.5
+
+
+def test_autoguides_of_the_rest():
+    p = parameters()
+    guide = AutoNormal(poutine.block(partial(locations, p), hide=["c"]))
+    guide(X)
+    found = []
+    for objective in (TraceEnum_ELBO(max_plate_nesting=1), pv.ELBO()):
+        pyro.set_rng_seed(2)
+        found.append(objective.differentiable_loss(partial(locations, p), guide, X).item())
+    assert found[0] == pytest.approx(found[1])
+
+
 # --- marks in the guide -----------------------------------------------------------------------------------------------
 
 
@@ -436,6 +478,17 @@ def test_what_marks_in_the_guide_cannot_be_joined_with_is_refused(objective, gui
         objective.differentiable_loss(partial(several, parameters()), guide, X)
 
 
+def test_marks_in_a_chain_of_the_guide_are_checked():
+    def guide(x):
+        s, before = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), dtype=torch.long)
+        with pyro.plate("data", len(x)):
+            for t in pyro.markov(range(4)):
+                before, s = s, MARKED(f"s{t}", dist.Bernoulli(Vindex(torch.full((2, 2), 0.3))[before, s])).long()
+
+    with pytest.raises(ValueError, match=r'"s2" hangs on.*history'):
+        pv.ELBO().differentiable_loss(forgetful, guide, X)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -478,10 +531,21 @@ def crossed(x):
         pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
 
 
+def forgetful(x):
+    """A chain of two steps, remembered for one."""
+    s, before = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), dtype=torch.long)
+    with pyro.plate("data", len(x)):
+        for t in pyro.markov(range(4)):
+            probs = Vindex(torch.full((2, 2), 0.3))[before, s]
+            before, s = s, MARKED(f"s{t}", dist.Bernoulli(probs)).long()
+            pyro.sample(f"x{t}", dist.Normal(s.to(x.dtype), 1.0), obs=x[:, t])
+
+
 REFUSED = [
     (subsampled, r'"c" and "x".*summed over "c" together.*scales \[1.0, 33.33.*same subsampled plate'),
     (scaled, r'"c" and "x".*scales \[1.0, 0.5\]'),
     (steered, r'"c" are marked.*all their values at once.*indexing.*guide'),
+    (forgetful, r'"s2" hangs on.*further back.*history in pyro.markov'),
     (marked(enumerate="sequential"), r'"c" is not drawn by the guide.*"sequential".*mark it.*"parallel"'),
     (marked(enumerate="parallel", num_samples=3), r'"c".*num_samples, which draws it.*exactly'),
     (marked(enumerate="parallel", endless=True), r'"c".*Poisson does not list its values'),

@@ -268,6 +268,7 @@ def hangs_on(site: Site, first_dim: int) -> bool:
 def packed_term(site: Site) -> Tensor:
     """The log-probability of a site, packed; that of an enumerated one without masks, so that it sums to 1."""
     if is_enumerated(site):
+        refuse_short_memory(site)
         site = {**site, "mask": None, "fn": unmasked(site["fn"])}
     try:
         return packed.pack(log_prob(site), site["infer"]["_dim_to_symbol"])
@@ -276,6 +277,16 @@ def packed_term(site: Site) -> Tensor:
             f'model site "{site["name"]}" has a log-probability of a shape that its plates do not explain '
             f"({' '.join(str(error).split())}): put it in a plate for each of its batch dims"
         ) from error
+
+
+def refuse_short_memory(site: Site) -> None:
+    """Refuse a site that hangs on another whose dim it has itself: that is further back than its chain remembers."""
+    shape, dim = site["fn"].batch_shape, site["infer"]["_enumerate_dim"]
+    if len(shape) >= -dim and shape[dim] != 1:
+        raise ValueError(
+            f'site "{site["name"]}" hangs on enumerated sites further back than its chain remembers: raise history in '
+            "pyro.markov"
+        )
 
 
 def in_double(term: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ r"""The evidence lower bound, and its variant with free bits."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -103,7 +104,7 @@ class ELBO(Objective):
                     "which has none: sample it from a density, or pass free_bits=0"
                 )
         for name in latent(seen.model) if self.free_bits else ():
-            if not is_divergence(seen.particles, name):
+            if not is_divergence(replace(seen, left=None).particles, name):
                 raise ValueError(
                     f'free_bits needs a KL for each unit, but site "{name}" is masked or scaled in one program '
                     "otherwise than in the other, or has an improper prior: treat it alike, or pass free_bits=0"

@@ -12,6 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.engine.devices import beside
+from pyrovae.engine.enumerate import is_enumerated, refuse_short_memory
 from pyrovae.engine.particles import is_number
 from pyrovae.engine.programs import Batch, Program
 from pyrovae.engine.sites import Site, Weight
@@ -49,5 +50,10 @@ def expected_loss(
     theirs = TraceEnum_ELBO(num_particles, nesting, vectorize_particles=vectorize)
     with pyro.validation_enabled(False), beside(args, kwargs):
         traces = theirs._get_traces(model, guide, args, kwargs)
-        bounds = [torch.as_tensor(_compute_dice_elbo(*pair)) for pair in traces]
+        bounds = []
+        for pair in traces:
+            for site in (site for trace in pair for site in trace.nodes.values() if site["type"] == "sample"):
+                if is_enumerated(site):
+                    refuse_short_memory(site)
+            bounds.append(torch.as_tensor(_compute_dice_elbo(*pair)))
     return -torch.stack(bounds).sum() / num_particles
