@@ -71,8 +71,6 @@ class Objective(Configured, RunObjective):
     num_groups: int = 1
     #: Whether dreg's |path| <= C * model for some C, so that one backward pass serves for both.
     proportional: bool = False
-    #: Whether it takes the exact expectation of guide sites that are marked for enumeration.
-    expects_marked: bool = False
     #: Whether kl_weight may differ from 1.
     weighs_kl: bool = True
     kl_weight: Weight
@@ -192,16 +190,13 @@ class Objective(Configured, RunObjective):
 
     def check(self, seen: Look) -> None:
         """Refuse a pair that this objective cannot train or measure."""
-        checks.refuse_unlike_subsamples(seen)
         checks.refuse_unlike_scales(seen)
         if not self.linear:
             checks.refuse_uncommon_subsample(seen, type(self).__name__, self.total_particles)
         if self.gradient != "total":
             checks.refuse_scored_sites(seen, self.gradient)
         if torch.is_grad_enabled():
-            if seen.marked and not self.expects_marked:
-                checks.refuse_marked(seen, type(self).__name__)
-            checks.refuse_unsaid(seen)
+            checks.refuse_without_gradient(seen, None if self.expects_marked else type(self).__name__)
             if self.needs.fixed:
                 checks.refuse_lacking(seen)
             if not self.needs.reinforce:

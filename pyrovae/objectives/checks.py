@@ -36,7 +36,8 @@ def refuse_unlike_subsamples(seen: Look) -> None:
 
 
 def refuse_unlike_scales(seen: Look) -> None:
-    """Refuse a sum over enumerated sites that is made of sites of several scales: the sum is of one power only."""
+    """Refuse scales that are not alike: of a latent in guide and model, and of the sites of a sum, which has one."""
+    refuse_unlike_subsamples(seen)
     first: dict[tuple[str, ...], Site] = {}
     for name, site in (seen.left or {}).items():
         other = first.setdefault(tuple(site["sum"]), site) if "sum" in site else site
@@ -84,17 +85,17 @@ def refuse_expectation(seen: Look, options: dict[str, bool]) -> None:
             )
 
 
-def refuse_marked(seen: Look, objective: str) -> None:
-    """Refuse guide sites marked for enumeration."""
-    raise ValueError(
-        f'guide site "{seen.marked[0]}" is marked for enumeration, and {objective} draws what the guide has: remove '
-        "the mark, or leave the site out of the guide and mark it in the model, where every objective sums it out; "
-        "pyrovae.ELBO alone takes the exact expectation of what the guide marks"
-    )
+def refuse_without_gradient(seen: Look, objective: str | None) -> None:
+    """Refuse guide sites marked for enumeration, and guide factors that do not say how they depend on parameters.
 
-
-def refuse_unsaid(seen: Look) -> None:
-    """Refuse guide factors that do not say how they depend on parameters."""
+    :param objective: None of one that takes the marks.
+    """
+    if seen.marked and objective is not None:
+        raise ValueError(
+            f'guide site "{seen.marked[0]}" is marked for enumeration, and {objective} draws what the guide has: '
+            "remove the mark, or leave the site out of the guide and mark it in the model, where every objective sums it "
+            "out; pyrovae.ELBO alone takes the exact expectation of what the guide marks"
+        )
     for name, site in seen.particles.guide.items():
         if isinstance(point_mass(site["fn"]), Unit) and not says_rsample(site["fn"]):
             raise ValueError(f'guide factor "{name}" must say has_rsample=True or False: pass it to pyro.factor')

@@ -46,6 +46,8 @@ class RunObjective(pyro.infer.ELBO):
 
     gradient: str
     fold_particles: Fold
+    #: Whether it takes the exact expectation of guide sites that are marked for enumeration.
+    expects_marked: bool = False
     _known: tuple[tuple[object, ...], Runner] | None = None
 
     @property

@@ -110,7 +110,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "sums: in single precision": [("exact=not scaled", "exact=False")],
     "sums: what is replayed hangs on nothing": [("False, observed or replayed", 'msg["done"], observed')],
-    "sums: of several scales": [("checks.refuse_unlike_scales(seen)", "pass")],
+    "sums: of several scales": [('if not same(site["scale"], other["scale"]):', "if False:")],
     "sums: 0 by 0": [
         ("return torch.where(dead, log_a, log_a - torch.where(dead, 0.0, log_b))", "return log_a - log_b")
     ],
@@ -382,7 +382,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "the guide's tempering not in dreg": [("next(iter(particles.guide_tempering), 1.0)", "1.0")],
     "tempering outside of the bound": [("lp = lp * self.tempering[role, name]", "pass")],
     # what of a pair is seen again
-    "structure: one program may subsample alone": [("checks.refuse_unlike_subsamples(seen)", "pass")],
+    "structure: one program may subsample alone": [("refuse_unlike_subsamples(seen)", "pass")],
     "structure: a structure once seen is seen for good": [("elif found.structure not in known:", "elif not known:")],
     "structure: plates of a later call lie where particles are": [
         ("max(self.nesting, seen.nesting)", "self.nesting or seen.nesting")
