@@ -93,8 +93,8 @@ def refuse_without_gradient(seen: Look, objective: str | None) -> None:
     if seen.marked and objective is not None:
         raise ValueError(
             f'guide site "{seen.marked[0]}" is marked for enumeration, and {objective} draws what the guide has: '
-            "remove the mark, or leave the site out of the guide and mark it in the model, where every objective sums it "
-            "out; pyrovae.ELBO alone takes the exact expectation of what the guide marks"
+            "remove the mark, or leave the site out of the guide and mark it in the model, where every objective sums "
+            "it out; pyrovae.ELBO alone takes the exact expectation of what the guide marks"
         )
     for name, site in seen.particles.guide.items():
         if isinstance(point_mass(site["fn"]), Unit) and not says_rsample(site["fn"]):

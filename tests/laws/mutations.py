@@ -201,7 +201,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "fixed z: auxiliary draws flee": [("draw.detach() - unrows(part", "draw.detach() + unrows(part")],
     "fixed z: the transposed Jacobian": [("torch.linalg.solve(along, off)", "torch.linalg.solve(along.mT, off)")],
     "reparameterised: an update's draw is a site": [("or untraced(site))", ")")],
-    "reparameterised: its density is likelihood": [("latent(self.model) | carriers(self.model)", "latent(self.model)")],
+    "reparameterised: its density is likelihood": [("latent(self.weighed) | self.carried", "latent(self.weighed)")],
     # what is reported
     "reported: sum of wn * log w": [
         (VALUE, "-((torch.softmax(log_w, 0) * log_w).sum(0).detach() * particles.scale).sum() - (ascent")
@@ -370,10 +370,10 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "masks ignored": [("return torch.zeros_like(lp) if mask is False else torch.where(mask, lp, 0.0)", "return lp")],
     "model factors in the prior": [
         (
-            "return latent(self.model) | carriers(self.model)",
+            "return latent(self.weighed) | self.carried",
             'return {name: site for name, site in self.model.items() if name not in ("x", "data")}',
         ),
-        ("in observed(self.model).items() if name not in carried", 'in self.model.items() if name == "x"'),
+        ("in observed(self.weighed).items() if name not in self.carried", 'in self.model.items() if name == "x"'),
     ],
     "guide factors ignored": [
         ('(of_model is None or says_rsample(inner) != says_rsample(of_model["fn"]))', "False"),
@@ -539,7 +539,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "watched: bounds of each datum are extremes": [("    if varies or not known", "    if not known")],
     "watched: what is masked reaches gradients": [
-        ('value = seen_value(site) if site["is_observed"]', 'value = site["value"] if site["is_observed"]')
+        ('value = site["value"] if whole else seen_value(site)', 'value = site["value"]')
     ],
     "watched: integers stay": [("yield from (Taken(dtype, dtype or default) for dtype in known)", "yield Taken()")],
     "watched: integers never stay": [
