@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -147,6 +151,34 @@ def test_a_run_that_has_not_begun_shows_its_config(copied):
     assert "note: The model" in printed
     assert "IWAE" not in page.said
     assert "ELBO(num_particles=1)" in page.said
+
+
+ODD = {
+    "model": ["VAE", {"class": 3}, {"class": "pyrovae.models:VAE", "arguments": [1]}],
+    "objective": ["ELBO", [], {"class": {}}, {"class": "pyrovae.objectives:ELBO", "arguments": None}],
+    "data": [None, "digits", {"name": {"<b>": 1}}], "settings": [None, [], {"settings": 1}, {"model": 7}],
+    "training": [[1], {"epochs": "many"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "value"), [(part, value) for part, values in ODD.items() for value in values])
+def test_an_odd_config_is_shown_all_the_same(copied, part, value):
+    run = copied("plane")
+    shutil.rmtree(run / "last")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {part: value}))
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "bound": "low", "kl_per_unit": 3, "seconds": []}\n')
+    page, printed = report(run)
+    assert "note: " in printed
+    assert "The whole config" in page.said
+
+
+def test_large_images_are_made_smaller():
+    from pyrovae.app.report.drawing import pictures
+
+    uri = pictures(torch.rand(1, 3, 300, 200, generator=torch.Generator().manual_seed(0)))[0]
+    image = matplotlib.image.imread(io.BytesIO(base64.b64decode(uri.partition(",")[2])), format="jpeg")
+    assert image.shape == (100, 66, 3)
 
 
 def test_a_run_that_goes_on_says_how_far_it_is(copied):

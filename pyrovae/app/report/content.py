@@ -14,7 +14,9 @@ from pyrovae.app.report import figures, parts, words
 from pyrovae.app.report.explorer import explorer
 from pyrovae.app.report.figures import Drawn
 from pyrovae.app.report.gathered import Gathered, Notes
+from pyrovae.data.images import Images
 from pyrovae.models import VQVAE
+from pyrovae.models.base import Pair
 
 FEW = 20  # pixels a side, below which they are too coarse to be shown as squares
 
@@ -24,11 +26,11 @@ class Content:
     """What the template reads; what is absent is empty."""
 
     name: str
-    lead: str
-    status: str
-    cards: list[tuple[str, str, str]]
     notes: Notes
     noun: str
+    lead: str = ""
+    status: str = ""
+    cards: list[tuple[str, str, str]] = field(default_factory=list)
     smooth: bool = False  # whether images are shown without the edges of their pixels, which are few
     epochs: int = 0
     verdict: words.Verdict | None = None
@@ -54,23 +56,14 @@ class Content:
 
 def content(found: Gathered) -> Content:
     """Everything that a report on a run says and shows."""
-    notes, noun = found.notes, "images" if found.shown or not found.shape else "data"
-    likely: dict[str, Any] = {}
-    if found.pair is not None and found.test is not None:
-        with notes.missing("the likelihood of single data"):
-            likely["ranked"] = parts.ranked(found)
-        if found.results is None:
-            with notes.missing("the likelihood"):
-                count, samples = parts.within_reach(found)
-                few = found.test.subset(slice(0, count))
-                found.results = measure(found.pair, few, samples=samples, seed=found.seed)
-                likely["here"] = True
-    name, said = found.run.path.absolute().name, (parts.lead(found), parts.status(found), parts.cards(found))
-    page = Content(name, *said, notes, noun, **likely)
+    noun = "images" if found.shown or not found.shape else "data"
+    page = Content(found.run.path.absolute().name, found.notes, noun)
     page.epochs, page.smooth = len(found.history), found.shown and min(found.shape[-2:]) < FEW
-    if (results := found.results) is not None:
-        page.verdict, page.diagnosed = words.likelihood(results, noun), words.diagnosed(results)
-    with notes.missing("the curves"):
+    if found.pair is not None and found.test is not None:
+        likely(page, found, found.pair, found.test)
+    with page.notes.missing("a summary"):
+        page.lead, page.status, page.cards = parts.lead(found), parts.status(found), parts.cards(found)
+    with page.notes.missing("the curves"):
         page.curves = figures.curves(found.history)
     described(page, found.config)
     if found.pair is not None:
@@ -79,11 +72,24 @@ def content(found: Gathered) -> Content:
     return page
 
 
+def likely(page: Content, found: Gathered, pair: Pair, test: Images) -> None:
+    """How likely test data are, measured on a few of them where no one did."""
+    with page.notes.missing("the likelihood of single data"):
+        page.ranked = parts.ranked(found)
+    if found.results is None:
+        with page.notes.missing("the likelihood"):
+            count, samples = parts.within_reach(found)
+            found.results = measure(pair, test.subset(slice(0, count)), samples=samples, seed=found.seed)
+            page.here = True
+    if found.results is not None:
+        page.verdict, page.diagnosed = words.likelihood(found.results, page.noun), words.diagnosed(found.results)
+
+
 def described(page: Content, config: Mapping[str, Any]) -> None:
     """What the config says of the run."""
-    page.config, page.command = json.dumps(config, indent=2, ensure_ascii=False), words.command(config)
-    page.objective = words.objective(config)
-    with page.notes.missing("the equations"):
+    page.config = json.dumps(config, indent=2, ensure_ascii=False)
+    with page.notes.missing("what was trained"):
+        page.objective, page.command = words.objective(config), words.command(config)
         page.bound = words.equation((config.get("objective") or {}).get("class"))
         page.family = words.equation((config.get("model") or {}).get("class"))
 

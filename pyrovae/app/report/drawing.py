@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable
 
 import matplotlib as mpl
@@ -12,17 +13,21 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from pyrovae.plots.charts import BLUE, IDLE, ORANGE
 from pyrovae.plots.images import INK, LINES, MUTED, rgb
 
+LARGEST = 128  # pixels of a side
 SMALL = 64 * 64  # pixels, from which on an image is written as a photograph is
 INCHES = 3.6, 2.4  # of a chart that stands beside others
 VARIABLES = {INK: "ink", MUTED: "muted", LINES: "lines", BLUE: "accent", ORANGE: "second", IDLE: "idle"}
 
 
 def pictures(images: Tensor) -> list[str]:
-    """Images ``[N, H, W]`` or ``[N, C, H, W]`` as data URIs, one each."""
+    """Images ``[N, H, W]`` or ``[N, C, H, W]`` as data URIs, one each; large ones made smaller."""
+    if (factor := math.ceil(max(images.shape[-2:]) / LARGEST)) > 1:
+        images = avg_pool2d(images.float(), factor)
     return [data_uri(pixels) for pixels in rgb(images, "images")]
 
 

@@ -22,8 +22,10 @@ def write(template: str, path: Path, **given: Any) -> None:
         loader=FileSystemLoader(PAGE), autoescape=select_autoescape(["html"]), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    now = datetime.now(UTC).strftime("%-d %B %Y")
-    page = environment.get_template(template).render(version=__version__, date=now, inline=inline, **given)
+    now = datetime.now(UTC)
+    page = environment.get_template(template).render(
+        version=__version__, date=f"{now.day} {now:%B %Y}", inline=inline, **given
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page.encode("utf-8", "backslashreplace").decode())  # a path may be no text
 
