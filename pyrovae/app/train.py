@@ -106,6 +106,7 @@ def train_in(
     write_card(run)
     print_results(results, out)
     out.print(f"pictures in {folder}: " + ", ".join(drawn))
+    out.print(f"to explore it in a browser: pyrovae report {folder}")
 
 
 def train_by_rule(rule: Rule, task: Task, run: runs.Run) -> Fit:

@@ -89,9 +89,9 @@ def undamaged(path: Path, advice: str = "restore it, or train again") -> Iterato
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file whole."""
+    """Replace a file whole; what is no text, as in a path of odd bytes, is spelt out."""
     with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: object) -> None:

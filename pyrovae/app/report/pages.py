@@ -27,7 +27,7 @@ def write(template: str, path: Path, **given: Any) -> None:
         version=__version__, date=f"{now.day} {now:%B %Y}", inline=inline, **given
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, page.encode("utf-8", "backslashreplace").decode())  # a path may be no text
+    write_text(path, page)
 
 
 def inline(name: str) -> Markup:
