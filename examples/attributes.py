@@ -1,6 +1,6 @@
 """A VAE of digits given two measured attributes, stroke width and slant; then one digit drawn with others of both.
 
-    python examples/attributes.py [--data mnist --data-dir PATH --number 10000] [--epochs 100] [--output attributes]
+    python examples/attributes.py [--data mnist --number 10000] [--epochs 100] [--output runs/attributes]
 
 Saves a grid for one test digit, its z kept, the slant rising from left to right and the stroke width from top to
 bottom. Prints how well the attributes asked for are met, measured on what was drawn.
@@ -31,7 +31,7 @@ def main():
         data="digits",
         number=(10_000, "training images to use"),
         epochs=100,
-        output=Path("attributes"),
+        output=Path("runs/attributes"),
     )
 
     splits = head.load(options, binarization="threshold")
@@ -50,7 +50,7 @@ def main():
     x = splits.test.x[:1]
     with torch.no_grad():
         grid = cvae.analogies(x, (measured(x) - mean) / spread, wanted)[0]
-    pv.plots.image_grid(grid, options.output / "attributes.png", columns=7)
+    pv.plots.image_grid(grid, options.output / "attributes.png", columns=7, smooth=True)
 
     wanted = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
     drawn = pv.sample(cvae, 500, wanted, seed=0)

@@ -4,7 +4,8 @@
 
 Prints parameters, squared error per test image, units in use per image, and the angles to PCA's subspace, of which the
 last may be far from 0: where two directions vary almost alike, training takes long to tell them apart. Draws
-reconstructions, and samples from densities that are fitted on the codes afterwards: autoencoders have no log p(x).
+reconstructions (above that of the denoising one, what it is shown), and samples from densities that are fitted on the
+codes afterwards: autoencoders have no log p(x).
 """
 
 from pathlib import Path
@@ -63,7 +64,7 @@ def main():
     torch.manual_seed(0)
     pairs = families(train_set.event_shape)
     masked = pairs["denoising"].corrupt(test)
-    rows, drawn = [test[:12]], []
+    rows, drawn = {"data": test[:12]}, {"data": test[:12]}
     for name, pair in pairs.items():
         train(pair, train_set, options.epochs)
         count = sum(t.numel() for t in (pair.buffers() if name == "PCA" else pair.parameters()))
@@ -74,17 +75,16 @@ def main():
             angles = pair.subspace_angles(pairs["PCA"].components).rad2deg()
             line += f"  {angles.median():.1f} degrees from PCA's subspace (median), at most {angles.max():.1f}"
         print(line)
-        seen = masked[:12] if name == "denoising" else test[:12]
-        rows += [seen] if name == "denoising" else []
-        rows.append(pair.reconstruct(seen).detach())
-        drawn.append(pv.sample(pair, 12, seed=0))
+        if name == "denoising":
+            rows["masked data"] = masked[:12]
+        rows[name] = pair.reconstruct(masked[:12] if name == "denoising" else test[:12]).detach()
+        drawn[name] = pv.sample(pair, 12, seed=0)
     for name in ("undercomplete", "denoising"):
         print(f"{name:14} with 30% of the pixels masked: squared error {squared_error(pairs[name], masked, test):7.3f}")
     for kind, images in (("reconstructions", rows), ("samples", drawn)):
         path = options.output / f"autoencoders_{kind}.png"
-        pv.plots.image_grid(torch.cat(images), path, columns=12)
-        print(f"{kind} in {path}, a row for each model in the order above")
-    print("the first row of the reconstructions is the data, the last but one what the denoising model is shown")
+        pv.plots.image_rows(images, path, smooth=True)
+        print(f"{kind} in {path}")
 
 
 if __name__ == "__main__":

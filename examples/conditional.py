@@ -1,6 +1,6 @@
 """A conditional VAE: digits drawn by label, and one hand that writes all ten digits.
 
-    python examples/conditional.py [--data mnist --data-dir PATH] [--epochs 100] [--output conditional]
+    python examples/conditional.py [--data mnist --data-dir PATH] [--epochs 100] [--output runs/conditional]
 
 Saves two grids: samples (a row for each label), and analogies (first a test digit, then its z under every label).
 Prints the bound on log p(x | y), and how many samples a classifier trained on real digits reads as their label.
@@ -24,7 +24,7 @@ def recognised(train, test, x, y):
 
 
 def main():
-    options = head.options(__doc__, data="digits", epochs=100, latent_dim=10, output=Path("conditional"))
+    options = head.options(__doc__, data="digits", epochs=100, latent_dim=10, output=Path("runs/conditional"))
 
     train, _, test = head.load(options, binarization="dynamic", labels=True)
     torch.manual_seed(0)
@@ -35,12 +35,12 @@ def main():
 
     cvae.cpu()  # where the data are
     rows = torch.arange(10).repeat_interleave(10)
-    pv.plots.image_grid(pv.sample(cvae, 100, rows, seed=0), options.output / "samples.png", columns=10)
+    pv.plots.image_grid(pv.sample(cvae, 100, rows, seed=0), options.output / "samples.png", columns=10, smooth=True)
     first = torch.stack([(test.labels == label).nonzero()[0, 0] for label in range(10)])
     x, y = test.batch(first)
     with torch.no_grad():
         swapped = torch.cat([x.unsqueeze(1), cvae.analogies(x, y, range(10))], 1)
-    pv.plots.image_grid(swapped.flatten(0, 1), options.output / "analogies.png", columns=11)
+    pv.plots.image_grid(swapped.flatten(0, 1), options.output / "analogies.png", columns=11, smooth=True)
 
     labels = torch.arange(1000) % 10
     share, accuracy = recognised(train, test, (pv.sample(cvae, 1000, labels, seed=1) > 0.5).float(), labels)

@@ -50,8 +50,8 @@ def measure(vae, test, samples):
 def draw(planes, labels, path):
     """One latent plane for each part, the prior's 95% as a circle, digits by colour."""
     colours = [colormaps["tab10"](int(label)) for label in labels]
-    figure = Figure(figsize=(2.6 * len(planes), 3), dpi=150, layout="constrained")
-    for axes, (name, codes) in zip(figure.subplots(1, len(planes)), planes, strict=True):
+    figure = Figure(figsize=(7.8, 5.4), dpi=150, layout="constrained")
+    for axes, (name, codes) in zip(figure.subplots(2, 3).flat, planes, strict=True):
         axes.scatter(*codes.T, s=max(3, 3000 / len(codes)), c=colours, linewidths=0, alpha=0.7)
         axes.add_patch(Circle((0, 0), PRIOR_95, fill=False, linestyle="--", color="black", zorder=3))
         reach = max(PRIOR_95, codes.abs().max().item()) * 1.1

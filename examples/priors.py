@@ -1,6 +1,6 @@
 """Richer priors and posteriors against the plain VAE: the same networks, the same training.
 
-    python examples/priors.py [--data mnist --data-dir PATH] [--epochs 100] [--latent-dim 10] [--output priors]
+    python examples/priors.py [--data mnist --data-dir PATH] [--epochs 100] [--latent-dim 10] [--output runs/priors]
 
 Prints test NLL with its standard error, the two parts of the bound, and seconds an epoch; saves samples of each.
 """
@@ -33,7 +33,7 @@ def main():
         epochs=100,
         samples=500,
         number=(2000, "test images to measure on"),
-        output=Path("priors"),
+        output=Path("runs/priors"),
     )
 
     splits = head.load(options, binarization="dynamic")

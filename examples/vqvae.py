@@ -14,6 +14,7 @@ import head
 import torch
 
 import pyrovae as pv
+from pyrovae.plots import charts, images
 
 SIZES = {  # (vqvae, epochs), (prior, epochs)
     "digits": (
@@ -35,6 +36,18 @@ def codes_of(vqvae, images):
     return torch.cat([vqvae.encode(x.to(device)) for x in images.fixed().x.split(500)])
 
 
+def draw_use(codes, num_codes, perplexity, path):
+    """The share of all positions that each code has, the codes in order of it."""
+    share = torch.bincount(codes.flatten().cpu(), minlength=num_codes).sort(descending=True).values / codes.numel()
+    figure = charts.new_figure(5.4, 2.6)
+    title = f"use of the codebook: {(share > 0).sum()} of {num_codes} codes, perplexity {perplexity:.1f}"
+    axes = charts.dress(figure.add_subplot(), title=title, x="code, by use", y="share of positions", grid="y")
+    axes.bar(range(num_codes), share.tolist(), color=charts.BLUE)
+    axes.axhline(1 / num_codes, color=charts.ORANGE, linestyle="--", linewidth=1, label="all alike")
+    charts.add_legend(axes)
+    images.save(figure, path)
+
+
 def main():
     options = head.options(
         __doc__,
@@ -43,7 +56,7 @@ def main():
         full=False,
         train=int,
         epochs={"type": int, "nargs": 2, "help": "of the VQ-VAE and of the prior"},
-        output=Path("pictures"),
+        output=Path("runs/vqvae"),
     )
 
     splits = head.load(options, binarization=options.binarization)
@@ -65,6 +78,7 @@ def main():
     codes, test_codes = codes_of(vqvae, train), codes_of(vqvae, test)
     prior = pv.models.CodePrior(vqvae.grid, num_codes, **prior_sizes).initialise(codes)
     pv.fit(prior.model, prior.guide, codes, objective=pv.ELBO(), epochs=prior_epochs, lr=2e-3, schedule="cosine")
+    draw_use(codes, num_codes, result.history[-1]["perplexity"], options.output / "codes.png")
     nll = pv.log_likelihood(prior.model, prior.guide, test_codes, num_samples=1).nll
     print(f"code NLL {nll:.1f} nats on test images, uniform {positions * math.log(num_codes):.1f}")
 
@@ -76,10 +90,12 @@ def main():
         print(f"{name} prior: test NLL <= {bound:.1f} nats, {bits:.3f} bits/dim")
 
     some = test.fixed().x[:20].to(codes.device)
-    pv.plots.reconstructions(some.cpu(), vqvae.reconstruct(some).detach().cpu(), options.output / "reconstructions.png")
-    pv.plots.image_grid(pv.sample(vqvae, 64, seed=0).cpu(), options.output / "samples.png")
+    rebuilt, folder = vqvae.reconstruct(some).detach().cpu(), options.output
+    pv.plots.reconstructions(some.cpu(), rebuilt, folder / "reconstructions.png", smooth=True)
+    drawn = {"learned prior": pv.sample(vqvae, 64, seed=0).cpu()}
     vqvae.code_prior = None
-    pv.plots.image_grid(pv.sample(vqvae, 64, seed=0).cpu(), options.output / "samples_uniform.png")
+    drawn["uniform prior"] = pv.sample(vqvae, 64, seed=0).cpu()
+    pv.plots.side_by_side(drawn, folder / "samples.png", smooth=True)
     print(f"pictures in {options.output}")
 
 

@@ -214,6 +214,64 @@ def results(out):
     assert re.search(r"tables\.md: 0 records$", out)
 
 
+def latent_sizes(out):
+    rows = figures(out, r"(\d+) units: reconstruction (-\S+), KL (\S+), (\d+) active; " + NLL)
+    assert rows[:, 0].tolist() == [2, 4]
+    assert (rows[:, 3] <= rows[:, 0]).all()
+    assert (rows[:, 4] < COIN).all()
+
+
+def rate_distortion(out):
+    beta, rate, distortion, total, _ = figures(
+        out, r"beta +(\S+)  rate +(\S+)  distortion +(\S+)  sum +(\S+)  -log p\(x\) +(\S+)"
+    ).T
+    assert beta.tolist() == [0.01, 1, 20]
+    assert (np.diff(rate) < 0).all()
+    assert (np.diff(distortion) > 0).all()
+    assert rate + distortion == pytest.approx(total, abs=0.02)
+
+
+def overfitted(out):
+    rows = figures(out, r"squared error +(\S+) in training, +(\S+) on test data")
+    data = pv.data.load("digits")
+    train, test = (part.x.flatten(1).numpy() for part in (data.train.subset(slice(10)), data.test))
+    around = [np.square(part - train.mean(0)).sum(1).mean() for part in (train, test)]
+    assert rows[0] == pytest.approx(around, abs=1e-3)
+    fitted = decomposition.PCA(1).fit(train)
+    best = np.square(fitted.inverse_transform(fitted.transform(train)) - train).sum(1).mean()
+    assert rows[1, 0] > best - 1e-3  # no linear autoencoder is better than PCA
+    assert rows[2, 0] < best < rows[2, 1]
+
+
+def bound_against_k(out):
+    rows = figures(out, r"(?m)^ +(\d+)  bound +(-\S+)  below by (\S+) ± (\S+)$")
+    exact = figures(out, r"exact log p\(x\) (-\S+) nats").squeeze(1)
+    assert rows[:, 0].tolist() == 2 * [2**i for i in range(7)]
+    for part, log_p in zip(np.split(rows, 2), exact, strict=True):
+        assert (np.diff(part[:, 2]) < 0).all()
+        assert part[:, 1] + part[:, 2] == pytest.approx(log_p, abs=2e-4)
+    # The guide has the posterior's mean, and its diagonal, 1.3 times as wide: the first distance is that KL.
+    torch.manual_seed(0)
+    loading = torch.randn(10, 3).double()
+    precision = torch.eye(3, dtype=torch.float64) + loading.T @ loading / 0.25
+    scale = 1.3 * precision.inverse().diagonal().sqrt()
+    guide = torch.distributions.MultivariateNormal(torch.zeros(3).double(), scale_tril=scale.diag())
+    posterior = torch.distributions.MultivariateNormal(torch.zeros(3).double(), precision_matrix=precision)
+    kl = float(torch.distributions.kl_divergence(guide, posterior))
+    assert abs(rows[0, 2] - kl) < 5 * rows[0, 3]
+    slope, _ = figures(out, r"over the last half: (\S+)").squeeze(1)
+    assert slope == pytest.approx(-1, abs=0.15)
+
+
+def signal_to_noise(out):
+    rows = figures(out, r"(?:model|guide), .*?(\d\S+) +(\S+) +(\S+)   ([+-]\S+)\n")
+    assert len(rows) == 3
+    assert rows[:, :3] == pytest.approx(rows[:, :3].clip(min=0.05))
+    assert rows[0, 3] == pytest.approx(0.5, abs=0.2)
+    assert rows[1, 3] == pytest.approx(-0.5, abs=0.3)
+    assert rows[2, 3] == pytest.approx(0.5, abs=0.2)
+
+
 SMALL = ["--epochs", "1", "--samples", "10"]
 DRAWN = ["--output", "{tmp}"]
 EXAMPLES = [  # what is run, with which arguments, and who checks what it prints; files go to {tmp}
@@ -234,6 +292,11 @@ EXAMPLES = [  # what is run, with which arguments, and who checks what it prints
     (zoo, ["--epochs", "1", "--samples", "5", *DRAWN, "--only", "pca", "autoencoder", "vae"]),
     (tables, ["a", *SMALL, "--particles", "1", "5", "--runs", "{tmp}", "--records", "{tmp}"]),
     (results, ["--records", "{tmp}", "--page", "{tmp}/tables.md"]),
+    (latent_sizes, [*SMALL, *DRAWN, "--sizes", "2", "4"]),
+    (rate_distortion, ["--epochs", "15", "--samples", "10", *DRAWN, "--betas", "0.01", "1", "20"]),
+    (overfitted, ["--train", "10", "--epochs", "200", *DRAWN]),
+    (bound_against_k, ["--epochs", "1", "--images", "20", "--draws", "1024", *DRAWN]),
+    (signal_to_noise, ["--repetitions", "200", "--particles", "2", "8", "32", *DRAWN]),
     (deep, [*SMALL, "--images", "50", *DRAWN]),
     (deep, ["--train", "200", "--batch-size", "50", "--minutes", "0.01", "--samples", "10", "--images", "50"]),
 ]

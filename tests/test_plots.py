@@ -106,6 +106,7 @@ def test_smooth_images_keep_their_place_and_their_mean():
 WRITERS = [
     lambda path: plots.image_grid(X, path),
     lambda path: plots.side_by_side({"a": X, "b": X}, path),
+    lambda path: plots.image_rows({"a": X, "b": X}, path),
     lambda path: plots.reconstructions(X, X, path),
     lambda path: plots.curves(HISTORY, path),
     lambda path: plots.latent_plane(torch.arange(10.0).view(5, 2), path),
@@ -118,6 +119,18 @@ WRITERS = [
 def test_a_figure_is_written_as_it_is_shown(tmp_path, draw):
     draw(path := tmp_path / "new" / "picture.png")
     assert np.array_equal(pixels(path), read(draw(None)))
+
+
+def test_rows_stand_in_their_order_whatever_their_lengths_and_names():
+    long = "a name that is longer than a row"
+    figure = plots.image_rows({"a": torch.ones(3, 8, 8), long: torch.zeros(1, 8, 8)})
+    picture, row = read(figure), CELL + 2 * GAP
+    left = picture.shape[1] - (3 * (CELL + GAP) + GAP)
+    assert figure.texts[1].get_window_extent().x0 >= 0
+    assert picture.shape[0] == 2 * row
+    assert (picture[GAP : GAP + CELL, left + GAP : left + GAP + CELL] == 255).all()
+    assert (picture[row + GAP : row + GAP + CELL, left + GAP : left + GAP + CELL] == 0).all()
+    assert (picture[row:, left + row :] == 255).all()  # the page
 
 
 @pytest.mark.parametrize("count", [1, 9, 10, 13])
@@ -198,6 +211,18 @@ def test_manifold_runs_left_to_right_and_bottom_to_top():
     assert picture[[300, 300, 700, 700], [300, 700, 300, 700], 0].tolist() == [0, 255, 0, 0]
 
 
+def test_a_smooth_manifold_leaves_gaps_and_keeps_its_order():
+    def decode(z):
+        return ((z[:, 0] > 0) & (z[:, 1] > 0)).float().view(-1, 1, 1).expand(-1, 8, 8)
+
+    sharp, smooth = (
+        read(plots.manifold(decode, event_shape=(8, 8), steps=4, smooth=smooth)) for smooth in (False, True)
+    )
+    cells = np.ix_([200, 750], [200, 750], [0])
+    assert sharp[cells].flatten().tolist() == smooth[cells].flatten().tolist() == [0, 255, 0, 0]
+    assert (sharp[750] == FRAME).all(-1).sum() < 3 < (smooth[750] == FRAME).all(-1).sum()
+
+
 def test_manifold_of_a_model_in_its_own_dtype():
     vae = VAE((1, 8, 8), latent_dim=2, hidden=(4,)).double()
     assert read(plots.manifold(vae.decode, event_shape=vae.input_shape, steps=3)).std() > 0
@@ -242,6 +267,8 @@ X = torch.zeros(4, 1, 8, 8)
         (lambda p: plots.image_grid(torch.zeros(0, 8, 8), p), r"got \(0, 8, 8\)"),
         (lambda p: plots.image_grid([1, 2], p), "got list"),
         (lambda p: plots.side_by_side({}, p), "groups is empty"),
+        (lambda p: plots.image_rows({}, p), "groups is empty"),
+        (lambda p: plots.image_rows({"a": X[:0]}, p), r"images of 'a' must be .* got \(0, 1, 8, 8\)"),
         (lambda p: plots.side_by_side({"a": X, "b": X[:0]}, p), r"images of 'b' must be .* got \(0, 1, 8, 8\)"),
         (
             lambda p: plots.side_by_side(dict.fromkeys("ab", torch.zeros(1, 10, 30_000)), p),

@@ -57,7 +57,7 @@ def pictures(
         planar = len(codes) == 1 and vectors[0].shape[1] == 2 and pair.likelihood_is is not None
         normal = not isinstance(pair.config, dict) or pair.config.get("prior", "normal") == "normal"
         if shown and planar and normal and pair.decodes and not pair.conditional:
-            drawn["manifold"] = plots.manifold(pair.decode, event_shape=test.event_shape)
+            drawn["manifold"] = plots.manifold(pair.decode, event_shape=test.event_shape, steps=16, smooth=True)
     for name, figure in drawn.items():
         save(figure, folder / f"{name}.png")
     return [f"{name}.png" for name in drawn]

@@ -5,8 +5,9 @@ PNG as well, in one move (a reader never sees half a picture). Nothing here touc
 """
 
 from pyrovae.plots.charts import curves, latent_plane, manifold, unit_activity
-from pyrovae.plots.images import image_grid, is_image, reconstructions, side_by_side
+from pyrovae.plots.images import image_grid, image_rows, is_image, reconstructions, side_by_side
 
 __all__ = [
-    "curves", "image_grid", "is_image", "latent_plane", "manifold", "reconstructions", "side_by_side", "unit_activity",
+    "curves", "image_grid", "image_rows", "is_image", "latent_plane", "manifold", "reconstructions", "side_by_side",
+    "unit_activity",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyrovae.arguments import positive_int, sizes
 from pyrovae.engine.programs import evaluating, held_by
-from pyrovae.plots.images import DPI, INK, LINES, MUTED, Picture, StrPath, as_numpy, mosaic, rgb, save
+from pyrovae.plots.images import DPI, GAP, INK, LINES, MUTED, Picture, StrPath, as_numpy, mosaic, rgb, save
 
 BLUE, ORANGE, IDLE = "#2f6796", "#d0743c", "#c9ccd2"
 MAX_NAMED = 20  # classes with a colour and a legend entry each; beyond, a colour bar
@@ -251,6 +251,7 @@ def manifold(
     latent_dim: int = 2,
     event_shape: Sequence[int],
     steps: int = 20,
+    smooth: bool = False,
 ) -> Figure:
     """What the decoder makes of a square of latents, spaced so that the prior N(0, I) gives every cell the same mass.
 
@@ -259,6 +260,7 @@ def manifold(
     :param latent_dim: number of latent units; those after the second are held at 0.
     :param event_shape: shape of an image, ``(H, W)`` or ``(C, H, W)``.
     :param steps: images per side.
+    :param smooth: enlarge by cubic interpolation and leave gaps: images of few pixels run into each other without.
     """
     latent_dim, steps = positive_int("latent_dim", latent_dim, minimum=2), positive_int("steps", steps, minimum=2)
     event_shape = sizes("event_shape", event_shape)
@@ -272,7 +274,7 @@ def manifold(
     pixels = rgb(images.reshape(len(z), *event_shape), "what decode returns")
     figure = new_figure(6.4, 6.4)
     axes = dress(figure.add_subplot(), x="unit 0", y="unit 1", grid="")
-    axes.imshow(mosaic(pixels, steps, gap=0), extent=(0, 1, 0, 1), aspect="auto")
+    axes.imshow(mosaic(pixels, steps, gap=GAP if smooth else 0, smooth=smooth), extent=(0, 1, 0, 1), aspect="auto")
     axes.set_box_aspect(event_shape[-2] / event_shape[-1])
     ticks = [-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5]
     mass = torch.special.ndtr(torch.tensor(ticks)).tolist()

@@ -177,10 +177,38 @@ def reconstructions(
     return save(of_pixels(canvas[: -6 * GAP], [(0, title or "")], labels), path)
 
 
+def image_rows(groups: Mapping[str, Tensor], path: StrPath | None = None, *, smooth: bool = False) -> Figure:
+    """A row of images for each name, one below the other, the names on the left: data above what models make of them.
+
+    :param groups: by name, ``[N, H, W]`` or ``[N, C, H, W]`` each; as in :func:`image_grid`.
+    :param path: a PNG to write as well.
+    :raises ValueError: no groups, or images of which there is none, or of another shape.
+
+    >>> drawn = image_rows({"data": torch.rand(4, 8, 8), "model": torch.rand(4, 8, 8)})
+    >>> [text.get_text() for text in drawn.texts]
+    ['data', 'model']
+    """
+    if not groups:
+        raise ValueError("groups is empty: pass images by name")
+    sheets, labels, top = [], [], 0
+    for name, images in groups.items():
+        pixels = rgb(images, f"images of {name!r}")
+        sheet_shape(len(pixels), pixels.shape[1:3], len(pixels))
+        sheets.append(mosaic(pixels, len(pixels), smooth=smooth))
+        labels.append((top + len(sheets[-1]) // 2, name))
+        top += len(sheets[-1])
+    canvas = np.full((top, max(sheet.shape[1] for sheet in sheets), 3), PAGE, np.uint8)
+    for (middle, _), sheet in zip(labels, sheets, strict=True):
+        start = middle - len(sheet) // 2
+        canvas[start : start + len(sheet), : sheet.shape[1]] = sheet
+    return save(of_pixels(canvas, [(0, "")], labels), path)
+
+
 def of_pixels(sheet: np.ndarray, titles: Sequence[tuple[int, str]], labels: Sequence[tuple[int, str]] = ()) -> Figure:
     """The sheet at one screen pixel per value; above it titles, from the left, beside it labels, from the top."""
     height, width, _ = sheet.shape
-    left, top = 46 if labels else 0, 30 if any(title for _, title in titles) else 0
+    left = max(46, *(12 + 6 * len(label) for _, label in labels)) if labels else 0
+    top = 30 if any(title for _, title in titles) else 0
     full_width, full_height = max(left + width, *(x + WIDE * len(title) for x, title in titles)), top + height
     # A touch more than the exact size, as the backend cuts the product of inches and dots per inch down to pixels.
     figure = Picture(((full_width + 0.01) / 100, (full_height + 0.01) / 100), dpi=100, facecolor="white")
