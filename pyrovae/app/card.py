@@ -46,7 +46,7 @@ def card(run: runs.Run, repo_id: str | None = None) -> str:
     shown = [name for name in PICTURES if (run.path / f"{name}.png").is_file()]
     parts += [f"## {name.replace('_', ' ').capitalize()}\n\n![{name}]({name}.png)" for name in shown]
     parts.append(f"## Use\n\n```python\n{USE.format(load=loading(repo_id, described))}\n```")
-    return "\n\n".join(parts) + "\n"
+    return ("\n\n".join(parts) + "\n").encode("utf-8", "replace").decode("utf-8")  # a path may be no text
 
 
 TRAINING = ("epochs", "batch_size", "optimizer", "lr", "schedule", "particles", "kl_warmup", "num_data", "seed")

@@ -23,6 +23,7 @@ from pyrovae.arguments import pick_device, positive_int
 from pyrovae.engine.randomness import rng_snapshot
 from pyrovae.models import CodePrior
 from pyrovae.models.base import Rule
+from pyrovae.plots.images import is_image
 from pyrovae.train.log import Fit
 from pyrovae.train.loop import OnEpoch, fit
 from pyrovae.train.resuming import FINGERPRINTS, check_data, check_same
@@ -69,8 +70,8 @@ def train_in(
     check_test(pair, test)
     rule, held_out = pair.train_on, task.splits.validation
     method = str(task.parts.objective) if rule is None else "its own rule"
-    name = type(pair.module).__name__
-    out.print(f"{name} on {job.data} ({len(task.training):,} images), {method}, run in {folder}")
+    name, kind = type(pair.module).__name__, "images" if is_image(task.training.event_shape) else "data"
+    out.print(f"{name} on {job.data} ({len(task.training):,} {kind}), {method}, run in {folder}")
     if rule is None:
         result = fit(
             pair.model, pair.guide, task.training, objective=task.parts.objective, epochs=job.epochs,

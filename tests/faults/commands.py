@@ -285,6 +285,46 @@ def a_run_has_an_odd_name(folder: Path, name: str):
     assert (run / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
+@fault("C", "evaluate", 0, r"test NLL", each=NAMES)
+def a_run_with_an_odd_name_has_a_model_card(folder: Path, name: str):
+    run = small_run(folder / name)
+    yield lambda: forked("evaluate", run, "--samples", 5)
+    assert "| test NLL, nats per datum |" in (run / "README.md").read_text(encoding="utf-8")
+
+
+def a_link(place: Path) -> None:
+    (place.parent / "kept").write_text("kept")
+    place.symlink_to("kept")
+
+
+@fault("C", "evaluate", 0, r"test NLL", each={
+    "a folder": Path.mkdir, "a pipe": os.mkfifo, "a link": a_link, "one's own": lambda place: place.write_text("own"),
+})  # fmt: skip
+def something_else_has_the_name_of_a_model_card(folder: Path, make: Callable[[Path], object]):
+    run = small_run(folder / "run")
+    card = run / "README.md"
+    card.unlink(missing_ok=True)
+    make(card)
+    before = os.lstat(card).st_mode, card.read_text() if card.is_file() else None
+    yield "evaluate", run, "--samples", 5
+    assert before == (os.lstat(card).st_mode, card.read_text() if card.is_file() else None)
+
+
+@fault("A4", "export", 4, r"weights\.safetensors\" is damaged or was changed")
+def damaged_weights_are_not_exported(folder: Path):
+    run = small_run(folder / "run")
+    place = run / "last" / "weights.safetensors"
+    place.write_bytes(place.read_bytes()[:-1] + b"!")
+    yield "export", run
+    assert not list(run.glob("*.onnx"))
+
+
+@fault("C", "new", 2, r"is there already", each={"a file": Path.touch, "a folder": Path.mkdir, "a pipe": os.mkfifo})
+def a_starter_would_replace_something(folder: Path, make: Callable[[Path], object]):
+    make(folder / "my_model.py")
+    yield "new", "my_model.py"
+
+
 @fault("C", "report", 0, r"wrote", each=NAMES)
 def a_run_with_an_odd_name_is_reported_on(folder: Path, name: str):
     run = small_run(folder / name)
