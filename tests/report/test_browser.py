@@ -120,6 +120,26 @@ def test_a_drag_decodes_as_pytorch_does(visit, written, made):
     assert ((found - 255 * near[0]).abs() <= room).all()
 
 
+def test_colours_are_shown_as_decoded(visit, tmp_path):
+    torch.manual_seed(0)
+    vae = pv.models.VAE((3, 5, 7), latent_dim=2, hidden=(8,), likelihood="gaussian")
+    pv.fit(
+        vae.model, vae.guide, torch.rand(60, 3, 5, 7), objective=pv.ELBO(), epochs=1, run_dir=tmp_path, compile=False
+    )
+    pyrovae("report", tmp_path)
+    page = visit(tmp_path / "report.html")
+    settle(page)
+    shown = page.evaluate(
+        """() => { const c = document.getElementById("decoded");
+             return [c.width, c.height, ...c.getContext("2d").getImageData(0, 0, c.width, c.height).data]; }"""
+    )
+    assert shown[:2] == [7, 5]
+    z = json.loads(page.locator("#explorer-data").text_content())["starts"][0]["code"]
+    with torch.no_grad():
+        wanted = 255 * vae.eval().decode(torch.tensor([z]))[0].clamp(0, 1).permute(1, 2, 0)
+    assert (torch.tensor(shown[2:]).view(5, 7, 4)[..., :3] - wanted).abs().max() < 1
+
+
 def test_a_finger_moves_in_the_plane(visit, written):
     page = visit(written("plane")[0], "phone")
     page.locator("#plane").scroll_into_view_if_needed()
