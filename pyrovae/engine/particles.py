@@ -159,12 +159,12 @@ class Particles:
         scale, tempering = scales(layout, own, model) if scaled else (1.0, {})
         return cls(layout, own, model, scale, tempering, noise=apart)
 
-    @property
+    @cached_property
     def weighed(self) -> Sites:
         """The model's sites, without those whose part another site of the same sum has."""
         return {name: site for name, site in self.model.items() if not site.get("absorbed")}
 
-    @property
+    @cached_property
     def carried(self) -> Sites:
         """The point masses that carry a part of the density of latents."""
         return carriers(self.weighed)

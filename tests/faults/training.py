@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -873,7 +874,19 @@ def array(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z[:, :1].expand(-1, 4), 1.0).to_event(1), obs=x.numpy())
 
 
+def classes(x: Tensor, how: str = "parallel", size: int | None = None, steered: bool = False) -> None:
+    """A class for all data, of which there may be more."""
+    logits = pyro.param("logits", torch.zeros(2))
+    c = pyro.sample("c", dist.Categorical(logits=logits), infer={"enumerate": how})
+    with pyro.plate("data", size or len(x), subsample=torch.arange(len(x))):
+        loc = (1.0 if c else 0.0) if steered else c.unsqueeze(-1).to(x.dtype)
+        pyro.sample("x", dist.Normal(x.new_zeros(x.shape) + loc, 1.0).to_event(1), obs=x)
+
+
 PROGRAMS = {
+    "a sum of two scales": (lambda: (partial(classes, size=100), nothing), '"c" and "x", which are summed.*scales'),
+    "a sum of control flow": (lambda: (partial(classes, steered=True), nothing), '"c" are marked.*all their values at'),
+    "a sum one by one": (lambda: (partial(classes, how="sequential"), nothing), '"c" is not drawn.*"sequential"'),
     "a site too many": (lambda: (vae().model, wide), 'guide site "w" is not a latent site of the model.*rename it'),
     "a site too few": (lambda: (vae().model, nothing), 'model site "z" is neither observed nor drawn by the guide'),
     "nothing at all": (lambda: (nothing, nothing), "the model has no sample site: it must observe something"),
