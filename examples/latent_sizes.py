@@ -33,7 +33,7 @@ def main():
     )
     data = head.load(options, binarization="dynamic")
     train, test = data.train, data.test.subset(slice(2000))
-    drawn = {"data": train.x[:36]}
+    drawn = {"data": train.x[:16]}
     for size in options.sizes:
         torch.manual_seed(0)
         vae = pv.models.VAE(train.event_shape, size).initialise(train.x)
@@ -45,10 +45,10 @@ def main():
         parts = f"reconstruction {row['reconstruction']:.2f}, KL {row['kl']:.2f}, {active} active"
         print(f"{size:2} units: {parts}; {found}")
         vae.cpu()  # where the data are
-        drawn[f"{size} units"] = pv.sample(vae, 36, seed=0)
+        drawn[f"{size} units"] = pv.sample(vae, 16, seed=0)
         if size == 2:
             path = options.output / "manifold.png"
-            pv.plots.manifold(vae.decode, path, event_shape=train.event_shape, steps=16, smooth=True)
+            pv.plots.manifold(vae.decode, path, event_shape=train.event_shape, steps=12, smooth=True)
         ways = between(vae, test)
         path = options.output / f"between_{size}.png"
         pv.plots.image_grid(ways.flatten(0, 1), path, columns=ways.shape[1], smooth=True)
