@@ -85,3 +85,11 @@ def test_the_walk_from_the_command_line_to_a_gradient_meets_its_places_in_order(
     calls = iter(met)
     for place in places:
         assert place in calls, place
+
+
+@pytest.mark.parametrize("page", sorted(set(PAGES) - {"results.md"}))
+def test_code_fits_its_box(page):
+    """At desktop width a box holds some ninety columns, on a phone half of that."""
+    cells = re.findall(r"(?ms)^```(?:\{code-cell\} ipython3|python)\n(.*?)^```$", PAGES[page])
+    lines = [line for cell in cells for line in cell.splitlines() if not line.startswith("    alt:")]
+    assert not [line for line in lines if len(line) > 80]
