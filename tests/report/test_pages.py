@@ -94,6 +94,14 @@ def test_a_page_asks_nothing_of_a_network(written):
     assert "default-src 'none'" in page.source
 
 
+def test_a_page_does_not_tell_where_ones_data_lie(copied):
+    run = copied("plane")
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["data_dir"] = "/home/somebody"
+    (run / "config.json").write_text(json.dumps(config))
+    assert "somebody" not in report(run)[0].source
+
+
 @pytest.mark.parametrize(
     ("kind", "shown", "absent"),
     [

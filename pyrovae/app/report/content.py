@@ -87,7 +87,7 @@ def likely(page: Content, found: Gathered, pair: Pair, test: Images) -> None:
 
 def described(page: Content, config: Mapping[str, Any]) -> None:
     """What the config says of the run."""
-    page.config = json.dumps(config, indent=2, ensure_ascii=False)
+    page.config = json.dumps(words.shareable(config), indent=2, ensure_ascii=False)
     with page.notes.missing("what was trained"):
         page.objective, page.command = words.objective(config), words.command(config)
         page.bound = words.equation((config.get("objective") or {}).get("class"))

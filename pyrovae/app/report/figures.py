@@ -91,7 +91,7 @@ def develop(axes: Axes, epochs: Sequence[int], kl: np.ndarray, order: np.ndarray
     if kl.shape[1] <= FEW:
         for i, unit in enumerate(order):
             axes.plot(epochs, kl[:, i], color=class_colours(len(order))[i], linewidth=1.2, label=str(unit))
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7)
+        add_legend(axes, beside=True)
         return
     axes.grid(False)
     extent = (epochs[0] - 0.5, epochs[-1] + 0.5, kl.shape[1] - 0.5, -0.5)

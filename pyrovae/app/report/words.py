@@ -20,6 +20,7 @@ from pyrovae.app.tables import KINDS
 from pyrovae.app.tables import nll as nll_of
 
 DOUBTFUL = 0.01  # of the data: the share whose weights are unreliable, from which on a figure is said to be doubtful
+PLACES = ("data_dir", "device")  # settings that are of one machine, and no one else's business
 #: Where a docstring has its equation: by itself, or in a line.
 EQUATIONS = (r"\.\. math::(.*?)(?:\n\s*\n|\Z)", r":math:`([^`]*=[^`]*)`")
 
@@ -131,6 +132,13 @@ def equation(path: object) -> Markup | None:
     return Markup(convert(tex, display="block"))  # of our own docstrings
 
 
+def shareable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the places of one machine."""
+    given = config.get("settings")
+    kept = {k: v for k, v in given.items() if k not in PLACES} if isinstance(given, dict) else given
+    return dict(config) | ({"settings": kept} if "settings" in config else {})
+
+
 def command(config: Mapping[str, Any]) -> str | None:
     """The command that trains such a run again; None for one made in Python."""
     given = config.get("settings")
@@ -138,7 +146,7 @@ def command(config: Mapping[str, Any]) -> str | None:
         return None
     default, words = asdict(Settings()), ["pyrovae", "train", str(given.get("model", "vae"))]
     for name, value in given.items():
-        if name not in ("model", "settings") and value != default.get(name):
+        if name not in ("model", "settings", *PLACES) and value != default.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     for name, value in given.get("settings", {}).items():
         words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
