@@ -17,6 +17,8 @@ import pyrovae as pv
 from pyrovae.engine.kl import site_kl
 from pyrovae.engine.programs import nothing
 from pyrovae.engine.runner import Runner
+from pyrovae.evaluate.ais import Annealer
+from pyrovae.evaluate.measuring import Batches
 from tests.laws.exact import expected, mean
 from tests.laws.pairs import MIXTURE, NET
 from tests.state import double_precision
@@ -262,6 +264,11 @@ def test_posterior_draws_are_of_the_exact_conditional(how):
     log_p, posterior = exact_mixture(p, X)
     assert ((found.log_prob - log_p).abs() < 5 * found.std_error).all()
     assert found.draws["c"].shape == (number, 3)
+    z, c = found.draws["z"].unsqueeze(-1), found.draws["c"].unsqueeze(-1)
+    given = p["init"] + dist.Normal(p["loc"], 1.0).log_prob(z)
+    given = (given + dist.Normal(z + p["pair"][0], 1.0).log_prob(X[:, :1])).softmax(-1)
+    surplus = given.gather(-1, c).squeeze(-1) - given.square().sum(-1)  # 0 in the mean, if c hangs on its own z
+    assert surplus.mean().abs() < 5 * surplus.std() / surplus.numel() ** 0.5
     shares = torch.stack([(found.draws["c"] == c).double().mean(0) for c in range(3)], -1)
     assert (shares - posterior).abs().max() < 5 * 0.5 * (2 / number) ** 0.5  # of draws, and of what they are drawn from
 
@@ -294,6 +301,21 @@ def test_annealing_moves_what_is_continuous():
     assert ((found.log_prob - exact_mixture(p, X)[0]).abs() < 5 * found.std_error).all()
     bracket = pv.bdmc(partial(mixture_vae, p), 30, like=X, num_temperatures=20, leapfrog_steps=4, seed=0)
     assert abs(bracket.gap) < 0.1
+
+
+def test_what_chains_leave_invariant_is_summed():
+    """log p(z) and log p(x, z), where chains start and where they end, at any point."""
+    p, u = parameters(), {"z": torch.randn(4, 3)}
+    model, annealer = partial(mixture_vae, p), Annealer(4, 2, 1, "linear", 0.65, False)
+    with Batches(model, None, (X,), {}) as data:
+        batch = next(iter(data))
+        annealer.prepare(model, None, data.seen, batch, {}, 3)
+        start, joint, _ = annealer.ends(batch, u)
+    z = u["z"].unsqueeze(-1)
+    each = p["init"].log_softmax(-1) + dist.Normal(p["loc"], 1.0).log_prob(z)
+    torch.testing.assert_close(start, each.logsumexp(-1))
+    each = each + dist.Normal(z + p["pair"][0], 1.0).log_prob(X[:, :1])
+    torch.testing.assert_close(joint, each.logsumexp(-1))
 
 
 def test_what_is_logged_of_a_fit_is_of_the_sums():
