@@ -1,6 +1,6 @@
 """A deep autoencoder of one unit that knows its data by heart, beside the linear one and a VAE of one unit.
 
-    python examples/overfitted.py [--data mnist] [--train 30] [--epochs 1500] [--output runs/overfitted]
+    python examples/overfitted.py [--data mnist] [--train 30] [--epochs 2000] [--output runs/overfitted]
 
 A network that is wide enough puts every training image at a place of its own on a line, and gives it back whole. The
 line between these places means nothing, and the codes of other images land anywhere on it: small error in training says
@@ -37,7 +37,7 @@ def show(name, seen, unseen):
 
 def main():
     options = head.options(
-        __doc__, data="digits", train=(30, "images to learn by heart"), epochs=1500, output=Path("runs/overfitted")
+        __doc__, data="digits", train=(30, "images to learn by heart"), epochs=2000, output=Path("runs/overfitted")
     )
     data = head.load(options)
     train, test = data.train.subset(slice(options.train)), data.test.x
@@ -61,7 +61,7 @@ def main():
         show(name, *errors)
     path = options.output / "overfitted.png"
     kinds = sorted(rows, key=lambda name: ("training", "test", "line").index(name.split()[0].strip(",")))
-    pv.plots.image_rows({name: rows[name] for name in kinds}, path)
+    pv.plots.image_rows({name: rows[name] for name in kinds}, path, smooth=True)
     print(f'picture in "{path}"')
 
 

@@ -1,6 +1,6 @@
 r"""Tighter bounds are not always better: the signal-to-noise ratio of the gradient against the number of particles K.
 
-    python examples/signal_to_noise.py [--repetitions 1000] [--particles 1 3 10 30 100] [--output runs/signal_to_noise]
+    python examples/signal_to_noise.py [--repetitions 2000] [--particles 1 3 10 30 100] [--output runs/signal_to_noise]
 
 The pair of Rainforth et al. (2018): z ~ N(mu, I), x ~ N(z, I), and a guide N(A x + b, 2/3 I) near its best. IWAE's
 gradient of the model's mu gets clearer as sqrt(K), that of the guide's A and b drowns as 1/sqrt(K); the doubly
@@ -77,7 +77,7 @@ def draw(numbers, found, path):
 def main():
     options = head.options(
         __doc__,
-        repetitions=(1000, "gradients at every K"),
+        repetitions=(2000, "gradients at every K"),
         particles={"nargs": "+", "type": int, "default": [1, 3, 10, 30, 100], "help": "numbers of particles K"},
         batch=(256, "data in the batch"),
         output=Path("runs/signal_to_noise"),

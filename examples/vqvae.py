@@ -42,6 +42,7 @@ def draw_use(codes, num_codes, perplexity, path):
     figure = charts.new_figure(5.4, 2.6)
     title = f"use of the codebook: {(share > 0).sum()} of {num_codes} codes, perplexity {perplexity:.1f}"
     axes = charts.dress(figure.add_subplot(), title=title, x="code, by use", y="share of positions", grid="y")
+    axes.margins(x=0.01)
     axes.bar(range(num_codes), share.tolist(), color=charts.BLUE)
     axes.axhline(1 / num_codes, color=charts.ORANGE, linestyle="--", linewidth=1, label="all alike")
     charts.add_legend(axes)

@@ -207,7 +207,7 @@ def image_rows(groups: Mapping[str, Tensor], path: StrPath | None = None, *, smo
 def of_pixels(sheet: np.ndarray, titles: Sequence[tuple[int, str]], labels: Sequence[tuple[int, str]] = ()) -> Figure:
     """The sheet at one screen pixel per value; above it titles, from the left, beside it labels, from the top."""
     height, width, _ = sheet.shape
-    left = max(46, *(12 + 6 * len(label) for _, label in labels)) if labels else 0
+    left = max(46, *(6 + WIDE * len(label) for _, label in labels)) if labels else 0
     top = 30 if any(title for _, title in titles) else 0
     full_width, full_height = max(left + width, *(x + WIDE * len(title) for x, title in titles)), top + height
     # A touch more than the exact size, as the backend cuts the product of inches and dots per inch down to pixels.
