@@ -177,7 +177,11 @@ def test_any_elbo_is_an_objective(name):
     assert isinstance(result.history[-1]["validation_bound"], float)  # a tensor of Pyro's would keep its device
 
 
-@pytest.mark.parametrize("objective", [infer.TraceEnum_ELBO(max_plate_nesting=1), pv.ELBO(), pv.IWAE(2)], ids=lambda objective: type(objective).__name__)
+@pytest.mark.parametrize(
+    "objective",
+    [infer.TraceEnum_ELBO(max_plate_nesting=1), pv.ELBO(), pv.IWAE(2)],
+    ids=lambda objective: type(objective).__name__,
+)
 def test_enumerated_latents_train_with_any_objective(objective):
     data = torch.cat([torch.full((300,), -1.0), torch.full((100,), 1.0)]) + 0.3 * _quantiles
     logit = torch.zeros((), requires_grad=True)

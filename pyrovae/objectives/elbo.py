@@ -21,6 +21,7 @@ from pyrovae.objectives import checks
 from pyrovae.objectives.base import Objective, Options
 from pyrovae.objectives.derivatives import Bound
 from pyrovae.objectives.expected import expected_loss
+from pyrovae.objectives.interface import refusals_of_func
 from pyrovae.objectives.local import local_ascent
 from pyrovae.objectives.means import PowerMeans
 
@@ -82,7 +83,8 @@ class ELBO(Objective):
         """As of any objective; guide sites marked for enumeration are summed over, as Pyro does it."""
         runner = self.runner(model, guide)
         if not runner.known:
-            runner.look(args, kwargs, self.check)
+            with refusals_of_func(self):
+                runner.look(args, kwargs, self.check)
         if not runner.marked:
             return super().differentiable_loss(model, guide, *args, **kwargs)
         return expected_loss(

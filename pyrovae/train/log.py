@@ -74,9 +74,10 @@ class Fit:
 
     def finish(self, step: Step | Recorded, precision: str, device: torch.device) -> None:
         """Sum up the timings."""
-        seconds = sum(row["seconds"] for row in self.history)
-        steps = sum(row["steps"] for row in self.history)
-        images = sum(row["images_per_second"] * row["seconds"] for row in self.history)
+        known = ("seconds", "steps", "images_per_second")  # of rows in a file that was edited, perhaps not
+        rows = [tuple(float(row.get(name, 0.0)) for name in known) for row in self.history]
+        seconds, steps = sum(row[0] for row in rows), int(sum(row[1] for row in rows))
+        images = sum(rate * taken for taken, _, rate in rows)
         self.timings = {
             "ms_per_step": 1e3 * seconds / max(steps, 1), "images_per_second": images / max(seconds, 1e-9),
             "seconds": seconds, "steps": steps, "path": step.kind, "compile_seconds": step.gradients.compile_seconds,

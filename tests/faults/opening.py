@@ -654,12 +654,12 @@ def weights_of(run: Path) -> dict[str, list[float]]:
 
 
 EAGER = ("--set", "compile=false")
+STEADY = (*EAGER, "--set", "schedule=constant")  # which does not depend on the number of epochs
 
 
 @fault("D", "train --resume", 0, r"trained 4 epochs.*test NLL +\d")
 def a_finished_run_goes_on(folder: Path):
-    steady = [*EAGER, "--set", "schedule=constant"]  # which does not depend on the end
-    run, whole = small_run(folder / "run", *steady), small_run(folder / "whole", *steady, epochs=4)
+    run, whole = small_run(folder / "run", *STEADY), small_run(folder / "whole", *STEADY, epochs=4)
     first = results_of(run)["nll"]
     yield "train", "--resume", "--epochs", "4", "--run-dir", run
     assert weights_of(run) == weights_of(whole)
@@ -672,14 +672,14 @@ def a_finished_run_goes_on(folder: Path):
 
 @fault("D", "train --resume", 0, r"trained 4 epochs.*test NLL +\d")
 def an_interrupted_run_goes_on_to_more_epochs(folder: Path):
-    run, whole = cut(folder, *EAGER), small_run(folder / "whole", *EAGER, epochs=4)
+    run, whole = cut(folder, *STEADY), small_run(folder / "whole", *STEADY, epochs=4)
     yield "train", "--resume", "--epochs", "4", "--run-dir", run
     assert weights_of(run) == weights_of(whole)
 
 
 @fault("D", "train --resume", 0, r"trained 1 epochs.*test NLL +\d")
 def an_interrupted_run_ends_where_it_is(folder: Path):
-    run, whole = cut(folder, *EAGER), small_run(folder / "whole", *EAGER, epochs=1)
+    run, whole = cut(folder, *STEADY), small_run(folder / "whole", *STEADY, epochs=1)
     yield "train", "--resume", "--epochs", "1", "--run-dir", run
     assert weights_of(run) == weights_of(whole)
 
