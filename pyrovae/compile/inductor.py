@@ -83,7 +83,10 @@ def lowered(module: fx.GraphModule, options: dict[str, bool]) -> Callable[..., S
     import torch._inductor.config
 
     example = [empty_like_of(v) for v in placeholders(module)]
-    with torch._inductor.config.patch(OPTIONS | options), found_quickly(), own_products():
+    multiplying = (
+        own_products() if options == ONE_FILE else nullcontext()
+    )  # another way lasts if another torch has none
+    with torch._inductor.config.patch(OPTIONS | options), found_quickly(), multiplying:
         module = channels_last(module, example)
         return torch._inductor.standalone_compile(module, list(example), dynamic_shapes="from_example_inputs")
 

@@ -59,8 +59,10 @@ inline void tiles(int64_t rows, int64_t depth, Matrix a, Matrix b, float* c, int
   at::vec::transpose_mxn<float>(from, stride, to, columns, columns, depth);
 }
 
+// All rows of C vectors of columns, from a copy of those columns of b where that pays, or where they lie as rows
 template <int C>
-[[gnu::noinline]] void panel(int64_t rows, int64_t depth, Matrix a, Matrix b, float* c, int64_t stride, Matrix start, float* copy) {
+[[gnu::noinline]] void panel(
+    int64_t rows, int64_t depth, Matrix a, Matrix b, float* c, int64_t stride, Matrix start, float* copy) {
   if (b.column != 1) {
     turn(b.at, b.column, copy, C * W, depth);
     b = {copy, C * W, 1};
@@ -73,7 +75,8 @@ template <int C>
 }
 
 // c = start + a b, c contiguous and at least a vector wide
-[[gnu::noinline]] inline void product(int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, float* c, const float* start) {
+[[gnu::noinline]] inline void product(
+    int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, float* c, const float* start) {
   thread_local std::vector<float> copy;
   copy.resize(VECTORS * W * DEPTH);
   auto at = [&](auto vectors, int64_t j) {
@@ -87,6 +90,7 @@ template <int C>
   for (; j < columns; j += W) at(std::integral_constant<int, 1>{}, std::min(j, columns - W));  // twice, where they overlap
 }
 
+// A matrix or vector of float32; of another kind it has no dims
 struct Shape {
   int64_t dim = -1, *sizes = nullptr, *strides = nullptr;
   float* at = nullptr;
@@ -104,8 +108,9 @@ struct Shape {
   }
 };
 
-// Whether c = start + a b was computed here
-[[gnu::noinline]] inline bool multiplied(AtenTensorHandle out, AtenTensorHandle bias, AtenTensorHandle left, AtenTensorHandle right) {
+// Whether out = bias + left right was computed here
+[[gnu::noinline]] inline bool multiplied(
+    AtenTensorHandle out, AtenTensorHandle bias, AtenTensorHandle left, AtenTensorHandle right) {
   Shape c(out), a(left), b(right);
   if (c.dim != 2 || a.dim != 2 || b.dim != 2) return false;
   int64_t rows = c.sizes[0], columns = c.sizes[1], depth = a.sizes[1];

@@ -1,4 +1,4 @@
-"""Matrix products of compiled graphs on processors that MKL does not know."""
+"""Matrix products of compiled graphs on processors of AMD, which MKL does not know."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def source() -> str:
 
 @cache
 def wanted() -> bool:
-    """Whether MKL takes this processor for none of its own, on which its kernels are not at home.
+    """Whether this is a processor of AMD, with vector units that the source knows.
 
-    There it multiplies by kernels of AVX2, after copying the factors; for Intel's own it has better than ours.
+    There MKL multiplies by kernels of AVX2, after copying both factors; Intel's it knows better than the source does.
     """
     known = Path("/proc/cpuinfo")
     maker = known.read_text(encoding="utf-8") if known.exists() else platform.processor()
@@ -35,6 +35,9 @@ def wanted() -> bool:
 @contextmanager
 def own_products() -> Iterator[None]:
     """Let graphs that are lowered to one file of C++ multiply by :func:`source`, where that is :func:`wanted`."""
+    if not wanted():
+        yield
+        return
     import torch._inductor.config
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
     from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -50,9 +53,6 @@ def own_products() -> Iterator[None]:
             return hashlib.sha256(source().encode()).hexdigest()
 
     wrapper: Any = CppWrapperCpu
-    if not wanted():
-        yield
-        return
     write = wrapper.write_header
 
     def write_header(self: Any) -> None:

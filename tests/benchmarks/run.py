@@ -29,7 +29,18 @@ if not __package__:  # run as a file
 from tests.benchmarks.options import Options
 from tests.benchmarks.tables import Table
 
-SECTIONS = ("epochs", "steps", "likelihoods", "bound", "replicas", "startup", "growth", "memory", "quantizer")
+SECTIONS = (
+    "epochs",
+    "steps",
+    "likelihoods",
+    "bound",
+    "replicas",
+    "startup",
+    "growth",
+    "memory",
+    "quantizer",
+    "products",
+)
 PACKAGES = ("torch", "pyro-ppl", "pyrovae", "jax", "numpyro", "pythae")
 UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, as Linux names them
 
