@@ -75,7 +75,7 @@ class Fit:
     def finish(self, step: Step | Recorded, precision: str, device: torch.device) -> None:
         """Sum up the timings."""
         known = ("seconds", "steps", "images_per_second")  # of rows in a file that was edited, perhaps not
-        rows = [tuple(float(row.get(name, 0.0)) for name in known) for row in self.history]
+        rows = [tuple(float(row.get(name) or 0.0) for name in known) for row in self.history]
         seconds, steps = sum(row[0] for row in rows), int(sum(row[1] for row in rows))
         images = sum(rate * taken for taken, _, rate in rows)
         self.timings = {

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import nn
+from signal_to_noise import Gaussian
 
 import pyrovae as pv
 from pyrovae.engine.sites import Record
@@ -165,29 +165,10 @@ def test_the_gap_of_a_bad_guide_is_amortisation_and_of_a_bad_family_approximatio
     assert found.approximation == pytest.approx(0, abs=0.03)
 
 
-class Linear(nn.Module):
-    """Rainforth's example: x ~ N(z, I), z ~ N(mu, I), guide N(A x + b, 2/3 I)."""
-
-    def __init__(self, dim=2):
-        super().__init__()
-        self.mu = nn.Parameter(torch.randn(dim) * 0.3)
-        self.a = nn.Parameter(0.5 * torch.eye(dim) + 0.05 * torch.randn(dim, dim))
-        self.b = nn.Parameter(0.5 * self.mu.detach() + 0.1 * torch.randn(dim))
-
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(self.mu, 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x @ self.a.T + self.b, (2 / 3) ** 0.5).to_event(1))
-
-
 @pytest.mark.parametrize(("gradient", "slope", "repetitions"), [("total", -0.5, 1000), ("dreg", 0.5, 400)])
 def test_signal_to_noise_has_rainforths_slopes(gradient, slope, repetitions):
     torch.manual_seed(0)
-    pair, x = Linear(), torch.randn(8, 2) * 1.5
+    pair, x = Gaussian(), torch.randn(8, 2) * 1.5
     few, many = (
         pv.gradient_snr(pv.IWAE(k, gradient=gradient), pair.model, pair.guide, x, repetitions=repetitions)
         for k in (4, 64)
