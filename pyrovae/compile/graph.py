@@ -74,7 +74,7 @@ class Graph:
         count, like = len(self.constants), [empty_like_of(v) for v in placeholders(self.module)]
         axes = [*stacked, *[False] * count, *[True] * (len(like) - len(stacked) - count)]
         examples = [v.expand(number, *v.shape).clone() if own else v for v, own in zip(like, axes, strict=True)]
-        with torch.no_grad(), reasons():
+        with torch.no_grad(), reasons(), loops():
             module = make_fx(torch.vmap(self.module, in_dims=tuple(0 if own else None for own in axes)))(*examples)
         module.graph.set_codegen(fx.graph.CodeGen())
         module.graph.eliminate_dead_code()
@@ -200,6 +200,17 @@ def one_hot(labels: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes < 1:
         return torch.nn.functional.one_hot(labels, num_classes)
     return (labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)).long()
+
+
+@contextmanager
+def loops() -> Iterator[None]:
+    """Batch what has no batched form copy by copy, without a word on each such operation."""
+    warned: Any = torch._C._functorch
+    warned._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        warned._set_vmap_fallback_warning_enabled(True)
 
 
 @contextmanager

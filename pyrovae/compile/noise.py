@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch.distributions import von_mises
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from pyrovae.compile import seeded
 from pyrovae.engine.randomness import rng_state
 
 aten = torch.ops.aten
@@ -34,7 +38,7 @@ def bernoulli(x: Tensor, p: float | None = None, generator: object = None) -> Te
 def multinomial(probs: Tensor, num_samples: int, replacement: bool = False, *, generator: object = None) -> Tensor:
     """One index a row: the first of exponential waiting times to end."""
     if num_samples != 1:
-        return NotImplemented
+        return seeded.multinomial(probs, num_samples, replacement)
     waiting = torch.empty(probs.shape, dtype=probs.dtype, device=probs.device).exponential_()
     return (probs / waiting).argmax(-1, keepdim=True)
 
@@ -73,20 +77,37 @@ REWRITES: dict[OpOverload, Callable[..., object]] = {
     aten.rand_like.default: partial(made_like, torch.rand),
     aten.randn_like.default: partial(made_like, torch.randn),
     aten.native_dropout.default: dropout,
+    aten._standard_gamma.default: seeded.gamma,
+    aten._sample_dirichlet.default: seeded.dirichlet,
+    aten.poisson.default: seeded.poisson,
+    aten.binomial.default: seeded.binomial,
 }
 
 
 class rewritten(TorchDispatchMode):
     """Run the program eagerly on the noise that its captured graph draws from the same generator state."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.samplers: list[Callable[..., Tensor]] = []
+
+    def __enter__(self) -> Self:
+        self.samplers.append(von_mises._rejection_sample)
+        von_mises._rejection_sample = seeded.turn  # it reads whether all are accepted
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        von_mises._rejection_sample = self.samplers.pop()
+        super().__exit__(kind, error, trace)
+
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
         if func in REWRITES and not (kwargs and kwargs.get("generator")):
             with self:
-                result = REWRITES[func](*args, **(kwargs or {}))
-            if result is not NotImplemented:
-                return result
+                return REWRITES[func](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
