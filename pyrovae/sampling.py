@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -13,24 +14,48 @@ from torch.utils.data import DataLoader
 from pyrovae.arguments import in_range, one_of, positive_int, sizes
 from pyrovae.data.feed import as_dataset
 from pyrovae.engine.devices import home_of
-from pyrovae.engine.generate import Redraw, generate, program_of
+from pyrovae.engine.generate import Written, generate, named, program_of
 from pyrovae.engine.programs import Batch, Program, evaluating, held_by, roots
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import Site
 from pyrovae.engine.unwrap import finite_mean, innermost
 
 
+@overload
+def sample(
+    model: Any,
+    n: int,
+    *args: Any,
+    returns: str = ...,
+    site: str | None = ...,
+    temperature: float = ...,
+    like: Any = ...,
+    seed: int | None = ...,
+    **kwargs: Any,
+) -> Tensor: ...
+@overload
+def sample(
+    model: Any,
+    n: int,
+    *args: Any,
+    returns: str = ...,
+    site: Sequence[str],
+    temperature: float = ...,
+    like: Any = ...,
+    seed: int | None = ...,
+    **kwargs: Any,
+) -> dict[str, Tensor]: ...
 def sample(
     model: Any,
     n: int,
     *args: Any,
     returns: str = "means",
-    site: str | None = None,
+    site: str | Sequence[str] | None = None,
     temperature: float = 1.0,
     like: Any = None,
     seed: int | None = None,
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | dict[str, Tensor]:
     r"""Generate ``n`` data from a model: run it on a blank ``x`` that sets the batch shape and is then not observed.
 
     .. math:: z_i \sim p(z), \qquad \text{returned: } \mathbb E[x \mid z_i] \text{ ("means") or }
@@ -38,7 +63,10 @@ def sample(
 
     Means are what one looks at: the noise of single pixels, which the likelihood does not model well, is left out. They
     are less spread than data; use draws wherever the distribution of :math:`x` matters. Only the site that observes
-    ``x`` is drawn: labels among ``args``, or what ``pyro.condition`` sets, stay as given.
+    ``x`` is drawn: labels among ``args``, or what ``pyro.condition`` sets, stay as given. Where several sites observe
+    parts of ``x`` (the columns of a table, the steps of a sequence), all of it is drawn jointly and comes back as the
+    model takes it; a program that reads its own ``x[:, :t]`` on the way reads what was drawn, and what a mask leaves
+    out (the steps beyond a length) is 0.
 
     Modules run in eval mode and get their own mode back. Where a plate subsamples, the model is run until there are
     ``n`` data; latents outside the plate are then drawn once per run.
@@ -47,15 +75,15 @@ def sample(
     :param n: how many.
     :param args: what the model takes after ``x``, such as labels ``[n]``.
     :param returns: "means" or "draws".
-    :param site: which site to return; needed where the model observes several, allowed for latent ones.
+    :param site: which site to return, latent ones too; several names give a joint draw of those sites, as a dict.
     :param temperature: of the latents: below 1 they keep to the prior's modes. Standard deviations of normal sites are
         multiplied by it, logits of discrete ones divided.
     :param like: data as the model takes them (a tensor ``[N, *event]``, a Dataset, ...), of which only the shape of a
         datum and the dtype are used; not needed where the model belongs to a module that has an ``input_shape``.
     :param seed: isolates and seeds the draws; None takes them from the global generators.
-    :return: ``[n, *event]``, without gradient.
+    :return: ``[n, *event]``, without gradient; for several names a dict of these.
     :raises ValueError: an argument outside its range; no ``like`` where it is needed; no site that observes ``x``, or
-        several; a distribution without a mean.
+        several that observe copies of it; a distribution without a mean.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -67,6 +95,9 @@ def sample(
     (torch.Size([1000]), True)
     >>> sample(model, 3, like=torch.zeros(1), site="z", returns="draws").shape
     torch.Size([3])
+    >>> joint = sample(model, 1000, like=torch.zeros(1), site=("z", "x"), returns="draws", seed=0)
+    >>> bool((joint["x"] - joint["z"]).abs().max() < 0.6)
+    True
     """
     n = positive_int("n", n)
     one_of("returns", returns, ("means", "draws"))
@@ -75,13 +106,18 @@ def sample(
     program = program_of(model)
     x = blank(program, n, like, args, kwargs)
     args = tuple(a.to(x.device) if isinstance(a, Tensor) else a for a in args)
-    redraw = Redraw(x, site, temperature)
-    parts: list[Tensor] = []
+    names = (site,) if isinstance(site, str) else tuple(site or ())
+    redraw = Written(x, names[0] if names else None, temperature, names)
+    parts: dict[str, list[Tensor]] = defaultdict(list)
     with torch.no_grad(), evaluating(program), nullcontext() if seed is None else isolated_rng(seed):
-        while sum(map(len, parts)) < n:
-            _, found = generate(program, (x, *args), kwargs, redraw)
-            parts.append(rows_of(found, returns))
-    return torch.cat(parts)[:n]
+        while not parts or sum(map(len, next(iter(parts.values())))) < n:
+            sites, found = generate(program, (x, *args), kwargs, redraw)
+            if not found:
+                return redraw.rows(returns)
+            for name in names or (found["name"],):
+                parts[name].append(rows_of(named(sites, name), returns))
+    drawn = {name: torch.cat(each)[:n] for name, each in parts.items()}
+    return next(iter(drawn.values())) if site is None or isinstance(site, str) else drawn
 
 
 def blank(program: Program, n: int, like: object, args: Batch, kwargs: Mapping[str, object]) -> Tensor:

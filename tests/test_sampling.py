@@ -202,6 +202,16 @@ def several(x):
         pyro.sample("b", dist.Normal(0.0, 1.0), obs=x[:, 1])
 
 
+def copies(x):
+    several(x + 0)
+
+
+def far(x):
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0), obs=x[:, 0])
+        pyro.sample("b", dist.Cauchy(a, 1.0), obs=x[:, 1])
+
+
 def heavy(x):
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Cauchy(0.0, 1.0), obs=x)
@@ -224,7 +234,9 @@ student = model_of(
         (linear, 2, {"like": torch.tensor(1.0)}, "without dimensions"),
         (linear, 2, {"site": "y"}, 'no site "y", but "z", "x"'),
         (nothing, 2, {}, "observes nothing"),
-        (several, 2, {}, 'several sites, "a", "b": name the one'),
+        (copies, 2, {}, 'several sites, "a", "b", that are no parts of x: name the one'),
+        (far, 2, {}, '"a", "b" have no finite means, or not all: ask for returns="draws"'),
+        (several, 2, {"site": ("a", "c")}, 'no site "c", but "a", "b"'),
         (heavy, 2, {}, 'site "x" is a Cauchy, which has no finite mean: ask for returns="draws"'),
         (bare, 2, {}, "no row for each datum"),
         (linear, 2, {"temperature": 0}, "temperature must be above 0"),
@@ -241,6 +253,64 @@ def test_one_of_several_sites():
     torch.manual_seed(0)
     assert torch.equal(a, torch.randn(4))
     assert torch.equal(b, torch.randn(4))
+
+
+def test_several_sites_named_are_drawn_jointly():
+    """The second, too, though it observes what is no part of x."""
+
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+            pyro.sample("y", dist.Normal(-z, 0.5), obs=y)
+
+    blank = torch.zeros(20_000)
+    drawn = sample(model, 20_000, blank, like=torch.zeros(1), site=["x", "y"], returns="draws", seed=0)
+    assert list(drawn) == ["x", "y"]
+    check_moments(torch.stack([*drawn.values()], -1), torch.zeros(2), torch.tensor([[1.25, -1.0], [-1.0, 1.25]]))
+    assert not blank.any()
+    means = sample(model, 9, blank[:9], like=torch.zeros(1), site=("x", "y"), seed=0)
+    assert torch.equal(means["x"], -means["y"])
+
+
+def test_columns_are_drawn_jointly_as_the_model_takes_them():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("first", dist.Normal(z @ W[:2].T + B[:2], NOISE).to_event(1), obs=x[:, :2])
+            pyro.sample("last", dist.Normal(z @ W[2] + B[2], NOISE), obs=x[:, 2])
+
+    draws, means = (sample(model, 20_000, like=torch.zeros(1, 4), returns=how, seed=0) for how in ("draws", "means"))
+    check_moments(draws[:, :3], B, W @ W.T + NOISE**2 * torch.eye(3))
+    check_moments(means[:, :3], B, W @ W.T)
+    assert not draws[:, 3].any()  # which no site observes
+
+
+DECAY, MOVE = 0.9, 0.3
+
+
+def autoregressive(x, lengths=None):
+    """Each step hangs on the last, which the program reads in x; beyond a length there is none."""
+    with pyro.plate("data", len(x)):
+        for t in pyro.markov(range(x.shape[1])):
+            before = DECAY * x[:, t - 1] if t else x.new_zeros(len(x), 1)
+            with pyro.poutine.mask(mask=True if lengths is None else t < lengths):
+                pyro.sample(f"x_{t}", dist.Normal(before, MOVE).to_event(1), obs=x[:, t])
+
+
+def test_a_sequence_is_drawn_step_by_step():
+    x = sample(autoregressive, 20_000, like=torch.zeros(1, 3, 1), returns="draws", seed=0)
+    variance = [MOVE**2 * sum(DECAY ** (2 * i) for i in range(t + 1)) for t in range(3)]
+    covariance = torch.tensor([[DECAY ** abs(s - t) * variance[min(s, t)] for t in range(3)] for s in range(3)])
+    check_moments(x.squeeze(-1), torch.zeros(3), covariance)
+
+
+@pytest.mark.parametrize("returns", ["means", "draws"])
+def test_beyond_its_length_a_sequence_is_blank(returns):
+    lengths = torch.tensor([1, 3, 2, 0])
+    x = sample(autoregressive, 4, lengths, like=torch.zeros(1, 3, 1), returns=returns, seed=0)
+    first = 1 if returns == "means" else 0  # whose mean is 0
+    assert torch.equal((x != 0).squeeze(-1), (torch.arange(3) < lengths[:, None]) & (torch.arange(3) >= first))
 
 
 def test_temperature_scales_the_latents_and_nothing_else():

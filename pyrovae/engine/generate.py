@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -29,7 +29,7 @@ from pyrovae.engine.sites import (
     record,
     refuse_untraced,
 )
-from pyrovae.engine.unwrap import point_mass
+from pyrovae.engine.unwrap import finite_mean, point_mass
 
 
 def program_of(model: Any) -> Program:
@@ -38,14 +38,17 @@ def program_of(model: Any) -> Program:
 
 
 class Redraw(Messenger):
-    """Draw, instead of observing, the site named and every site whose observation is ``x`` or a view of it.
+    """Draw, instead of observing, the sites named and every site whose observation is ``x`` or a view of it.
 
     Latents are drawn at the temperature given.
     """
 
-    def __init__(self, x: Tensor, site: str | None = None, temperature: float = 1.0) -> None:
+    def __init__(
+        self, x: Tensor, site: str | None = None, temperature: float = 1.0, others: Collection[str] = ()
+    ) -> None:
         super().__init__()
-        self.x, self.site, self.temperature = x, site, temperature
+        self.x, self.site, self.temperature, self.others = x, site, temperature, others
+        self.whole = False  # whether several sites draw all of x, each a part of every datum
         self.names: list[str] = []
 
     def __enter__(self) -> Self:
@@ -62,11 +65,56 @@ class Redraw(Messenger):
             return False
 
     def _pyro_sample(self, msg: Site) -> None:  # type: ignore[override]
-        if msg["is_observed"] and (msg["name"] == self.site or self.is_view(msg["value"])):
+        named = msg["name"] == self.site or msg["name"] in self.others
+        if msg["is_observed"] and (named or self.is_view(msg["value"])):
             msg["is_observed"], msg["value"] = False, None
             self.names.append(msg["name"])
         elif self.temperature != 1 and msg["value"] is None and counts(msg):
             msg["fn"] = tempered(msg["fn"], self.temperature, msg["name"])
+
+
+class Written(Redraw):
+    """Writes what is drawn where the site would observe it in ``x``, so that all that reads x later reads the draws.
+
+    Means go to the same places of a tensor like x, and what a mask leaves out stays 0.
+    """
+
+    def __enter__(self) -> Self:
+        self.x.zero_()
+        self.means, self.meant = torch.zeros_like(self.x), True
+        self.places: dict[str, Tensor] = {}
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Site) -> None:  # type: ignore[override]
+        place = msg["value"] if msg["is_observed"] else None
+        super()._pyro_sample(msg)
+        if place is not None and not msg["is_observed"] and self.is_view(place):
+            self.places[msg["name"]] = place
+
+    def _pyro_post_sample(self, msg: Site) -> None:  # type: ignore[override]
+        if (place := self.places.get(msg["name"])) is None:
+            return
+        if place.shape != msg["value"].shape or 0 in place.stride() or len(place) != len(self.x):
+            del self.places[msg["name"]]  # nothing of which x is made
+            return
+        mask, value, mean = msg["mask"], msg["value"], finite_mean(msg["fn"])
+        self.meant = self.meant and mean is not None
+        if mask is not None:
+            counted = torch.as_tensor(mask, device=place.device)[(..., *[None] * msg["fn"].event_dim)]
+            value, mean = (None if t is None else torch.where(counted, t, 0) for t in (value, mean))
+        place.copy_(value)
+        if mean is not None:
+            self.means.as_strided(place.shape, place.stride(), place.storage_offset()).copy_(mean)
+
+    def __exit__(self, *error: Any) -> None:
+        self.whole = len(self.places) > 1
+        super().__exit__(*error)
+
+    def rows(self, returns: str) -> Tensor:
+        """All of x, its draws or means."""
+        if returns == "means" and not self.meant:
+            raise ValueError(f'{quoted(self.places)} have no finite means, or not all: ask for returns="draws"')
+        return self.x.clone() if returns == "draws" else self.means
 
 
 def tempered(fn: Any, temperature: float, name: str) -> Any:
@@ -102,18 +150,28 @@ TEMPERED: dict[type, Callable[[Any, float], Any]] = {
 
 
 def generate(program: Program, args: Batch, kwargs: Mapping[str, object], redraw: Redraw) -> tuple[Sites, Site]:
-    """One run of the model, its data drawn: its sites, and the one that drew them (or that ``redraw`` names)."""
+    """One run of the model, its data drawn: its sites, and the one that drew them (or that ``redraw`` names).
+
+    Where several sites draw all of x together there is no such one.
+    """
     with beside(args, kwargs), Record() as record, redraw:
         program(*args, **kwargs)
     refuse_untraced(record.sites, "generate")
     if redraw.site is None:
+        if redraw.whole:
+            return record.sites, {}
         redraw.site = observing_site(record.sites, redraw.names)
         if redraw.site not in redraw.names:  # it observes a copy of x, as of x[index]: now known by its name
             return generate(program, args, kwargs, redraw)
-    if redraw.site not in record.sites:
-        known = quoted(name for name, found in record.sites.items() if counts(found))
-        raise ValueError(f'the model has no site "{redraw.site}", but {known}: choose one of those')
-    return record.sites, record.sites[redraw.site]
+    return record.sites, named(record.sites, redraw.site)
+
+
+def named(sites: Sites, name: str) -> Site:
+    """One of a run's sites."""
+    if name not in sites:
+        known = quoted(name for name, found in sites.items() if counts(found))
+        raise ValueError(f'the model has no site "{name}", but {known}: choose one of those')
+    return sites[name]
 
 
 def ties(run: Callable[[], Sites]) -> dict[str, frozenset[str]]:
@@ -152,5 +210,8 @@ def observing_site(sites: Sites, redrawn: list[str]) -> str:
             "or name the site to return with site="
         )
     if len(names) > 1:
-        raise ValueError(f"the model observes several sites, {quoted(names)}: name the one to return with site=")
+        raise ValueError(
+            f"the model observes several sites, {quoted(names)}, that are no parts of x: name the one to return with "
+            "site=, or several for a joint draw"
+        )
     return names[0]
