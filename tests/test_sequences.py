@@ -1,6 +1,7 @@
 """Pairs written with pyro.markov: a linear Gaussian state-space model against its joint normal, and an HMM."""
 
 import itertools
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -87,6 +88,49 @@ def test_objectives_at_the_posterior_are_tight(objective):
     assert loss.item() == pytest.approx(-exact_log_prob(X).sum().item())
     (slope,) = torch.autograd.grad(loss, offset)
     assert (slope.abs().max() < 1e-10) == (objective.gradient == "dreg")
+
+
+LENGTHS = torch.tensor([2, 4, 1])
+
+
+def cut(x, lengths, observe=True):
+    """The model of series that end, whose later steps a mask leaves out; without observations a guide."""
+    with pyro.plate("data", len(x)):
+        z = x.new_zeros(())
+        for t in pyro.markov(range(x.shape[1])):
+            with pyro.poutine.mask(mask=t < lengths):
+                z = pyro.sample(f"z_{t}", dist.Normal(DECAY * z if observe else 0.7 * x[:, t], MOVE))
+                if observe:
+                    pyro.sample(f"x_{t}", dist.Normal(z, NOISE), obs=x[:, t])
+
+
+def to_the_longest(rows):
+    x, lengths = (torch.stack(column) for column in zip(*rows, strict=True))
+    return x[:, : lengths.max()], lengths
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("per_batch", [False, True])
+def test_posterior_draws_of_series_of_several_lengths(per_batch, compile, interpreted):
+    """Padded by NaN, whether a mask leaves steps out or a batch has none of them; |z| < 5 for 7 means."""
+    data = X, LENGTHS
+    if per_batch:
+        series = torch.utils.data.TensorDataset(*data)
+        data = (torch.utils.data.DataLoader(series, batch_size=1, collate_fn=to_the_longest),)
+    found = pv.log_likelihood(
+        cut, partial(cut, observe=False), *data, num_samples=8000, num_draws=2000, seed=0, compile=compile
+    )
+    draws = torch.stack([found.draws[f"z_{t}"] for t in range(T)], -1)
+    z, x = joint()
+    for b, length in enumerate(LENGTHS.tolist()):
+        inside = x[:length, :length]
+        gain = z[:length, :length] @ torch.linalg.inv(inside)
+        spread = (z[:length, :length] - gain @ z[:length, :length]).diagonal().sqrt()
+        error = spread * (1 / 2000 + 1 / found.ess[b]) ** 0.5
+        assert ((draws[:, b, :length].mean(0) - gain @ X[b, :length]).abs() < 5 * error).all()
+        assert draws[:, b, length:].isnan().all()
+        exact = dist.MultivariateNormal(torch.zeros(length), inside).log_prob(X[b, :length])
+        assert (found.log_prob[b] - exact).abs() < 5 * found.std_error[b]
 
 
 PROBS = torch.tensor([[0.8, 0.2], [0.3, 0.7]])

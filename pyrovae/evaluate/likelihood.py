@@ -2,8 +2,7 @@ r"""log p(x) by importance sampling, with a standard error and a warning where n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyrovae.arguments import positive_int
-from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
+from pyrovae.compile.checked import SAVED, Checked, check_compile, signature, tensors_of, wanted
 from pyrovae.engine.conditional import draw_summed
 from pyrovae.engine.fold import Fold
 from pyrovae.engine.particles import Particles, measure
@@ -20,18 +19,16 @@ from pyrovae.engine.probe import Look, check_pair, warn_of_strays
 from pyrovae.engine.programs import Batch, Program, protected_buffers, rows
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
-from pyrovae.engine.sites import frames, latent, quoted, untraced
-from pyrovae.engine.stacked import Stacked
+from pyrovae.engine.sites import latent, quoted, untraced
 from pyrovae.engine.unwrap import is_discrete, point_mass
 from pyrovae.engine.weights import Tally, fit_bytes
 from pyrovae.engine.whole import refuse_part
 from pyrovae.errors import NumericalError
 from pyrovae.evaluate.estimate import LikelihoodEstimate
+from pyrovae.evaluate.kept import Draws, Resampler
 from pyrovae.evaluate.measuring import Batches
 from pyrovae.evaluate.proposals import refine
 from pyrovae.memory import MEMORY, Passes, PeakBytes, fitting_chunk, require_memory
-
-Draws = dict[str, Tensor]
 
 
 def log_likelihood(
@@ -73,7 +70,8 @@ def log_likelihood(
     :param refine_steps: of gradient by which the guide is fitted to each datum before it proposes, as by
         :func:`pyrovae.refine`; such an evaluation runs eagerly, and says so wherever it is printed.
     :param num_draws: posterior draws to keep per datum, resampled by weight with replacement; where the effective
-        sample size is below it many are equal.
+        sample size is below it many are equal. What only some batches have, or have longer, as series of several
+        lengths do, and what masks leave out of model and guide, is NaN (-1 for integers) elsewhere.
     :param compile: True for passes through one compiled graph (see :mod:`pyrovae.compile.graph`), whose first is
         compared with the eager one on the same noise; what cannot be compiled runs eagerly after a warning. "auto"
         compiles where the number of data and samples promises a shorter evaluation.
@@ -181,11 +179,13 @@ class Sampler:
         """Draws of what is summed out, given posterior draws of all else."""
         runner, kept = self.runner, self.resampler
         together = not (runner.separate or runner.fold)
-        return draw_summed(runner.model, batch, self.kwargs, draws, kept.ranks, kept.layout, together)
+        ranks = {name: way.rank for name, way in kept.ways.items()}
+        return draw_summed(runner.model, batch, self.kwargs, draws, ranks, kept.layout, together)
 
     def __call__(self, batch: Batch, first: int) -> tuple[Tensor, ...]:
         """log_prob, std_error, ess, pareto_k and carrying_draws of one batch, which begins with datum ``first``."""
         tally = Tally(self.num_samples, discrete=self.discrete)
+        self.resampler.begin(signature(batch))
         for log_w, *values in self.passes(self.num_samples, lambda size: self.weigh(size, *batch)):
             tally.add(log_w)
             self.resampler.add(log_w, values)
@@ -227,102 +227,3 @@ def refuse_without_density(particles: Particles, lacking: Sequence[str]) -> None
                 f'the pair has no log p(x): guide site "{name}" is a bare Delta on a continuous latent (an '
                 "autoencoder); draw it from a distribution with a density"
             )
-
-
-class Resampler:
-    r"""Keeps ``num_draws`` posterior draws per datum: particle s with probability :math:`w_s / \sum_s w_s` each.
-
-    A draw gives way to one of a new pass with the share that the pass has in the weights so far; so nothing is held but
-    the draws. They have a generator of their own: what the guide draws does not depend on them. What is summed out is
-    drawn in the end, from its exact conditional given each of the draws.
-
-    Rubin (1988), *Using the SIR algorithm to simulate posterior distributions*.
-    """
-
-    def __init__(self, num_draws: int, seed: int | None, seen: Look) -> None:
-        self.num_draws, self.seed, self.nesting = num_draws, seed, seen.nesting
-        self.layout = replace(seen.layout, num_particles=num_draws, particle_dim=-1 - seen.nesting)
-        sites = latent(seen.model) | {n: s for n, s in seen.model.items() if s.get("summed")} if num_draws else {}
-        self.summed = {name for name, site in sites.items() if site.get("summed")}
-        self.ranks = {name: site["value"].dim() for name, site in sites.items()}
-        self.event_shapes = {name: site["fn"].event_shape for name, site in sites.items()}
-        self.event_dims = {name: len(shape) for name, shape in self.event_shapes.items()}
-        self.plates = {name: {dim for _, dim, _ in frames(site)} for name, site in sites.items()}
-        self.generator: torch.Generator | None = None
-        self.done: list[Draws] = []
-        self.draws: Draws = {}
-        self.log_sum: Tensor | None = None
-
-    @property
-    def weighed(self) -> dict[str, int]:
-        """The event dims of the latents that have weights: those that are not summed out."""
-        return {name: event_dim for name, event_dim in self.event_dims.items() if name not in self.summed}
-
-    def values(self, run: Particles) -> list[Tensor]:
-        """The model's latents of one pass, each ``[K, *[size or 1] * nesting, *event]``."""
-        found, number = [], run.layout.num_particles
-        if self.num_draws and (uneven := self.uneven(run)):
-            raise ValueError(
-                f"num_draws keeps sites that all particles and batches have, in the same plates, but {quoted(uneven)} "
-                "come and go, or change plates or shapes: pass num_draws=0, or data of one kind at a time"
-            )
-        for name, event_dim in self.weighed.items():
-            value = run.model[name]["value"]
-            missing = [1] * (1 + self.nesting + event_dim - value.dim())
-            if run.layout.folded:
-                value = value.unflatten(-1 - event_dim, (number, -1)).movedim(-2 - event_dim, 0)
-                found.append(value.reshape(number, *missing[1:], *value.shape[1:]))
-            else:
-                value = value.reshape(*missing, *value.shape)
-                found.append(value.expand(number, *value.shape[1:]))
-        return found
-
-    def uneven(self, run: Particles) -> list[str]:
-        """The latents that are not in every particle of this run as they were when first looked at."""
-        sites = latent(run.model)
-        partly = [n for n, s in sites.items() if isinstance(s["fn"], Stacked) and None in s["fn"].parts]
-        moved = [n for n, s in sites.items() if {d for _, d, _ in frames(s)} != self.plates.get(n)]
-        other = [n for n, s in sites.items() if s["fn"].event_shape != self.event_shapes.get(n)]
-        return [*dict.fromkeys([*(self.weighed.keys() ^ sites.keys()), *partly, *moved, *other])]
-
-    def add(self, log_w: Tensor, values: list[Tensor]) -> None:
-        """Let a pass in: its log-weights ``[K, *plates]``, and its :meth:`values`."""
-        if not self.num_draws:
-            return
-        log_w = log_w.double()
-        if self.generator is None:
-            with isolated_rng():
-                seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed + 1  # not the guide's noise
-            self.generator = torch.Generator(log_w.device).manual_seed(seed)
-        total = torch.logsumexp(log_w, 0)
-        shares = (log_w - total).exp().nan_to_num(1.0)  # all alike where every weight is 0
-        by_datum = shares.reshape(len(shares), -1).T
-        chosen = torch.multinomial(by_datum, self.num_draws, replacement=True, generator=self.generator)
-        self.log_sum = total if self.log_sum is None else torch.logaddexp(self.log_sum, total)
-        share = (total - self.log_sum).exp().nan_to_num(1.0).expand(self.num_draws, *total.shape)
-        taken = torch.bernoulli(share, generator=self.generator) == 1
-        index = chosen.T.reshape(share.shape)
-        for (name, event_dim), value in zip(self.weighed.items(), values, strict=True):
-            at = self.layout.spread(index, event_dim).expand(self.num_draws, *value.shape[1:])
-            fresh = value.gather(0, at)
-            self.draws[name] = torch.where(self.layout.spread(taken, event_dim), fresh, self.draws.get(name, fresh))
-
-    def finish(self, draw_summed: Callable[[Draws], Draws] = dict) -> None:
-        """Let a batch end; ``draw_summed`` draws what is summed out, given the draws of all else."""
-        if self.summed and self.generator is not None:
-            with isolated_rng(int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))):
-                self.draws |= draw_summed(self.draws)
-        self.done.append(self.draws)
-        self.draws, self.log_sum = {}, None
-
-    def results(self) -> Draws:
-        """The draws of all batches, ``[num_draws, B, *other plates of the site, *event]``; no B for joint weights."""
-        found, data = {}, self.layout.dims[-1:]
-        for name, event_dim in self.event_dims.items():
-            kept = sorted(self.plates[name].union(data))
-            absent = tuple(dim - event_dim for dim in range(-self.nesting, 0) if dim not in kept)  # of size 1
-            parts = [batch[name].squeeze(absent) for batch in self.done]
-            if data:
-                parts = [torch.cat([part.movedim(1 + kept.index(data[0]), 1) for part in parts], 1)]
-            found[name] = parts[0]
-        return found

@@ -23,7 +23,7 @@ from pyrovae.engine.probe import checked_look
 from pyrovae.engine.weights import Tally, pareto_k, tail_size
 from pyrovae.errors import NumericalError
 from pyrovae.evaluate import posterior_gap
-from pyrovae.evaluate.likelihood import Resampler
+from pyrovae.evaluate.kept import Resampler
 from pyrovae.memory import WORKING_SET, PeakBytes
 from tests.pairs import guide_of, model_of
 from tests.state import refused

@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -412,9 +413,35 @@ class Changing(Gauss):
 CHANGES = {change: change for change in ("absent", "first", "size")}
 
 
-@fault("A2", "num_draws", 2, '"w" come and go, or change plates or shapes', each=CHANGES)
+@fault("A2", "num_draws", 0, each=CHANGES)
 def draws_of_batches_that_differ(folder: Path, change):
-    yield lambda: measured(Changing(change), LINE, batch_size=5, num_draws=3)
+    """Padded by NaN."""
+    outcome = yield lambda: measured(Changing(change), LINE, batch_size=5, num_draws=3)
+    w = outcome.value.draws["w"]
+    last = len(LINE) // 5 * 5
+    blank = {"absent": w[:, :last], "first": w[:, last:], "size": w[:, :last, 2:] if w.dim() > 2 else w[:0]}[change]
+    assert w.shape[:2] == (3, len(LINE))
+    assert int(blank.isnan().sum()) == int(w.isnan().sum()) == blank.numel() > 0
+
+
+class Elsewhere(Gauss):
+    """Has a latent in a plate more, in the last batch."""
+
+    def model(self, x):
+        self.guide(x, more=True)
+
+    def guide(self, x, more=False):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if more:
+                pyro.sample("x", dist.Normal(z.unsqueeze(-1) + self.shift, 1.0).to_event(1), obs=x)
+            with pyro.plate("more", 2, dim=-2) if len(x) < 5 else nullcontext():
+                pyro.sample("w", dist.Normal(0.0, 1.0))
+
+
+@fault("A2", "num_draws", 2, '"w" come and go, or change plates or shapes')
+def draws_in_other_plates(folder: Path):
+    yield lambda: measured(Elsewhere(), LINE, batch_size=5, num_draws=3)
 
 
 @fault("A2", "num_draws", 0, each=CHANGES)
