@@ -59,15 +59,15 @@ class Estimate:
     draws: Mapping[str, Tensor] = MappingProxyType({})
 
     def to_arviz(self) -> Any:
-        r"""The estimates as ``arviz.InferenceData``: ``log_likelihood``, ``sample_stats``, and ``posterior`` draws.
+        r"""The estimates for ArviZ: the groups ``log_likelihood``, ``sample_stats``, and ``posterior``, the draws.
 
+        They are an ``xarray.DataTree`` with ArviZ 1, an ``arviz.InferenceData`` with ArviZ 0.23.
         Parameters are a point and latents are integrated out, so that the density of a datum given all others is its
         own, :math:`\hat p(x_b)`, at every draw: ``arviz.loo`` gives
         :math:`\mathrm{elpd} = \sum_b \log \hat p(x_b)`, and ``arviz.compare`` compares models by it.
 
-        >>> import arviz
-        >>> found = AISEstimate(*torch.full((4, 50), -1.5), 16, 1000, 0, "float32")
-        >>> round(float(arviz.loo(found.to_arviz()).elpd_loo), 6)
+        >>> table = AISEstimate(*torch.full((4, 50), -1.5), 16, 1000, 0, "float32").to_arviz()
+        >>> round(float(table.log_likelihood.log_prob.mean(("chain", "draw")).sum()), 6)
         -75.0
         """
         import arviz
@@ -79,12 +79,15 @@ class Estimate:
         kept = self.draws or {"point": torch.zeros(DRAWS)}
         posterior = {name: value.unsqueeze(0).cpu().numpy() for name, value in kept.items()}
         local = {name: ["datum"] for name in self.draws if self.log_prob.dim() == 1}
-        return arviz.InferenceData(
-            attrs={name: "" if (value := getattr(self, name)) is None else value for name in self.settings},
-            posterior=arviz.dict_to_dataset(posterior, dims=local),
-            log_likelihood=xarray.Dataset({"log_prob": (("chain", "draw", "datum"), point.numpy())}),
-            sample_stats=xarray.Dataset({name: ("datum", value.numpy()) for name, value in each.items()}),
-        )
+        attrs = {name: "" if (value := getattr(self, name)) is None else value for name in self.settings}
+        groups = {
+            "posterior": arviz.dict_to_dataset(posterior, dims=local),
+            "log_likelihood": xarray.Dataset({"log_prob": (("chain", "draw", "datum"), point.numpy())}),
+            "sample_stats": xarray.Dataset({name: ("datum", value.numpy()) for name, value in each.items()}),
+        }
+        if "InferenceData" in vars(arviz):
+            return arviz.InferenceData(attrs=attrs, **groups)
+        return xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=attrs), **groups})
 
     def warning(self) -> str | None:
         """What a reader must know before quoting :attr:`nll`, or None."""
