@@ -105,7 +105,7 @@ def train(
     run_dir: Annotated[
         Path | None, typer.Option(help="Folder of the run; a new one under runs/ by default.", autocompletion=run_names)
     ] = None,
-    samples: Annotated[int, typer.Option(help="Samples per test image of the final NLL.")] = 5000,
+    samples: Annotated[int, typer.Option(help="Samples per test datum of the final NLL.")] = 5000,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write every epoch into the run, for tensorboard --logdir runs.")
@@ -142,12 +142,12 @@ def train(
 @app.command()
 def evaluate(
     run: RunFolder,
-    samples: Annotated[int, typer.Option(help="Importance samples per test image.")] = 5000,
+    samples: Annotated[int, typer.Option(help="Importance samples per test datum.")] = 5000,
     checkpoint: Checkpoint = "last",
     data_dir: DataDir = None,
     device: Device = "auto",
     seed: SampleSeed = 0,
-    ais: Annotated[bool, typer.Option("--ais", help="Anneal 100 test images as well.")] = False,
+    ais: Annotated[bool, typer.Option("--ais", help="Anneal 100 of the test data as well.")] = False,
     diagnostics: Annotated[
         bool, typer.Option("--diagnostics", help="What each unit carries, and where the bound is lost.")
     ] = False,
@@ -204,7 +204,7 @@ def report(
     """Write a page about a run, which needs no network: likelihood, curves, pictures, a latent space to explore."""
     with at_once():
         from pyrovae.app.report import command as work
-    work.report(run, output=output, checkpoint=checkpoint, root=data_dir, device=device, trust=trust, out=out)
+    work.report_of(run, output=output, checkpoint=checkpoint, root=data_dir, device=device, trust=trust, out=out)
 
 
 @app.command()

@@ -26,7 +26,7 @@ from pyrovae.models.base import Pair
 from pyrovae.plots.images import is_image
 from pyrovae.train.monitor import MONITORED, look_on
 
-CLOSER = 100  # test images that are looked at closer: annealed, and their guide refined
+CLOSER = 100  # test data that are looked at closer: annealed, and their guide refined
 
 
 def as_measured(pair: Pair, test: Images) -> Images:
@@ -81,6 +81,7 @@ def measure(pair: Pair, test: Images, *, samples: int, seed: int) -> Results:
     results: Results = {
         "likelihood_is": pair.likelihood_is,
         "num_images": len(seen),
+        "counted": "images" if is_image(seen.event_shape) else "data",
         "parameters": sum(p.numel() for p in pair.parameters()),
         "reconstruction_error": reconstruction_error(pair, seen, seed),
         "seed": seed,
@@ -129,7 +130,7 @@ def diagnose(pair: Pair, test: Images, few: Images, *, samples: int, seed: int) 
 
 
 def anneal(pair: Pair, few: Images, *, samples: int, seed: int) -> dict[str, float]:
-    """The NLL of some images by annealing, and by importance sampling beside it."""
+    """The NLL of some data by annealing, and by importance sampling beside it."""
     annealed = ais_log_likelihood(pair.model, few, seed=seed, progress=None)
     sampled = log_likelihood(pair.model, pair.guide, few, num_samples=samples, seed=seed)
     return {

@@ -30,6 +30,7 @@ class Results(TypedDict, total=False):
 
     likelihood_is: str | None
     num_images: int
+    counted: str  # what they are, "images" or "data"
     parameters: int
     reconstruction_error: float | None
     seed: int

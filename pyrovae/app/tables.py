@@ -35,17 +35,17 @@ def print_results(results: Results, out: Console) -> None:
     rows, units = likelihood_rows(results), results["active_units"]
     rows += [("checkpoint", results["checkpoint"])] if of_checkpoint(results) else []
     if results["reconstruction_error"] is not None:
-        rows.append(("reconstruction", f"squared error {results['reconstruction_error']:.3g} per image"))
+        rows.append(("reconstruction", f"squared error {results['reconstruction_error']:.3g} per {datum(results)}"))
     if results.get("accuracy") is not None:
         rows.append(("accuracy", f"{results['accuracy']:.2%}"))
     if results.get("perplexity") is not None:
         rows.append(("perplexity", f"{perplexity(results)} of the codes"))
     rows += [("active units", f'{unit["active"]} of {unit["of"]} at "{name}"') for name, unit in units.items()]
     if "diagnostics" in results:
-        rows += diagnosed_rows(results["diagnostics"])
+        rows += diagnosed_rows(results["diagnostics"], counted(results))
     if "ais" in results:
         found = results["ais"]
-        chains = f"{found['num_images']} images, {found['num_chains']} chains"
+        chains = f"{found['num_images']} {counted(results)}, {found['num_chains']} chains"
         importance = f"by importance sampling {found['importance_nll']:.2f} ± {found['importance_nll_std_error']:.2g}"
         rows.append(("NLL by AIS", f"{found['nll']:.2f} ± {found['nll_std_error']:.2g}; {importance}"))
         rows.append(("", f"{chains}, {found['num_temperatures']:,} temperatures, acceptance {found['acceptance']:.2f}"))
@@ -61,18 +61,18 @@ def likelihood_rows(results: Results) -> list[Row]:
     kind = results["likelihood_is"]
     if kind is None:
         return [("test NLL", "none: not a generative model, it has no log p(x)")]
-    error, counted = results["nll_data_std_error"], f"{results['num_images']:,} images"
-    over_images = f"± {'n/a' if error is None or math.isnan(error) else f'{error:.2g}'} over images"
+    error, number = results["nll_data_std_error"], f"{results['num_images']:,} {counted(results)}"
+    over = f"± {'n/a' if error is None or math.isnan(error) else f'{error:.2g}'} over {counted(results)}"
     bits = f"{results['bits_per_dim']:.4f} bits/dim; " if "bits_per_dim" in results else ""
-    rows = [("test NLL", f"{nll(results)} nats per image"), ("", f"{bits}{over_images}")]
+    rows = [("test NLL", f"{nll(results)} nats per {datum(results)}"), ("", f"{bits}{over}")]
     if kind in KINDS:
-        return [*rows, ("measured", f"{KINDS[kind]}, {counted}")]
+        return [*rows, ("measured", f"{KINDS[kind]}, {number}")]
     criterion = results.get("criterion", "Pareto k > 0.7")
-    reliability = f"median ESS {results['median_ess']:.0f}, {criterion} for {results['unreliable']:.1%} of images"
-    return [*rows, ("measured with", f"{results['num_samples']:,} samples, {counted}"), ("", reliability)]
+    reliability = f"median ESS {results['median_ess']:.0f}, {criterion} for {results['unreliable']:.1%} of {counted(results)}"
+    return [*rows, ("measured with", f"{results['num_samples']:,} samples, {number}"), ("", reliability)]
 
 
-def diagnosed_rows(found: Diagnostics) -> list[Row]:
+def diagnosed_rows(found: Diagnostics, noun: str) -> list[Row]:
     """What the units carry, and where the bound is lost."""
     rows = []
     for name, site in found["information"].items():
@@ -84,7 +84,17 @@ def diagnosed_rows(found: Diagnostics) -> list[Row]:
     bounds = f"L_{gap['num_particles']} {gap['iwae']:.2f}, log p {gap['log_p']:.2f}"
     rows.append(("active, averaged", f"{averaged} (means over 64 draws of their parents)"))
     rows.append(("posterior gap", f"{gap['gap']:.2f}: {bounds}"))
-    return [*rows, ("", f"log p - ELBO: {lost} nats ({gap['num_images']} images)")]
+    return [*rows, ("", f"log p - ELBO: {lost} nats ({gap['num_images']} {noun})")]
+
+
+def counted(results: Results) -> str:
+    """What was measured on, in the plural."""
+    return results.get("counted", "data")
+
+
+def datum(results: Results) -> str:
+    """The same in the singular."""
+    return {"images": "image"}.get(counted(results), "datum")
 
 
 def nll(results: Results) -> str:
@@ -106,7 +116,7 @@ def perplexity(results: Results) -> str:
 COLUMNS = ("run", "data", "parameters", "s/epoch", "error", "test NLL", "in use")
 LEFT = {"run", "data", "in use"}  # the columns of text
 CAPTION = (
-    "error: squared, per image; NLL: nats per image, \N{LESS-THAN OR EQUAL TO} marks a bound, stale what is of "
+    "error: squared, per datum; NLL: nats per datum, \N{LESS-THAN OR EQUAL TO} marks a bound, stale what is of "
     "other weights than are there (pyrovae evaluate measures anew); in use: active units by layer, or the "
     "perplexity of the codes; (best): of that checkpoint, all else of the last"
 )

@@ -207,7 +207,7 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded, on_epoch: OnEpoch 
                 trainee.add(metrics | step.metrics(r) | watches[r].counts, losses[r])
             mean = "" if alone else " on average"
             bound, speed = -sum(losses) / len(losses), metrics["images_per_second"]
-            bar.update(epoch + 1, f"{bound:.2f} nats{mean}, {speed:,.0f} images/s")
+            bar.update(epoch + 1, f"{bound:.2f} nats{mean}, {speed:,.0f} data/s")
             if all(trainee.result.finished for trainee in trainees) or not (on_epoch is None or first.show(on_epoch)):
                 break
     return [trainee.close(step) for trainee in trainees]
