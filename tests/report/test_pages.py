@@ -10,10 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 
 import matplotlib.image
 import numpy as np
+import pyro
 import pytest
 import torch
 
@@ -247,6 +249,110 @@ def test_a_run_made_in_python_has_a_page(tmp_path, digits):
     page, printed = report(tmp_path / "run")
     assert "made in Python" in printed
     assert page.explorer["own"]
+
+
+@pytest.fixture
+def by_own_program(tmp_path, digits):
+    """A pair that one's own program trained, and its run."""
+    torch.manual_seed(0)
+    vae = pv.models.VAE((1, 8, 8), latent_dim=2, hidden=(8,))
+    train = pv.data.Images(digits[:200].round(), torch.arange(200) % 10, name="halves").unlabelled()
+    pv.fit(vae.model, vae.guide, train, objective=pv.ELBO(), epochs=2, run_dir=tmp_path / "run", compile=False)
+    return vae, train, tmp_path / "run"
+
+
+def noted(*arguments, **options):
+    """The page of a report in Python, and what was warned of."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", UserWarning)
+        path = pv.report(*arguments, **options)
+    assert all(str(warning.message).startswith(f"{path}: ") for warning in heard)
+    return Page(path), [str(warning.message).removeprefix(f"{path}: ") for warning in heard]
+
+
+def test_a_report_in_python_lacks_nothing(by_own_program, digits):
+    vae, _, run = by_own_program
+    test = pv.data.Images(digits[200:260].round(), torch.arange(60) % 10, name="halves")
+    page, notes = noted(run, test, num_samples=300)
+    assert notes == []
+    assert page.source == (run / "report.html").read_text(encoding="utf-8")
+    nll = pv.log_likelihood(vae.model, vae.guide, test.x, num_samples=300, seed=0).nll
+    assert f"{nll:.2f}" in page.said
+    assert "with 300 samples for each of 60 images" in page.said
+    assert "Measured for this page only" not in page.said
+    assert "on halves" in page.said
+    for heading in ("Explore", "How well does it fit?", "From one test image", "How it was trained"):
+        assert heading in page.said
+    assert page.explorer["labels"] == test.labels.tolist()
+    assert not page.explorer["own"]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x.double(),
+        lambda x: x.numpy(),
+        lambda x: x.to(torch.uint8),
+        lambda x: (x, torch.arange(len(x))),
+        lambda x: torch.utils.data.TensorDataset(x),
+        lambda x: torch.utils.data.DataLoader(list(x), 7),
+        lambda x: pv.data.Splits(pv.data.Images(1 - x), None, pv.data.Images(x)),
+    ],
+    ids=["double", "array", "bytes", "labelled", "dataset", "loader", "splits"],
+)
+def test_a_report_takes_data_in_any_form(by_own_program, digits, form):
+    vae, _, run = by_own_program
+    x = digits[200:230].round()
+    page, notes = noted(run, form(x), output=run.parent / "page.html", num_samples=50)
+    assert notes == []
+    assert f"{pv.log_likelihood(vae.model, vae.guide, x, num_samples=50, seed=0).nll:.2f}" in page.said
+    assert not (run / "report.html").exists()
+
+
+def test_a_report_says_that_it_saw_the_training_data(by_own_program):
+    _, train, run = by_own_program
+    page, notes = noted(run, train)
+    assert notes == ["The data are those that the run was trained on: others tell how well it fits"]
+    assert notes[0] in page.said
+    assert "pv.report(run, data, num_samples=5000)" in page.said
+
+
+def test_a_report_on_two_functions(tmp_path, digits):
+    encoder, decoder = torch.nn.Linear(64, 2), torch.nn.Linear(2, 64)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pyro.distributions.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", pyro.distributions.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", pyro.distributions.Normal(encoder(x), 1.0).to_event(1))
+
+    x, run = digits[:100].round().flatten(1), tmp_path / "run"
+    pv.fit(model, guide, x, objective=pv.IWAE(3), epochs=2, run_dir=run, compile=False)
+    page, notes = noted(run)
+    assert any("pass pair=" in note for note in notes)
+    page, notes = noted(run, digits[100:150].round().flatten(1), pair=(model, guide), num_samples=100)
+    assert notes == ["The data are of shape [64], no images: samples and reconstructions are not shown"]
+    assert "IWAE(num_particles=3)" in page.said
+    assert "test data is" in page.said
+    assert "Codes of" in page.said
+    assert "322" in page.said  # parameters
+
+
+def test_a_report_refuses_what_is_none_of_the_pairs(by_own_program, digits):
+    _, _, run = by_own_program
+    with pytest.raises(pv.data.DataError, match="input_shape"):
+        pv.report(run, digits[:5, :, :4])
+    with pytest.raises(ValueError, match="no test data"):
+        pv.report(run, num_samples=10)
+    with pytest.raises(pv.errors.CheckpointError, match="pass the same model"):
+        pv.report(run, digits[:5].round(), pair=pv.models.VAE((1, 8, 8), latent_dim=3))
+    with pytest.raises(TypeError, match="x and labels"):
+        pv.report(run, 3 * (digits[:5],))
+    assert not (run / "report.html").exists()
 
 
 def test_attributes_are_further_units(tmp_path, digits):

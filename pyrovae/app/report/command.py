@@ -3,37 +3,88 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from pyrovae import runs
 from pyrovae.app.report.content import content
 from pyrovae.app.report.figures import Series, overlaid
 from pyrovae.app.report.gathered import Gathered, Notes
+from pyrovae.app.report.given import NOTHING, Given, Programs, as_images
 from pyrovae.app.report.pages import write
 from pyrovae.app.tables import CAPTION, COLUMNS, LEFT, compared_rows
-from pyrovae.arguments import one_of, pick_device
+from pyrovae.arguments import one_of, pick_device, positive_int
 
 BOUNDS = {"bound": "Training bound", "validation_bound": "Validation bound"}  # in nats per datum
 
 
 def report(
-    folder: Path, *, output: Path | None, checkpoint: str, root: str | None, device: str, trust: bool, out: Console
+    run_dir: str | os.PathLike[str],
+    data: object = None,
+    *,
+    pair: nn.Module | Programs | None = None,
+    num_samples: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    checkpoint: str = "last",
+    trust: bool = False,
 ) -> Path:
+    """Write the page about a run that ``pyrovae report`` writes, with what a run made in Python does not say of itself.
+
+    What a page lacks is said in it, and in a warning each.
+
+    :param run_dir: a run of :func:`pyrovae.fit` or of the command line.
+    :param data: the data to measure and to show, in any form that ``fit`` takes, or :class:`pyrovae.data.Splits`, of
+        which it takes the test part; labels colour the latent plane, whether the pair takes them or not.
+    :param pair: what the weights are loaded into where the run does not say how the pair is built again, as
+        :func:`pyrovae.load` takes it: a module, or two programs.
+    :param num_samples: measure log p(x) of all the data, with so many samples of each; by default of at most a thousand
+        with a hundred, if nobody measured the run.
+    :param output: the page to write; ``report.html`` in the run.
+    :param checkpoint: ``"last"`` or ``"best"``.
+    :param trust: import the class that the run names, though it is not pyrovae's.
+    :return: the page.
+    :raises CheckpointError: a folder without a run, or weights of another pair.
+    :raises DataError: data that the pair cannot take.
+
+    >>> report("runs/mine", digits.test, num_samples=5000)  # doctest: +SKIP
+    PosixPath('runs/mine/report.html')
+    """
+    count = None if num_samples is None else positive_int("num_samples", num_samples)
+    given = Given(None if data is None else as_images(data), pair, count)
+    page = None if output is None else Path(output)
+    path, notes = written(Path(run_dir), page, checkpoint, None, "auto", trust, given)
+    for note in notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return path
+
+
+def report_of(
+    folder: Path, *, output: Path | None, checkpoint: str, root: str | None, device: str, trust: bool, out: Console
+) -> None:
     """Write the report on a run, and say what it lacks."""
+    path, notes = written(folder, output, checkpoint, root, device, trust, NOTHING)
+    for note in notes:
+        out.print(f"note: {note}")
+    out.print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def written(
+    folder: Path, output: Path | None, checkpoint: str, root: str | None, device: str, trust: bool, given: Given
+) -> tuple[Path, Notes]:
+    """The page, and what it lacks."""
     one_of("checkpoint", checkpoint, runs.CHECKPOINTS)
-    found = Gathered.of(folder, checkpoint=checkpoint, root=root, device=pick_device(device), trust=trust)
+    place = pick_device(device)
+    found = Gathered.of(folder, checkpoint=checkpoint, root=root, device=place, trust=trust, given=given)
     if output is None:
         found.run.check_files()
     path, page = output or folder / runs.REPORT, content(found)
     write("report.html", path, page=page)
-    for note in page.notes:
-        out.print(f"note: {note}")
-    out.print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    return path
+    return path, page.notes
 
 
 def compare(compared: Sequence[runs.Run], *, output: Path | None, out: Console) -> Path:

@@ -35,6 +35,7 @@ class Content:
     epochs: int = 0
     verdict: words.Verdict | None = None
     here: bool = False  # whether the likelihood was measured for this page, as no one had
+    fuller: str = ""  # how it is measured on all data
     diagnosed: list[str] = field(default_factory=list)
     ranked: parts.Ranked | None = None
     explorer: dict[str, Any] | None = None
@@ -80,7 +81,7 @@ def likely(page: Content, found: Gathered, pair: Pair, test: Images) -> None:
         with page.notes.missing("the likelihood"):
             count, samples = parts.within_reach(found)
             found.results = measure(pair, test.subset(slice(0, count)), samples=samples, seed=found.seed)
-            page.here = True
+            page.here, page.fuller = True, found.fuller
     if found.results is not None:
         page.verdict, page.diagnosed = words.likelihood(found.results, page.noun), words.diagnosed(found.results)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,18 @@ from torch import Tensor
 
 from pyrovae import runs
 from pyrovae.app.job import Terms, as_seen_by, example, reopen, reopen_with_data
+from pyrovae.app.measure import measure
 from pyrovae.app.pictures import labels_for
+from pyrovae.app.report.given import NOTHING, Given, loaded, matched
 from pyrovae.app.results import Results, belongs, kept_results
 from pyrovae.arguments import one_line
+from pyrovae.data.fingerprint import fingerprint
 from pyrovae.data.images import Images
 from pyrovae.errors import is_out_of_memory
-from pyrovae.models.base import Pair, as_pair
+from pyrovae.models.base import Pair
 from pyrovae.plots.images import is_image
 from pyrovae.sampling import sample as draw
+from pyrovae.train.resuming import FINGERPRINTS
 
 
 class Notes(list[str]):
@@ -54,6 +58,7 @@ class Gathered:
     """A run as a report finds it; what is absent is None, or empty, and ``notes`` say why."""
 
     run: runs.Run
+    given: Given = NOTHING
     notes: Notes = field(default_factory=Notes)
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -67,13 +72,17 @@ class Gathered:
     labels: Tensor | None = None  # of ``test``, whether the pair takes them or not
 
     @classmethod
-    def of(cls, folder: Path, *, checkpoint: str, root: str | None, device: torch.device, trust: bool) -> Gathered:
+    def of(
+        cls, folder: Path, *, checkpoint: str, root: str | None, device: torch.device, trust: bool,
+        given: Given = NOTHING,
+    ) -> Gathered:  # fmt: skip
         """Read all that there is of a run; files that were changed, or are newer, are read with a note.
 
         :raises CheckpointError: a folder that holds no run.
+        :raises DataError: data that were given, and are none for the pair.
         """
         terms = Terms(trust, override=True)
-        self = cls(terms.run(folder))
+        self = cls(terms.run(folder), given)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.config = self.run.config()
@@ -87,22 +96,26 @@ class Gathered:
             if (state := self.run.state()) is not None:
                 self.epoch, self.finished = state["epoch"], state["finished"]
         self.read_results(checkpoint)
-        with self.notes.missing("the model"):
+        with self.notes.missing("the model") if given.pair is None else nullcontext():
             self.open(folder, checkpoint, root, terms)
         if self.pair is not None:
-            self.pair.to(device)
+            if given.pair is None:
+                self.pair.to(device)
+            if given.data is not None:
+                self.take(self.pair, given.data)
+            if given.samples is not None:
+                self.results = measure(self.pair, self.tested, samples=given.samples, seed=self.seed)
         return self
 
     def read_results(self, checkpoint: str) -> None:
         """Take what was measured last, if it is of the weights that are there."""
+        if self.given.samples is not None:
+            return
         with self.notes.missing("what was measured"):
             found = kept_results(self.run)
             if found is None:
-                by_command = "settings" in self.config
-                fix = (
-                    f"run pyrovae evaluate {self.run.path}" if by_command else "pv.log_likelihood measures it in Python"
-                )
-                self.notes.add(f"the run was never evaluated: {fix}")
+                if self.given.data is None:
+                    self.notes.add(f"the run was never evaluated: {self.fuller} does it")
             elif found.get("checkpoint", "last") != checkpoint or not belongs(found, self.run):
                 self.notes.add(
                     f"{runs.RESULTS} is of other weights than are shown here and was left out: run pyrovae evaluate "
@@ -113,19 +126,36 @@ class Gathered:
 
     def open(self, folder: Path, checkpoint: str, root: str | None, terms: Terms) -> None:
         """Build the pair, and read the data that it is measured on."""
-        if "settings" not in self.config:
-            self.pair = as_pair(runs.load(self.run, checkpoint=checkpoint, trust=terms.trust))
-            self.shape = tuple(self.config["model"]["arguments"].get("input_shape", ()))
-            self.notes.add("no test data are at hand: the run was made in Python, and does not say where they are")
+        given = self.given
+        if given.pair is not None or "settings" not in self.config:
+            self.pair = loaded(self.run, given, checkpoint, terms.trust)
+            self.shape = tuple((self.config.get("model") or {}).get("arguments", {}).get("input_shape", ()))
+            if given.data is None:
+                self.notes.add("no test data are at hand, the run was made in Python: pass them, pv.report(run, data)")
             return
         self.seed = int(self.config["settings"].get("seed", 0))
-        with self.notes.missing("the test data"):
-            found, splits = reopen_with_data(folder, root, checkpoint, terms)
-            self.pair, self.labels = found.pair, splits.test.labels
-            self.test = as_seen_by(self.pair, splits.test).fixed(self.seed)
+        if given.data is None:
+            with self.notes.missing("the test data"):
+                found, splits = reopen_with_data(folder, root, checkpoint, terms)
+                self.pair, self.labels = found.pair, splits.test.labels
+                self.test = as_seen_by(self.pair, splits.test).fixed(self.seed)
         if self.pair is None:
             self.pair = reopen(folder, checkpoint, terms).pair
         self.shape = tuple(example(self.run).shape[1:])
+
+    def take(self, pair: Pair, data: Images) -> None:
+        """Make data that were given those that the pair is measured on."""
+        seen = as_seen_by(pair, data)
+        if fingerprint(*seen.columns) == (self.config.get(FINGERPRINTS) or {}).get("train"):
+            self.notes.add("the data are those that the run was trained on: others tell how well it fits")
+        self.test, self.labels = matched(pair, seen.fixed(self.seed)), data.labels
+        self.shape = tuple(data.event_shape)
+
+    @property
+    def fuller(self) -> str:
+        """How all the data are measured."""
+        by_command = "settings" in self.config and self.given.data is None
+        return f"pyrovae evaluate {self.run.path}" if by_command else "pv.report(run, data, num_samples=5000)"
 
     @property
     def opened(self) -> Pair:

@@ -81,7 +81,7 @@ def lead(found: Gathered) -> str:
     """What was trained on what, in a line."""
     config = found.config
     model = str((config.get("model") or {}).get("class") or config.get("settings", {}).get("model") or "Two programs")
-    on = config.get("data", {}).get("name")
+    on = config.get("data", {}).get("name") or (found.test.name if found.test and found.test.name != "data" else None)
     arguments = (config.get("model") or {}).get("arguments", {})
     size = arguments.get("latent_dim")
     latent = f" with {size} latent units" if isinstance(size, int) else ""
