@@ -144,7 +144,7 @@ def test_a_page_on_a_run_made_in_python_shows_the_data_it_is_given(visit, tmp_pa
     torch.manual_seed(0)
     vae = pv.models.VAE((1, 8, 8), latent_dim=2, hidden=(8,))
     pv.fit(vae.model, vae.guide, digits[:200].round(), objective=pv.ELBO(), epochs=1, run_dir=tmp_path, compile=False)
-    page = visit(pv.report(tmp_path, (digits[200:260].round(), torch.full((60,), 7)), num_samples=50), "phone")
+    page = visit(pv.report(tmp_path, (digits[200:260].round(), torch.full((60,), 7)), num_samples=50))
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.locator(".notes").count() == 0
     before = pixels(page)

@@ -166,15 +166,17 @@ def rebuilt(found: Gathered) -> list[tuple[str, str]]:
 
 
 def between(found: Gathered) -> list[list[str]]:
-    """What lies between pairs of test data, of one label where the model takes labels, of two where it does not."""
+    """What lies between pairs of test data, of one label where the model takes labels, of two, if it can be, else."""
     pair, test, labels = found.opened, found.tested, found.labels
     left, ends = list(range(min(len(test), RANKED))), list[tuple[int, int]]()
     while left and len(ends) < PATHS:
         i = left.pop(0)
         fits = (j for j in left if labels is None or bool((labels[i] == labels[j]).all()) == pair.conditional)
-        if (j := next(fits, None)) is not None:
+        if (j := next(fits, None if pair.conditional else next(iter(left), None))) is not None:
             left.remove(j)
             ends.append((i, j))
+    if not ends:
+        return []
     place: Any = device_of(pair.model) or test.x.device
     (a, *given), (b, *_) = (test.subset(list(side)).to(place).columns for side in zip(*ends, strict=True))
     with torch.no_grad(), isolated_rng(found.seed):
