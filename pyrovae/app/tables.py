@@ -68,7 +68,9 @@ def likelihood_rows(results: Results) -> list[Row]:
     if kind in KINDS:
         return [*rows, ("measured", f"{KINDS[kind]}, {number}")]
     criterion = results.get("criterion", "Pareto k > 0.7")
-    reliability = f"median ESS {results['median_ess']:.0f}, {criterion} for {results['unreliable']:.1%} of {counted(results)}"
+    reliability = (
+        f"median ESS {results['median_ess']:.0f}, {criterion} for {results['unreliable']:.1%} of {counted(results)}"
+    )
     return [*rows, ("measured with", f"{results['num_samples']:,} samples, {number}"), ("", reliability)]
 
 
