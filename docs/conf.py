@@ -12,9 +12,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the tensors are small: more threads only 
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, which Pyro imports
 
 from docutils import nodes  # noqa: E402
-from latex2mathml.converter import convert as mathml  # noqa: E402
 
 import pyrovae  # noqa: E402
+from pyrovae.app.report.words import mathml  # noqa: E402
 
 project, author = "pyrovae", "the pyrovae authors"
 copyright = author
@@ -25,6 +25,7 @@ exclude_patterns = ["_build"]
 html_math_renderer = "mathml"
 html_theme, html_title = "furo", f"pyrovae {version}"
 html_show_copyright = False
+html_static_path, html_css_files = ["_static"], ["pages.css"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -47,7 +48,10 @@ nb_execution_show_tb = True
 def show_math(translator, node):
     """MathML, which browsers draw by themselves: no script, no network."""
     block = node.tagname == "math_block"
-    formula = mathml(node.astext(), display="block" if block else "inline")
+    tex = node.astext()
+    if block and ("&" in tex or r"\\" in tex) and r"\begin" not in tex:
+        tex = rf"\begin{{split}}{tex}\end{{split}}"
+    formula = mathml(tex, display="block" if block else "inline")
     translator.body.append(f'<div class="math">{formula}</div>' if block else formula)
     raise nodes.SkipNode
 

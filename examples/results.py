@@ -6,6 +6,7 @@ Cells of one table share data, schedule, seed, gradient and commit; others stand
 record, for instance because it was interrupted, is named as not run.
 """
 
+import textwrap
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -234,8 +235,13 @@ def section(shared, by_cell, found):
         "\n".join(f"* {line}." for line in said),
         *([curves, CURVES.format(**ours[0]["curve"])] if letter == "C" else []),
         "The whole table, and its cells one by one:",
-        "\n".join(["```text", *commands, "```"]),
+        "\n".join(["```text", *map(wrapped, commands), "```"]),
     ]
+
+
+def wrapped(command):
+    """A command over as many lines as a page is wide."""
+    return " \\\n    ".join(textwrap.wrap(command, 74, break_long_words=False, break_on_hyphens=False))
 
 
 ORDERINGS = {"A": orderings_a, "B": orderings_b, "C": orderings_c}

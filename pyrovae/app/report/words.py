@@ -119,17 +119,22 @@ def known_class(path: object) -> Any:
 
 def equation(path: object) -> Markup | None:
     """The first equation of a class's documentation, or of a class's that it is made from, as MathML."""
-    from latex2mathml.converter import convert
-
     cls = known_class(path)
     documented = [inspect.getdoc(each) or "" for each in cls.__mro__[:-1]] if cls else []
     found = [m for doc in documented for pattern in EQUATIONS if (m := re.search(pattern, doc, re.S))]
     if not found:
         return None
-    tex = " ".join(found[0][1].split()).replace("&", " ").replace(r"\sim", "\N{TILDE OPERATOR}")
+    return Markup(mathml(" ".join(found[0][1].split()).replace("&", " ")))  # of our own docstrings
+
+
+def mathml(tex: str, display: str = "block") -> str:
+    """TeX as a browser shows it by itself, with what the converter lacks: the space after log, letters of sets."""
+    from latex2mathml.converter import convert
+
+    tex = re.sub(r"\\sim\b", "\N{TILDE OPERATOR}", tex)
     tex = re.sub(r"\\mathbb\s*\{?E\}?", "\N{MATHEMATICAL DOUBLE-STRUCK CAPITAL E}", tex)
-    tex = re.sub(r"\\(log|max)\b(?!_)", r"\\\1\\,", tex)
-    return Markup(convert(tex, display="block"))  # of our own docstrings
+    tex = re.sub(r"\\(log|max|min|exp)\b(?!\s*(?:[_^(\[]|\\left))", r"\\\1\\,", tex)
+    return convert(tex, display=display)
 
 
 def shareable(config: Mapping[str, Any]) -> dict[str, Any]:
