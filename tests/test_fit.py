@@ -459,3 +459,23 @@ def test_replicas_stop_at_an_infinite_loss():
 
     with pytest.raises(FloatingPointError, match=r'replica 0: step 1 .*"never" is -inf in all rows'):
         pv.fit_replicas([pair(), pair()], torch.zeros(20), objective=pv.ELBO(), epochs=1)
+
+
+def test_a_program_that_holds_its_data_takes_none(tmp_path):
+    x = torch.tensor([0.4, 1.9, 0.7])
+
+    def model():
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide():
+        loc, scale = (pyro.param(name, torch.tensor(start)) for name, start in (("loc", 0.0), ("log_scale", 0.0)))
+        pyro.sample("mean", dist.Normal(loc, scale.exp()))
+
+    options = {"objective": pv.IWAE(10), "lr": 0.05, "validation": (), "run_dir": tmp_path / "run", "compile": False}
+    pv.fit(model, guide, (), epochs=60, **options)
+    result = pv.fit(model, guide, (), epochs=120, resume=True, **options)
+    exact = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1).log_prob(x)
+    assert abs(result.history[-1]["validation_bound"] - exact) < 0.05
+    assert abs(pv.log_likelihood(model, guide, num_samples=500, seed=0).log_prob - exact) < 0.01

@@ -35,7 +35,7 @@ from pyrovae.data.fingerprint import fingerprint, held
 from pyrovae.data.images import Images
 from pyrovae.engine.convert import Taken, exactly, listed
 from pyrovae.engine.observed import Observed
-from pyrovae.engine.programs import Batch, warn
+from pyrovae.engine.programs import Batch, rows, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.support import rows_at_a_time
 from pyrovae.errors import DataError, ResourceError, is_out_of_memory
@@ -177,7 +177,7 @@ def as_batch(batch: object, device: torch.device | None = None, *, non_blocking:
 
 
 class Feed:
-    """Batches of a data set, as tuples of tensors on ``device``.
+    """Batches of a data set, as tuples of tensors on ``device``; of ``()``, one batch of no arguments.
 
     Data held in tensors live on the device if they fill at most half of its free memory; everything else streams
     through a DataLoader. The order comes from torch's global generator. ``size`` and ``steps``, the numbers of data and
@@ -187,7 +187,8 @@ class Feed:
     def __init__(self, data: object, batch_size: int, device: torch.device, num_workers: int | None = None) -> None:
         if num_workers is not None:
             positive_int("num_workers", num_workers, minimum=0)
-        source = as_dataset(exactly(data), raw=True)
+        nothing = isinstance(data, tuple) and not data
+        source = DataLoader([()], batch_size=None) if nothing else as_dataset(exactly(data), raw=True)
         self.device, self.batch_size = device, batch_size
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         self.images = source.to(device) if isinstance(source, Images) and source.x.nbytes <= free / 2 else None
@@ -259,7 +260,7 @@ class Feed:
             if batch is None:
                 raise DataError("there are no data to train on: the DataLoader is empty")
             moved = as_batch(batch, self.device, non_blocking=True)
-            if not (moved and isinstance(moved[0], Tensor) and moved[0].dim()):
+            if moved and not (isinstance(moved[0], Tensor) and moved[0].dim()):
                 kind = type(batch).__name__
                 raise TypeError(
                     f"batches must be tensors [B, ...], or tuples that begin with one, got a {kind}: convert them"
@@ -282,10 +283,10 @@ class Feed:
             return
         # Bits that are drawn anew are all like those that were seen.
         drawn = self.images.binarization == "dynamic" and {c and c.position for c in observed.columns} == {0}
-        rows = rows_at_a_time(self.images.x)
+        piece = rows_at_a_time(self.images.x)
         number = 0 if drawn else len(self.images)
-        for start in range(0, number, rows):
-            end = min(start + rows, number)
+        for start in range(0, number, piece):
+            end = min(start + piece, number)
             if observed.fine(tuple(c[start:end] for c in self.images.columns)):
                 continue
             for first in range(start - start % self.batch_size, end, self.batch_size):
@@ -306,7 +307,7 @@ class Feed:
                     doubtful = doubtful.to(fine.device) | ~fine
                 elif not (fine or (fine is None and not self.unseen)):
                     self.refuse(batch, first)
-                first += len(batch[0])
+                first += rows(batch)
             yield batch
         if doubtful:
             self.refuse()
@@ -329,7 +330,7 @@ class Feed:
         for given in ordered if batch else in_order(self.loader):
             batch = self.taken(as_batch(given, self.device))
             self.observed(batch, place)
-            place += len(batch[0])
+            place += rows(batch)
         if found is not None:  # the data set gave something else this time
             raise found
 

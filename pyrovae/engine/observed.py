@@ -30,6 +30,8 @@ def data_sites(model: Sites) -> Sites:
 
 def support_of(fn: Distribution) -> Constraint | None:
     """The constraint of single values, or of the smallest events; None where it depends on what is not known."""
+    if has_any_total(unwrapped(fn)):
+        return constraints.nonnegative_integer
     try:
         support = plain(fn.support)  # type: ignore[arg-type]
     except NotImplementedError:
@@ -84,7 +86,7 @@ def outside(site: Site) -> Tensor:
 
 def scored(site: Site) -> Tensor:
     """The log-probability of a site as it is without Pyro's checks of values."""
-    with torch.no_grad():
+    with torch.no_grad(), pyro.validation_enabled(False):
         return log_prob({**site, "fn": unvalidated(site["fn"])})
 
 
@@ -104,11 +106,18 @@ def refuse_misread(name: str, fn: Distribution, value: Tensor) -> None:
             f'site "{name}" (Categorical) observes {shapes}: pass labels, as of one-hot rows y.argmax(-1), or observe '
             "them with OneHotCategorical"
         )
-    if isinstance(inner, Multinomial) and (totals := value.sum(-1)).max() > inner.total_count:
+    if not isinstance(inner, Multinomial) or has_any_total(inner):
+        return
+    if (totals := value.sum(-1)).max() > inner.total_count:
         raise DataError(
             f'data of site "{name}" sum to as much as {totals.max():g}, but its Multinomial has '
             f"total_count={inner.total_count}: pass a total_count of at least that (each datum counts with its own sum)"
         )
+
+
+def has_any_total(fn: Distribution) -> bool:
+    """Whether a Multinomial was left its default of one trial, and is not validated: then each row has its own sum."""
+    return isinstance(fn, Multinomial) and fn.total_count == 1 and vars(fn).get("_validate_args") is False
 
 
 @dataclass(frozen=True)

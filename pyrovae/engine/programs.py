@@ -51,9 +51,9 @@ def nothing(*_: object, **__: object) -> None:
     """The program without sites."""
 
 
-def rows(batch: Batch, kwargs: Mapping[str, object]) -> int:
+def rows(batch: Batch, kwargs: Mapping[str, object] | None = None) -> int:
     """The number of data in a batch, by its first tensor; 1 where there is none."""
-    return next((len(a) for a in (*batch, *kwargs.values()) if isinstance(a, Tensor) and a.dim()), 1)
+    return next((len(a) for a in (*batch, *(kwargs or {}).values()) if isinstance(a, Tensor) and a.dim()), 1)
 
 
 #: What to pass instead, by how Python says that arguments do not fit.

@@ -126,6 +126,34 @@ def run_at(
     return record.sites, first_dim
 
 
+def run_each_at(
+    program: Program,
+    args: Batch,
+    kwargs: Mapping[str, object],
+    values: Mapping[str, Tensor],
+    like: Sites,
+    num_particles: int,
+    nesting: int,
+    *,
+    sums: bool = False,
+) -> Sites:
+    """The same of particles one after the other, what is to be summed out summed out.
+
+    :param like: sites of one particle, whose values have the dims that the program knows.
+    """
+    runs, first_dim = [], -1 - nesting
+    for k in range(num_particles):
+        dims = {name: like[name]["value"].dim() for name in values}
+        own = {name: value[k].reshape(value.shape[value.dim() - dims[name] :]) for name, value in values.items()}
+        with (
+            Enumerate(first_dim) if sums else nullcontext(), pyro.validation_enabled(False), beside(args, kwargs),
+            Record(own) as record,
+        ):  # fmt: skip
+            program(*args, **kwargs)
+        runs.append(summed_out(record.sites, first_dim) if sums else record.sites)
+    return joined(runs, nesting)
+
+
 def copies_of(values: Mapping[str, Tensor], kind: Copies) -> dict[str, Tensor]:
     """Copies of the samples that gradients flow through: live under another name, cut off, or without gradient."""
     if kind is None:

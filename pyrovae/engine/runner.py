@@ -15,6 +15,7 @@ from pyrovae.engine.fold import Fold, check_fold
 from pyrovae.engine.particles import Particles, measure
 from pyrovae.engine.probe import Look, check_pair, checked_look, warn_of_strays
 from pyrovae.engine.programs import Batch, Program, roots, warn
+from pyrovae.engine.randomness import restore_rng, rng_snapshot
 from pyrovae.engine.run import Copies, run
 from pyrovae.engine.separate import Deeper
 from pyrovae.engine.sites import Sites, record
@@ -76,6 +77,7 @@ class Runner:
         known = self.structures
         if not known:
             self.look(args, kwargs, check)
+        start = None if self.proven or num_particles == 1 else rng_snapshot()
         while True:
             assumed = self.nesting, self.noise, self.sums
             try:
@@ -92,6 +94,8 @@ class Runner:
                     raise
                 if not (self.changed(args, kwargs, check) or self.gives_way(error)):
                     raise
+                if start is not None:
+                    restore_rng(start)  # the next attempt has the draws that any later run has
                 continue
             self.proven = self.proven or num_particles > 1
             if found.runs:

@@ -15,7 +15,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution, Independent, TransformedDistribution
 
 from pyrovae.engine.brief import shorten
 from pyrovae.engine.devices import beside
@@ -219,6 +219,8 @@ def masks(site: Site) -> Iterator[tuple[Tensor, int]]:
 def seen_value(site: Site) -> Tensor:
     """What a site observes, with harmless numbers where it is masked: what is missing must not reach gradients."""
     value, harmless = site["value"], None
+    if any(isinstance(layer, TransformedDistribution) for layer in layers(site["fn"])):
+        value = value.view_as(value)  # transforms keep what they computed for a tensor: of parameters that have moved
     for mask, hidden in masks(site):
         harmless = inner_value(site["fn"]) if harmless is None else harmless
         if harmless is not None and value.is_floating_point():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from pyro.distributions import Delta, Unit
+from pyro.distributions import Independent as PyroIndependent
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform, biject_to, constraints
@@ -55,8 +56,13 @@ def is_discrete(fn: Distribution) -> bool:
 
 
 def unmasked(fn: Distribution) -> Distribution:
-    """A distribution without its outer masks."""
-    return next(layer for layer in layers(fn) if not isinstance(layer, MaskedDistribution))
+    """A distribution without masks, those inside of ``Independent`` included."""
+    if isinstance(fn, MaskedDistribution):
+        return unmasked(fn.base_dist)
+    if not isinstance(fn, Independent):
+        return fn
+    inner = unmasked(fn.base_dist)
+    return fn if inner is fn.base_dist else PyroIndependent(inner, fn.reinterpreted_batch_ndims)
 
 
 def unvalidated(fn: Distribution) -> Distribution:

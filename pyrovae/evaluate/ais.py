@@ -15,25 +15,19 @@ from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, w
 from pyrovae.engine.enumerate import summed_out
 from pyrovae.engine.generate import Redraw, generate, program_of, refuse_tied
 from pyrovae.engine.particles import Layout, Particles
-from pyrovae.engine.probe import Look, check_pair
-from pyrovae.engine.programs import Batch, Program, nothing, rows
-from pyrovae.engine.run import run_at
-from pyrovae.engine.sites import (
-    Sites,
-    attached,
-    carriers,
-    counted,
-    latent,
-    log_prob,
-    quoted,
-    refuse_untraced,
-)
-from pyrovae.engine.unwrap import is_masked, point_mass, unconstrained
+from pyrovae.engine.probe import Look
+from pyrovae.engine.programs import Batch, Program, nothing, rows, warn
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.run import run_at, run_each_at
+from pyrovae.engine.sites import Sites, counted, latent
+from pyrovae.engine.unwrap import unconstrained
 from pyrovae.engine.weights import Sums
 from pyrovae.engine.whole import Whole, refuse_part
+from pyrovae.errors import is_out_of_memory
 from pyrovae.evaluate.estimate import AISEstimate, Bracket
 from pyrovae.evaluate.hmc import HMC, LogDensity, State
 from pyrovae.evaluate.measuring import Batches, measuring
+from pyrovae.evaluate.movable import refuse_immovable, unmasked_latents
 from pyrovae.sampling import blank
 
 HANDLERS = 1.5e-3  # seconds that compiling saves per evaluation of the gradient, whatever the size: Pyro's handlers
@@ -193,7 +187,7 @@ class Annealer:
         check_compile(compile)
         self.compile, self.target = compile, in_range("target_acceptance", target, 0.01, 0.99)
         self.betas = make_betas(schedule, positive_int("num_temperatures", num_temperatures))
-        self.last, self.dtype = len(self.betas) - 1, torch.float32
+        self.last, self.dtype, self.apart = len(self.betas) - 1, torch.float32, False
 
     def prepare(
         self, model: Program, guide: Program | None, seen: Look, batch: Batch, kwargs: Mapping[str, object], number: int
@@ -202,36 +196,8 @@ class Annealer:
         self.model, self.guide, self.source = model, guide or nothing, guide or model
         self.kwargs = kwargs
         refuse_part(seen)
-        refuse_untraced(seen.model, "be annealed")
-        sites, drawn = latent(seen.model), latent(seen.guide)
-        if not sites:
-            raise ValueError("the model has no latents to anneal: its log p(x) is exact, use pyrovae.log_likelihood")
-        for name, site in sites.items():
-            if site["fn"].support.is_discrete:
-                raise ValueError(
-                    f'latent site "{name}" is discrete, and HMC moves continuous ones only: mark it '
-                    'infer={"enumerate": "parallel"}, and it is summed out'
-                )
-            if attached(site["value"]):
-                raise ValueError(
-                    f'latent site "{name}" ({type(site["fn"]).__name__}) gives one value and scores another, and HMC '
-                    "moves one: relax it without the straight-through step, or use pyrovae.log_likelihood"
-                )
-            if point_mass(site["fn"]) is not None or site["mask"] is not None or is_masked(site["fn"]):
-                raise ValueError(f'latent site "{name}" has no prior density: the model has no log p(x)')
-        carried = [name for name, site in carriers(seen.model).items() if log_prob(site).any()]
-        if carried and not guide:
-            raise ValueError(
-                f"point masses ({quoted(carried)}) carry part of the prior, so that it cannot be drawn from: "
-                "pass guide= to start from, or the model without its reparameterisation"
-            )
-        if guide and (drawn.keys() != sites.keys() or any(point_mass(s["fn"]) is not None for s in drawn.values())):
-            raise ValueError(
-                f"to start from a guide it must draw {quoted(sites)} from densities, and nothing else; it has "
-                f"{quoted(drawn)}: leave guide out to start from the prior"
-            )
-        if guide:
-            check_pair(seen)
+        refuse_immovable(seen, model, guide, batch, kwargs)
+        sites = self.like = latent(seen.model)
         self.nesting, self.sums, state = seen.nesting, seen.sums, tensors_of(seen.modules)
         maps = {name: unconstrained(site["fn"].support) for name, site in sites.items()}
         self.maps = {name: transform for name, transform in maps.items() if transform is not None}
@@ -239,11 +205,29 @@ class Annealer:
         each = HANDLERS + SAVED * self.num_chains * rows(batch, kwargs) * sum(t.numel() for t in state)
         evaluations = (self.last + 1) * (self.leapfrog_steps + 1) * -(-number // rows(batch, kwargs))
         self.slope = Checked(self.evaluated, state, wanted=wanted(self.compile, evaluations * each))
+        self.apart = not self.runs_together(batch)
 
     def run(self, program: Program, batch: Batch, values: State) -> Sites:
         """The sites of a program with all chains at these latents, after sums, or at fresh ones."""
-        sums = self.sums and bool(values)
-        return summed_out(*run_at(program, batch, self.kwargs, values, self.num_chains, self.nesting, sums=sums))
+        sums, chains = self.sums and bool(values), (self.num_chains, self.nesting)
+        if self.apart:
+            return run_each_at(program, batch, self.kwargs, values, self.like, *chains, sums=sums)
+        return summed_out(*run_at(program, batch, self.kwargs, values, *chains, sums=sums))
+
+    def runs_together(self, batch: Batch) -> bool:
+        """Whether the programs take all chains at once; after a warning, those that do not take one at a time."""
+        try:
+            with isolated_rng():
+                self.ends(batch, self.start(batch))
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            warn(
+                "chains run one after the other, because together they fail "
+                f"({type(error).__name__}: {' '.join(str(error).split())})"
+            )
+            return False
+        return True
 
     def start(self, batch: Batch) -> State:
         """Chains drawn from q_0."""
@@ -257,7 +241,7 @@ class Annealer:
     def ends(self, batch: Batch, u: State) -> tuple[Tensor, Tensor, Tensor | float]:
         """log q_0, log p(x, z) and log |dz / du|, each ``[C, *plates]``."""
         values = {name: self.maps[name](point) if name in self.maps else point for name, point in u.items()}
-        drawn, sites = (self.run(program, batch, values) for program in (self.guide, self.model))
+        drawn, sites = (unmasked_latents(self.run(own, batch, values)) for own in (self.guide, self.model))
         particles = Particles.of(drawn, sites, self.num_chains, -1 - self.nesting)
         guide, prior, likelihood = particles.log_guide(), particles.log_prior(), particles.log_likelihood()
         assert prior is not None

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from pyrovae.compile.checked import tensors
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import Look, look, warn_of_strays
-from pyrovae.engine.programs import Batch, Program, held_by, protected_buffers, warn
+from pyrovae.engine.programs import Batch, Program, held_by, protected_buffers, rows, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import counted
 from pyrovae.memory import bytes_at_peak, free_memory, require_memory
@@ -42,7 +42,7 @@ def check_last_batch(model: Program, guide: Program, seen: Look, feed: Feed) -> 
     children = (child for module in seen.modules for child in module.modules())
     if feed.last == 1 and any(isinstance(child, _BatchNorm) and child.training for child in children):
         first = feed.first()
-        one = tuple(a[:1] if isinstance(a, Tensor) and a.dim() and len(a) == len(first[0]) else a for a in first)
+        one = tuple(a[:1] if isinstance(a, Tensor) and a.dim() and len(a) == rows(first) else a for a in first)
         with lone_datum_advice(f" (the last of {feed.size})"):
             look(model, guide, one, validate=False)
 
@@ -85,7 +85,7 @@ def check_memory(eager: Eager, plan: Plan, batch: Batch) -> None:
 
     Steps on less than what :data:`LARGE` times as much memory would hold are let pass without a look.
     """
-    objective, number = plan.at(0), len(batch[0])
+    objective, number = plan.at(0), rows(batch)
     most, now = max(plan.particles or (1,)), plan.particles[0] if plan.particles else 1
     particles = getattr(objective, "total_particles", 1) * most // now
     given = sum(a.nbytes for a in tensors(batch))

@@ -22,7 +22,7 @@ from pyrovae.compile.checked import check_compile
 from pyrovae.compile.recording import settle
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import check_pair
-from pyrovae.engine.programs import Program, in_modes, modes_of, training_modes, warn, warn_of_eval
+from pyrovae.engine.programs import Program, in_modes, modes_of, rows, training_modes, warn, warn_of_eval
 from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
 from pyrovae.errors import CheckpointError, DataError
 from pyrovae.memory import memory_advice
@@ -223,7 +223,7 @@ def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan, watches
         # What Pyro's own checks can find they find at the first step; later they cost time, and hide what became NaN.
         with nullcontext() if epoch == steps == 0 else pyro.validation_enabled(False):
             outcomes.take(plan.at(now), batch, epoch, steps)
-        steps, data = steps + 1, data + len(batch[0])
+        steps, data = steps + 1, data + rows(batch)
     if not data:
         raise DataError(f"epoch {epoch + 1} had no data: pass a data set that gives them in every epoch")
     outcomes.read()

@@ -16,7 +16,7 @@ from pyrovae.engine.kl import site_kl
 from pyrovae.engine.observed import Observed
 from pyrovae.engine.particles import Particles, combine
 from pyrovae.engine.probe import Look, check_pair, look
-from pyrovae.engine.programs import Batch, Program, evaluating, held_by, roots, warn
+from pyrovae.engine.programs import Batch, Program, evaluating, held_by, roots, rows, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import frames, latent
@@ -37,10 +37,10 @@ class Monitor:
     def __init__(self, model: Program, guide: Program, seen: Look, feed: Feed) -> None:
         watched = None if feed.steps == 1 else min(MONITORED, max(100, (feed.size or 0) // 10))
         self.runner, self.modules, self.batch = Runner(model, guide), seen.modules, feed.first(watched)
-        self.size, self.joint = feed.size or len(self.batch[0]), seen.joint
+        self.size, self.joint = feed.size or rows(self.batch), seen.joint
         # What was seen of a pair holds for its batch; of another size it is looked at when it is first measured.
         partly = not seen.joint and seen.unscaled.uncommon_subsampled
-        self.known, self.usable = not partly and len(self.batch[0]) == len(feed.first()[0]), True
+        self.known, self.usable = not partly and rows(self.batch) == rows(feed.first()), True
         self.whole = Whole()
         with self.measuring():
             self.runner.meet(seen)
@@ -79,7 +79,7 @@ class Monitor:
     def watched(self) -> dict[str, object]:
         """What one run shows."""
         found = self.terms(self.runner(self.batch, {}, scaled=False))
-        means = mean_draws(self.runner.guide, self.batch) if len(self.batch[0]) > 1 else {}
+        means = mean_draws(self.runner.guide, self.batch) if rows(self.batch) > 1 else {}
         variances = {name: average.mean.var(0) - average.noise.mean(0) for name, average in means.items()}
         found["active_units"] = {name: int((variance > 0.01).sum()) for name, variance in variances.items()}
         for module in roots(self.runner.model, self.runner.guide):
@@ -90,7 +90,7 @@ class Monitor:
     def terms(self, particles: Particles) -> dict[str, object]:
         """``reconstruction`` = E log p(x | z) and ``kl``, in nats per datum, and ``kl_per_unit`` by site."""
         # joint weights are totals: of the likelihood over this batch, of the KL over all data
-        held, size = (len(self.batch[0]), self.size) if self.joint else (1, 1)
+        held, size = (rows(self.batch), self.size) if self.joint else (1, 1)
         kls = {
             name: site_kl(particles, name).flatten(0, -2).mean(0) / self.repeats(particles, name)
             for name in latent(particles.model)
@@ -110,7 +110,7 @@ class Monitor:
 
     def repeats(self, particles: Particles, name: str) -> int:
         """Over how many data the KL of a site is summed: joint weights have no axis for those of local latents."""
-        held = len(self.batch[0])
+        held = rows(self.batch)
         return held if self.joint and any(size == held for _, _, size in frames(particles.model[name])) else 1
 
 
@@ -138,8 +138,8 @@ class Validation:
             for batch in batches:
                 with beside(batch):
                     loss = float(first_loss(self.objective.loss(self.model, self.guide, *batch)))  # type: ignore[attr-defined]
-                total -= loss / (self.full_size or len(batch[0])) * len(batch[0])
-                count += len(batch[0])
+                total -= loss / (self.full_size or rows(batch)) * rows(batch)
+                count += rows(batch)
         return total / count
 
 

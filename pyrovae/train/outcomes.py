@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from pyrovae.data.feed import Feed
 from pyrovae.engine.blame import ADVICE, Cause
 from pyrovae.engine.guard import last_good
-from pyrovae.engine.programs import Batch, protected_buffers, warn
+from pyrovae.engine.programs import Batch, protected_buffers, rows, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.errors import DataError, NumericalError, is_out_of_memory
 from pyrovae.train.blame import Moment, cause_of, gradient_at_fault, site_at_fault
@@ -73,7 +73,7 @@ class Watch:
         if "left out" not in self.warned:
             found = site_at_fault(self.eager.model, self.eager.guide, moment, dead=True)
             self.warn(
-                f"{number} of {len(moment.batch[0])} data have a bound of -inf in {at(moment)}"
+                f"{number} of {rows(moment.batch)} data have a bound of -inf in {at(moment)}"
                 f"{'' if found is None else f' ({found.said})'}: such data are left out of loss, gradient and bound, "
                 'and the history counts them as "left_out"',
                 "left out",
@@ -155,14 +155,14 @@ class Outcomes:
         """Read back what was taken in since."""
         pending, self.pending = self.pending, []
         read = [t for *_, outcome in pending for t in outcome]
-        rows = [t.tolist() for t in read] if self.every == 1 else torch.stack(read).tolist() if read else []
+        numbers = [t.tolist() for t in read] if self.every == 1 else torch.stack(read).tolist() if read else []
         for number, (epoch, step, batch, index, _) in enumerate(pending):
-            losses, left_out = (row if isinstance(row, list) else [row] for row in rows[2 * number : 2 * number + 2])
+            losses, left_out = (row if isinstance(row, list) else [row] for row in numbers[2 * number : 2 * number + 2])
             for watch, loss, left in zip(self.watches, losses, left_out, strict=True):
                 if math.isnan(loss):
                     watch.withheld(self.moment(epoch, step, batch, index, watch))
                     continue
-                watch.take(len(batch[0]), loss, left)
+                watch.take(rows(batch), loss, left)
                 if left:
                     watch.left_out(self.moment(epoch, step, batch, index), int(left))
 

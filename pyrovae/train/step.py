@@ -25,7 +25,7 @@ from pyrovae.engine.devices import beside
 from pyrovae.engine.guard import Guard
 from pyrovae.engine.left_out import leaving_out
 from pyrovae.engine.probe import Look, PairState
-from pyrovae.engine.programs import Batch, Program, before_backward, new_leaves, warn
+from pyrovae.engine.programs import Batch, Program, before_backward, new_leaves, rows, warn
 from pyrovae.engine.sites import quoted
 from pyrovae.engine.updates import Update
 from pyrovae.train.late import Reach
@@ -138,7 +138,7 @@ class Eager:
 
     def size(self, batch: Batch) -> int:
         """What a loss summed over data is divided by."""
-        return self.full_size or len(batch[0])
+        return self.full_size or rows(batch)
 
 
 class Step:

@@ -220,3 +220,40 @@ def test_a_network_on_float32_data():
     assert found.dtype == "float32"
     assert found.log_prob.dtype == torch.float64
     assert math.isfinite(found.nll)
+
+
+STEPS = torch.tensor([[True, True], [True, False], [False, True]])
+
+
+def padded(x, hide=True):
+    """A latent and an observation a step, of which some data have only one."""
+    with pyro.plate("data", len(x)):
+        for t in range(2):
+            here = STEPS[:, t].repeat(len(x) // 3)
+            z = pyro.sample(f"z{t}", dist.Normal(torch.zeros(len(x), 1), 1.0).mask(here[:, None]).to_event(1))
+            with pyro.poutine.mask(mask=here if hide else torch.ones(len(x), dtype=torch.bool)):
+                pyro.sample(f"x{t}", dist.Normal(z.squeeze(-1), NOISE), obs=x[:, t])
+
+
+def test_latents_that_are_masked_where_nothing_hangs_on_them():
+    x = torch.randn(60, 2)
+    found = pv.ais_log_likelihood(padded, x, **FAST)
+    exact = (dist.Normal(0.0, (1 + NOISE**2) ** 0.5).log_prob(x) * STEPS.repeat(20, 1)).sum(-1)
+    ratio = (found.log_prob - exact).exp()
+    assert abs(ratio.mean() - 1) < LIMIT * ratio.std() / 60**0.5
+    with pytest.raises(ValueError, match=r'"z0", "z1" are masked.*hangs? on those'):
+        pv.ais_log_likelihood(padded, x, hide=False, **FAST)
+
+
+def test_chains_of_a_program_for_one_run_one_after_the_other():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z[torch.arange(len(x))], NOISE), obs=x)  # of one chain only
+
+    x = torch.randn(60)
+    with pytest.warns(UserWarning, match="chains run one after the other"):
+        found = pv.ais_log_likelihood(model, x, num_chains=3, **FAST)
+    exact = dist.Normal(0.0, (1 + NOISE**2) ** 0.5).log_prob(x)
+    ratio = (found.log_prob - exact).exp()
+    assert abs(ratio.mean() - 1) < LIMIT * ratio.std() / 60**0.5

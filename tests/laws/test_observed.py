@@ -191,3 +191,43 @@ def test_what_is_not_observed_does_not_count():
         other = X[:5].clone()
         other[3, column] = math.nan
         assert observed.fine((other,)).item() is expected
+
+
+def test_a_multinomial_that_nobody_gave_a_total_takes_rows_of_any():
+    counts = torch.tensor([[4.0, 0.0, 3.0], [0.0, 1.0, 1.0]])
+
+    def model(x, validate=False):
+        logits = pyro.param("logits", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Multinomial(logits=logits, validate_args=validate), obs=x)
+
+    found = pv.log_likelihood(model, nothing, counts, num_samples=1).log_prob
+    exact = [torch.distributions.Multinomial(int(row.sum()), logits=torch.zeros(3)).log_prob(row) for row in counts]
+    torch.testing.assert_close(found, torch.stack(exact).double())
+    for bad in ([[4.0, 0.5, 3.0]], [[4.0, -1.0, 3.0]]):
+        with pytest.raises(DataError, match="outside the support"):
+            pv.log_likelihood(model, nothing, torch.tensor(bad), num_samples=1)
+    with pytest.raises(DataError, match="total_count=1"):
+        pv.log_likelihood(model, nothing, counts, True, num_samples=1)
+
+
+class Inner(dist.TorchDistribution):
+    """Validates what it computes from a value."""
+
+    arg_constraints, support = {}, c.real
+
+    def log_prob(self, value):
+        return dist.Normal(value, 1.0).log_prob(torch.zeros(())).expand(self.batch_shape)
+
+    def expand(self, shape, _instance=None):
+        return Inner(shape)
+
+
+def test_a_density_that_validates_inside_is_measured():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", Inner((len(x),)), obs=x)
+
+    x = X[:, 0].contiguous()
+    found = pv.log_likelihood(model, nothing, x, num_samples=1).log_prob
+    torch.testing.assert_close(found, dist.Normal(0.0, 1.0).log_prob(x))

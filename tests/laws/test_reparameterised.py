@@ -117,3 +117,29 @@ def test_what_needs_draws_from_the_prior_is_refused():
     refused(
         ValueError, "otherwise than in the other, or has an improper", pv.ELBO(free_bits=0.1).loss, SPLIT, parts, POINTS
     )
+
+
+def test_a_flow_of_data_is_trained_step_after_step_on_the_same_tensor():
+    """Such transforms keep what they computed for a tensor, with the parameters of then."""
+    flow, x = dist.transforms.spline(2, count_bins=4), torch.randn(6, 2)
+
+    def model(x):
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+            pyro.sample("x", dist.TransformedDistribution(base, [flow]), obs=x)
+
+    objective, losses = pv.ELBO(), []
+    for _ in range(3):
+        with torch.no_grad():
+            measured = objective.loss(model, nothing, x)
+        losses.append(objective.loss_and_grads(model, nothing, x))
+        assert measured == losses[-1]
+        slopes = [p.grad for p in flow.parameters() if p.grad is not None]
+        assert any(slope.any() for slope in slopes)
+        with torch.no_grad():
+            for p in flow.parameters():
+                if p.grad is not None:
+                    p -= 0.01 * p.grad
+                    p.grad = None
+    assert losses[0] > losses[1] > losses[2]

@@ -256,3 +256,22 @@ def test_what_cannot_be_is_refused():
 
     with Given((0, 0, 1)):
         refused(ValueError, '"z" is neither', pv.log_weights, branching, unmatched, X, num_particles=2, **APART)
+
+
+def test_what_failed_together_leaves_no_trace_in_the_generator():
+    def model(x):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+            pyro.sample("x", dist.Normal(z[torch.arange(3)], 1.0), obs=x)  # of one particle only
+
+    def guide(x):
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    objective, losses = pv.IWAE(4), []
+    for _ in range(2):
+        pyro.set_rng_seed(5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            losses.append(objective.loss(model, guide, X))
+    assert losses[0] == losses[1]
