@@ -187,8 +187,9 @@ class Feed:
     def __init__(self, data: object, batch_size: int, device: torch.device, num_workers: int | None = None) -> None:
         if num_workers is not None:
             positive_int("num_workers", num_workers, minimum=0)
-        nothing = isinstance(data, tuple) and not data
-        source = DataLoader([()], batch_size=None) if nothing else as_dataset(exactly(data), raw=True)
+        one_empty: Any = [()]
+        none = isinstance(data, tuple) and not data
+        source = DataLoader(one_empty, batch_size=None) if none else as_dataset(exactly(data), raw=True)
         self.device, self.batch_size = device, batch_size
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         self.images = source.to(device) if isinstance(source, Images) and source.x.nbytes <= free / 2 else None
