@@ -88,7 +88,7 @@ def fit(
     do the modules of plain functions, after a warning. All get their modes back.
 
     :param data: a tensor ``[N, ...]``, :class:`pyrovae.data.Images`, a tuple of tensors, a Dataset or a DataLoader;
-        batches that are tuples become ``model(*batch)``. ``()`` is for programs that hold their data: one step an epoch.
+        batches that are tuples become ``model(*batch)``. ``()`` is for programs that hold their data: a step an epoch.
         What is held in tensors lives on the device; other data sets stream through a DataLoader with ``num_workers``.
     :param objective: for instance ``pyrovae.IWAE(5)``.
     :param epochs: passes over the data.
