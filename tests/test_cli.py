@@ -436,6 +436,8 @@ def test_a_new_model_of_images_trains_at_once_and_comes_back(run, tmp_path):
     out = run("train", "my_images:MyPair", *TINY, "--run-dir", "i").out
     assert "test NLL" in out
     assert (tmp_path / "i/samples.png").is_file()
+    run(*out.rstrip().rpartition("pyrovae ")[2].split())  # what the last line tells to do
+    assert (tmp_path / "i/report.html").is_file()
     assert json.loads((tmp_path / "i/config.json").read_text())["data"]["binarization"] == "dynamic"
     run("evaluate", "i", "--samples", 5, "--trust")
     assert "not pyrovae's" in run("evaluate", "i", code=4).err

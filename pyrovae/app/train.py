@@ -107,7 +107,8 @@ def train_in(
     write_card(run)
     print_results(results, out)
     out.print(f"pictures in {folder}: " + ", ".join(drawn))
-    out.print(f"to explore it in a browser: pyrovae report {folder}")
+    own = "" if runs.class_path(type(pair.module)).startswith("pyrovae.") else " --trust"
+    out.print(f"to explore it in a browser: pyrovae report {folder}{own}")
 
 
 def train_by_rule(rule: Rule, task: Task, run: runs.Run) -> Fit:
