@@ -150,9 +150,9 @@ PART = 2**27  # bytes that the fits of several data may take at once
 def pareto_k(largest: Tensor, num_samples: int) -> Tensor:
     r"""Shape :math:`\hat k` of the generalised Pareto distribution fitted to the weights' right tail, ``[B]``.
 
-    Above 0.7 the importance-sampling estimate and its standard error cannot be trusted. Equal to ArviZ's ``psislw``;
-    infinite where four or fewer weights make up the tail, but -inf where that is full of the largest weight: nothing
-    exceeds it.
+    Above 0.7 the importance-sampling estimate and its standard error cannot be trusted. Equal to ``psislw`` of ArviZ
+    0.23; infinite where four or fewer weights make up the tail, but -inf where that is full of the largest weight:
+    nothing exceeds it.
 
     :param largest: the ``tail_size(num_samples) + 1`` largest log-weights of each datum, ``[B, M + 1]``, descending.
     :param num_samples: S, how many weights there were in all.

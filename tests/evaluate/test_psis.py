@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyrovae.engine.weights import pareto_k, tail_size
-from tests.arviz_names import pareto_shape
+from tests.arviz_names import OLD, pareto_shape
 
 TAILS = {
     "normal": lambda g, s: torch.randn(s, generator=g),
@@ -35,8 +35,13 @@ def shape(log_w):
 def test_equal_to_arviz(tail, num):
     generator = torch.Generator().manual_seed(num)
     log_w = torch.stack([TAILS[tail](generator, num).double() for _ in range(6)])
+    if not OLD and (num < 100 or tail in ("one giant", "tied", "two values", "equal")):
+        pytest.skip("ArviZ 1 has no k of tails that are short or tied")
     with np.errstate(all="ignore"):
         expected = [pareto_shape(row.numpy()) for row in log_w]
+    if not OLD:  # which begins the tail at another draw
+        np.testing.assert_allclose(shape(log_w).numpy(), expected, atol=0.15)
+        return
     if tail in ("two values", "equal"):  # nothing exceeds the largest, where ArviZ says infinite
         assert expected == [math.inf] * 6
         expected = [-math.inf] * 6
