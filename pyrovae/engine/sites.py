@@ -21,6 +21,7 @@ from pyrovae.engine.brief import shorten
 from pyrovae.engine.devices import beside
 from pyrovae.engine.marginal import Marginal
 from pyrovae.engine.programs import Batch, Program, refuse_call
+from pyrovae.engine.relaxed import keep_logarithms
 from pyrovae.engine.stacked import Stacked
 from pyrovae.engine.unwrap import inner_value, layers, point_mass, unwrapped
 
@@ -60,6 +61,7 @@ class Record(Messenger):
         shorten(error)
 
     def _pyro_sample(self, msg: Site) -> None:  # type: ignore[override]
+        keep_logarithms(msg["fn"])
         if not self.redraw and not msg["is_observed"] and msg["name"] in self.replay:
             msg["value"], msg["done"] = self.replay[msg["name"]], True
 
