@@ -327,7 +327,7 @@ def test_every_kind_of_data_trains(source):
 @pytest.mark.parametrize(
     ("x", "match"),
     [
-        (torch.full((30, 4), 255.0), r"data\[0, 0\] = 255.*divide"),
+        (torch.full((30, 4), 255.0), r"data\[0, 0\] = 255.*rescale"),
         (torch.eye(4) - 0.5, r"data\[0, 0\] = 0.5"),
         (torch.cat([torch.zeros(29, 4), torch.full((1, 4), -1.0)]), r"data\[29, 0\] = -1"),
         (torch.cat([torch.zeros(29, 4), torch.full((1, 4), 0.5)]), r"data\[29, 0\] = 0.5.*binarization"),

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from pyrovae.arguments import one_of
 from pyrovae.data.arrays import checked_labels
 from pyrovae.engine.convert import Taken
-from pyrovae.engine.support import BY_255, DROP, at, first_outside
+from pyrovae.engine.support import BY_255, DROP, at, first_outside, may_be_pixels
 from pyrovae.engine.support import check_support as check_support
 from pyrovae.errors import DataError
 
@@ -72,8 +72,9 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
             if (bad := first_outside(x)) is not None:
                 raise DataError(f"{at(name, bad, x[bad])}: data must be finite; {DROP}")
             bad = cast(tuple[int, ...], first_outside(x, constraints.unit_interval))
+            how = BY_255 if may_be_pixels(x) else "rescale them to [0, 1]"
             raise DataError(
-                f"{at(name, bad, x[bad])}: binarization needs values in [0, 1]; {BY_255}, or pass binarization='none'"
+                f"{at(name, bad, x[bad])}: binarization needs values in [0, 1]; {how}, or pass binarization='none'"
             )
         self.x = binarized(x, binarization, seed)
         self.labels = None if labels is None else checked_labels(labels, x, name)

@@ -10,16 +10,21 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, Multinomial, constraints
+from torch.distributions import Beta, Categorical, Dirichlet, Distribution, Gamma, Multinomial, constraints
 from torch.distributions.constraints import Constraint
 
 from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import Site, Sites, log_prob, masks, observed, record_pair
-from pyrovae.engine.support import BOUNDS, all_inside, inside, refusal
+from pyrovae.engine.support import BOUNDS, Shares, Within, all_inside, inside, refusal
 from pyrovae.engine.unwrap import is_discrete, plain, point_mass, unvalidated, unwrapped
 from pyrovae.errors import DataError
 
+OPEN: dict[type[Distribution], tuple[tuple[str, ...], Constraint]] = {
+    Gamma: (("concentration",), constraints.positive),
+    Beta: (("concentration1", "concentration0"), Within(0.0, 1.0)),
+    Dirichlet: (("concentration",), Shares()),
+}
 OTHER = 52_018  # seed of a run on other latents
 
 
@@ -36,7 +41,15 @@ def support_of(fn: Distribution) -> Constraint | None:
         support = plain(fn.support)  # type: ignore[arg-type]
     except NotImplementedError:
         return None
-    return None if constraints.is_dependent(support) else support
+    return None if constraints.is_dependent(support) else without_ends(unwrapped(fn), support)
+
+
+def without_ends(fn: Distribution, support: Constraint) -> Constraint:
+    """A support without its ends, where with other concentrations than 1 the density is 0 or infinite."""
+    for family, (names, inner) in OPEN.items():
+        if isinstance(fn, family) and any((getattr(fn, name) != 1).any() for name in names):
+            return inner
+    return support
 
 
 def bounds(fn: Distribution) -> list[Tensor]:

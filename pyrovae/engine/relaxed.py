@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from pyro.distributions import RelaxedOneHotCategorical
 from torch import Tensor
-from torch.distributions import Distribution, ExpTransform
+from torch.distributions import Distribution, ExpTransform, TransformedDistribution
 
 from pyrovae.engine.unwrap import layers
 
@@ -31,5 +31,5 @@ class LogKept(ExpTransform):
 def keep_logarithms(fn: Distribution) -> None:
     """Let a relaxed one-hot distribution score its own draws, and those of another, by their logarithms."""
     for layer in layers(fn):
-        if type(layer) in RELAXED:
+        if isinstance(layer, TransformedDistribution) and type(layer) in RELAXED:
             layer.transforms = [LogKept()]

@@ -22,6 +22,24 @@ INTEGERS = type(constraints.boolean), constraints.integer_interval, type(constra
 UNORDERED = torch.uint16, torch.uint32, torch.uint64  # of which torch knows no extremes
 DROP = "drop or replace such data, for instance with torch.nan_to_num"
 BY_255 = "divide values from 0 to 255 by 255"
+BINARIZATION = (
+    "binarization='dynamic' (or 'static', 'threshold'), or a likelihood for them such as 'continuous_bernoulli'"
+)
+PIXELS = 64  # numbers of a datum, from which on they may be pixels
+
+
+class Within(constraints.interval):
+    """Between two numbers, without these."""
+
+    def check(self, value: Tensor) -> Tensor:
+        return (value > self.lower_bound) & (value < self.upper_bound)
+
+
+class Shares(type(constraints.simplex)):  # type: ignore[misc]
+    """Numbers above 0 whose sum is 1."""
+
+    def check(self, value: Tensor) -> Tensor:
+        return super().check(value) & (value > 0).all(-1)
 
 
 def check_support(x: Tensor, support: Constraint | None, *, site: str = "x", likelihood: str | None = None) -> None:
@@ -68,10 +86,26 @@ def refusal(
     finite = x[x.isfinite()]
     low, high = torch.aminmax(finite)
     kind = "boolean: 0 or 1" if is_boolean(support) else repr(support)
+    if isinstance(support, type(constraints.simplex)):
+        return DataError(f'{where} is outside the support of site "{site}" ({kind}{used}): {of_shares(value)}')
     return DataError(
         f'{where} is outside the support of site "{site}" ({kind}{used}); '
-        f"the values run from {show(low)} to {show(high)}: {advice(support, low.item(), high.item())}"
+        f"the values run from {show(low)} to {show(high)}: {advice(support, low.item(), high.item(), may_be_pixels(x))}"
     )
+
+
+def of_shares(row: Tensor) -> str:
+    """What is wrong with a row whose numbers are to be shares, and what to do."""
+    if (row < 0).any():
+        return f"it holds {show(row.min())}, but shares are not negative: rescale the data"
+    if abs(float(total := row.double().sum()) - 1) > 1e-6:
+        return f"its sum is {total:.7g} and not 1: divide each row by its sum, as in x / x.sum(-1, keepdim=True)"
+    return "it holds a 0, where its density is 0 or infinite: add a small number to all, and divide each row by its sum"
+
+
+def may_be_pixels(x: Tensor) -> bool:
+    """Whether data look like images, and not like the rows of a table."""
+    return x.dim() > 2 or x.dtype == torch.uint8 or x[:1].numel() >= PIXELS
 
 
 def first_outside(x: Tensor, support: Constraint | None = None) -> tuple[int, ...] | None:
@@ -114,14 +148,17 @@ def all_inside(x: Tensor, support: Constraint | None) -> Tensor:
     return inside(ends[:2], support).all() & ends[2:].eq(0).all()
 
 
-def advice(support: Constraint, low: float, high: float) -> str:
-    """What to do with values from ``low`` to ``high`` that a support does not hold."""
+def advice(support: Constraint, low: float, high: float, pixels: bool = True) -> str:
+    """What to do with values from ``low`` to ``high``, of pixels or others, that a support does not hold."""
     boolean = is_boolean(support)
-    if boolean and low >= 0 and high <= 1:
+    ends = [getattr(support, name, None) for name in BOUNDS]
+    if isinstance(support, Within | constraints.greater_than) and (low == ends[0] or high == ends[1]):
         return (
-            "grey values need binarization='dynamic' (or 'static', 'threshold'), "
-            "or a likelihood for them such as 'continuous_bernoulli'"
+            "at its ends the density is 0 or infinite: move such values inside, as by x.clamp(min=1e-4), "
+            "or use a likelihood that holds them, such as 'gaussian'"
         )
+    if boolean and low >= 0 and high <= 1:
+        return f"{'grey values' if pixels else 'values in between'} need {BINARIZATION}"
     if isinstance(support, INTEGERS) and not boolean and low >= getattr(support, "lower_bound", low):
         most = getattr(support, "upper_bound", high)
         return (
@@ -133,7 +170,8 @@ def advice(support: Constraint, low: float, high: float) -> str:
         return "transform them into the support, or use a likelihood whose support holds them, such as 'gaussian'"
     if low < 0:
         return "rescale negative values to [0, 1], or use a likelihood for any real value such as 'gaussian'"
-    return (BY_255 if 1 < high <= 255 else "rescale them to [0, 1]") + (", then binarise" if boolean else "")
+    how = BY_255 if pixels and 1 < high <= 255 else "rescale them to [0, 1]"
+    return how + (", then binarise" if boolean else "")
 
 
 def at(name: str, index: tuple[int, ...], value: Tensor) -> str:

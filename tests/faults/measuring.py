@@ -643,6 +643,15 @@ def counts(logits):
     return dist.Poisson(logits.exp()).to_event(1)
 
 
+def gammas(logits):
+    return dist.Gamma(logits.exp(), 1.0).to_event(1)
+
+
+def betas(logits):
+    return dist.Beta(logits.exp(), 2.0).to_event(1)
+
+
+SHARES = [[0.25, 0.25, 0.25, 0.25], [0.3333, 0.3333, 0.2222, 0.1111]]
 FAMILIES = {
     "a label too many": (labels, [0, 3, 4], r"data\[2\] = 4.* .*integers up to 3; count from 0"),
     "labels from -1": (labels, [0, -1, 2], r"data\[1\] = -1(\.0)? is outside"),
@@ -656,7 +665,12 @@ FAMILIES = {
     "a negative count": (counts, [[1, -2, 1, 0]], r"data\[0, 1\] = -2.0 is outside"),
     "more than all": (lambda a: dist.Binomial(3, logits=a).to_event(1), [[1, 4, 1, 0]], r"data\[0, 1\] = 4.0 is out"),
     "zero": (lambda a: dist.LogNormal(a, 1.0).to_event(1), [[1.0, 0.0, 1.0, 1.0]], r"data\[0, 1\] = 0.0 is outside"),
-    "no simplex": (lambda a: dist.Dirichlet(a.exp()), [[0.5, 0.2, 0.2, 0.2]], r"data\[0\] = \[0.5, .* is outside"),
+    "no simplex": (lambda a: dist.Dirichlet(a.exp()), [[0.5, 0.2, 0.2, 0.2]], r"data\[0\] = \[0.5, .*its sum is 1.1 "),
+    "rounded shares": (lambda a: dist.Dirichlet(a.exp()), SHARES, r"data\[1\] = .*its sum is 0.9999.*x / x.sum"),
+    "no share": (lambda a: dist.Dirichlet(a.exp()), [[0.5, 0.0, 0.25, 0.25]], r"data\[0\] = .*holds a 0, where"),
+    "less than none": (lambda a: dist.Dirichlet(a.exp()), [[0.5, -0.5, 0.5, 0.5]], r"data\[0\] = .*holds -0.5, but"),
+    "gamma's end": (gammas, [[1.0, 2.0, 0.0, 1.0]], r"data\[0, 2\] = 0.0 .*density is 0 or infinite.*clamp"),
+    "beta's end": (betas, [[0.2, 0.5, 0.5, 1.0]], r"data\[0, 3\] = 1.0 .*density is 0 or infinite.*clamp"),
 }
 LIKELIHOODS = {f"{verb}-{name}": (verb, name) for name in FAMILIES for verb in ("log_likelihood", "fit")}
 
@@ -678,6 +692,14 @@ def documents_of_any_length_are_measured(folder: Path):
     log_p = LOGITS.double().log_softmax(-1)
     exact = torch.stack([math.log(6) + log_p[:3].sum(), math.log(2) + log_p[0] + log_p[3]])
     same(outcome.value.log_prob, exact)
+
+
+@fault("C", "labels and counts", 0)
+def what_ends_at_its_density_s_ends_is_measured(folder: Path):
+    """With concentrations of 1 the density is finite there."""
+    data = torch.tensor([[0.0, 1.0, 0.5, 0.25]])
+    outcome = yield lambda: measured(Counts(lambda a: dist.Beta(0 * a + 1, 1.0).to_event(1)), data)
+    same(outcome.value.log_prob, torch.zeros(1))
 
 
 # --- no message shows a tensor ---------------------------------------------------------------------------------------
