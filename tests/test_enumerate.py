@@ -580,3 +580,47 @@ REFUSED = [
 def test_what_has_no_sum_is_refused_by_name(model, words, objective):
     with pytest.raises(ValueError, match=words):
         objective.differentiable_loss(model, nothing, X)
+
+
+def effects(p, x):
+    """A class for each number of each datum, on which the steps of its own chain hang."""
+    with pyro.plate("data", len(x), dim=-1), pyro.plate("numbers", 2, dim=-2):
+        e = MARKED("e", dist.Categorical(logits=p["init"]))
+        s = torch.tensor(0)
+        for t in pyro.markov(range(2)):
+            s = MARKED(f"s{t}", dist.Categorical(logits=p["step"][s] + Vindex(p["pair"])[e]))
+            pyro.sample(f"x{t}", dist.Normal(p["loc"][s], 1.0), obs=x[:, 2 * t : 2 * t + 2].T)
+
+
+def test_posterior_draws_of_chains_that_hang_on_a_class():
+    p, number = parameters(), 4000
+    draws = pv.log_likelihood(partial(effects, p), nothing, X, num_samples=2, num_draws=number, seed=0).draws
+    assert {name: d.shape for name, d in draws.items()} == dict.fromkeys(("e", "s0", "s1"), (number, 3, 2))
+    log_joint = torch.zeros(3, 2, 3, 3, 3)  # datum, number, e, s0, s1
+    moves = (p["step"].unsqueeze(0) + p["pair"].unsqueeze(1)).log_softmax(-1)  # e, from, to
+    seen = dist.Normal(p["loc"], 1.0).log_prob(X.reshape(3, 2, 2, 1))  # datum, step, number, state
+    log_joint += p["init"].log_softmax(-1)[:, None, None] + moves[:, 0, :, None] + moves
+    log_joint += seen[:, 0][..., None, :, None] + seen[:, 1][..., None, None, :]
+    exact = log_joint.flatten(2).softmax(-1)
+    place = 9 * draws["e"] + 3 * draws["s0"] + draws["s1"]
+    shares = torch.stack([(place == k).double().mean(0) for k in range(27)], -1)
+    assert (shares - exact).abs().max() < 5 * 0.5 / number**0.5
+
+
+def test_posterior_draws_where_a_latent_is_masked():
+    here = torch.tensor([True, False, True])
+
+    def model(p, x):
+        with pyro.plate("data", 3), poutine.mask(mask=here):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+            c = MARKED("c", dist.Categorical(logits=z.unsqueeze(-1) * p["loc"]))
+            pyro.sample("x", dist.Normal(p["pair"][1][c] * z, 1.0), obs=x)
+
+    def guide(p, x):
+        with pyro.plate("data", 3), poutine.mask(mask=here):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    found = pv.log_likelihood(model, guide, parameters(), X[:, 0], num_samples=50, num_draws=9, seed=0)
+    assert found.draws["c"].shape == (9, 3)
+    assert torch.equal(found.draws["z"].isnan().all(0), ~here)
+    assert found.log_prob[1].abs() < 1e-12

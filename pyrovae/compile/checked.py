@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from functools import partial
@@ -142,8 +142,9 @@ def compare(expected: list[Tensor], got: list[Tensor], precision: str = "float32
 
 
 def signature(batch: Batch) -> tuple[object, ...]:
-    """What a graph is made for: the kinds of the tensors, and all else as it is."""
-    return tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in batch)
+    """What a graph is made for: the kinds of the tensors, and all else as it is, or which it is where it may change."""
+    kinds = ((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in batch)
+    return tuple(kind if isinstance(kind, Hashable) else id(kind) for kind in kinds)
 
 
 def tensors(batch: Batch) -> list[Tensor]:

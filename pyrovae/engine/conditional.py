@@ -26,11 +26,14 @@ NEVER = -1e30  # the log of a probability of 0, of which sums are no NaN
 
 
 def einsum(equation: str, *operands: Tensor) -> Tensor:
-    """As :func:`pyrovae.engine.enumerate.einsum`, with the way back from a draw of the sum to one of its terms."""
+    """As :func:`pyrovae.engine.enumerate.einsum`, with the way back from a draw of the sum to one of its terms.
+
+    The way back names the axes in order, without which Pyro cannot join draws of several numbers of sites.
+    """
     output = packed.rename_equation(equation, *operands).split("->")[1]
     result = summed(equation, *operands)
     result._pyro_dims = output  # type: ignore[attr-defined]
-    result._pyro_backward = _EinsumBackward(output, operands)  # type: ignore[attr-defined]
+    result._pyro_backward = _EinsumBackward("".join(sorted(output)), operands)  # type: ignore[attr-defined]
     return result
 
 

@@ -3,6 +3,7 @@ r"""Where the bound is lost: the guide's gap, its split by refinement per datum,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -161,9 +162,9 @@ def gradient_snr(
         values = {name: site["value"] for name, site in latent(drawn).items()}
         fixed = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
         joint = record(model, args, kwargs, fixed)
-        of_guide = leaves(proposed(drawn, joint), in_guide=True)
+        of_guide = leaves(proposed(drawn, joint), values.values(), in_guide=True)
         known = {id(p) for p in of_guide}
-        of_model = [p for p in leaves(joint, in_guide=False) if id(p) not in known]
+        of_model = [p for p in leaves(joint) if id(p) not in known]
         parameters = [*of_model, *of_guide]
         if not parameters:
             raise ValueError("the pair has no parameters: there is no gradient to measure")
@@ -184,8 +185,8 @@ def root_mean_square_snr(means: list[RunningMean]) -> float:
     return torch.cat(parts).nanmean().clamp(min=0).sqrt().item() if parts else math.nan
 
 
-def leaves(sites: Sites, in_guide: bool) -> list[Tensor]:
-    """The parameters that the densities of a run depend on."""
-    terms = [log_prob(s, in_guide=in_guide).sum() for s in counted(sites)]
+def leaves(sites: Sites, draws: Iterable[Tensor] = (), *, in_guide: bool = False) -> list[Tensor]:
+    """The parameters that the densities of a run, and these of its draws, depend on."""
+    terms = [*(log_prob(s, in_guide=in_guide).sum() for s in counted(sites)), *(draw.sum() for draw in draws)]
     live = [t for t in terms if t.requires_grad]
     return graph_leaves(torch.stack(live).sum()) if live else []

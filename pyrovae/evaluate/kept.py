@@ -171,6 +171,12 @@ def blank_of(value: Tensor) -> float:
     return math.nan if value.is_floating_point() else -1
 
 
+def unblanked(draw: Tensor) -> Tensor:
+    """A draw with one of its own numbers where it is blank; nothing hangs on those but what is masked as well."""
+    blank = draw.isnan()
+    return torch.where(blank, draw[~blank][0], draw) if blank.any() and not blank.all() else draw
+
+
 def counted(model: Site, guide: Site | None) -> Tensor:
     """A latent's value, blank where masks leave it out of model and guide, as the steps beyond a length."""
     value, blank = model["value"], None

@@ -25,7 +25,7 @@ from pyrovae.engine.weights import Tally, fit_bytes
 from pyrovae.engine.whole import refuse_part
 from pyrovae.errors import NumericalError
 from pyrovae.evaluate.estimate import LikelihoodEstimate
-from pyrovae.evaluate.kept import Draws, Resampler
+from pyrovae.evaluate.kept import Draws, Resampler, unblanked
 from pyrovae.evaluate.measuring import Batches
 from pyrovae.evaluate.proposals import refine
 from pyrovae.memory import MEMORY, Passes, PeakBytes, fitting_chunk, require_memory
@@ -180,6 +180,7 @@ class Sampler:
         runner, kept = self.runner, self.resampler
         together = not (runner.separate or runner.fold)
         ranks = {name: way.rank for name, way in kept.ways.items()}
+        draws = {name: unblanked(draw) for name, draw in draws.items()}
         return draw_summed(runner.model, batch, self.kwargs, draws, ranks, kept.layout, together)
 
     def __call__(self, batch: Batch, first: int) -> tuple[Tensor, ...]:

@@ -78,6 +78,11 @@ def refuse_masked_in_use(seen: Look, model: Program, batch: Batch, kwargs: Mappi
     masked = {name: list(masks(site)) for name, site in sites.items() if any(masks(site))}
     if not masked:
         return
+
+    def joint_at(own: dict[str, torch.Tensor]) -> torch.Tensor:
+        with isolated_rng(OTHER):  # what is summed out is drawn alike where it is alike
+            return sum_of(record(model, batch, kwargs, own))
+
     with torch.no_grad(), pyro.validation_enabled(False), isolated_rng(OTHER), protected_buffers(model):
         values, others = {name: site["value"] for name, site in sites.items()}, seen.again()
         swapped = dict(values)
@@ -85,7 +90,7 @@ def refuse_masked_in_use(seen: Look, model: Program, batch: Batch, kwargs: Mappi
             for mask, hidden in held:
                 kept = mask[(..., *[None] * hidden)]
                 swapped[name] = torch.where(kept, swapped[name], others[name]["value"])
-        joint, other = (sum_of(record(model, batch, kwargs, own)) for own in (values, swapped))
+        joint, other = joint_at(values), joint_at(swapped)
     if not torch.allclose(joint, other, rtol=1e-4):
         raise ValueError(
             f"latent sites {quoted(masked)} are masked, which leaves their masked values without a density, but the "

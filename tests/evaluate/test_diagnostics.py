@@ -1,5 +1,7 @@
 """Active units: the variance over data of each unit's posterior mean, whatever the guide is made of."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -153,3 +155,16 @@ def test_networks_run_in_eval_mode():
     first = pv.active_units(guide, X, batch_size=399)["z"].variances  # the last batch is one datum
     weight = net[0].weight.detach().double().flatten()
     torch.testing.assert_close(first, weight.square() * X.double().var() / (1 + 1e-5), rtol=1e-4, atol=1e-7)
+
+
+def test_the_ratio_of_a_point_mass_is_measured():
+    x = torch.tensor([0.4, 1.9])
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 2):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    found = pv.gradient_snr(pv.ELBO(), model, autoguide.AutoDelta(model), x, repetitions=3)
+    assert math.isnan(found.model)
+    assert math.isnan(found.guide)  # there is no noise in it
