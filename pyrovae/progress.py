@@ -39,12 +39,14 @@ class Terminal:
 
         random.setstate(before)  # from which rich, while it is imported, draws names of its styles
         console = Console(stderr=True, force_jupyter=False)
+        shown = console.is_terminal if shown is None else shown
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(), console=console, disable=not (console.is_terminal if shown is None else shown),
+            TimeRemainingColumn(), console=console, disable=not shown,
         )  # fmt: skip
         self.task = self.bar.add_task(what, total=total, note="")
-        self.start, self.stop = self.bar.start, self.bar.stop
+        # rich before 14.3 ends a bar that is not shown by an empty line.
+        self.start, self.stop = (self.bar.start, self.bar.stop) if shown else (bool, bool)
 
     def update(self, done: int, note: str) -> None:
         self.bar.update(self.task, completed=done, note=note)
