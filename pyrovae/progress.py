@@ -46,7 +46,8 @@ class Terminal:
         )  # fmt: skip
         self.task = self.bar.add_task(what, total=total, note="")
         # rich before 14.3 ends a bar that is not shown by an empty line.
-        self.start, self.stop = (self.bar.start, self.bar.stop) if shown else (bool, bool)
+        self.start = self.bar.start if shown else lambda: None
+        self.stop = self.bar.stop if shown else lambda: None
 
     def update(self, done: int, note: str) -> None:
         self.bar.update(self.task, completed=done, note=note)
