@@ -818,9 +818,11 @@ def test_grey_values_under_bernoulli():
 @pytest.mark.parametrize(
     ("values", "support", "fragments"),
     [
-        ([0.0, 255.0], constraints.boolean, ("[0, 1] = 255.0", "0.0 to 255.0", "by 255", "binarise")),
-        ([0, 255], constraints.boolean, ("[0, 1] = 255", "by 255")),
-        ([0.0, 128.0], constraints.unit_interval, ("= 128.0", "by 255")),
+        ([0.0] * 63 + [255.0], constraints.boolean, ("[0, 63] = 255.0", "0.0 to 255.0", "by 255", "binarise")),
+        ([0] * 63 + [255], constraints.boolean, ("[0, 63] = 255", "by 255")),
+        ([0.0] * 63 + [128.0], constraints.unit_interval, ("= 128.0", "by 255")),
+        ([0.0, 128.0], constraints.unit_interval, ("= 128.0", "rescale them")),  # a table's, and no pixels
+        ([0.0, 0.5], constraints.boolean, ("= 0.5", "values in between need binarization")),
         ([0.0, 4000.0], constraints.unit_interval, ("= 4000.0", "rescale")),
         ([-0.5, 1.0], constraints.boolean, ("[0, 0] = -0.5", "negative", "gaussian")),
         ([-1.0, 0.3], constraints.unit_interval, ("[0, 0] = -1.0", "negative")),
