@@ -1,8 +1,14 @@
 """Each of Pyro's programs with two objectives, eagerly; ``table.py`` has all objectives and all checks."""
 
+import pyro
 import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch.utils.data import DataLoader, TensorDataset
 
+import pyrovae as pv
 from tests.programs import ALL, checks
+from tests.programs.hierarchies import Line
 
 #: What no objective but the ELBO takes, by the sentence it is refused with.
 REFUSED = {
@@ -21,3 +27,23 @@ def test_a_program_of_pyros(program, objective):
         assert REFUSED[program] in came["gradient"]
     else:
         assert {what for what in came.values() if what not in ("ok", "-")} == set()
+
+
+def test_an_objective_is_the_loss_of_a_training_module():
+    """As Lightning's modules have it: a module that is called on a batch, and whose parameters an optimizer takes."""
+    x = torch.randn(64)
+    data = TensorDataset(x, 0.5 + 1.5 * x + 0.1 * torch.randn(64))
+    with pyro.settings.context(module_local_params=True):
+        model = Line(64)
+        loss_fn = pv.ELBO()(model, AutoNormal(model))
+        first = loss_fn(*data[:16]).item()  # makes the guide's parameters
+        optimizer = torch.optim.Adam(loss_fn.parameters(), lr=0.05)
+        for batch in [batch for _ in range(50) for batch in DataLoader(data, 16)]:
+            optimizer.zero_grad()
+            loss = loss_fn(*batch)
+            loss.backward()
+            optimizer.step()
+        found = AutoNormal.median(loss_fn.guide)
+    assert loss.item() < first
+    assert abs(found["coeff"] - 1.5) < 0.1
+    assert not list(pyro.get_param_store().keys())
