@@ -132,6 +132,7 @@ def attempt(row: Row, uv: str, built: Mapping[str, Path], scratch: Path, env: Ma
     call((uv, "venv", "--quiet", "--clear", "--python", row.python, home), scratch, env)
     (scratch / "held.txt").write_text("\n".join(row.held))
     held = ("--constraint", scratch / "held.txt", "--only-binary", ":all:", "--python", python)
+    held += ("--constraint", env["UV_CONSTRAINT"]) if "UV_CONSTRAINT" in env else ()  # which the first would drop
     extras = () if bare else [word for extra in EXTRAS for word in ("--extra", extra)]
     resolution = ("--resolution", "lowest-direct" if row.versions == "lowest" else "highest")
     call(

@@ -48,7 +48,7 @@ class Classes:
     def encode(self, y: Tensor, like: Tensor) -> Tensor:
         """One-hot rows of the dtype of ``like``; NaN for a label out of range, so that it cannot pass unnoticed."""
         hot = y.unsqueeze(-1) == torch.arange(self.size, device=y.device)
-        return torch.where(hot.any(-1, keepdim=True), hot, torch.nan).to(like.dtype)
+        return hot.to(like.dtype).masked_fill(~hot.any(-1, keepdim=True), torch.nan)
 
     def distribution(self, like: Tensor) -> TorchDistribution:
         """Any distribution of such labels: only its support matters."""
