@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrovae.compile import products
+from pyrovae.compile import pages
 from pyrovae.compile.inductor import ONE_FILE, lowered, through_inductor
 from pyrovae.train.threads import threads
 
-pytestmark = pytest.mark.skipif(not products.wanted(), reason="no processor of AMD, or one without vector units")
+pytestmark = pytest.mark.skipif(not pages.multiplies(), reason="no processor of AMD, or one without vector units")
 
 # rows, columns, depth: on both sides of a vector, of a tile, of a panel and of what pays for a copy
 SHAPES = [
@@ -80,9 +80,9 @@ def test_products_are_right(given: list[list[Tensor]], options: dict[str, object
 
 def test_graphs_multiply_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands in front of a graph is what it multiplies by, and a graph of another text is another one."""
-    text = products.source()
+    text = pages.source()
     flat = [torch.randn(32), torch.randn(8, 5), torch.randn(5, 32)]
-    monkeypatch.setattr(products, "source", lambda: text.replace("sums[i][j].store(", "V(7.f).store("))
+    monkeypatch.setattr(pages, "source", lambda: text.replace("sums[i][j].store(", "V(7.f).store("))
     assert (compiled(flat)(*flat)[0] == 7).all()
     monkeypatch.undo()
     torch.testing.assert_close(compiled(flat)(*flat)[0], torch.addmm(*flat))

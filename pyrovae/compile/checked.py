@@ -78,7 +78,7 @@ class Checked:
             return self.compiled(*tensors(inputs))
         return self.function(*inputs)
 
-    def compile(self, inputs: Batch) -> Callable[..., list[Tensor]]:
+    def compile(self, inputs: Batch) -> partial[list[Tensor]]:
         """Make the graph for inputs such as these; what runs it takes their tensors.
 
         :raises CannotCompile: with the reason.

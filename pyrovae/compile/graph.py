@@ -18,7 +18,8 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from ctypes import PyDLL
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyrovae.compile.inductor import empty_like_of, placeholders, remembered
 from pyrovae.compile.noise import READS, CannotCompile, Draws, aten, lift_noise, new_placeholder, stacked_noise
+from pyrovae.compile.steps import library_of
 from pyrovae.engine.randomness import isolated_rng
 
 
@@ -51,19 +53,13 @@ class Graph:
         with torch.no_grad():
             return list(self.module(*inputs, *self.constants, *(noise or self.noise)()))
 
-    def compiled(self) -> Callable[..., list[Tensor]]:
+    def compiled(self) -> Runnable:
         """The same function through Inductor; graphs that are equal share one compilation.
 
         :raises CannotCompile: where Inductor, or the compiler that it calls, fails.
         """
-        run, constants = remembered(self.module, self.key), self.constants
         drawn = self.noise.forward if isinstance(self.noise, fx.GraphModule) else self.noise  # without Module.__call__
-
-        def call(*inputs: Tensor, noise: Callable[[], tuple[Tensor, ...]] = drawn) -> list[Tensor]:
-            with torch.no_grad():
-                return list(run(*inputs, *constants, *noise()))
-
-        return call
+        return Runnable(self, remembered(self.module, self.key), drawn)
 
     def batched(self, number: int, stacked: Sequence[bool]) -> Graph:
         """``number`` copies of the function side by side, each on noise of its own.
@@ -82,6 +78,34 @@ class Graph:
         if more := [n for n in module.graph.nodes if n.op == "get_attr"]:
             raise CannotCompile(f"batching it makes constants of its own ({more[0].target})")
         return Graph(module, self.constants, stacked_noise([self.noise] * number))
+
+
+@dataclass
+class Runnable:
+    """A graph through Inductor; ``run`` takes its inputs, its constants and what ``noise`` draws."""
+
+    graph: Graph
+    run: Callable[..., Sequence[Tensor]]
+    noise: Callable[[], tuple[Tensor, ...]]
+    found: list[PyDLL | None] = field(default_factory=list)
+
+    def __call__(self, *inputs: Tensor, noise: Callable[[], tuple[Tensor, ...]] | None = None) -> list[Tensor]:
+        """Run it on fresh noise, or on what ``noise`` draws."""
+        with torch.no_grad():
+            return list(self.run(*inputs, *self.graph.constants, *(noise or self.noise)()))
+
+    def library(self, inputs: Sequence[Tensor]) -> PyDLL | None:
+        """The C++ that takes training steps by this graph, if there is any; it then changes none of its inputs."""
+        if not self.found:
+            with isolated_rng():
+                noise = self.noise()
+            given = [*inputs, *self.graph.constants, *noise]
+            self.found.append(
+                None
+                if changes_inputs(self.graph.module)
+                else library_of(lambda: self(*inputs, noise=lambda: noise), given)
+            )
+        return self.found[0]
 
 
 def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
@@ -129,11 +153,12 @@ def lift_constants(module: fx.GraphModule) -> list[Tensor]:
     """Make inputs of the tensors that the function closes over: they are read anew, as they are, at every call."""
     devices = {v.device for v in placeholders(module)}
     lifted: dict[int, tuple[Tensor, fx.Node]] = {}
-    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
+    read = [n for n in module.graph.nodes if n.op == "get_attr"]
+    for node in read:
         tensor = getattr(module, node.target)
         if not isinstance(tensor, Tensor):
             raise CannotCompile(f"it holds a sub-graph ({type(tensor).__name__})")
-        if any(getattr(user.target, "_schema", None) and user.target._schema.is_mutable for user in node.users):
+        if any(is_mutable(user.target) for user in node.users):
             raise CannotCompile(
                 "it changes a tensor in place that is no buffer of a module that the programs are, belong to or call: "
                 "register it in one"
@@ -146,7 +171,28 @@ def lift_constants(module: fx.GraphModule) -> list[Tensor]:
             lifted[id(tensor)] = tensor, new_placeholder(module.graph, "constant", tensor)
         node.replace_all_uses_with(lifted[id(tensor)][1])
         module.graph.erase_node(node)
+    for name in {node.target for node in read}:
+        delattr(module, name)  # or it becomes an input once more
     return [tensor for tensor, _ in lifted.values()]
+
+
+def is_mutable(target: object) -> bool:
+    """Whether an operation changes what it is given."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def changes_inputs(module: fx.GraphModule) -> bool:
+    """Whether a graph changes any of its inputs in place."""
+    for node in module.graph.nodes:
+        changed = node.args[0] if is_mutable(node.target) and node.args else None
+        while isinstance(changed, fx.Node) and changed.op != "placeholder":
+            schema = getattr(changed.target, "_schema", None)
+            views = schema is not None and schema.returns and schema.returns[0].alias_info is not None
+            changed = changed.args[0] if views and changed.args else None
+        if changed is not None:
+            return True
+    return False
 
 
 def refuse_dynamic_shapes(module: fx.GraphModule) -> None:

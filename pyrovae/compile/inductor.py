@@ -15,7 +15,7 @@ from torch.fx.node import Argument, Target
 
 from pyrovae.compile.libraries import found_quickly
 from pyrovae.compile.noise import CannotCompile, aten
-from pyrovae.compile.products import own_products
+from pyrovae.compile.pages import our_pages
 
 COMPILATION = 12.0  # seconds that one takes at most, between an AMD EPYC with AVX-512 and processors half as fast
 FROM_CACHE = 4.0  # where it was compiled before; the imports of Inductor are most of it
@@ -83,10 +83,8 @@ def lowered(module: fx.GraphModule, options: dict[str, bool]) -> Callable[..., S
     import torch._inductor.config
 
     example = [empty_like_of(v) for v in placeholders(module)]
-    multiplying = (
-        own_products() if options == ONE_FILE else nullcontext()
-    )  # another way lasts if another torch has none
-    with torch._inductor.config.patch(OPTIONS | options), found_quickly(), multiplying:
+    ours = our_pages() if options == ONE_FILE else nullcontext()  # another way lasts if another torch takes none
+    with torch._inductor.config.patch(OPTIONS | options), found_quickly(), ours:
         module = channels_last(module, example)
         return torch._inductor.standalone_compile(module, list(example), dynamic_shapes="from_example_inputs")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, fx
@@ -184,6 +184,36 @@ def lift_noise(module: fx.GraphModule, made: Sequence[tuple[OpOverload, bytes]])
         module.graph.erase_node(node)
     source.output(tuple(drawn))
     return fx.GraphModule({}, source)
+
+
+class Drawn(NamedTuple):
+    """One draw of single precision on a CPU, of standard normals or uniforms."""
+
+    normal: bool
+    shape: torch.Size
+
+
+def plain_draws(source: object) -> list[Drawn] | None:
+    """What a module of :func:`lift_noise` draws, one after the other; None where any of it is something else."""
+    if not isinstance(source, fx.GraphModule):
+        return None
+    *made, output = [node for node in source.graph.nodes if node.target is not aten.empty.memory_format]
+    for node in made:
+        filled = node.target in (aten.normal_.default, aten.uniform_.default)
+        if not (filled or node.target in (aten.randn.default, aten.rand.default)) or (filled and len(node.args) > 1):
+            return None
+        value = node.meta["val"]
+        if (
+            value.dtype is not torch.float32
+            or not value.is_cpu
+            or not value.is_contiguous()
+            or (filled and node.kwargs)
+        ):
+            return None
+    if list(output.args[0]) != made:
+        return None
+    normals = (aten.normal_.default, aten.randn.default)
+    return [Drawn(node.target in normals, node.meta["val"].shape) for node in made]
 
 
 def stacked_noise(sources: Sequence[Callable[[], tuple[Tensor, ...]]]) -> Callable[[], tuple[Tensor, ...]]:

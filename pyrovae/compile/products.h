@@ -7,8 +7,6 @@
 #include <omp.h>
 
 namespace pyrovae {
-using V = at::vec::Vectorized<float>;
-constexpr int64_t W = V::size();
 constexpr int ROWS = W == 16 ? 5 : 4, VECTORS = W == 16 ? 5 : 3;  // of a tile: so many registers there are
 constexpr int64_t DEPTH = 512;  // of a panel: so much lies near
 constexpr int64_t MANY = 64;    // rows that pay for the copy of a panel

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -200,17 +200,9 @@ class Feed:
                 fix = "pass a DataLoader that does not drop its only batch" if dropped else "pass at least one datum"
                 raise DataError(f"there are no data to train on: {fix}")
             refuse_one_pass(source)
-            if not isinstance(source, DataLoader):
-                shuffle = not isinstance(source, IterableDataset)
-                most = 4 if shuffle else 1  # several workers would each deliver the whole of a stream
-                placed = torch.cuda.is_initialized() and lies_on_a_device(source)
-                # A worker cannot read what another process holds there, and a daemon may have none.
-                most = 0 if placed or multiprocessing.current_process().daemon else most
-                own = None if num_workers is None else positive_int("num_workers", num_workers, minimum=0)
-                workers = min(most, (os.cpu_count() or 1) - 1) if own is None else own
-                pinned = device.type == "cuda" and not placed
-                source = DataLoader(source, batch_size, shuffle=shuffle, num_workers=workers, pin_memory=pinned)
-            self.loader = source
+            self.loader = (
+                source if isinstance(source, DataLoader) else loader_of(source, batch_size, device, num_workers)
+            )
         self._first: Batch | None = None
         self.observed: Observed | None = None
         self.unseen, self.taken = False, Taken()
@@ -226,19 +218,24 @@ class Feed:
         return fingerprint(*columns) if columns else None
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, ahead: Callable[[Tensor], int] | None = None) -> Iterator[Batch]:
+        """An epoch of batches; of data held here all but those that ``ahead`` takes, as it does of :meth:`indices`."""
         if self.images is None:
             yield from self.watched(from_workers(self.loader))  # type: ignore[arg-type]
         else:
-            yield from (as_batch(self.images.batch(index)) for (index,) in self.indices())
+            yield from (as_batch(self.images.batch(index)) for (index,) in self.indices(ahead))
 
-    def indices(self) -> Iterator[tuple[Tensor]]:
-        """An epoch of data that live on the device, as the indices of its batches, in a new order."""
+    def indices(self, ahead: Callable[[Tensor], int] | None = None) -> Iterator[tuple[Tensor]]:
+        """An epoch of data held here, as indices of batches in a new order; ``ahead`` says how many it takes first."""
         # A batch of everything stays in order: then a guide may hold parameters for each datum, as autoguides do.
         number = len(self.images)  # type: ignore[arg-type]
         order = (torch.arange if number <= self.batch_size else torch.randperm)(number)
-        for index in order.to(self.device, non_blocking=True).split(self.batch_size):
-            self.index = index
-            yield (index,)
+        order = order.to(self.device, non_blocking=True)
+        while len(order := order[ahead(order) if ahead else 0 :]):
+            self.index, order = order[: self.batch_size], order[self.batch_size :]
+            yield (self.index,)
 
     @property
     def last(self) -> int | None:
@@ -334,6 +331,18 @@ class Feed:
             place += rows(batch)
         if found is not None:  # the data set gave something else this time
             raise found
+
+
+def loader_of(source: Dataset[Any], size: int, device: torch.device, workers: int | None) -> DataLoader[Any]:
+    """What streams a data set to a device."""
+    shuffle = not isinstance(source, IterableDataset)
+    most = 4 if shuffle else 1  # several workers would each deliver the whole of a stream
+    placed = torch.cuda.is_initialized() and lies_on_a_device(source)
+    # A worker cannot read what another process holds there, and a daemon may have none.
+    most = 0 if placed or multiprocessing.current_process().daemon else most
+    workers = min(most, (os.cpu_count() or 1) - 1) if workers is None else workers
+    pinned = device.type == "cuda" and not placed
+    return DataLoader(source, size, shuffle=shuffle, num_workers=workers, pin_memory=pinned)
 
 
 def from_workers(loader: Iterable[object]) -> Iterator[object]:

@@ -15,6 +15,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import NamedTuple
 
 import pyro.infer
 import torch
@@ -56,6 +57,14 @@ CHECK_SEED = 20
 OURS = {"Trace_ELBO": "ELBO", "TraceMeanField_ELBO": "ELBO", "TraceGraph_ELBO": "ELBO", "RenyiELBO": "Renyi"}
 
 
+class CompiledGraph(NamedTuple):
+    """What computes loss and gradients from the tensors of a batch, the parameters that have these, and the others."""
+
+    run: partial[list[Tensor]]  # a Runnable with its state
+    reached: list[Tensor]
+    others: list[Tensor]
+
+
 class Compiled:
     """The gradients of one pair by compiled graphs, one a number of particles; eagerly for batches of another size.
 
@@ -70,6 +79,7 @@ class Compiled:
         first = eager.parameters[0]
         self.kl_weight = torch.ones((), dtype=first.dtype, device=first.device)
         self.functions: dict[int, Callable[[Batch], Outcome] | None] = {}
+        self.graphs: dict[int, CompiledGraph] = {}
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
         function = self.static(objective) if signature(batch) == self.signature else None
@@ -102,6 +112,7 @@ class Compiled:
             return Outcome(loss, left_out)
 
         self.functions[objective.num_particles] = gradients
+        self.graphs[objective.num_particles] = CompiledGraph(run, reached, others)
         remember(kind_of(objective, objective.num_particles, self.eager, self.anneals))
 
     def differentiated(self, objective: pyro.infer.ELBO) -> tuple[Checked, list[Tensor]]:

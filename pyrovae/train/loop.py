@@ -29,6 +29,7 @@ from pyrovae.memory import memory_advice
 from pyrovae.objectives.base import Objective
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Schedule
+from pyrovae.train.ahead import Ahead
 from pyrovae.train.checks import (
     check_derivable,
     check_last_batch,
@@ -215,23 +216,23 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded, on_epoch: OnEpoch 
 
 def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan, watches: Sequence[Watch]) -> dict[str, float]:
     """One pass over the data: what the epoch was; ``watches`` take in what its steps came to."""
-    began, steps, data = time.perf_counter() - step.gradients.compile_seconds, 0, 0
-    worked, outcomes = time.process_time(), Outcomes(watches, step, feed)
-    for batch in feed.indices() if step.takes_index else feed:
-        now = epoch + (steps / feed.steps if feed.steps else 0.0)
-        step.set_lr(plan.factor(now))
+    began, worked = time.perf_counter() - step.gradients.compile_seconds, time.process_time()
+    outcomes = Outcomes(watches, step, feed)
+    ahead = Ahead(epoch, feed, step, plan, outcomes)
+    for batch in feed.indices() if step.takes_index else feed.batches(ahead):
+        step.set_lr(plan.factor(ahead.now()))
         # What Pyro's own checks can find they find at the first step; later they cost time, and hide what became NaN.
-        with nullcontext() if epoch == steps == 0 else pyro.validation_enabled(False):
-            outcomes.take(plan.at(now), batch, epoch, steps)
-        steps, data = steps + 1, data + rows(batch)
-    if not data:
+        with nullcontext() if epoch == ahead.steps == 0 else pyro.validation_enabled(False):
+            outcomes.take(plan.at(ahead.now()), batch, epoch, ahead.steps)
+        ahead.steps, ahead.data = ahead.steps + 1, ahead.data + rows(batch)
+    if not ahead.data:
         raise DataError(f"epoch {epoch + 1} had no data: pass a data set that gives them in every epoch")
     outcomes.read()
     seconds = time.perf_counter() - step.gradients.compile_seconds - began
     return {
-        "epoch": epoch + 1, "kl_weight": float(getattr(plan.at(now), "kl_weight", 1.0)),
-        "num_particles": plan.at(now).num_particles, "seconds": seconds, "steps": steps,
-        "cpu_seconds": time.process_time() - worked, "images_per_second": data / seconds,
+        "epoch": epoch + 1, "kl_weight": float(getattr(plan.at(ahead.now(-1)), "kl_weight", 1.0)),
+        "num_particles": plan.at(ahead.now(-1)).num_particles, "seconds": seconds, "steps": ahead.steps,
+        "cpu_seconds": time.process_time() - worked, "images_per_second": ahead.data / seconds,
     }  # fmt: skip
 
 

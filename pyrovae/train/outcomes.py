@@ -151,6 +151,15 @@ class Outcomes:
         if len(self.pending) >= self.every:
             self.read()
 
+    def took(
+        self, objective: pyro.infer.ELBO, came: Sequence[tuple[float, int]], epoch: int, step: int, batch: Batch
+    ) -> None:
+        """Take in steps of one pair, from step number ``step``, that were taken already, with the batch of the last."""
+        self.read()
+        self.objective = objective
+        for number, (loss, left_out) in enumerate(came):
+            self.count(self.watches[0], loss, left_out, (epoch, step + number, batch, self.feed.index))
+
     def read(self) -> None:
         """Read back what was taken in since."""
         pending, self.pending = self.pending, []
@@ -159,12 +168,16 @@ class Outcomes:
         for number, (epoch, step, batch, index, _) in enumerate(pending):
             losses, left_out = (row if isinstance(row, list) else [row] for row in numbers[2 * number : 2 * number + 2])
             for watch, loss, left in zip(self.watches, losses, left_out, strict=True):
-                if math.isnan(loss):
-                    watch.withheld(self.moment(epoch, step, batch, index, watch))
-                    continue
-                watch.take(rows(batch), loss, left)
-                if left:
-                    watch.left_out(self.moment(epoch, step, batch, index), int(left))
+                self.count(watch, loss, left, (epoch, step, batch, index))
+
+    def count(self, watch: Watch, loss: float, left_out: float, taken: tuple[int, int, Batch, Tensor | None]) -> None:
+        """Take in what a step of one pair came to, by its loss per datum."""
+        if math.isnan(loss):
+            watch.withheld(self.moment(*taken, watch))
+            return
+        watch.take(rows(taken[2]), loss, left_out)
+        if left_out:
+            watch.left_out(self.moment(*taken), int(left_out))
 
     def moment(self, epoch: int, step: int, batch: Batch, index: Tensor | None, again: Watch | None = None) -> Moment:
         """A step with its data; on a device, its gradients too are found again."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrovae.compile import products
+from pyrovae.compile import pages
 from pyrovae.compile.inductor import ONE_FILE, lowered
 from pyrovae.train.threads import threads
 from tests.benchmarks.options import Options
@@ -39,7 +39,7 @@ def multiply(*flat: Tensor) -> list[Tensor]:
 def graph(pairs: list[tuple[Tensor, Tensor]], *, own: bool) -> Run:
     """The products as one call of a graph."""
     flat = [factor for pair in pairs for factor in pair]
-    with torch.no_grad(), mock.patch.object(products, "wanted", return_value=own):
+    with torch.no_grad(), mock.patch.object(pages, "multiplies", return_value=own):
         run = partial(lowered(make_fx(multiply)(*flat), ONE_FILE), *flat)
     return torch.no_grad()(run)
 

@@ -1,4 +1,4 @@
-"""Matrix products of compiled graphs on processors of AMD, which MKL does not know."""
+"""C++ of our own that stands in front of a graph's: training steps, and matrix products where ours are the faster."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from torch import fx
 
 
 @cache
-def source() -> str:
-    """The C++ that stands in front of a graph's own: float32 products, and macros that call them."""
-    return files("pyrovae.compile").joinpath("products.h").read_text(encoding="utf-8")
+def page(name: str) -> str:
+    """The text of a file of C++."""
+    return files("pyrovae.compile").joinpath(name).read_text(encoding="utf-8")
 
 
 @cache
-def wanted() -> bool:
-    """Whether this is a processor of AMD, with vector units that the source knows.
+def multiplies() -> bool:
+    """Whether this is a processor of AMD, with vector units that products.h knows.
 
-    There MKL multiplies by kernels of AVX2, after copying both factors; Intel's it knows better than the source does.
+    There MKL multiplies by kernels of AVX2, after copying both factors; Intel's it knows better than products.h does.
     """
     known = Path("/proc/cpuinfo")
     maker = known.read_text(encoding="utf-8") if known.exists() else platform.processor()
     return "AuthenticAMD" in maker and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
+def source() -> str:
+    """What stands in front of a graph."""
+    return "\n".join(map(page, ["steps.h", *(["products.h"] if multiplies() else [])]))
+
+
 @contextmanager
-def own_products() -> Iterator[None]:
-    """Let graphs that are lowered to one file of C++ multiply by :func:`source`, where that is :func:`wanted`."""
-    if not wanted():
-        yield
-        return
+def our_pages() -> Iterator[None]:
+    """Let graphs that are lowered to one file of C++ begin with :func:`source`."""
     import torch._inductor.config
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
     from torch._inductor.custom_graph_pass import CustomGraphPass

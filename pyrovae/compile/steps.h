@@ -1,0 +1,149 @@
+// Training steps one after the other with no Python between them: a batch, its noise, the graph of this file, the
+// verdict on what it gives, Adam.
+#include <ATen/cpu/vec/functional.h>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <omp.h>
+
+void inductor_entry_impl(AtenTensorHandle* inputs, AtenTensorHandle* outputs);
+
+namespace pyrovae {
+using V = at::vec::Vectorized<float>;
+constexpr int64_t W = V::size();
+
+inline V fused(V a, V b, V c) { return at::vec::fmadd(a, b, c); }
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+inline V root(V x) { return x.sqrt(); }
+inline float root(float x) { return std::sqrt(x); }
+
+// A column of the data: its rows, those of a batch, and whether a batch has bits of which the data are probabilities
+struct Column {
+  const char* data;
+  char* batch;
+  int64_t row, drawn;  // row: in bytes
+};
+
+// Noise that is the graph's input of that number: standard normals, or uniforms
+struct Draw {
+  int64_t input, normal, dims;
+  const int64_t* sizes;
+};
+
+// A parameter, what its optimizer keeps of it, its gradient, and which output of the graph that is
+struct Moved {
+  float *at, *mean, *square, *steps, *gradient;
+  int64_t size, output;
+};
+
+struct Steps {
+  AtenTensorHandle *inputs, *given, *outputs;
+  const Column* columns;
+  const Draw* draws;
+  const Moved* moved;
+  int64_t num_inputs, num_outputs, num_columns, num_draws, num_moved, batch_size;
+  double beta1, beta2, eps;
+  float* kl_weight;  // the input that it is, if any
+};
+
+inline AtenTensorHandle drawn(bool normal, const int64_t* sizes, int64_t dims) {
+  int32_t dtype = aoti_torch_dtype_float32(), layout = aoti_torch_layout_strided();
+  int32_t device = aoti_torch_device_type_cpu(), pinned = 0;
+  AtenTensorHandle made = nullptr;
+  auto draw = normal ? aoti_torch_cpu_randn : aoti_torch_cpu_rand;
+  AOTI_TORCH_ERROR_CODE_CHECK(draw(sizes, dims, &dtype, &layout, &device, 0, &pinned, &made));
+  return made;
+}
+
+template <typename T>
+T* values(AtenTensorHandle tensor) {
+  void* at = nullptr;
+  aoti_torch_get_data_ptr(tensor, &at);
+  return static_cast<T*>(at);
+}
+
+inline void gather(const Steps& s, const int64_t* index) {
+  for (int64_t c = 0; c < s.num_columns; c++) {
+    const Column& column = s.columns[c];
+    for (int64_t b = 0; b < s.batch_size; b++)
+      std::memcpy(column.batch + b * column.row, column.data + index[b] * column.row, column.row);
+    if (!column.drawn) continue;
+    int64_t size = s.batch_size * column.row / sizeof(float);
+    AtenTensorHandle noise = drawn(false, &size, 1);
+    const float* u = values<float>(noise);
+    float* x = reinterpret_cast<float*>(column.batch);
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++) x[i] = u[i] < x[i];
+    aoti_torch_delete_tensor_object(noise);
+  }
+}
+
+inline bool finite(const float* x, int64_t size) {
+  V zeros(0.f);
+  int64_t i = 0;
+  for (; i + W <= size; i += W) zeros = fused(V::loadu(x + i), V(0.f), zeros);
+  float sum = at::vec::vec_reduce_all<float>([](V a, V b) { return a + b; }, zeros);
+  for (; i < size; i++) sum += x[i] * 0;
+  return sum == 0;
+}
+
+// Adam with one division for torch's two, of a vector or of one number
+template <typename V>
+inline void move(V& x, V& m, V& v, V d, const V* by) {
+  m = fused(by[0], d - m, m);
+  v = fused(by[1] * d, d, v * by[2]);
+  x = x + by[3] * m / (root(v) + by[4]);
+}
+
+inline void move(const Moved& p, const float* g, double rate, const Steps& s, int threads) {
+  double step = ++*p.steps, scale = std::sqrt(1 - std::pow(s.beta2, step));
+  const float by[] = {float(1 - s.beta1), float(1 - s.beta2), float(s.beta2),
+                      float(-rate * scale / (1 - std::pow(s.beta1, step))), float(s.eps * scale)};
+  const V all[] = {V(by[0]), V(by[1]), V(by[2]), V(by[3]), V(by[4])};
+  int64_t whole = p.size / W * W;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && p.size > (1 << 15))
+  for (int64_t i = 0; i < whole; i += W) {
+    V x = V::loadu(p.at + i), m = V::loadu(p.mean + i), v = V::loadu(p.square + i);
+    move(x, m, v, V::loadu(g + i), all);
+    x.store(p.at + i), m.store(p.mean + i), v.store(p.square + i);
+  }
+  for (int64_t i = whole; i < p.size; i++) move(p.at[i], p.mean[i], p.square[i], g[i], by);
+}
+}  // namespace pyrovae
+
+// Steps until one is withheld (its loss is NaN), leaves data out or fails, or the time is over: how many were gone
+// through. The last one's batch and gradients stay, unless one failed.
+extern "C" int64_t pyrovae_steps(const pyrovae::Steps* steps, int64_t number, const int64_t* index, const double* rates,
+                                 const double* kl_weights, double* losses, int64_t* left_out, double seconds) {
+  using namespace pyrovae;
+  const Steps& s = *steps;
+  auto began = std::chrono::steady_clock::now();
+  int threads = omp_get_max_threads();
+  bool last = false;
+  int64_t n = 0;
+  for (; !last; n++) try {
+      gather(s, index + n * s.batch_size);
+      if (s.kl_weight) *s.kl_weight = kl_weights[n];
+      std::fill(s.given, s.given + s.num_inputs, nullptr);
+      for (int64_t d = 0; d < s.num_draws; d++)
+        s.given[s.draws[d].input] = drawn(s.draws[d].normal, s.draws[d].sizes, s.draws[d].dims);
+      for (int64_t i = 0; i < s.num_inputs; i++)
+        if (!s.given[i]) AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(s.inputs[i], &s.given[i]));
+      inductor_entry_impl(s.given, s.outputs);
+      float loss = *values<float>(s.outputs[0]);
+      left_out[n] = *values<int64_t>(s.outputs[1]);
+      auto gradient = [&](const Moved& p) { return values<float>(s.outputs[p.output]); };
+      bool good = std::isfinite(loss);
+      for (int64_t i = 0; good && i < s.num_moved; i++) good = finite(gradient(s.moved[i]), s.moved[i].size);
+      losses[n] = good ? loss : NAN;
+      for (int64_t i = 0; good && i < s.num_moved; i++) move(s.moved[i], gradient(s.moved[i]), rates[n], s, threads);
+      std::chrono::duration<double> passed = std::chrono::steady_clock::now() - began;
+      last = !good || left_out[n] || n + 1 == number || passed.count() > seconds;
+      for (int64_t i = 0; last && i < s.num_moved; i++)
+        std::memcpy(s.moved[i].gradient, gradient(s.moved[i]), s.moved[i].size * sizeof(float));
+      for (int64_t i = 0; i < s.num_outputs; i++) aoti_torch_delete_tensor_object(s.outputs[i]);
+    } catch (const std::exception&) {
+      break;
+    }
+  return n;
+}

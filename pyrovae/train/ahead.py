@@ -1,0 +1,126 @@
+"""Steps that are taken many at once, by C++, where it knows all that they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.infer
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+from pyrovae.compile import steps
+from pyrovae.compile.checked import tensors
+from pyrovae.compile.graph import Runnable
+from pyrovae.compile.noise import plain_draws
+from pyrovae.data.feed import Feed
+from pyrovae.data.images import Images
+from pyrovae.engine.updates import is_plain
+from pyrovae.train.compiled import Compiled, CompiledGraph, put
+from pyrovae.train.outcomes import Outcomes
+from pyrovae.train.plan import Plan
+from pyrovae.train.step import Recorded, Step
+
+#: What the C++ knows of Adam's options.
+OPTIONS = {"weight_decay": 0, "amsgrad": False, "maximize": False, "decoupled_weight_decay": False}
+
+
+class Ahead:
+    """Takes steps of an epoch: those of a compiled graph, on a CPU, on data in memory, by Adam without extras.
+
+    :ivar steps: those of the epoch that were taken so far, here and elsewhere, on so many ``data``.
+    """
+
+    def __init__(self, epoch: int, feed: Feed, step: Step | Recorded, plan: Plan, outcomes: Outcomes) -> None:
+        self.epoch, self.feed, self.plan, self.outcomes = epoch, feed, plan, outcomes
+        self.steps = self.data = 0
+        self.step = step if isinstance(step, Step) and step.clip_norm is None else None
+        self.gradients = step.gradients if isinstance(step.gradients, Compiled) and feed.device.type == "cpu" else None
+        self.made: dict[int, tuple[CompiledGraph, steps.Steps] | None] = {}  # for each number of particles
+
+    def now(self, more: int = 0) -> float:
+        """How many epochs there were, after ``more`` steps."""
+        return self.epoch + ((self.steps + more) / self.feed.steps if self.feed.steps else 0.0)
+
+    def __call__(self, order: Tensor) -> int:
+        """Take steps on the first of these data, on as many as it can, and give their number."""
+        step, taken = self.step, 0
+        if step is None or not step.optimizers[0].state:  # which a first step makes
+            return 0
+        self.made.clear()  # a step that was taken elsewhere may have put tensors in place, too
+        while whole := min((len(order) - taken) // self.feed.batch_size, steps.AT_ONCE):
+            objective = self.plan.at(self.now())
+            if (number := objective.num_particles) not in self.made:
+                self.made[number] = self.make(step, objective)
+            made = self.made[number]
+            if made is None or not (more := self.take(step, *made, order[taken:], whole)):
+                break
+            taken += more
+        return taken
+
+    def take(self, step: Step, graph: CompiledGraph, run: steps.Steps, order: Tensor, most: int) -> int:
+        """Take steps of one graph; gives the number of their data."""
+        rates, weights = [], []
+        number = self.plan.at(self.now()).num_particles
+        for i in range(most):
+            objective = self.plan.at(now := self.now(i))
+            if objective.num_particles != number:
+                break
+            rates.append(step.base_lr[0][0] * self.plan.factor(now))
+            weights.append(float(getattr(objective, "kl_weight", 1.0)))
+        if not (came := run(order, rates, weights)):
+            return 0  # the step failed, and fails again in Python, which says why
+        last = self.now(len(came) - 1)
+        step.set_lr(self.plan.factor(last))
+        put(graph.reached, run.adam.gradients, graph.others)
+        data = len(came) * self.feed.batch_size
+        self.feed.index = order[data - self.feed.batch_size : data]
+        first, self.steps, self.data = self.steps, self.steps + len(came), self.data + data
+        self.outcomes.took(self.plan.at(last), came, self.epoch, first, tuple(t.clone() for t in run.batch))
+        return data
+
+    def make(self, step: Step, objective: pyro.infer.ELBO) -> tuple[CompiledGraph, steps.Steps] | None:
+        """What takes the steps of an objective's graph, or None where nothing can."""
+        gradients, images = self.gradients, self.feed.images
+        if gradients is None or images is None or not fit_for_rows(images) or gradients.static(objective) is None:
+            return None
+        graph = gradients.graphs[objective.num_particles]
+        run, adam = graph.run.func, known_adam(step, graph)
+        if adam is None or not isinstance(run, Runnable):
+            return None
+        batch = [torch.empty_like(t) for t in tensors(gradients.example)]
+        noise, library = plain_draws(run.graph.noise), run.library([*graph.run.args, *batch])
+        if noise is None or library is None:
+            return None
+        inputs = [*graph.run.args, *batch, *run.graph.constants]
+        kl_weight = gradients.kl_weight if gradients.anneals else None
+        binarised = images.binarization == "dynamic"
+        return graph, steps.Steps(
+            library, inputs, noise, images.columns, batch, adam, binarised=binarised, kl_weight=kl_weight
+        )
+
+
+def fit_for_rows(images: Images) -> bool:
+    """Whether data lie row after row, and bits are drawn of them in single precision only."""
+    drawn = images.binarization == "dynamic"
+    return all(c.is_contiguous() for c in images.columns) and not (drawn and images.x.dtype is not torch.float32)
+
+
+def known_adam(step: Step, graph: CompiledGraph) -> steps.Adam | None:
+    """A step's optimizer, where it is Adam as the C++ knows it, over contiguous parameters of single precision."""
+    optimizer, (group, *others) = step.optimizers[0], step.optimizers[0].param_groups
+    states: list[dict[str, Any]] = [optimizer.state.get(p, {}) for p in graph.reached]
+    gradients = [torch.empty_like(p) for p in graph.reached]
+    held = {id(p) for p in group["params"]}
+    plain = type(optimizer) is Adam and step.updates[0].plain and not others and all(states)
+    if not plain or any(group[name] != value for name, value in OPTIONS.items()) or isinstance(group["lr"], Tensor):
+        return None
+    put(graph.reached, gradients, graph.others)
+    if not is_plain(group, graph.reached, states) or any(id(p) not in held for p in graph.reached):
+        return None
+    flat = [
+        t for p, s in zip(graph.reached, states, strict=True) for t in (p, s["exp_avg"], s["exp_avg_sq"], s["step"])
+    ]
+    if any(t.dtype is not torch.float32 or not t.is_contiguous() for t in flat):
+        return None
+    return steps.Adam(graph.reached, states, gradients, group["betas"], group["eps"])

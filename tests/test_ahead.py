@@ -1,0 +1,159 @@
+"""Steps that C++ takes many at once are those that Python takes one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyrovae as pv
+from pyrovae.compile.steps import Steps
+from pyrovae.errors import NumericalError
+from pyrovae.train.ahead import Ahead
+
+ROWS, SIZE, BATCH = 53, 21, 8  # odd ones: rows, weights and biases that are no multiples of a vector
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many steps each call of C++ took, 3 at most."""
+    numbers: list[int] = []
+    call = Steps.__call__
+
+    def counted(self: Steps, *given: Any) -> list[tuple[float, int]]:
+        came = call(self, *given)
+        numbers.append(len(came))
+        return came
+
+    monkeypatch.setattr(Steps, "__call__", counted)
+    monkeypatch.setattr("pyrovae.compile.steps.AT_ONCE", 3)
+    return numbers
+
+
+def grey() -> pv.data.Images:
+    return pv.data.Images(torch.rand(ROWS, SIZE, generator=torch.Generator().manual_seed(1)), binarization="dynamic")
+
+
+def vae() -> pv.models.VAE:
+    torch.manual_seed(0)
+    return pv.models.VAE((SIZE,), latent_dim=3, hidden=(17,))
+
+
+def trained(pair: Any, data: object, **options: Any) -> tuple[pv.Fit, list[Tensor]]:
+    arguments = {"objective": pv.IWAE(2), "epochs": 3, "batch_size": BATCH, "compile": True, "lr": 1e-2} | options
+    result = pv.fit(pair.model, pair.guide, data, **arguments)
+    return result, [p.detach().clone() for p in pair.parameters()]
+
+
+def one_by_one(run: Callable[[], tuple[pv.Fit, list[Tensor]]]) -> tuple[pv.Fit, list[Tensor]]:
+    with mock.patch.object(Ahead, "__call__", return_value=0):
+        return run()
+
+
+def alike(first: tuple[pv.Fit, list[Tensor]], second: tuple[pv.Fit, list[Tensor]]) -> None:
+    """To rounding, which Adam may double."""
+    names = "bound", "kl_weight", "num_particles", "learning_rate", "left_out", "skipped", "grad_norm", "steps"
+    for a, b in zip(first[0].history, second[0].history, strict=True):
+        assert {name: a.get(name) for name in names} == pytest.approx(
+            {n: b.get(n) for n in names}, rel=1e-4, nan_ok=True
+        )
+    for p, q in zip(first[1], second[1], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"objective": pv.ELBO(kl_weight=0.7), "kl_warmup": 2, "schedule": "linear"},
+        {"particles": (1, 2), "schedule": lambda progress: 1 - progress / 2},
+    ],
+    ids=["plain", "warmed up", "in stages"],
+)
+def test_the_same_steps(options: dict[str, Any], taken: list[int]) -> None:
+    """Losses, parameters, what is logged, and what an optimizer keeps; the odd last batch is Python's own."""
+    first = trained(vae(), grey(), **options)
+    assert sum(taken) >= 3 * (ROWS // BATCH) - 2
+    assert max(taken) == 3
+    alike(first, one_by_one(lambda: trained(vae(), grey(), **options)))
+
+
+def test_labels_are_gathered_with_their_data(taken: list[int]) -> None:
+    """As columns of the data, integers too."""
+    torch.manual_seed(0)
+    data = pv.data.Images((torch.rand(ROWS, SIZE) > 0.5).float(), torch.arange(ROWS) % 4)
+
+    def pair() -> pv.models.ConditionalVAE:
+        torch.manual_seed(0)
+        return pv.models.ConditionalVAE((SIZE,), num_classes=4, latent_dim=3, hidden=(17,))
+
+    first = trained(pair(), data)
+    assert taken
+    alike(first, one_by_one(lambda: trained(pair(), data)))
+
+
+def test_resumed_to_the_same_bits(tmp_path: Path, taken: list[int]) -> None:
+    """Which steps C++ takes does not hang on where a run was interrupted."""
+    _, whole = trained(vae(), grey(), epochs=4)
+    trained(vae(), grey(), epochs=2, run_dir=tmp_path)
+    _, resumed = trained(vae(), grey(), epochs=4, run_dir=tmp_path, resume=True)
+    assert taken
+    assert all(map(torch.equal, whole, resumed))
+
+
+class Rooted(nn.Module):
+    """Normals whose locations have an infinite gradient where a datum begins with a 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(SIZE))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            location = (self.weight * x[:, :1]).sqrt() + z[..., None]
+            pyro.sample("x", dist.Normal(location, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.weight.mean() * x.mean(-1), 1.0))
+
+
+def test_steps_are_withheld(taken: list[int]) -> None:
+    """A gradient that is no number moves nothing, is counted and told of, and training goes on."""
+    x = torch.rand(ROWS, SIZE, generator=torch.Generator().manual_seed(1)) + 0.1
+    x[[5, 40], 0] = 0.0
+
+    def run() -> tuple[pv.Fit, list[Tensor]]:
+        with pytest.warns(UserWarning, match="was skipped, because"):
+            return trained(Rooted(), x, on_nan="skip")
+
+    first = run()
+    assert taken
+    assert all(row["skipped"] for row in first[0].history)
+    alike(first, one_by_one(run))
+    with pytest.raises(NumericalError, match="was not taken"):
+        trained(Rooted(), x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clip_norm": 1.0},
+        {"lr": None, "optimizer": lambda own: torch.optim.AdamW(own, lr=1e-2, fused=True)},
+        {"lr": None, "optimizer": lambda own: torch.optim.Adam(own, lr=1e-2, fused=True, amsgrad=True)},
+        {"lr": None, "optimizer": lambda own: torch.optim.SGD(own, lr=1e-3)},
+    ],
+    ids=["clipped", "decaying", "amsgrad", "SGD"],
+)
+def test_what_it_does_not_know_it_leaves(options: dict[str, Any], taken: list[int]) -> None:
+    """Other steps are Python's."""
+    trained(vae(), grey(), epochs=1, **options)
+    assert not taken
