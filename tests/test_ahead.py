@@ -157,3 +157,30 @@ def test_what_it_does_not_know_it_leaves(options: dict[str, Any], taken: list[in
     """Other steps are Python's."""
     trained(vae(), grey(), epochs=1, **options)
     assert not taken
+
+
+class Counting(pv.models.VAE):
+    """Warms its likelihood up by a number: one that it counts itself, or one that others set."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__((SIZE,), latent_dim=3, hidden=(17,))
+        self.counts, self.calls, self.temperature = counts, 0, 1.0
+
+    def model(self, x: Tensor) -> None:
+        self.calls += self.counts
+        with pyro.poutine.scale(scale=self.temperature if self.calls < 30 else 0.5):
+            super().model(x)
+
+
+def test_numbers_that_programs_change_are_seen() -> None:
+    """What counts in Python is not compiled, and what is set between epochs ends that, with a warning each."""
+    with pytest.warns(UserWarning, match=r'"Counting.calls" changes as the program runs'):
+        assert trained(Counting(True), grey(), epochs=1)[0].timings["path"] == "eager"
+    pair = Counting(False)
+
+    def warm(fit: pv.Fit) -> None:
+        pair.temperature = 0.5 if len(fit.history) == 2 else 1.0
+
+    with pytest.warns(UserWarning, match=r'"Counting.temperature" has changed since'):
+        result, _ = trained(pair, grey(), on_epoch=warm)
+    assert abs(result.history[2]["bound"]) < 0.7 * abs(result.history[1]["bound"])

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pyro.infer
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyrovae import runs
@@ -80,6 +80,7 @@ class Compiled:
         self.kl_weight = torch.ones((), dtype=first.dtype, device=first.device)
         self.functions: dict[int, Callable[[Batch], Outcome] | None] = {}
         self.graphs: dict[int, CompiledGraph] = {}
+        self.numbers: dict[tuple[int, str], float] = {}
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
         function = self.static(objective) if signature(batch) == self.signature else None
@@ -102,8 +103,14 @@ class Compiled:
 
     def compile(self, objective: pyro.infer.ELBO) -> None:
         """Make the graph of an objective; a :class:`CannotCompile` says why it cannot be made."""
+        before = numbers_in(self.eager.state.modules)
         function, reached = self.differentiated(objective)
         run = function.compile(self.example)
+        self.numbers = numbers_in(self.eager.state.modules)
+        if name := differing(before, self.numbers):
+            raise CannotCompile(
+                f'"{name}" changes as the program runs, which a graph would not see: keep it in a buffer'
+            )
         others = self.others(reached)
 
         def gradients(batch: Batch) -> Outcome:
@@ -114,6 +121,12 @@ class Compiled:
         self.functions[objective.num_particles] = gradients
         self.graphs[objective.num_particles] = CompiledGraph(run, reached, others)
         remember(kind_of(objective, objective.num_particles, self.eager, self.anneals))
+
+    def look_again(self) -> None:
+        """Leave graphs that were made while modules had other numbers than they have now."""
+        if any(self.functions.values()) and (name := differing(self.numbers, numbers_in(self.eager.state.modules))):
+            warn(f'"{name}" has changed since the step was compiled, running eagerly: keep it in a buffer')
+            self.functions, self.kind = dict.fromkeys(self.functions), "eager"
 
     def differentiated(self, objective: pyro.infer.ELBO) -> tuple[Checked, list[Tensor]]:
         """Loss and gradients as a function of a batch; once it ran, the parameters whose gradients follow the loss."""
@@ -160,6 +173,18 @@ class Compiled:
     def inputs(self) -> list[Tensor]:
         """All that the graph takes besides the batch."""
         return distinct([*self.eager.parameters, *self.buffers, *([self.kl_weight] if self.anneals else [])])
+
+
+def numbers_in(modules: Iterable[nn.Module]) -> dict[tuple[int, str], float]:
+    """The Python numbers that modules hold, by module and name."""
+    each = {id(m): m for root in modules for m in root.modules()}.values()
+    held = ((m, name, value) for m in each for name, value in vars(m).items() if name != "training")
+    return {(id(m), f"{type(m).__name__}.{name}"): value for m, name, value in held if isinstance(value, int | float)}
+
+
+def differing(before: dict[tuple[int, str], float], now: dict[tuple[int, str], float]) -> str | None:
+    """The name of a number that is another one, or new."""
+    return next((key[1] for key, value in now.items() if before.get(key) != value and value == value), None)
 
 
 def put(reached: Iterable[Tensor], gradients: Iterable[Tensor], others: Iterable[Tensor]) -> None:

@@ -219,6 +219,8 @@ def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan, watches
     began, worked = time.perf_counter() - step.gradients.compile_seconds, time.process_time()
     outcomes = Outcomes(watches, step, feed)
     ahead = Ahead(epoch, feed, step, plan, outcomes)
+    if isinstance(step.gradients, Compiled):
+        step.gradients.look_again()
     for batch in feed.indices() if step.takes_index else feed.batches(ahead):
         step.set_lr(plan.factor(ahead.now()))
         # What Pyro's own checks can find they find at the first step; later they cost time, and hide what became NaN.
