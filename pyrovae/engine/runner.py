@@ -90,7 +90,7 @@ class Runner:
                 self.nesting = deeper.nesting
                 continue
             except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-                if num_particles == 1 or is_out_of_memory(error):
+                if num_particles == 1 or is_out_of_memory(error) or "transformed by a functorch" in str(error):
                     raise
                 if not (self.changed(args, kwargs, check) or self.gives_way(error)):
                     raise
