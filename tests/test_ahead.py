@@ -108,6 +108,17 @@ def test_resumed_to_the_same_bits(tmp_path: Path, taken: list[int]) -> None:
     assert all(map(torch.equal, whole, resumed))
 
 
+def test_gradients_that_lie_otherwise(taken: list[int]) -> None:
+    """Those of convolutions are channels last: Python puts them in order, or whoever takes the step does."""
+    data = pv.data.Images((torch.rand(ROWS, 2, 8, 8, generator=torch.Generator().manual_seed(1)) > 0.5).float())
+
+    def run() -> tuple[pv.Fit, list[Tensor]]:
+        torch.manual_seed(0)
+        return trained(pv.models.VAE((2, 8, 8), latent_dim=3, network="conv", hidden=(17,)), data, epochs=2)
+
+    alike(run(), one_by_one(run))
+
+
 class Rooted(nn.Module):
     """Normals whose locations have an infinite gradient where a datum begins with a 0."""
 

@@ -87,24 +87,23 @@ class Runnable:
     graph: Graph
     run: Callable[..., Sequence[Tensor]]
     noise: Callable[[], tuple[Tensor, ...]]
-    found: list[PyDLL | None] = field(default_factory=list)
+    found: list[tuple[PyDLL, list[Tensor]] | None] = field(default_factory=list)
 
     def __call__(self, *inputs: Tensor, noise: Callable[[], tuple[Tensor, ...]] | None = None) -> list[Tensor]:
         """Run it on fresh noise, or on what ``noise`` draws."""
         with torch.no_grad():
             return list(self.run(*inputs, *self.graph.constants, *(noise or self.noise)()))
 
-    def library(self, inputs: Sequence[Tensor]) -> PyDLL | None:
-        """The C++ that takes training steps by this graph, if there is any; it then changes none of its inputs."""
+    def library(self, inputs: Sequence[Tensor]) -> tuple[PyDLL, list[Tensor]] | None:
+        """The C++ that takes training steps by this graph, which then changes no input, and what a run gives."""
         if not self.found:
             with isolated_rng():
                 noise = self.noise()
-            given = [*inputs, *self.graph.constants, *noise]
-            self.found.append(
-                None
-                if changes_inputs(self.graph.module)
-                else library_of(lambda: self(*inputs, noise=lambda: noise), given)
-            )
+            given, results = [*inputs, *self.graph.constants, *noise], list[Tensor]()
+            own = None
+            if not changes_inputs(self.graph.module):
+                own = library_of(lambda: results.extend(self(*inputs, noise=lambda: noise)), given)
+            self.found.append(None if own is None else (own, [empty_like_of(result) for result in results]))
         return self.found[0]
 
 

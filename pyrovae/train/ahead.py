@@ -89,14 +89,16 @@ class Ahead:
         if adam is None or not isinstance(run, Runnable):
             return None
         batch = [torch.empty_like(t) for t in tensors(gradients.example)]
-        noise, library = plain_draws(run.graph.noise), run.library([*graph.run.args, *batch])
-        if noise is None or library is None:
+        noise, found = plain_draws(run.graph.noise), run.library([*graph.run.args, *batch])
+        if noise is None or found is None or not as_expected(found[1], adam):
             return None
         inputs = [*graph.run.args, *batch, *run.graph.constants]
         kl_weight = gradients.kl_weight if gradients.anneals else None
+        if kl_weight is not None and kl_weight.dtype is not torch.float32:
+            return None
         binarised = images.binarization == "dynamic"
         return graph, steps.Steps(
-            library, inputs, noise, images.columns, batch, adam, binarised=binarised, kl_weight=kl_weight
+            found[0], inputs, noise, images.columns, batch, adam, binarised=binarised, kl_weight=kl_weight
         )
 
 
@@ -104,6 +106,16 @@ def fit_for_rows(images: Images) -> bool:
     """Whether data lie row after row, and bits are drawn of them in single precision only."""
     drawn = images.binarization == "dynamic"
     return all(c.is_contiguous() for c in images.columns) and not (drawn and images.x.dtype is not torch.float32)
+
+
+def as_expected(results: list[Tensor], adam: steps.Adam) -> bool:
+    """Whether a graph gives what is read there: its loss in single precision, and gradients that lie as parameters do.
+
+    Those of convolutions lie channels last.
+    """
+    loss, left_out, *gradients = results
+    lie = all(g.stride() == p.stride() for g, p in zip(gradients, adam.parameters, strict=True))
+    return lie and left_out.dtype is torch.int64 and all(t.dtype is torch.float32 for t in (loss, *gradients))
 
 
 def known_adam(step: Step, graph: CompiledGraph) -> steps.Adam | None:
