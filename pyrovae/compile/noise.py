@@ -199,16 +199,13 @@ def plain_draws(source: object) -> list[Drawn] | None:
         return None
     *made, output = [node for node in source.graph.nodes if node.target is not aten.empty.memory_format]
     for node in made:
-        filled = node.target in (aten.normal_.default, aten.uniform_.default)
-        if not (filled or node.target in (aten.randn.default, aten.rand.default)) or (filled and len(node.args) > 1):
-            return None
-        value = node.meta["val"]
-        if (
-            value.dtype is not torch.float32
-            or not value.is_cpu
-            or not value.is_contiguous()
-            or (filled and node.kwargs)
-        ):
+        filled, value = node.target in (aten.normal_.default, aten.uniform_.default), node.meta["val"]
+        known = (
+            (len(node.args) == 1 and not node.kwargs)
+            if filled
+            else node.target in (aten.randn.default, aten.rand.default)
+        )
+        if not (known and value.dtype is torch.float32 and value.is_cpu and value.is_contiguous()):
             return None
     if list(output.args[0]) != made:
         return None
