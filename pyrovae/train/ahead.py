@@ -89,6 +89,8 @@ class Ahead:
         if adam is None or not isinstance(run, Runnable):
             return None
         batch = [torch.empty_like(t) for t in tensors(gradients.example)]
+        if [(t.dtype, t.shape[1:]) for t in batch] != [(c.dtype, c.shape[1:]) for c in images.columns]:
+            return None
         noise, found = plain_draws(run.graph.noise), run.library([*graph.run.args, *batch])
         if noise is None or found is None or not as_expected(found[1], adam):
             return None
