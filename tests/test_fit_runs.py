@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 import pyrovae as pv
 from pyrovae import runs
 from pyrovae.errors import CheckpointError
-from pyrovae.train import loop, monitor
+from pyrovae.train import loop, monitor, trainee
 from pyrovae.train.log import describe_objective
 from tests import training
 from tests.pairs import Noisy, guide_of
@@ -256,10 +256,10 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_bits(tmp_path, uninterru
 
 def test_a_run_of_a_device_that_is_not_here_goes_on(tmp_path, uninterrupted, monkeypatch):
     """Its optimizer lay there, and it had generators of four devices."""
-    snapshot = loop.rng_snapshot
+    snapshot = trainee.rng_snapshot
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
-        patch.setattr(loop, "rng_snapshot", lambda: snapshot() | {"cuda": 4 * [torch.zeros(16, dtype=torch.uint8)]})
+        patch.setattr(trainee, "rng_snapshot", lambda: snapshot() | {"cuda": 4 * [torch.zeros(16, dtype=torch.uint8)]})
         dying_at(loop, "run_epoch", 3, lambda: train(run_dir=tmp_path / "run"))
     assert same(train(run_dir=tmp_path / "run", resume=True), uninterrupted)
 

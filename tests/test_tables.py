@@ -14,6 +14,7 @@ import tables
 
 import pyrovae as pv
 from pyrovae.train import loop
+from pyrovae.train.trainee import Trainee
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {
@@ -155,7 +156,7 @@ def test_a_second_stage_waits_for_a_first_that_another_process_trains(table, mon
 
 
 def test_table_c_has_the_gap_in_the_end_and_along_the_training_however_often_interrupted(table, monkeypatch, tmp_path):
-    monkeypatch.setattr(loop.Trainee, "save", interrupted := Interrupting(loop.Trainee.save, at=2))
+    monkeypatch.setattr(Trainee, "save", interrupted := Interrupting(Trainee.save, at=2))
     exact = pv.posterior_gap
     monkeypatch.setattr(pv, "posterior_gap", lambda *data, **options: exact(*data, **options | {"num_samples": 128}))
     cell = ["c", "--objective", "MIWAE", "--groups", "4", *SMALL, "--samples", "100"]

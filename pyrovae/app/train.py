@@ -25,8 +25,9 @@ from pyrovae.models import CodePrior
 from pyrovae.models.base import Rule
 from pyrovae.plots.images import is_image
 from pyrovae.train.log import Fit
-from pyrovae.train.loop import OnEpoch, fit
+from pyrovae.train.loop import fit
 from pyrovae.train.resuming import FINGERPRINTS, check_data, check_same
+from pyrovae.train.trainee import OnEpoch
 
 
 def train(

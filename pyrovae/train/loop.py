@@ -2,53 +2,38 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pyro.infer
 import torch
 from pyro.optim import PyroOptim
-from torch import Tensor
 
 from pyrovae import runs
 from pyrovae.arguments import positive_int
 from pyrovae.compile.checked import check_compile
-from pyrovae.compile.recording import settle
 from pyrovae.data.feed import Feed
-from pyrovae.engine.probe import check_pair
-from pyrovae.engine.programs import Program, in_modes, modes_of, rows, training_modes, warn, warn_of_eval
-from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
-from pyrovae.errors import CheckpointError, DataError
+from pyrovae.engine.programs import Program, in_modes, rows, training_modes, warn_of_eval
+from pyrovae.engine.randomness import isolated_rng
+from pyrovae.errors import DataError
 from pyrovae.memory import memory_advice
-from pyrovae.objectives.base import Objective
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Schedule
 from pyrovae.train.ahead import Ahead
-from pyrovae.train.checks import (
-    check_derivable,
-    check_last_batch,
-    check_memory,
-    derivable,
-    lone_datum_advice,
-    warn_of_data,
-)
+from pyrovae.train.checks import derivable, lone_datum_advice
 from pyrovae.train.compiled import Compiled, worthwhile
-from pyrovae.train.log import Fit, describe_job
-from pyrovae.train.monitor import Monitor, Validation, look_on, warn_unlogged
-from pyrovae.train.optimizers import check_sparse, optimizer_maker
+from pyrovae.train.log import Fit
+from pyrovae.train.monitor import Validation
+from pyrovae.train.optimizers import optimizer_maker
 from pyrovae.train.outcomes import Outcomes, Watch
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup
-from pyrovae.train.resuming import begun_with, check_resumable, with_fingerprints
-from pyrovae.train.step import Eager, Gradients, Recorded, Step, on_device
+from pyrovae.train.resuming import begun_with, with_fingerprints
+from pyrovae.train.step import Gradients, Recorded, Step, on_device
 from pyrovae.train.threads import threads, threads_for
-
-OnEpoch = Callable[[Fit], object]
+from pyrovae.train.trainee import OnEpoch, Trainee
 
 
 def fit(
@@ -236,139 +221,3 @@ def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan, watches
         "num_particles": plan.at(ahead.now(-1)).num_particles, "seconds": seconds, "steps": ahead.steps,
         "cpu_seconds": time.process_time() - worked, "images_per_second": ahead.data / seconds,
     }  # fmt: skip
-
-
-class Trainee:
-    """A pair that is made ready: its data are checked against its observed sites, and it is where they are.
-
-    :param maker: the learning rate, where it is known, and what makes the optimizer.
-    :param kl_factor: of the objective's kl_weight, where the pair has one of its own.
-    """
-
-    def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        objective: pyro.infer.ELBO,
-        setup: Setup,
-        feed: Feed,
-        maker: tuple[float | None, MakeOptimizer],
-        kl_factor: float = 1.0,
-    ) -> None:
-        self.model, self.guide, self.objective, self.kl_factor = model, guide, objective, kl_factor
-        self.setup, self.feed, self.result = setup, feed, Fit()
-        setup.plan.check(feed.steps)
-        check_derivable(model, guide)
-        with lone_datum_advice():
-            seen = look_on(feed, model, guide, validate=not setup.skips)
-        check_last_batch(model, guide, seen, feed)
-        self.monitor: Monitor | None = None
-        own = setup.plan.at(0)
-        try:
-            check_pair(seen)
-        except Exception as error:  # for instance a latent that only Pyro's enumeration knows; training may go on
-            if isinstance(own, Objective):
-                raise
-            warn_unlogged(error)
-            seen = look_on(feed, model, guide, validate=False)
-        else:
-            self.monitor = Monitor(model, guide, seen, feed)
-            if isinstance(own, Objective):
-                own.meet(model, guide, seen)
-        warn_of_data(seen, feed)
-        seen.state.to(feed.device)
-        self.eager = Eager(model, guide, seen, feed.first(), precision=setup.precision)
-        check_memory(self.eager, setup.plan, feed.first())
-        self.rate, self.make = maker
-        self.optimizer = self.make(self.eager.parameters)
-        check_sparse(self.optimizer, seen.modules)
-        self.run: runs.Run | None = None
-        self.best: dict[str, Tensor] = {}  # weights that are not saved yet
-        self.validation: Validation | None = None
-        self.patience: int | None = None
-
-    def open(
-        self,
-        run: runs.Run,
-        training: Mapping[str, object],
-        more: Mapping[str, object],
-        step: Step | Recorded,
-    ) -> None:
-        """Start its run, or take up its last checkpoint; its config.json says ``training`` of that, and ``more``."""
-        self.run = run
-        own = {"lr": self.rate, "optimizer": type(self.optimizer).__name__}
-        settings = {**self.setup.describe(self.feed), **own, **training}
-        config = {**describe_job(self.model, self.guide, self.objective, settings), **more}
-        saved = run.state() if run.exists else None
-        if saved is None:
-            if run.exists and len(run.history()) > 1:  # the first epoch is always saved
-                raise CheckpointError(
-                    f'"{run.path / "last"}" is missing, the checkpoint of a run: restore it, or train again'
-                )
-            run.start(config)
-            return
-        run.check_files()
-        run.history_until(saved["epoch"])
-        amended = check_resumable(run, config, saved["epoch"])
-        weights = run.weights()
-        with runs.undamaged(run.path / "last" / runs.STATE):
-            self.eager.reach.find(saved.get("examples", []), self.feed.device)
-            step.join()
-            self.eager.reach.restore(weights, saved.get("late", []), run)
-            self.eager.reach.load(self.optimizer, saved["optimizer"], saved.get("order"))
-            settle(self.optimizer)
-            restore_rng(saved["rng"])
-        self.result = Fit(run.rewind(saved["epoch"]), best_epoch=saved["best_epoch"], finished=saved["finished"])
-        if amended is not None:
-            run.amend(amended)
-            if self.result.extend(self.setup.plan.epochs, self.patience, self.setup.plan.growing):
-                warn(f'"{run.path}" stopped early, {self.patience} epochs after its best: it has no more to train')
-
-    def add(self, metrics: Mapping[str, float], loss: float) -> None:
-        """Take in an epoch: measure, log and save it."""
-        own = {"bound": -loss, "kl_weight": metrics["kl_weight"] * self.kl_factor}
-        row = {**metrics, **own, **(self.monitor() if self.monitor is not None else {})}
-        if self.validation is not None:
-            row["validation_bound"] = bound = self.validation()
-            if math.isnan(bound):
-                warn(f"the validation bound of epoch {len(self.result.history) + 1} is NaN, and counts as -inf")
-        self.result.add(row, self.patience, self.setup.plan.growing)
-        if self.run is None:
-            return
-        self.run.log(row)
-        if self.result.best_epoch == len(self.result.history):
-            self.best = {name: tensor.detach().clone() for name, tensor in self.eager.reach.tensors.items()}
-        if self.run.due or self.result.finished:
-            self.save(self.run)
-
-    def show(self, on_epoch: OnEpoch) -> bool:
-        """Show what came of it so far, whatever is drawn or put in another mode there; whether to go on."""
-        shown = replace(self.result, history=list(self.result.history))
-        modes = modes_of(self.eager.state.modules)
-        with isolated_rng(), torch.enable_grad(), in_modes(modes), threads(self.setup.threads):
-            return on_epoch(shown) is not False
-
-    def save(self, run: runs.Run) -> None:
-        """Write the last checkpoint, and the best one where it is another than is there."""
-        result = self.result
-        if self.best:
-            run.save("best", self.best)
-            self.best = {}
-        state = {
-            "epoch": len(result.history), "best_epoch": result.best_epoch, "finished": result.finished,
-            "rng": rng_snapshot(), **self.eager.reach.saved(self.optimizer),
-        }  # fmt: skip
-        run.save("last", self.eager.reach.tensors, state)
-
-    def close(self, step: Step | Recorded) -> Fit:
-        """What came of it; its run is marked as finished."""
-        self.result.finish(step, self.setup.precision, self.setup.device)
-        already, self.result.finished = self.result.finished, True
-        if self.run is not None and not already:
-            self.save(self.run)
-        return self.result
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The last checkpoint, if there is one."""
-        return None if self.run is None else self.run.checkpoint()

@@ -34,12 +34,13 @@ from pyrovae.schedules import Schedule
 from pyrovae.train.checks import derivable
 from pyrovae.train.compiled import CHECK_SEED, Compiled, put, traceable
 from pyrovae.train.log import Fit
-from pyrovae.train.loop import Trainee, fit, train
+from pyrovae.train.loop import fit, train
 from pyrovae.train.optimizers import optimizer_maker
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup
 from pyrovae.train.resuming import with_fingerprints
 from pyrovae.train.step import Outcome, Step, on_device
 from pyrovae.train.threads import threads, threads_for
+from pyrovae.train.trainee import Trainee
 
 WORTHWHILE = 100  # eager steps of one pair, about, for the price of a graph
 Differentiated = tuple[Checked, list[Tensor]]
