@@ -39,11 +39,11 @@ def run(options: Options) -> list[Table]:
     rows: list[Row] = []
     absent: dict[str, str] = {}
     strange: list[str] = []
-    for cores in numbers_of_cores(options.cores):
+    for cores in numbers_of_cores(options.cores, options.device):
         for batch, k in options.cells or CELLS:
             print(f"epochs: {cores} cores, batch {batch}, k {k}", file=sys.stderr)
             steps = options.steps or max(20, round(STEPS / (batch * k) ** 0.5))
-            arguments = batch, k, cores, steps, options.data_dir or ""
+            arguments = batch, k, cores, steps, options.data_dir or "", options.device
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
                 found = in_turns("trainers", options.contenders or NAMES, arguments, options.rounds, absent, cache)
             strange += [f"{cores} cores, batch {batch}, k {k}: {why}" for why in unlike(found)]

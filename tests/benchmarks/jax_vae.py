@@ -19,7 +19,7 @@ Programs = tuple[Callable[[Any], None], Callable[[Any], None]]
 
 def weights(vae: Any) -> Weights:
     """Those of a dense VAE of ours, copied."""
-    return weights_of({name: value.numpy().copy() for name, value in vae.state_dict().items()})
+    return weights_of({name: value.cpu().numpy().copy() for name, value in vae.state_dict().items()})
 
 
 def weights_of(state: Mapping[str, np.ndarray]) -> Weights:

@@ -90,9 +90,11 @@ def beside_numpyro(options: Options) -> Table:
         file = Path(folder) / "pair.npz"
         state = {name: value.detach().cpu().numpy() for name, value in vae.state_dict().items()}
         np.savez(file, x=x.flatten(1).numpy(), **state)
-        for cores in numbers_of_cores(options.cores):
+        for cores in numbers_of_cores(options.cores, options.device):
             print(f"likelihoods beside NumPyro: {cores} cores", file=sys.stderr)
-            found = in_turns("rates", rates.NAMES, (cores, options.samples, file), options.rounds, absent, folder)
+            found = in_turns(
+                "rates", rates.NAMES, (cores, options.samples, file, options.device), options.rounds, absent, folder
+            )
             draws = len(x) * options.samples
             rows.append({"cores": cores, "images": len(x), "samples": options.samples})
             rows[-1] |= {name: draws / run.best for name, run in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,16 +26,16 @@ def numpyro(state: dict[str, np.ndarray], x: np.ndarray, samples: int) -> Rate:
     return lambda: (float(run(x).mean()), float("nan"))
 
 
-def torch_rate(name: str, state: dict[str, np.ndarray], x: np.ndarray, samples: int) -> Rate:
+def torch_rate(name: str, state: dict[str, np.ndarray], x: np.ndarray, samples: int, device: str) -> Rate:
     """``pyrovae.log_likelihood``, or the loop over decoders as one writes it."""
     import torch
 
     import pyrovae as pv
     from tests.benchmarks import contenders
 
-    vae = contenders.Setting().vae()
+    vae = contenders.Setting().vae().to(device)
     vae.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
-    images = torch.from_numpy(x).unflatten(1, (1, 28, 28))
+    images = torch.from_numpy(x).unflatten(1, (1, 28, 28)).to(device)
     if name == HAND:
         return lambda: (contenders.hand_log_likelihood(vae, images, samples).mean().item(), float("nan"))
 
@@ -45,20 +46,21 @@ def torch_rate(name: str, state: dict[str, np.ndarray], x: np.ndarray, samples: 
     return ours
 
 
-def main(name: str, cores: int, samples: int, file: Path) -> None:
+def main(name: str, cores: int, samples: int, file: Path, device: str) -> None:
     """Answer every turn with its seconds and the estimate."""
     hold_to(cores)
+    os.environ["JAX_PLATFORMS"] = device.partition(":")[0]
     turns = Turns()
     for module in (*NEEDS.get(name, ()), *([] if name == NUMPYRO else ["torch", "pyrovae"])):
         importlib.import_module(module)
     arrays = dict(np.load(file))
     x = arrays.pop("x")
     turns()
-    run = numpyro(arrays, x, samples) if name == NUMPYRO else torch_rate(name, arrays, x, samples)
+    run = numpyro(arrays, x, samples) if name == NUMPYRO else torch_rate(name, arrays, x, samples, device)
     while True:
         mean, error = run()
         turns(loss=mean, error=error, **turns.clocks())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])

@@ -7,6 +7,7 @@ Adam in float32, and tells the mean loss of the epoch in nats per image.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from itertools import repeat
@@ -34,7 +35,7 @@ def fit(vae: Any, k: int, images: Any, batch: int, tell: Tell) -> None:
 
     pv.fit(
         vae.model, vae.guide, images, objective=objective(k), epochs=10_000, batch_size=batch, progress=False,
-        on_epoch=on_epoch,
+        device=images.x.device, on_epoch=on_epoch,
     )  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def numpyro(vae: Any, k: int, images: Any, batch: int, tell: Tell) -> None:
     """One compiled scan an epoch."""
     from tests.benchmarks import jax_vae
 
-    for loss, _ in jax_vae.epochs(jax_vae.weights(vae), k, images.x.flatten(1).numpy(), batch):
+    for loss, _ in jax_vae.epochs(jax_vae.weights(vae), k, images.x.flatten(1).cpu().numpy(), batch):
         tell(loss)
 
 
@@ -54,11 +55,13 @@ def loop(name: str) -> Train:
 
         from tests.benchmarks.contenders import CONTENDERS
 
-        step = CONTENDERS[name](vae, k, images.batch(torch.arange(batch)))
+        graphs = {"mode": "reduce-overhead"} if name == HAND_COMPILED and images.x.is_cuda else {}
+        step = CONTENDERS[name](vae, k, images.batch(torch.arange(batch)), **graphs)
         data = batch if name == SVI else 1  # whose loss is of the batch
         while True:
-            losses = [float(step(images.batch(index))) for index in torch.randperm(len(images)).split(batch)]  # type: ignore[arg-type]
-            tell(sum(losses) / len(losses) / data)
+            order = torch.randperm(len(images), device=images.x.device)
+            losses = [torch.as_tensor(step(images.batch(index))) for index in order.split(batch)]  # type: ignore[arg-type]
+            tell(float(torch.stack(losses).mean()) / data)
 
     return train
 
@@ -68,6 +71,7 @@ def floor(vae: Any, k: int, images: Any, batch: int, tell: Tell) -> None:
     import torch
 
     from tests.benchmarks import contenders
+    from tests.benchmarks.timing import synchronise
 
     products = contenders.floor(vae, k, images.batch(torch.arange(batch)))
     own, optimizer = list(vae.parameters()), contenders.adam(vae)
@@ -82,6 +86,7 @@ def floor(vae: Any, k: int, images: Any, batch: int, tell: Tell) -> None:
             for _ in repeat(None, len(images) // batch):
                 products(own[0])
                 torch._fused_adam_(*tensors, **how, amsgrad=False, maximize=False)
+            synchronise(str(own[0].device))
             tell(float("nan"))
 
 
@@ -89,9 +94,10 @@ def trainer(name: str) -> Train:
     return {FIT: fit, NUMPYRO: numpyro, FLOOR: floor}.get(name) or loop(name)
 
 
-def main(name: str, batch: int, k: int, cores: int, steps: int, data_dir: str) -> None:
+def main(name: str, batch: int, k: int, cores: int, steps: int, data_dir: str, device: str) -> None:
     """Answer every turn with its seconds and the mean loss."""
     hold_to(cores)
+    os.environ["JAX_PLATFORMS"] = device.partition(":")[0]
     turns = Turns()
     for module in NEEDS.get(name, ()):  # told as absent where it is
         importlib.import_module(module)
@@ -101,11 +107,11 @@ def main(name: str, batch: int, k: int, cores: int, steps: int, data_dir: str) -
     train, _, data = images.load(Path(data_dir) if data_dir else None)
     if steps * batch > len(train):
         raise ValueError(f"there are {len(train):,} images, for {steps} steps of {batch}: give fewer --epoch-steps")
-    train = train.subset(slice(steps * batch)).unlabelled()
-    vae = Setting("mlp", batch, k).vae().initialise(train.x)
+    train = train.subset(slice(steps * batch)).unlabelled().to(device)
+    vae = Setting("mlp", batch, k).vae().to(device).initialise(train.x)
     turns(data=data)
     trainer(name)(vae, k, train, batch, lambda loss: turns(loss=loss, **turns.clocks()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6])  # type: ignore[arg-type]
+    main(sys.argv[1], *map(int, sys.argv[2:6]), *sys.argv[6:8])  # type: ignore[arg-type]

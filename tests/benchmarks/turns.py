@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from tests.benchmarks.children import Child
 
 EXTRA = 'pip install "pyrovae[benchmarks]"'
+SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # JAX takes a card's memory for itself, all at once
 NEEDS = {"NumPyro": ("jax", "numpyro"), "Pythae": ("pythae.models",)}
 
 
@@ -45,7 +46,7 @@ def in_turns(
     runs: dict[str, Run] = {}
     with ExitStack() as stack:
         for name in names:
-            child = Child(module, name, *arguments, environment={"TORCHINDUCTOR_CACHE_DIR": cache})
+            child = Child(module, name, *arguments, environment={"TORCHINDUCTOR_CACHE_DIR": cache} | SHARING)
             runs[name] = Run(stack.enter_context(child))
         for name in names:
             try:
@@ -71,14 +72,17 @@ def leave_out(name: str, error: RuntimeError, absent: dict[str, str]) -> None:
     absent[name] = reason
 
 
-def numbers_of_cores(asked: Sequence[int]) -> list[int]:
-    """Those that there are."""
+def numbers_of_cores(asked: Sequence[int], device: str) -> list[int]:
+    """Those that there are; zero, which is all, where a card does the work."""
+    if device != "cpu":
+        return [0]
     return [n for n in asked if n <= len(os.sched_getaffinity(0))]
 
 
 def hold_to(cores: int) -> None:
-    """Hold this process to the first cores that it has."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    """Hold this process to the first cores that it has; zero are all of them."""
+    if cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
 
 def _rotated(names: tuple[str, ...], by: int) -> Iterator[str]:

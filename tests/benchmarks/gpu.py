@@ -1,0 +1,201 @@
+"""What a card should answer first, in one go: its tests, steps, epochs beside NumPyro, likelihoods, replicas, resuming,
+memory.
+
+    python tests/benchmarks/gpu.py --minutes 9 [--folder runs/gpu] [--only tests resume]
+
+Every answer stands in ``found.json`` and ``found.md`` of the folder as soon as it is there, what was said on the way in
+a log beside them. Cut off, or out of minutes, the same command goes on with what is missing. ``--device cpu --quick``
+shows without a card that the command works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.benchmarks.options import ROOT
+from tests.benchmarks.tables import Table
+
+KNOWN = "PYROVAE_OUTCOMES"  # the variable with the file of the tests' outcomes, a line each
+RUN, RESUME = [sys.executable, "tests/benchmarks/run.py"], [sys.executable, "-m", "tests.benchmarks.resume"]
+CELLS = ("mlp 20x1", "mlp 100x1", "mlp 100x50", "mlp 1000x50", "conv 100x1", "conv 100x50")
+EPOCHS = ("--cells", "20x1", "100x1", "100x5", "100x50", "--rounds", "3", "--epoch-steps", "600")
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "epochs": ("epochs", *EPOCHS),
+    "likelihoods": ("likelihoods", "--networks", "mlp", "--images", "500"),
+    "replicas": ("replicas",),
+    "memory": ("memory",),
+    **{
+        f"steps, {cell}": ("steps", "--networks", network, "--cells", size, "--compile-mode", "reduce-overhead")
+        for cell in CELLS
+        for network, size in [cell.split()]
+    },
+}
+QUICK = (
+    *("--seconds", "0.05", "--warmup", "2", "--samples", "3", "--images", "2"),
+    *("--rounds", "1", "--epoch-steps", "3", "--contenders", "pyrovae"),
+)
+PARTS = ("tests", "resume", *SECTIONS)
+
+
+class Outcomes:
+    """For pytest: passes over the tests whose outcome is known, and writes down the others' as they end."""
+
+    def __init__(self, file: Path, *, writes: bool) -> None:
+        self.file, self.writes = file, writes
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        known = outcomes(self.file)
+        items[:] = [item for item in items if item.nodeid not in known]
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if self.writes and (report.when == "call" or not report.passed):
+            with self.file.open("a") as file:
+                reason = "" if report.passed else str(report.longrepr)[-2000:]
+                file.write(json.dumps({"test": report.nodeid, "outcome": report.outcome, "reason": reason}) + "\n")
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if self.writes and exitstatus in (0, 1, 5):  # all were run, some failed, none was left
+            self.file.with_suffix(".ended").touch()
+
+
+def pytest_configure(config: Any) -> None:
+    """This file is the plugin."""
+    config.pluginmanager.register(Outcomes(Path(os.environ[KNOWN]), writes=not hasattr(config, "workerinput")))
+
+
+def outcomes(file: Path) -> dict[str, dict[str, str]]:
+    """Of the tests, so far; a line that was cut off is none."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return {row["test"]: row for row in map(json.loads, (line for line in lines if line.endswith("\n")))}
+
+
+@dataclass
+class Card:
+    """What one device has answered so far, in a folder; :param ends: when the minutes are over."""
+
+    folder: Path
+    device: str
+    quick: bool
+    ends: float
+
+    def ask(self, part: str) -> str:
+        """Run a part in a process of its own, with what it starts: how it ended."""
+        log, environment = self.path(part, ".log"), {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        if part == "tests":
+            environment[KNOWN] = str(self.path(part, ".jsonl"))
+        with log.open("a") as said:
+            child = subprocess.Popen(
+                self.command(part), cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
+            )
+            try:
+                status = child.wait(max(1.0, self.ends - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                return "out of minutes"
+            finally:
+                if child.poll() is None:
+                    os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
+        return "done" if self.answered(part) else f"failed ({status}): {last_line(log)}"
+
+    def command(self, part: str) -> list[str]:
+        """What answers a part."""
+        found = ["--json", str(self.path(part, ".json"))]
+        if part == "tests":
+            marks = [] if self.device == "cpu" else ["-m", "cuda"]
+            file = f"tests/test_{'schedules' if self.device == 'cpu' else 'cuda'}.py"
+            several = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+            plugin = ["-p", "tests.benchmarks.gpu", "-p", "no:cacheprovider"]
+            return [sys.executable, "-m", "pytest", file, "--tb=short", *marks, *several, *plugin]
+        if part == "resume":
+            return [*RESUME, self.device, *found, *(["--quick"] if self.quick else [])]
+        quick = [*QUICK, "--cells", "4x2"] if self.quick else []
+        return [*RUN, "--only", *SECTIONS[part], "--device", self.device, *found, *quick]
+
+    def path(self, part: str, suffix: str) -> Path:
+        """A file of a part."""
+        return self.folder / (re.sub(r"\W+", "-", part) + suffix)
+
+    def answered(self, part: str) -> bool:
+        """Whether all of a part is known."""
+        if part == "tests":
+            return self.path(part, ".ended").exists()
+        file = self.path(part, ".json")
+        return file.exists() and bool(json.loads(file.read_text())["sections"])
+
+    def found(self) -> dict[str, Any]:
+        """All answers, the tests' outcomes among them."""
+        files = {part: self.path(part, ".json") for part in PARTS if part != "tests"}
+        known = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
+        return {"tests": list(outcomes(self.path("tests", ".jsonl")).values()), "parts": known}
+
+    def write(self, ended: dict[str, str]) -> None:
+        """Both files, whole or as they were."""
+        found = {**self.found(), "ended": ended}
+        for name, text in (("found.json", json.dumps(found, indent=1)), ("found.md", markdown(found))):
+            aside = self.folder / f"{name}.new"
+            aside.write_text(text + "\n")
+            aside.replace(self.folder / name)
+
+
+def last_line(log: Path) -> str:
+    return (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """What was found, as tables."""
+    count = Counter(row["outcome"] for row in found["tests"])
+    lines = [f"Tests on the card: {', '.join(f'{n} {outcome}' for outcome, n in count.items()) or 'not run'}."]
+    lines += [f"- {row['test']}: {last(row['reason'])}" for row in found["tests"] if row["outcome"] == "failed"]
+    about: dict[str, Any] = {}
+    for part in found["parts"].values():
+        about |= part["environment"]
+    lines += ["", ", ".join(f"{name} {value}" for name, value in about.items()), ""]
+    for part in found["parts"].values():
+        for tables in part["sections"].values():
+            lines += [Table(**{**table, "columns": table["columns"]}).markdown() for table in tables]
+    return "\n".join([*lines, *(f"- {part}: {how}" for part, how in found["ended"].items() if how != "done")])
+
+
+def last(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it")
+    parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="of the answers")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts, in this order", metavar="PART")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to try the command")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    asked = parser.parse_args()
+    folder = asked.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    card = Card(folder, asked.device, asked.quick, time.monotonic() + 60 * asked.minutes)
+    ended: dict[str, str] = {}
+    for part in asked.only:
+        if card.answered(part):
+            continue
+        began = time.monotonic()
+        ended[part] = card.ask(part) if began < card.ends else "out of minutes"
+        card.write(ended)
+        print(f"{part}: {ended[part]}, {time.monotonic() - began:.0f} s", flush=True)
+    print((folder / "found.md").read_text() if (folder / "found.md").exists() else "nothing was missing")
+
+
+if __name__ == "__main__":
+    main()
