@@ -163,11 +163,16 @@ def bytes_at_peak(run: Callable[[int], object], size: int) -> float:
     return max(b + (size - few[1]) * (b - a) / 2 for a, b in zip(first, last, strict=True))
 
 
-def fitting_chunk(bytes_per_particle: float, memory: int, batch: Iterable[object]) -> int:
-    """The number of particles whose pass takes at most ``memory`` bytes, and no more than a device's caches hold."""
+def fitting_chunk(bytes_per_particle: float, memory: int, batch: Iterable[object], number: int) -> int:
+    """The number of particles whose pass takes at most ``memory`` bytes, and no more than a device's caches hold.
+
+    All passes on ``number`` of them are of one size where a few more come out even: a graph is of one size.
+    """
     device = next((a.device.type for a in batch if isinstance(a, Tensor)), "cpu")
     budget = min(memory, WORKING_SET.get(device, WORKING_SET["cpu"]))
-    return max(1, int(budget / max(bytes_per_particle, 1)))
+    few = -(-number // max(1, int(budget / max(bytes_per_particle, 1))))
+    passes = next((n for n in range(few, few + few // 3 + 1) if number % n == 0), few)
+    return -(-number // passes)
 
 
 class Passes:

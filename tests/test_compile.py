@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from types import SimpleNamespace
 
 import pyro
@@ -653,13 +654,52 @@ def test_what_is_wrong_with_a_pair_is_said_as_ever():
         train(Belief, GREY.round(), objective=pv.IWAE(2, gradient="stl"), particles=None, compile=True)
 
 
-def test_batches_of_another_size_run_eagerly_and_silently(interpreted):
-    compiled = Compiled(eager_of("vae"))
-    calls = []
-    compiled.functions[1] = lambda batch: calls.append(batch) or torch.zeros(())
-    for size in (7, 3, 7):
-        compiled(pv.ELBO(), (X[:size],))
-    assert [len(batch[0]) for batch in calls] == [7, 7]
+def test_sizes_that_go_on_get_a_graph_of_their_own_and_then_a_compiled_one(interpreted, monkeypatch):
+    """Each step is the eager one on the same noise, whichever way it is taken; too many sizes run eagerly."""
+    monkeypatch.setattr(compiling, "CAPTURED_AFTER", 2)
+    monkeypatch.setattr(compiling, "COMPILED_AFTER", 4)
+    monkeypatch.setattr(compiling, "SIZES", 2)
+    eager = eager_of("discrete")
+    compiled, objective, made = Compiled(eager), pv.VIMCO(3), []
+    for size in (7, *[3, 5] * 6, 4, 4, 4):
+        eager.example = (X[:size],)  # which `outcome` takes
+        expected = eager_outcome(eager, objective)
+        with rewritten():
+            assert_equal(expected, outcome(eager, compiled, objective))
+        made.append((len(compiled.functions), len(interpreted)))
+    assert made == [(1, 1)] * 5 + [(2, 1)] + [(3, 1)] * 3 + [(4, 2)] + [(5, 3)] * 6
+    assert compiled.kind == "compiled"
+
+
+def test_a_job_that_is_resumed_takes_the_other_sizes_as_it_would_have(interpreted, monkeypatch, tmp_path):
+    """What a graph draws is other than what an eager step does, so that both must change at the same step."""
+    monkeypatch.setattr(compiling, "CAPTURED_AFTER", 2)
+
+    def job(folder, *epochs):
+        torch.manual_seed(3)
+        pair = Skewed().float()
+        for i, number in enumerate(epochs):
+            options = {"objective": pv.ELBO(), "batch_size": 20, "compile": True, "progress": False}
+            pv.fit(pair.model, pair.guide, GREY.round().float(), epochs=number, run_dir=folder, resume=i > 0, **options)
+        return list(pair.parameters())
+
+    assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
+    whole = job(tmp_path / "whole", 4)
+    assert_same(job(tmp_path / "in parts", 1, 4), whole)
+    monkeypatch.setattr(compiling, "CAPTURED_AFTER", 9)
+    assert any(map(torch.ne, job(tmp_path / "eager", 4)[0].flatten(), whole[0].flatten()))
+
+
+def test_numbers_are_held_to_those_of_the_first_graph(interpreted):
+    """Not to those of a second one, of more particles, before which they changed."""
+    eager = eager_of("vae")
+    compiled = Compiled(eager)
+    compiled.static(pv.ELBO(1))
+    eager.state.modules[0].temperature = 0.5
+    with pytest.warns(UserWarning, match='temperature" has changed since'):
+        assert compiled.static(pv.ELBO(2)) is None
+    assert compiled.static(pv.ELBO(1)) is None
+    assert compiled.kind == "eager"
 
 
 # --- recorded steps, as far as they can be without a CUDA device -----------------------------------------------------

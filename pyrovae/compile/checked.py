@@ -78,15 +78,16 @@ class Checked:
             return self.compiled(*tensors(inputs))
         return self.function(*inputs)
 
-    def compile(self, inputs: Batch) -> partial[list[Tensor]]:
+    def compile(self, inputs: Batch, *, lowered: bool = True) -> partial[list[Tensor]]:
         """Make the graph for inputs such as these; what runs it takes their tensors.
 
+        :param lowered: through Inductor; else it runs operation by operation.
         :raises CannotCompile: with the reason.
         """
         if self.reason is not None:
             raise CannotCompile(self.reason)
         graph, expected, changed = self.capture(inputs)
-        compiled = partial(graph.compiled(), *self.state)
+        compiled = partial(graph.compiled() if lowered else graph, *self.state)
         with isolated_rng(self.seed), self.untouched(), full_float32():
             compare(expected, compiled(*tensors(inputs)), self.precision)
             compare(changed, self.changes, self.precision)

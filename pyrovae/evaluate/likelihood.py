@@ -163,7 +163,7 @@ class Sampler:
         self.dtype = measure(seen.particles).dtype
         saved = 0.0 if self.exact else SAVED * number * self.num_samples * sum(t.numel() for t in state)
         self.weigh = Checked(self.weights, state, wanted=wanted(compile, saved))
-        size = chunk_size or fitting_chunk(used.peak / 2, self.memory, batch)
+        size = chunk_size or fitting_chunk(used.peak / 2, self.memory, batch, self.num_samples)
         self.passes = Passes(size, on_halving=self.weigh.forget)
 
     def run(self, batch: Batch, num_particles: int) -> Particles:

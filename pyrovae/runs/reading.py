@@ -26,11 +26,12 @@ TRIES = 10  # readings of a checkpoint that is replaced meanwhile
 
 
 class LateState(TypedDict, total=False):
-    """What a checkpoint says of tensors that the first batch does not reach; those of before said nothing."""
+    """What a checkpoint says of batches unlike the first, and the tensors they reach; those of before said nothing."""
 
     order: list[str]  # of the optimizer's parameters, by name
     late: list[str]  # the names of the tensors
     examples: list[tuple[int, tuple[Any, ...]]]  # seeds and batches that reach them
+    met: dict[str, int]  # how many of each other size there were
 
 
 class State(LateState):
@@ -59,6 +60,9 @@ def check_state(state: object) -> State:
         raise ValueError("it names parameters by what is no text")
     if not all(type(seed) is int and isinstance(batch, tuple) for seed, batch in examples):
         raise ValueError("it holds examples that are no batches")
+    met = state.get("met", {})
+    if not (isinstance(met, dict) and all(type(count) is int for count in met.values())):
+        raise ValueError("it counts batches by what are no numbers")
     return cast(State, state)
 
 

@@ -6,7 +6,8 @@ gradients, clipping, optimizer) is recorded as one CUDA graph and replayed witho
 
 A compiled step is never silently wrong. Before its first use its loss and gradients are compared with the eager
 program's on the same noise, leaving generators, parameters and buffers untouched. What cannot be compiled runs eagerly,
-after one warning that says why; so does a batch of another size than the first.
+after one warning that says why. Batches of another size than the first run eagerly until there were so many that a
+graph of their own pays: operation by operation first, compiled where they go on.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ from pyrovae.train.plan import Plan, check_objective
 from pyrovae.train.step import Eager, Outcome, Recorded, Step
 
 CHECK_SEED = 20
+#: Eager steps of one size that take the time that a graph of it saves, after it took that to capture, and to compile
+#: (measured on a CPU: .3 to .8 s and 6 to 17 s, for 1 to 2 ms and 2 to 4 ms a step); and how many sizes are looked at.
+CAPTURED_AFTER, COMPILED_AFTER, SIZES = 300, 4000, 16
 
 #: Pyro's objectives that have equals here.
 OURS = {"Trace_ELBO": "ELBO", "TraceMeanField_ELBO": "ELBO", "TraceGraph_ELBO": "ELBO", "RenyiELBO": "Renyi"}
@@ -66,7 +70,7 @@ class CompiledGraph(NamedTuple):
 
 
 class Compiled:
-    """The gradients of one pair by compiled graphs, one a number of particles; eagerly for batches of another size.
+    """The gradients of one pair by compiled graphs, one a number of particles; graphs for batches of another size.
 
     :param anneals: whether kl_weight changes while training; it then is an input of the graph.
     """
@@ -78,34 +82,56 @@ class Compiled:
         self.signature = signature(self.example)
         first = eager.parameters[0]
         self.kl_weight = torch.ones((), dtype=first.dtype, device=first.device)
-        self.functions: dict[int, Callable[[Batch], Outcome] | None] = {}
+        self.functions: dict[object, Callable[[Batch], Outcome] | None] = {}
         self.graphs: dict[int, CompiledGraph] = {}
         self.numbers: dict[tuple[int, str], float] = {}
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
-        function = self.static(objective) if signature(batch) == self.signature else None
+        same = signature(batch) == self.signature
+        function = self.static(objective) if same else self.further(objective, batch)
         return self.eager(objective, batch) if function is None else function(batch)
 
     def static(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Outcome] | None:
         """What computes the gradients of an objective; None if that cannot be compiled."""
-        number = objective.num_particles
-        if number not in self.functions:
+        return self.function(objective.num_particles, objective, self.example)
+
+    def further(self, objective: pyro.infer.ELBO, batch: Batch) -> Callable[[Batch], Outcome] | None:
+        """The same for batches of another size; None while there were too few, or too many sizes."""
+        met, size = self.eager.met, f"{objective.num_particles} {signature(batch)}"
+        if self.kind == "eager" or (size not in met and len(met) == SIZES):
+            return None
+        met[size] = met.get(size, 0) + 1
+        if met[size] <= CAPTURED_AFTER:
+            return None
+        lowered = met[size] > COMPILED_AFTER
+        return self.function((size, lowered), objective, batch, lowered=lowered)
+
+    def function(
+        self, key: object, objective: pyro.infer.ELBO, example: Batch, *, lowered: bool = True
+    ) -> Callable[[Batch], Outcome] | None:
+        """What :meth:`compile` gives, made once; None, after a warning, where it cannot be made."""
+        if key not in self.functions:
             began = time.perf_counter()
+            self.look_again()
             try:
-                self.compile(objective)
+                self.functions[key] = self.compile(objective, example, lowered=lowered)
             except CannotCompile as error:
                 if self.kind == "compiled":
                     warn(f"cannot compile: {error}; running eagerly")
-                self.functions[number], self.kind = None, "eager"
+                self.functions[key], self.kind = None, "eager" if example is self.example else self.kind
             self.compile_seconds += time.perf_counter() - began
         self.anneal(objective)
-        return self.functions[number]
+        return self.functions[key]
 
-    def compile(self, objective: pyro.infer.ELBO) -> None:
-        """Make the graph of an objective; a :class:`CannotCompile` says why it cannot be made."""
+    def compile(
+        self, objective: pyro.infer.ELBO, example: Batch, *, lowered: bool = True
+    ) -> Callable[[Batch], Outcome]:
+        """The graph of an objective, compiled or not; a :class:`CannotCompile` says why it cannot be made."""
         before = numbers_in(self.eager.state.modules)
-        function, reached = self.differentiated(objective)
-        run = function.compile(self.example)
+        if name := differing(self.numbers, before):
+            raise CannotCompile(f'"{name}" has changed since the step was compiled: keep it in a buffer')
+        function, reached = self.differentiated(objective, example)
+        run = function.compile(example, lowered=lowered)
         self.numbers = numbers_in(self.eager.state.modules)
         if name := differing(before, self.numbers):
             raise CannotCompile(
@@ -118,9 +144,10 @@ class Compiled:
             put(reached, found, others)
             return Outcome(loss, left_out)
 
-        self.functions[objective.num_particles] = gradients
-        self.graphs[objective.num_particles] = CompiledGraph(run, reached, others)
-        remember(kind_of(objective, objective.num_particles, self.eager, self.anneals))
+        if example is self.example:
+            self.graphs[objective.num_particles] = CompiledGraph(run, reached, others)
+            remember(kind_of(objective, objective.num_particles, self.eager, self.anneals))
+        return gradients
 
     def look_again(self) -> None:
         """Leave graphs that were made while modules had other numbers than they have now."""
@@ -128,12 +155,12 @@ class Compiled:
             warn(f'"{name}" has changed since the step was compiled, running eagerly: keep it in a buffer')
             self.functions, self.kind = dict.fromkeys(self.functions), "eager"
 
-    def differentiated(self, objective: pyro.infer.ELBO) -> tuple[Checked, list[Tensor]]:
+    def differentiated(self, objective: pyro.infer.ELBO, example: Batch | None = None) -> tuple[Checked, list[Tensor]]:
         """Loss and gradients as a function of a batch; once it ran, the parameters whose gradients follow the loss."""
-        objective = copy.copy(traceable(objective))
+        objective, example = copy.copy(traceable(objective)), self.example if example is None else example
         for _ in range(2):  # with these particles it may reach more than the look did; what it reaches twice lasts
             with isolated_rng(), protected_buffers(self.eager.model, self.eager.guide):
-                self.eager.meet(self.example, self.eager.loss(objective, self.example).losses)
+                self.eager.meet(example, self.eager.loss(objective, example).losses)
         self.anneal(objective)
         if self.anneals:
             objective.kl_weight = self.kl_weight
@@ -183,8 +210,10 @@ def numbers_in(modules: Iterable[nn.Module]) -> dict[tuple[int, str], float]:
 
 
 def differing(before: dict[tuple[int, str], float], now: dict[tuple[int, str], float]) -> str | None:
-    """The name of a number that is another one, or new."""
-    return next((key[1] for key, value in now.items() if before.get(key) != value and value == value), None)
+    """The name of a number that is another one, or new in a module that was there before."""
+    known = {module for module, _ in before}
+    changed = (key for key, value in now.items() if before.get(key) != value and value == value)
+    return next((name for module, name in changed if module in known), None)
 
 
 def put(reached: Iterable[Tensor], gradients: Iterable[Tensor], others: Iterable[Tensor]) -> None:
@@ -211,8 +240,8 @@ def training_step(
 
     :param objective: one of ours; its kl_weight may be a 0-d tensor that is annealed in place.
     :param optimizer: a ``torch.optim`` optimizer over the pair's parameters.
-    :param batch: the arguments of model and guide, as an example; batches of another shape run eagerly. Modules run
-        in the modes in which :func:`pyrovae.fit` would train them, and are left in their own.
+    :param batch: the arguments of model and guide, as an example; batches of another shape run eagerly, until there
+        were hundreds. Modules run in the modes in which :func:`pyrovae.fit` would train them, and keep their own.
     :param clip_norm: largest 2-norm of the gradient.
     :param precision: "float32", "bfloat16" for networks that multiply in bfloat16, or "auto".
     :returns: a function ``step(*batch)`` that gives the loss, 0-d, not read back from the device. A step whose loss or
@@ -243,7 +272,7 @@ def training_step(
         device = eager.parameters[0].device
         eager.precision = choose_precision(precision, device, rows(batch, {}) * objective.total_particles)
         gradients = Compiled(eager)
-        gradients.compile(objective)
+        gradients.functions[objective.num_particles] = gradients.compile(objective, batch)
     step = Step(gradients, [optimizer], clip_norm)
     return TrainingStep(Recorded(step) if device.type == "cuda" else step, objective, taken, modes)
 

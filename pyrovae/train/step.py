@@ -82,6 +82,7 @@ class Eager:
         self.reach = Reach(model, guide, seen.state)
         self.reached, self.parameters = [self.reach], self.reach.parameters
         self.steps, self.sizes = 0, set[int]()
+        self.met: dict[str, int] = {}  # steps of a compiled job on batches of other sizes than the example, by kind
         if not self.parameters:
             raise ValueError(
                 "the pair has no parameters to train: use modules, pyro.param or tensors that require grad"

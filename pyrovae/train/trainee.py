@@ -105,6 +105,7 @@ class Trainee:
         amended = check_resumable(run, config, saved["epoch"])
         weights = run.weights()
         with runs.undamaged(run.path / "last" / runs.STATE):
+            self.eager.met.update(saved.get("met", {}))
             self.eager.reach.find(saved.get("examples", []), self.feed.device)
             step.join()
             self.eager.reach.restore(weights, saved.get("late", []), run)
@@ -149,7 +150,7 @@ class Trainee:
             self.best = {}
         state = {
             "epoch": len(result.history), "best_epoch": result.best_epoch, "finished": result.finished,
-            "rng": rng_snapshot(), **self.eager.reach.saved(self.optimizer),
+            "rng": rng_snapshot(), "met": self.eager.met, **self.eager.reach.saved(self.optimizer),
         }  # fmt: skip
         run.save("last", self.eager.reach.tensors, state)
 
