@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 
 from pyrovae.arguments import one_line
 from pyrovae.compile.checked import untouched
+from pyrovae.compile.steps import AT_ONCE
 from pyrovae.engine.probe import PairState
 from pyrovae.engine.randomness import isolated_rng
 
+TRIES = 3  # captures of a step, which other threads can spoil
 WARM_UP = 3  # steps before a CUDA graph is recorded, in which libraries allocate what they need
 
 
@@ -30,17 +32,23 @@ class Recording:
     It runs a few times aside first, so that libraries allocate what they need; parameters, buffers and optimizers are
     as before when it is recorded.
 
+    :param beside: another recording, which shares its memory, as the two never run at once.
     :raises CannotRecord: for a step that waits for the device, or draws noise on the CPU, which the graph would freeze.
     """
 
     def __init__(
-        self, step: Callable[[], Tensor], states: Sequence[PairState], optimizers: Sequence[Optimizer]
+        self,
+        step: Callable[[], Tensor],
+        states: Sequence[PairState],
+        optimizers: Sequence[Optimizer],
+        beside: Recording | None = None,
     ) -> None:
         for optimizer in filter(capturable, optimizers):
             make_capturable(optimizer)
         self.optimizers, self.frozen = optimizers, [options(optimizer) for optimizer in optimizers]
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        aside, self.graph = torch.cuda.Stream(parameters[0].device), torch.cuda.CUDAGraph()
+        self.graph: torch.cuda.CUDAGraph
+        aside = torch.cuda.Stream(parameters[0].device)
         aside.wait_stream(torch.cuda.current_stream(aside.device))
         with reasons(), torch.cuda.stream(aside):
             with ExitStack() as undo:
@@ -56,15 +64,14 @@ class Recording:
                     step()
                 if not torch.equal(before, torch.get_rng_state()):
                     raise CannotRecord("it draws noise on the CPU, which a CUDA graph would freeze")
-            # while this thread records, others may go on
-            with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
-                self.loss = step()
+            self.graph, self.loss = captured(step, aside, None if beside is None else beside.graph.pool())
         torch.cuda.current_stream(aside.device).wait_stream(aside)
         self.gradients = [(parameter, parameter.grad) for parameter in parameters]
 
-    def replay(self) -> Tensor:
+    def replay(self, times: int = 1) -> Tensor:
         """Run the step again on what its inputs hold now; the loss, with the gradients in ``.grad``."""
-        self.graph.replay()
+        for _ in range(times):
+            self.graph.replay()
         for parameter, gradient in self.gradients:  # other steps may have put theirs there
             parameter.grad = gradient
         return self.loss.clone()  # the next replay overwrites it
@@ -77,6 +84,76 @@ class Recording:
                     known["lr"].fill_(group["lr"])
                     group["lr"] = known["lr"]
         return self.frozen == [options(optimizer) for optimizer in self.optimizers]
+
+
+def captured(step: Callable[[], Tensor], aside: torch.cuda.Stream, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A step as a graph, and where that leaves the loss; other threads may go on meanwhile, but wait for no device."""
+    for tries_left in reversed(range(TRIES)):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+                return graph, step()
+        except RuntimeError:
+            close(graph, aside)
+            if not tries_left:
+                raise
+    raise AssertionError
+
+
+def close(graph: torch.cuda.CUDAGraph, aside: torch.cuda.Stream) -> None:
+    """After a capture that failed: torch leaves its memory pool and its generator as they are within one."""
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(aside.device_index, graph.pool())
+    for _ in range(100):  # others may spoil this one as well
+        with warnings.catch_warnings(), suppress(RuntimeError):
+            warnings.filterwarnings("ignore", message=".*graph is empty")
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=aside, capture_error_mode="thread_local"):
+                pass
+            return  # the generator leaves a capture where one ends well
+
+
+class Replays:
+    """Steps in a row on data that live on a device: replays of one graph, which finds what is a step's by its number.
+
+    :param step: a step on the data of an index: its losses, and how many data were left out.
+    :param record: what records the step with all around it.
+    :param inputs: the learning rate, and kl_weight if it changes, 0-d: what each step has its own of.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Tensor], Tensor],
+        record: Callable[[Callable[[], Tensor]], Recording],
+        size: int,
+        inputs: Sequence[Tensor],
+    ) -> None:
+        now = torch.stack([value.double() for value in inputs])
+        self.step, self.inputs, self.came = step, inputs, now.new_zeros(0)
+        self.values, self.number = now.repeat(AT_ONCE, 1), torch.zeros(1, dtype=torch.long, device=now.device)
+        self.order = self.number.new_zeros(AT_ONCE, size)
+        self.recording = record(self.numbered)
+
+    def numbered(self) -> Tensor:
+        """The step whose turn it is."""
+        index, values = (rows.index_select(0, self.number)[0] for rows in (self.order, self.values))
+        for place, value in zip(self.inputs, values.unbind(), strict=True):
+            place.copy_(value)
+        outcome = self.step(index)
+        if not len(self.came):
+            self.came = outcome.new_zeros(AT_ONCE, *outcome.shape)
+        self.came.index_copy_(0, self.number, outcome[None])
+        self.number.add_(1)
+        return outcome
+
+    def __call__(self, order: Tensor, rates: Sequence[float], kl_weights: Sequence[float]) -> list[tuple[float, int]]:
+        """Steps on the data of these indices, as many as there are rates: their losses, and how many were left out."""
+        number, size = len(rates), self.order.shape[1]
+        own = torch.tensor([rates, kl_weights][: len(self.inputs)], dtype=torch.float64)
+        self.order[:number].copy_(order[: number * size].unflatten(0, (number, size)))
+        self.values[:number].copy_(own.mT)
+        self.number.zero_()
+        self.recording.replay(number)
+        return [(loss, int(left_out)) for loss, left_out in self.came[:number].tolist()]
 
 
 def options(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Steps that are taken many at once, by C++, where it knows all that they do."""
+"""Steps that are taken many at once: by C++, where it knows all that they do, or as replays of one CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pyrovae.compile import steps
 from pyrovae.compile.checked import tensors
 from pyrovae.compile.graph import Runnable
 from pyrovae.compile.noise import plain_draws
+from pyrovae.compile.recording import Replays
 from pyrovae.data.feed import Feed
 from pyrovae.data.images import Images
+from pyrovae.engine.programs import Batch
 from pyrovae.engine.updates import is_plain
 from pyrovae.train.compiled import Compiled, CompiledGraph, put
 from pyrovae.train.outcomes import Outcomes
@@ -24,9 +26,12 @@ from pyrovae.train.step import Recorded, Step
 #: What the C++ knows of Adam's options.
 OPTIONS = {"weight_decay": 0, "amsgrad": False, "maximize": False, "decoupled_weight_decay": False}
 
+#: A graph, and what takes its steps.
+Made = tuple[CompiledGraph, steps.Steps | Replays]
+
 
 class Ahead:
-    """Takes steps of an epoch: those of a compiled graph, on a CPU, on data in memory, by Adam without extras.
+    """Takes steps of an epoch: those of a compiled graph on data in memory, on a CPU by Adam without extras.
 
     :ivar steps: those of the epoch that were taken so far, here and elsewhere, on so many ``data``.
     """
@@ -34,9 +39,10 @@ class Ahead:
     def __init__(self, epoch: int, feed: Feed, step: Step | Recorded, plan: Plan, outcomes: Outcomes) -> None:
         self.epoch, self.feed, self.plan, self.outcomes = epoch, feed, plan, outcomes
         self.steps = self.data = 0
-        self.step = step if isinstance(step, Step) and step.clip_norm is None else None
-        self.gradients = step.gradients if isinstance(step.gradients, Compiled) and feed.device.type == "cpu" else None
-        self.made: dict[int, tuple[CompiledGraph, steps.Steps] | None] = {}  # for each number of particles
+        self.recorded = step if isinstance(step, Recorded) else None
+        self.step = step.step if isinstance(step, Recorded) else step
+        self.gradients = step.gradients if isinstance(step.gradients, Compiled) else None
+        self.made: dict[int, Made | None] = {}  # for each number of particles
 
     def now(self, more: int = 0) -> float:
         """How many epochs there were, after ``more`` steps."""
@@ -44,21 +50,21 @@ class Ahead:
 
     def __call__(self, order: Tensor) -> int:
         """Take steps on the first of these data, on as many as it can, and give their number."""
-        step, taken = self.step, 0
-        if step is None or not step.optimizers[0].state:  # which a first step makes
+        taken = 0
+        if self.gradients is None or not self.step.optimizers[0].state:  # which a first step makes
             return 0
         self.made.clear()  # a step that was taken elsewhere may have put tensors in place, too
         while whole := min((len(order) - taken) // self.feed.batch_size, steps.AT_ONCE):
             objective = self.plan.at(self.now())
             if (number := objective.num_particles) not in self.made:
-                self.made[number] = self.make(step, objective)
+                self.made[number] = self.make(objective)
             made = self.made[number]
-            if made is None or not (more := self.take(step, *made, order[taken:], whole)):
+            if made is None or not (more := self.take(*made, order[taken:], whole)):
                 break
             taken += more
         return taken
 
-    def take(self, step: Step, graph: CompiledGraph, run: steps.Steps, order: Tensor, most: int) -> int:
+    def take(self, graph: CompiledGraph, run: steps.Steps | Replays, order: Tensor, most: int) -> int:
         """Take steps of one graph; gives the number of their data."""
         rates, weights = [], []
         number = self.plan.at(self.now()).num_particles
@@ -66,25 +72,34 @@ class Ahead:
             objective = self.plan.at(now := self.now(i))
             if objective.num_particles != number:
                 break
-            rates.append(step.base_lr[0][0] * self.plan.factor(now))
+            rates.append(self.step.base_lr[0][0] * self.plan.factor(now))
             weights.append(float(getattr(objective, "kl_weight", 1.0)))
         if not (came := run(order, rates, weights)):
             return 0  # the step failed, and fails again in Python, which says why
         last = self.now(len(came) - 1)
-        step.set_lr(self.plan.factor(last))
-        put(graph.reached, run.adam.gradients, graph.others)
+        self.step.set_lr(self.plan.factor(last))
         data = len(came) * self.feed.batch_size
-        self.feed.index = order[data - self.feed.batch_size : data]
+        indices = order[:data].split(self.feed.batch_size)
+        given: list[Batch] = [(index,) for index in indices]
+        if isinstance(run, steps.Steps):
+            put(graph.reached, run.adam.gradients, graph.others)
+            given = [tuple(t.clone() for t in run.batch)] * len(came)  # of the last, which may have been withheld
+        self.feed.index = indices[-1]
         first, self.steps, self.data = self.steps, self.steps + len(came), self.data + data
-        self.outcomes.took(self.plan.at(last), came, self.epoch, first, tuple(t.clone() for t in run.batch))
+        self.outcomes.took(self.plan.at(last), came, self.epoch, first, list(zip(given, indices, strict=True)))
         return data
 
-    def make(self, step: Step, objective: pyro.infer.ELBO) -> tuple[CompiledGraph, steps.Steps] | None:
+    def make(self, objective: pyro.infer.ELBO) -> Made | None:
         """What takes the steps of an objective's graph, or None where nothing can."""
-        gradients, images = self.gradients, self.feed.images
-        if gradients is None or images is None or not fit_for_rows(images) or gradients.static(objective) is None:
+        gradients, images, step = self.gradients, self.feed.images, self.step
+        if gradients is None or images is None or gradients.static(objective) is None:
             return None
         graph = gradients.graphs[objective.num_particles]
+        if self.recorded is not None:
+            replays = self.recorded.in_a_row(objective, [gradients.kl_weight] if gradients.anneals else [])
+            return None if replays is None else (graph, replays)
+        if self.feed.device.type != "cpu" or step.clip_norm is not None or not fit_for_rows(images):
+            return None
         run, adam = graph.run.func, known_adam(step, graph)
         if adam is None or not isinstance(run, Runnable):
             return None

@@ -206,7 +206,7 @@ def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan, watches
     ahead = Ahead(epoch, feed, step, plan, outcomes)
     if isinstance(step.gradients, Compiled):
         step.gradients.look_again()
-    for batch in feed.indices() if step.takes_index else feed.batches(ahead):
+    for batch in feed.indices(ahead) if step.takes_index else feed.batches(ahead):
         step.set_lr(plan.factor(ahead.now()))
         # What Pyro's own checks can find they find at the first step; later they cost time, and hide what became NaN.
         with nullcontext() if epoch == ahead.steps == 0 else pyro.validation_enabled(False):

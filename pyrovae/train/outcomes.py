@@ -152,13 +152,18 @@ class Outcomes:
             self.read()
 
     def took(
-        self, objective: pyro.infer.ELBO, came: Sequence[tuple[float, int]], epoch: int, step: int, batch: Batch
+        self,
+        objective: pyro.infer.ELBO,
+        came: Sequence[tuple[float, int]],
+        epoch: int,
+        step: int,
+        given: Sequence[tuple[Batch, Tensor]],
     ) -> None:
-        """Take in steps of one pair, from step number ``step``, that were taken already, with the batch of the last."""
+        """Take in steps of one pair from number ``step`` on that were taken already, with batch and index of each."""
         self.read()
         self.objective = objective
-        for number, (loss, left_out) in enumerate(came):
-            self.count(self.watches[0], loss, left_out, (epoch, step + number, batch, self.feed.index))
+        for number, ((loss, left_out), (batch, index)) in enumerate(zip(came, given, strict=True)):
+            self.count(self.watches[0], loss, left_out, (epoch, step + number, batch, index))
 
     def read(self) -> None:
         """Read back what was taken in since."""

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from pyrovae.compile.checked import signature, tensors
 from pyrovae.compile.precision import networks_in
-from pyrovae.compile.recording import CannotRecord, Recording, capturable
+from pyrovae.compile.recording import CannotRecord, Recording, Replays, capturable
 from pyrovae.data.feed import Feed, as_batch
 from pyrovae.data.images import Images
 from pyrovae.engine.brief import Brief
@@ -256,6 +256,7 @@ class Recorded:
         self.takes_index, example = images is not None, step.gradients.example
         self.whole = all(map(capturable, step.optimizers))
         self.recorded: dict[int, Recording | None] = {}
+        self.rows: dict[int, Replays | None] = {}
         self.joined = step.joined
         if images is None:
             self.slots: Batch = tuple(a.clone() if isinstance(a, Tensor) else a for a in example)
@@ -279,10 +280,9 @@ class Recorded:
             slot.copy_(given, non_blocking=True)
         self.join()
         number = objective.num_particles
-        if self.whole and not all(known.follows() for known in self.recorded.values() if known):
-            self.whole, self.recorded = False, {}  # who changes options once may do so again
+        self.follow()
         if number not in self.recorded:
-            self.recorded[number] = self.record(gradients)
+            self.recorded[number] = self.record(lambda: self.body(gradients, self.slots))
         recording = self.recorded[number]
         if recording is None:
             return self.step(objective, self.gathered(batch))
@@ -291,36 +291,67 @@ class Recorded:
             self.step.update()
         return Outcome(losses, left_out)
 
+    def in_a_row(self, objective: pyro.infer.ELBO, kl_weight: Sequence[Tensor]) -> Replays | None:
+        """What takes many steps like one that was recorded, on data of the device; None where nothing can.
+
+        :param kl_weight: the tensor that it is, if it changes from step to step.
+        """
+        self.follow()
+        number, groups = objective.num_particles, list(self.step.groups())
+        recording, gradients = self.recorded.get(number), self.gradients.static(objective)
+        if not (self.whole and recording and gradients and self.images and len(groups) == 1):
+            return None
+        if number not in self.rows:
+            try:
+                self.rows[number] = Replays(
+                    lambda index: self.body(gradients, (index,)),
+                    lambda body: self.recording(body, recording), len(self.slots[0]), [groups[0]["lr"], *kl_weight],
+                )  # fmt: skip
+            except CannotRecord:
+                self.rows[number] = None
+        return self.rows[number]
+
+    def follow(self) -> None:
+        """Leave what was recorded under other options than the optimizers have now."""
+        known = [*self.recorded.values(), *(row.recording for row in self.rows.values() if row)]
+        if self.whole and not all(recording.follows() for recording in known if recording):
+            self.whole = False  # who changes options once may do so again
+            self.recorded.clear()
+            self.rows.clear()
+
     def join(self) -> None:
         """As the step does; what was recorded moves the former parameters only."""
         self.step.join()
         if self.joined < self.step.joined:
             self.joined = self.step.joined
             self.recorded.clear()
+            self.rows.clear()
 
-    def record(self, gradients: Callable[[Batch], Outcome]) -> Recording | None:
-        """The step on what the slots hold, without its optimizers where they read on the host or change options.
+    def body(self, gradients: Callable[[Batch], Outcome], given: Batch) -> Tensor:
+        """The step to be recorded, without its optimizers where they read on the host or change options."""
+        self.step.begin()
+        outcome = gradients(self.gathered(given))
+        self.step.judge(outcome.losses)
+        if self.whole:
+            self.step.update()
+        return torch.stack([outcome.losses, outcome.left_out.to(outcome.losses.dtype)])
 
-        None, after a warning, where it cannot be recorded.
-        """
-
-        def body() -> Tensor:
-            self.step.begin()
-            outcome = gradients(self.gathered(self.slots))
-            self.step.judge(outcome.losses)
-            if self.whole:
-                self.step.update()
-            return torch.stack([outcome.losses, outcome.left_out.to(outcome.losses.dtype)])
-
-        began, withheld = time.perf_counter(), self.step.guard.withheld.clone()
+    def record(self, body: Callable[[], Tensor]) -> Recording | None:
+        """What a step does, or None, after a warning, where it cannot be recorded."""
         try:
-            recording = Recording(body, self.gradients.states, self.step.optimizers)
+            return self.recording(body)
         except CannotRecord as error:
             warn(f"cannot record the step: {error}; running it compiled, but not as a CUDA graph")
-            recording = None
-        self.step.guard.withheld.copy_(withheld)
-        self.gradients.compile_seconds += time.perf_counter() - began
-        return recording
+            return None
+
+    def recording(self, body: Callable[[], Tensor], beside: Recording | None = None) -> Recording:
+        """What a step does; a :class:`CannotRecord` says why it cannot be recorded."""
+        began, withheld = time.perf_counter(), self.step.guard.withheld.clone()
+        try:
+            return Recording(body, self.gradients.states, self.step.optimizers, beside)
+        finally:
+            self.step.guard.withheld.copy_(withheld)
+            self.gradients.compile_seconds += time.perf_counter() - began
 
     def gathered(self, batch: Batch) -> Batch:
         """A batch of data from its index, where the data live on the device; else the batch as it is."""

@@ -95,7 +95,8 @@ class Card:
 
     def ask(self, part: str) -> str:
         """Run a part in a process of its own, with what it starts: how it ended."""
-        log, environment = self.path(part, ".log"), {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        log, environment = self.path(part, ".log"), {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
         if part == "tests":
             environment[KNOWN] = str(self.path(part, ".jsonl"))
         with log.open("a") as said:
