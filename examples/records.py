@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import torch
 from pyrovae import runs
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("pyrovae", "examples/tables.py", "examples/records.py", "examples/head.py")  # what a cell's figures depend on
+#: What a cell's figures depend on.
+CODE = ("pyrovae", *(f"examples/{name}.py" for name in ("tables", "cells", "records", "head")))
 
 #: What a record says, beside the settings it was asked for.
 FOUND = (
@@ -22,8 +25,8 @@ FOUND = (
 
 #: What a cell is asked to be, as far as a record says it, and "epochs", where no budget in minutes decides them.
 ASKED = (
-    "table", "layers", "objective", "particles", "groups", "gradient", "beta", "continues", "dataset", "budget_minutes",
-    "batch_size", "lr", "schedule", "adam", "precision", "train", "num_samples", "seed",
+    "table", "layers", "objective", "particles", "groups", "gradient", "beta", "continues", "variant", "growth",
+    "dataset", "budget_minutes", "batch_size", "lr", "schedule", "adam", "precision", "train", "num_samples", "seed",
 )  # fmt: skip
 
 
@@ -83,12 +86,18 @@ def checked(path):
 
 
 def commit():
-    """The commit of the code, with "-changed" where files of it differ from that; "unknown" outside a repository."""
+    """The commit of the code, with "-changed" where files of it differ from that.
+
+    Of a copy without its repository it is what PYROVAE_COMMIT says, or "unknown".
+    """
     try:
         found = git("rev-parse", "HEAD")
         return found + ("-changed" if git("status", "--porcelain", "--", *CODE) else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        said = os.environ.get("PYROVAE_COMMIT", "unknown")
+    if not re.fullmatch("[0-9a-f]{40}(-changed)?|unknown", said):
+        raise ValueError(f"PYROVAE_COMMIT must be a commit of 40 digits, got {said!r}: set it to git rev-parse HEAD")
+    return said
 
 
 def git(*arguments):

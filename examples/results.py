@@ -15,6 +15,7 @@ import head
 import published
 import records
 import tables
+from cells import BOUNDS, SELECTORS, TABLES
 
 from pyrovae import runs
 from pyrovae.plots import charts, images
@@ -23,9 +24,10 @@ TITLES = {
     "A": "Table A: likelihoods and active units",
     "B": "Table B: two stages",
     "C": "Table C: 64 samples, spent in several ways",
+    "D": "Beyond the tables: other gradients, priors and posteriors",
 }
 DATA = {"mnist": "MNIST", "omniglot28": "OMNIGLOT", "digits": "Embedded digits"}
-OF_A_CELL = ("layers", "objective", "particles", "groups", "gradient", "beta", "continues")
+OF_A_CELL = ("layers", "objective", "particles", "groups", "gradient", "beta", "continues", "variant", "growth")
 FIGURES = {"IWAE-64": "iwae_64", "log p-hat": "log_p", "-KL": "minus_kl"}
 HEAD = """# The lectures' tables
 
@@ -40,14 +42,17 @@ one table have data, schedule, seed, gradient and commit in common. A cell that 
 def number_of(cell):
     """What sets a cell apart within its table: of a cell or of a record."""
     values = cell if isinstance(cell, dict) else vars(cell)
-    return tuple(values.get(key) for key in ("layers", "objective", "groups", "particles", "beta"))
+    beyond = ("gradient", "variant", "growth") if values["table"] == "D" else ()
+    return tuple(values.get(key) for key in ("layers", "objective", "groups", "particles", "beta", *beyond))
 
 
 def common(record):
     """What the cells of one table share."""
     asked, first = records.asked(record), record.get("continues")
-    gradients = {record["gradient"], (first or record)["gradient"]}
     shared = {key: value for key, value in asked.items() if key not in OF_A_CELL}
+    if record["table"] == "D":  # whose minutes are compared
+        return shared | {key: record.get(key) for key in ("commit", "processor", "sharing")}
+    gradients = {record["gradient"], (first or record)["gradient"]}
     if first:
         shared["continues"] = {key: value for key, value in first.items() if key not in OF_A_CELL}
     return shared | {"gradient": max(gradients, key=lambda name: name != "total"), "commit": record["commit"]}
@@ -79,10 +84,11 @@ def active(record, how="at_one_draw"):
 
 def costs(record):
     heavy = record.get("unreliable")
-    return [None if heavy is None else f"{heavy:.0%}", record["epochs"], f"{record['cpu_minutes']:.0f}"]
+    minutes = (f"{record[key]:.{0 if record[key] >= 10 else 1}f}" for key in ("minutes", "cpu_minutes"))
+    return [None if heavy is None else f"{heavy:.0%}", record["epochs"], *minutes]
 
 
-COSTS = ["Pareto k > 0.7", "epochs", "CPU minutes"]
+COSTS = ["Pareto k > 0.7", "epochs", "minutes", "CPU minutes"]
 
 
 def rows_a(cell, record, theirs, _):
@@ -108,13 +114,24 @@ def rows_c(cell, record, theirs, _):
     return [*row, active(record)]
 
 
+def rows_d(cell, record, theirs, _):
+    ours, *rest = against(record["nll"], best(theirs, cell.layers))
+    return [f"{ours} ± {record['nll_std_error']:.1g}", *rest, f"{record['minus_kl']:.2f}", active(record)]
+
+
+def best(theirs, layers):
+    """The best published NLL of so many layers, or None."""
+    return min((nll for (number, *_), (nll, _) in theirs.items() if number == layers), default=None)
+
+
 BEYOND = ["published", "difference"]
 LAYOUT = {  # columns, what fills them, what they stand beside
     "A": (["NLL", *BEYOND, "active units", "averaged", "published"], rows_a, published.IMPORTANCE_WEIGHTED),
     "B": (["first stage", "NLL", *BEYOND, "active units", "published"], rows_b, published.SECOND_STAGE),
     "C": ([c for name in FIGURES for c in (name, *BEYOND)] + ["active units"], rows_c, published.TIGHTER),
+    "D": (["NLL", "best published", "difference", "-KL", "active units"], rows_d, published.IMPORTANCE_WEIGHTED),
 }
-CURVES = "The curves are of the first {images} test images, log p-hat in them from {samples:,} samples."
+CURVES = "The curves are of the first {images} test images, log p-hat in them from {samples:,} samples{besides}."
 NOTES = {
     "A": (
         "IWAE with k = 1 is the VAE. Active units of the second layer: at one draw of the first, as the paper's code "
@@ -124,6 +141,14 @@ NOTES = {
     "C": (
         "IWAE-64 is $L_{64}$, the mean of ten draws of it, log p-hat the negative NLL, and -KL = IWAE-64 - log p-hat; "
         "± is the published spread over four runs."
+    ),
+    "D": (
+        "The networks of table A, and its bounds, with what they have in the papers replaced: the gradient by the "
+        "doubly reparameterised one (dreg) or by sticking the landing (stl), the number of particles by one that grows "
+        "(6x1, 11x5, 3x20: 1 in 6 of 20 parts of the epochs, then 5, then 20), the prior by a VampPrior of 100 "
+        "components (vamp), the posterior by one of full covariance (full), four affine couplings (flow) or four "
+        "inverse autoregressive steps (iaf), the guide of two layers by a ladder. Best published: table A's best cell "
+        "of as many layers. What a cell does not name is as in table A."
     ),
 }
 
@@ -140,7 +165,7 @@ def orderings_a(by_cell, _):
     claims = {
         "IWAE is better than VAE": [((n, "IWAE", k), (n, "VAE", k)) for n in (1, 2) for k in (5, 50)],
         "IWAE is better with more particles": rising,
-        "two layers are better than one": [((2, *bound), (1, *bound)) for bound in tables.BOUNDS],
+        "two layers are better than one": [((2, *bound), (1, *bound)) for bound in BOUNDS],
         "IWAE has more active units in the first layer with more particles": rising,
     }
     for claim, pairs in claims.items():
@@ -157,13 +182,28 @@ def orderings_b(*_):
 
 def orderings_c(by_cell, theirs):
     """The cells from the best to the worst by each figure, here and as published."""
-    known = {number: cell.stages for cell in tables.TABLES["c"] if (number := number_of(cell)) in by_cell}
+    known = {number: cell.stages for cell in TABLES["c"] if (number := number_of(cell)) in by_cell}
     for i, (figure, name) in enumerate(FIGURES.items()):
         ours = sorted(known, key=lambda number: -by_cell[number][name])
         yield f"{figure}, best first: {'; '.join(known[number] for number in ours)}"
         if theirs:
             papers = sorted(known, key=lambda number: -theirs[number[1:]][i][0])
             yield f"{figure} as published: {'; '.join(known[number] for number in papers)}"
+
+
+def orderings_d(by_cell, theirs):
+    """What is better than the papers' best of as many layers, and at what cost; what is the best here."""
+    for layers in (1, 2):
+        ours = [(by_cell[n], cell) for cell in TABLES["d"] if (n := number_of(cell)) in by_cell and n[0] == layers]
+        if not ours:
+            continue
+        ours.sort(key=lambda pair: pair[0]["nll"])
+        said = [f"{cell.stages}: {record['nll']:.2f} in {record['minutes']:.1f} minutes" for record, cell in ours]
+        layer = layers_of(layers)
+        yield f"The best of {layer}: {said[0]}"
+        if (known := best(theirs, layers)) is not None:
+            better = [line for line, (record, _) in zip(said, ours, strict=True) if record["nll"] < known]
+            yield f"Better than the best published of {layer}, {known:.2f}: {'; '.join(better) or 'none'}"
 
 
 def counted(values):
@@ -187,7 +227,8 @@ def conditions(shared, rows):
     """How the cells of a table came about, line by line."""
     first = f"{schedule(shared['continues'])}; then " if "continues" in shared else ""
     data = "all training images" if shared["train"] is None else f"the first {shared['train']:,} training images"
-    yield f"Training: {first}{schedule(shared)}; {data}, seed {shared['seed']}, gradient {shared['gradient']}"
+    gradient = f", gradient {shared['gradient']}" if "gradient" in shared else ""
+    yield f"Training: {first}{schedule(shared)}; {data}, seed {shared['seed']}{gradient}"
     yield f"NLL from {shared['num_samples']:,} samples"
     yield f"Commit: {shared['commit']}" + "".join(
         f"; {records.name(records.asked(record))} begun at {record['begun_at_commit']}"
@@ -196,6 +237,8 @@ def conditions(shared, rows):
     if "continues" in shared:
         yield f"Commit of the first stages: {counted(record['continued']['commit'] for record in rows)}"
     yield f"Processor: {counted(record['processor'] for record in rows)}"
+    if any(record.get("sharing", 1) > 1 for record in rows):
+        yield f"Cells at a time on it: {counted(record.get('sharing', 1) for record in rows)}"
     yield f"Threads and path: {counted('{threads}, {path}'.format(**record) for record in rows)}"
     yield f"Versions: {counted(', '.join(f'{k} {v}' for k, v in record['versions'].items()) for record in rows)}"
 
@@ -205,9 +248,10 @@ def section(shared, by_cell, found):
     letter, dataset = shared["table"], shared["dataset"]
     columns, fill, papers = LAYOUT[letter]
     theirs = papers.get(dataset, {})
+    total = shared.get("gradient", "total") == "total"
     cells = [
-        cell for cell in tables.TABLES[letter.lower()]
-        if cell.objective != "VAE" or cell.continues or shared["gradient"] == "total" or number_of(cell) in by_cell
+        cell for cell in TABLES[letter.lower()]
+        if cell.objective != "VAE" or cell.continues or total or number_of(cell) in by_cell
     ]  # fmt: skip
     rows, missing = [], []
     for cell in cells:
@@ -219,21 +263,24 @@ def section(shared, by_cell, found):
             rows.append([str(cell), *fill(cell, record, theirs, found), *costs(record)])
     ours = [by_cell[number_of(cell)] for cell in cells if number_of(cell) in by_cell]
     length = schedule(shared.get("continues", shared)).split(",")[0]
-    own = f"seed {shared['seed']}, {shared['gradient']} gradients, commit {shared['commit'][:7]}"
+    gradients = f", {shared['gradient']} gradients" if "gradient" in shared else f", {ours[0]['processor']}"
+    own = f"seed {shared['seed']}{gradients}, commit {shared['commit'][:7]}"
     said = [f"Not run: {'; '.join(missing)}"] if missing else ["Every cell was run"]
     if dataset == "omniglot28":
         said.append("The split of the drawings is a random one, and not the paper's: no difference is evidence")
     if not theirs:
         said.append("Nothing was published on these data")
     said += [*ORDERINGS[letter](by_cell, theirs), *conditions(shared, ours)]
-    whole = {key: value for key, value in records.asked(ours[0]).items() if key not in tables.SELECTORS}
-    commands = [tables.command_of(whole | {"gradient": shared["gradient"]}), *(record["command"] for record in ours)]
-    curves = f"![{', '.join(FIGURES)} along the training]({picture(shared)})"
+    whole = {key: value for key, value in records.asked(ours[0]).items() if key not in SELECTORS}
+    whole |= {"gradient": shared.get("gradient")}
+    commands = [tables.command_of(whole), *(record["command"] for record in ours)]
+    curves = f"![{', '.join(FIGURES) if letter == 'C' else 'NLL'} along the training]({picture(shared)})"
+    besides = "" if letter == "C" else ", so that they lie above the table's NLL; minutes are those of training alone"
     return [
         f"### {DATA.get(dataset, dataset)}: {length}, {own}",
         table(["cell", *columns, *COSTS], rows),
         "\n".join(f"* {line}." for line in said),
-        *([curves, CURVES.format(**ours[0]["curve"])] if letter == "C" else []),
+        *([curves, CURVES.format(besides=besides, **ours[0]["curve"])] if letter in tables.CURVED else []),
         "The whole table, and its cells one by one:",
         "\n".join(["```text", *map(wrapped, commands), "```"]),
     ]
@@ -244,12 +291,12 @@ def wrapped(command):
     return " \\\n    ".join(textwrap.wrap(command, 74, break_long_words=False, break_on_hyphens=False))
 
 
-ORDERINGS = {"A": orderings_a, "B": orderings_b, "C": orderings_c}
+ORDERINGS = {"A": orderings_a, "B": orderings_b, "C": orderings_c, "D": orderings_d}
 
 
 def page(found):
     """The page, as text, of all records."""
-    known = {(cell.table, number_of(cell)) for cells in tables.TABLES.values() for cell in cells}
+    known = {(cell.table, number_of(cell)) for cells in TABLES.values() for cell in cells}
     if unknown := [records.name(records.asked(r)) for r in found if (r["table"], number_of(r)) not in known]:
         raise ValueError(f"the cells of {', '.join(unknown)} stand in no table: move their records away")
     named = {records.name(records.asked(record)): record for record in found}
@@ -271,17 +318,32 @@ def picture(shared):
     return f"curves-{shared['dataset']}-{records.digest(shared)}.png"
 
 
-def draw(by_cell, path):
-    """Table C's figures along the training."""
-    figure = charts.new_figure(10.8, 3.4)
-    cells = [(cell, by_cell[number_of(cell)]) for cell in tables.TABLES["c"] if number_of(cell) in by_cell]
-    for i, title in enumerate(FIGURES):
-        axes = charts.dress(figure.add_subplot(1, 3, i + 1), title=title, x="epoch", y="nats" if i == 0 else "")
+def layers_of(number):
+    return f"{number} layer{'s'[: number - 1]}"
+
+
+def panels(cells):
+    """What is drawn of a table along the training, as (title, x, what y is, cells)."""
+    if cells[0][0].table == "C":
+        values = (lambda p: p["iwae_64"], lambda p: p["log_p"], lambda p: p["iwae_64"] - p["log_p"])
+        return [(title, "epoch", value, cells) for title, value in zip(FIGURES, values, strict=True)]
+    split = {n: [(cell, record) for cell, record in cells if cell.layers == n] for n in (1, 2)}
+    return [(f"NLL, {layers_of(n)}", "minutes", lambda p: -p["log_p"], own) for n, own in split.items() if own]
+
+
+def draw(by_cell, letter, path):
+    """A table's figures along the training: C's three side by side, D's NLL of one and of two layers."""
+    drawn = panels([(cell, by_cell[n]) for cell in TABLES[letter.lower()] if (n := number_of(cell)) in by_cell])
+    rows, columns = (1, len(drawn)) if letter == "C" else (len(drawn), 1)
+    figure = charts.new_figure(10.8, rows * (3.4 if rows == 1 else 4.0))
+    for i, (title, x, value, cells) in enumerate(drawn):
+        axes = charts.dress(figure.add_subplot(rows, columns, i + 1), title=title, x=x, y="nats" if i < rows else "")
         for (cell, record), colour in zip(cells, charts.class_colours(len(cells)), strict=True):
             points = record["curve"]["points"]
-            values = [(p["iwae_64"], p["log_p"], p["iwae_64"] - p["log_p"])[i] for p in points]
-            axes.plot([p["epoch"] for p in points], values, color=colour, label=cell.stages, linewidth=1.4)
-    charts.add_legend(axes, beside=True)
+            along = [point[x] for point in points], list(map(value, points))
+            axes.plot(*along, color=colour, label=cell.stages, linewidth=1.4, marker=".", markersize=3)
+        if (i + 1) % columns == 0:
+            charts.add_legend(axes, beside=True)
     return images.save(figure, path)
 
 
@@ -295,8 +357,8 @@ def main():
     runs.write_text(options.page, page(found))
     for old in options.page.parent.glob("curves-*.png"):
         old.unlink()
-    for shared, by_cell in grouped(record for record in found if record["table"] == "C"):
-        draw(by_cell, options.page.parent / picture(shared))
+    for shared, by_cell in grouped(record for record in found if record["table"] in tables.CURVED):
+        draw(by_cell, shared["table"], options.page.parent / picture(shared))
     print(f"{options.page}: {len(found)} records")
 
 

@@ -4,96 +4,53 @@
     python examples/tables.py a --data mnist --epochs 80 --batch-size 20
     python examples/tables.py b --data mnist --minutes 30
     python examples/tables.py c --data mnist --paper
+    python examples/tables.py d --data mnist --epochs 300 --layers 1 [--gradient dreg] [--variant vamp] [--growth fixed]
 
 Table A is the IWAE paper's first: VAE (the mean of k sampled log-weights, no KL in closed form) and IWAE, k = 1, 5, 50,
 with one stochastic layer and with two. With k = 1 the two are one cell. Table B trains two of its networks on, each on
 the other's bound: VAE with k = 1, then IWAE with k = 50, and the other way round. The first stage is table A's run; it
 is trained if it is not there. Table C is that of Rainforth et al.: one stochastic layer, 64 samples in all, as IWAE,
 PIWAE, MIWAE, CIWAE and VAE have them; IWAE-64, log p-hat and their difference -KL, along the training too, there on a
-part of the test data. On the embedded digits, in minutes, by default.
+part of the test data. Table D goes beyond the papers: the same networks with other gradients of the bound, with numbers
+of particles that grow, and with richer priors and posteriors; its curves are those of C, against minutes of training.
+On the embedded digits, in minutes, by default.
 
 Every cell gets one schedule: as many epochs, or as many minutes, or with --paper the paper's: batches of 20, 3,280
 epochs in eight stages, Adam as in the authors' code, where its second moment starts at 1/400, and not at 0 as here. A
 second stage is 2/3 as long, with a tenth of the learning rate.
 A cell that is finished has a record, a JSON file, and is not trained again; one that was interrupted goes on from its
-last epoch. Two processes with the same command share the cells between them. examples/results.py makes a page of the
-records.
+last checkpoint, which after SIGTERM is that of the epoch at hand. Processes with the same command share the cells
+between them, on one GPU as well. examples/results.py makes a page of the records.
+
+    for i in 1 2 3 4; do timeout 9m python examples/tables.py d --data mnist --epochs 300 --sharing 4 & done; wait
+
+Outside a git repository the commit is what PYROVAE_COMMIT says.
 """
 
 import fcntl
+import math
+import signal
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 
 import head
 import records
 import torch
+from cells import SELECTORS, TABLES
 
 import pyrovae as pv
 from pyrovae import runs
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One figure of a table: a network and its objective."""
-
-    table: str
-    layers: int
-    objective: str
-    particles: int
-    groups: int = 1
-    gradient: str = "total"
-    beta: float | None = None
-    continues: "Cell | None" = None  # from whose network it starts
-
-    def __str__(self):
-        return f"{self.layers} layer{'s'[: self.layers - 1]}, {self.stages}"
-
-    @property
-    def stages(self):
-        """What it is trained on, in words."""
-        before = f"{self.continues.stages}, then " if self.continues else ""
-        beta = "" if self.beta is None else f"({self.beta})"
-        groups = f"{self.groups} x " if self.groups > 1 else ""
-        return f"{before}{self.objective}{beta}, k = {groups}{self.particles}"
-
-    def network(self, shape):
-        """The paper's network."""
-        return (pv.models.VAE if self.layers == 1 else pv.models.HierarchicalVAE)(shape)
-
-    def bound(self):
-        """What it is trained on."""
-        make = pv.ELBO if self.objective == "VAE" else getattr(pv, self.objective)
-        own = {"num_groups": self.groups} if self.groups > 1 else {} if self.beta is None else {"beta": self.beta}
-        return make(num_particles=self.particles, gradient=self.gradient, **own)
-
-    def with_gradient(self, gradient):
-        """The same cell with another gradient, but for the VAE's part in it."""
-        first = self.continues and self.continues.with_gradient(gradient)
-        return replace(self, continues=first, gradient=self.gradient if self.objective == "VAE" else gradient)
 
 
 class Busy(Exception):
     """Another process is at work on what is needed."""
 
 
-BOUNDS = [("VAE", 1), ("VAE", 5), ("VAE", 50), ("IWAE", 5), ("IWAE", 50)]  # IWAE with k = 1 is the VAE
-TABLES = {
-    "a": [Cell("A", layers, objective, k) for layers in (1, 2) for objective, k in BOUNDS],
-    "b": [
-        Cell("B", 1, "IWAE", 50, continues=Cell("A", 1, "VAE", 1)),
-        Cell("B", 1, "VAE", 1, continues=Cell("A", 1, "IWAE", 50)),
-    ],
-    "c": [
-        Cell("C", 1, "IWAE", 64),
-        *(Cell("C", 1, objective, 64 // m, groups=m) for objective in ("PIWAE", "MIWAE") for m in (4, 8)),
-        *(Cell("C", 1, "CIWAE", 64, beta=beta) for beta in (0.05, 0.5)),
-        Cell("C", 1, "VAE", 64),
-    ],
-}
-SELECTORS = {"layers": int, "objective": str, "groups": int, "particles": int, "beta": float}
 #: The schedule, as options by name with their defaults, and what the paper has instead.
 SCHEDULE = {
     "batch_size": (100, "images a step"),
@@ -104,8 +61,9 @@ SCHEDULE = {
 }
 PAPER = {"epochs": 3280, "batch_size": 20, "lr": 1e-3, "schedule": "iwae", "adam": [0.99, 0.999, 5e-6]}
 LAST = {"iwae": "constant"}  # schedules whose last stage is what a second one goes on with
-CURVE = {"points": 10, "images": 200, "samples": 1024}  # of table C, along the training
-IWAE_64_SAMPLES = 640  # of its final IWAE-64: the mean of ten
+CURVED = ("C", "D")  # the tables whose figures are followed along the training
+CURVE = {"points": 20, "images": 100, "samples": 512}
+IWAE_64_SAMPLES = 640  # of the final IWAE-64: the mean of ten
 RENAMED = {"data": "dataset", "minutes": "budget_minutes", "samples": "num_samples"}  # options, in a record
 
 
@@ -159,7 +117,8 @@ def fit(pair, cell, settings, epochs, images, **where):
     adam = partial(torch.optim.Adam, lr=settings["lr"], betas=(first, second), eps=eps, fused=True)
     return pv.fit(
         pair.model, pair.guide, images, objective=cell.bound(), epochs=epochs, batch_size=settings["batch_size"],
-        optimizer=adam, schedule=settings["schedule"], precision=settings["precision"], seed=settings["seed"], **where,
+        particles=cell.growing, optimizer=adam, schedule=settings["schedule"], precision=settings["precision"],
+        seed=settings["seed"], **where,
     )  # fmt: skip
 
 
@@ -169,9 +128,35 @@ def epochs_of(cell, settings, images, run, device):
         return run.config()["training"]["epochs"]
     if "epochs" in settings:
         return settings["epochs"]
-    pair = network(cell, settings, images)
-    short = fit(pair, cell, settings, 2, images.subset(slice(1000)), device=device)
-    return max(1, round(60 * settings["budget_minutes"] * short.history[-1]["images_per_second"] / len(images)))
+    few, minutes, stages = images.subset(slice(5000)), settings["budget_minutes"], cell.growing or (cell.particles,)
+    seconds = {}  # an image, by particles
+    for k in set(stages):
+        one = replace(cell, particles=k, growth=cell.growth and "fixed")
+        short = fit(
+            network(cell, settings, images), one, settings, 2, few, device=device, compile=minutes > 1 or "auto"
+        )
+        seconds[k] = 1 / short.history[-1]["images_per_second"]
+    return max(len(stages), round(60 * minutes / len(images) / fmean(seconds[k] for k in stages)))
+
+
+@contextmanager
+def ending(run):
+    """What fit calls after an epoch, so that SIGTERM ends a training there, with a checkpoint."""
+    asked = []
+
+    def ask(*_):
+        run.saved = -math.inf  # so that one is due
+        asked.append(True)
+
+    def look(_):
+        if asked:
+            raise SystemExit(f"ended as asked, after an epoch: the same command goes on with it ({run.path})")
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield look
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def train(cell, settings, data, options):
@@ -190,32 +175,44 @@ def train(cell, settings, data, options):
         }  # fmt: skip
     else:
         pair = network(cell, settings, images)
-    if cell.table == "C":
+    if cell.table in CURVED:
         seen = data.test.subset(slice(CURVE["images"]))
-        pair.metrics = partial(along, pair, seen, run, max(1, epochs // CURVE["points"]), settings["seed"])
-    fitted = fit(
-        pair, cell, settings, epochs, images, device=options.device, run_dir=run.path, resume=True, config=config
-    )
+        pair.metrics = along(pair, seen, run, max(1, epochs // CURVE["points"]), settings["seed"])
+    with ending(run) as look:
+        fitted = fit(
+            pair, cell, settings, epochs, images,
+            device=options.device, run_dir=run, resume=True, config=config, on_epoch=look,
+        )  # fmt: skip
     return pair, fitted, run
 
 
-def along(pair, images, run, every, seed, *_):
-    """What table C shows, after every so many epochs; fit asks for it after each, and logs it."""
-    if (len(run.history()) + 1) % every:
-        return {}
-    found = pv.posterior_gap(pair.model, pair.guide, images, num_samples=CURVE["samples"], seed=seed)
-    return {"iwae_64": found.iwae, "log_p": found.log_p}
+def along(pair, images, run, every, seed):
+    """What gives table C's figures after every so many epochs; fit asks for them after each, and logs them."""
+    epoch = None
+
+    def metrics(*_):
+        nonlocal epoch
+        epoch = (len(run.history()) if epoch is None else epoch) + 1
+        if epoch % every:
+            return {}
+        found = pv.posterior_gap(pair.model, pair.guide, images, num_samples=CURVE["samples"], seed=seed)
+        return {"iwae_64": found.iwae, "log_p": found.log_p}
+
+    return metrics
 
 
 def gap(pair, test, nll, history, seed):
     """What table C shows, in the end and along the training."""
     found = pv.posterior_gap(pair.model, pair.guide, test, num_samples=IWAE_64_SAMPLES, seed=seed)
-    keys = ("epoch", "iwae_64", "log_p")
+    keys, seconds = ("epoch", "iwae_64", "log_p"), accumulate(row["seconds"] for row in history)
     return {
         "iwae_64": found.iwae, "iwae_64_samples": found.num_samples, "log_p": -nll, "minus_kl": found.iwae + nll,
         "curve": {
             "images": min(CURVE["images"], len(test)), "samples": CURVE["samples"],
-            "points": [{key: row[key] for key in keys} for row in history if "iwae_64" in row],
+            "points": [
+                {key: row[key] for key in keys} | {"minutes": passed / 60}
+                for row, passed in zip(history, seconds, strict=True) if "iwae_64" in row
+            ],
         },
     }  # fmt: skip
 
@@ -237,11 +234,11 @@ def measure(cell, settings, data, options):
         "epochs": len(fitted.history), "train_bound": fitted.history[-1]["bound"],
         "num_train": config["training"]["num_data"],
         "minutes": fitted.timings["seconds"] / 60, "cpu_minutes": sum(h["cpu_seconds"] for h in fitted.history) / 60,
-        "device": device, "processor": records.processor(device), "threads": fitted.timings["threads"],
-        "path": fitted.timings["path"], "versions": runs.versions(), "commit": options.commit,
-        "command": command_of(settings),
+        "device": device, "processor": records.processor(device), "sharing": options.sharing,
+        "threads": fitted.timings["threads"], "path": fitted.timings["path"], "versions": runs.versions(),
+        "commit": options.commit, "command": command_of(settings),
     }  # fmt: skip
-    if cell.table == "C":
+    if cell.table in CURVED:
         found |= gap(pair, data.test, estimate.nll, fitted.history, settings["seed"])
     if config["commit"] != options.commit:
         found["begun_at_commit"] = config["commit"]
@@ -263,19 +260,23 @@ def mine(folder):
 
 def chosen(options):
     """The cells that the options name."""
+    wanted = {key: getattr(options, key) for key in SELECTORS}
+    if options.table == "d":
+        wanted["gradient"] = options.gradient and [options.gradient]
     cells = [
-        cell.with_gradient(options.gradient)
+        cell.with_gradient(options.gradient or "total")
         for cell in TABLES[options.table]
-        if all(getattr(cell, key) in (getattr(options, key) or [getattr(cell, key)]) for key in SELECTORS)
+        if all(getattr(cell, key) in (values or [getattr(cell, key)]) for key, values in wanted.items())
     ]
     if not cells:
         there = "; ".join(map(str, TABLES[options.table]))
         raise ValueError(f"table {options.table} has no such cell: choose among {there}")
     for cell in cells:
         cell.bound()  # is refused here, and not when its turn comes
-        if cell.table == "C" and options.samples < 64:
+        if cell.table in CURVED and options.samples < 64:
             raise ValueError(
-                f"log p-hat of table C needs more samples than IWAE-64, got {options.samples}: raise --samples"
+                f"log p-hat of table {cell.table} needs more samples than IWAE-64, got {options.samples}: raise "
+                "--samples"
             )
     return cells
 
@@ -288,13 +289,14 @@ def parse():
         data="digits",
         **select,
         **SCHEDULE,
-        gradient=("total", "of the cells beside the VAE's: total, stl or dreg"),
+        gradient=(str, "of the cells beside the VAE's: total (the default), stl or dreg; of the cells wanted of d"),
         second=(float, "epochs of a second stage, or minutes with --minutes: else 2/3 of the first's"),
         second_lr=(float, "its learning rate: else a tenth of the first's"),
         train=int,
         samples=5000,
         seed=(0, "of weights, noise and order"),
         device=("auto", "auto, cpu, cuda"),
+        sharing=(1, "how many such processes share the device, which a record says"),
         runs=(Path("runs/tables"), "folder of the checkpoints"),
         records=(Path("docs/results"), "folder of the records"),
     )
@@ -311,8 +313,8 @@ def parse():
 def main():
     parser = parse()
     options = parser.parse_args()
-    options.commit = records.commit()
     try:
+        options.commit = records.commit()
         data, cells = head.load(options, binarization="dynamic"), chosen(options)
     except ValueError as error:
         parser.error(str(error))

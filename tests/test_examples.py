@@ -313,7 +313,7 @@ def test_example(check, arguments, monkeypatch, capsys, tmp_path):
 
 
 def test_every_example_is_tested():
-    helpers = {"head", "morphology", "published", "records"}  # what the examples import
+    helpers = {"cells", "head", "morphology", "published", "records"}  # what the examples import
     helpers |= {"gallery"}  # tests/test_gallery.py
     examples = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert examples - helpers == {check.__name__ for check, _ in EXAMPLES}

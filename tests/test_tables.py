@@ -1,9 +1,12 @@
 """The tables' cells: each has one record, made by one command, and goes on where it was interrupted; and their page."""
 
 import json
+import os
 import re
 import runpy
 import shlex
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import records
 import results
 import tables
+from cells import SLOW
 
 import pyrovae as pv
 from pyrovae.train import loop
@@ -39,6 +43,7 @@ def table(monkeypatch, tmp_path):
 
 
 SMALL = ["--epochs", "3", "--train", "200", "--samples", "20", "--batch-size", "50"]
+VAE = ["a", "--layers", "1", "--particles", "1", *SMALL]
 ONE = ["a", "--layers", "2", "--objective", "IWAE", "--particles", "5", *SMALL]
 
 
@@ -123,7 +128,7 @@ def test_a_budget_in_minutes_becomes_epochs(table):
 
 
 def test_a_second_stage_begins_with_the_network_of_its_first_which_is_trained_once(table, monkeypatch, tmp_path):
-    ((name, first),) = named(table("a", "--layers", "1", "--particles", "1", *SMALL)).items()
+    ((name, first),) = named(table(*VAE)).items()
     stages = ["b", "--objective", "IWAE", *SMALL]
     run_epoch, calls = loop.run_epoch, []
     monkeypatch.setattr(loop, "run_epoch", lambda *arguments: calls.append(arguments) or run_epoch(*arguments))
@@ -149,7 +154,7 @@ def test_a_second_stage_begins_with_the_network_of_its_first_which_is_trained_on
 
 
 def test_a_second_stage_waits_for_a_first_that_another_process_trains(table, monkeypatch, capsys, tmp_path):
-    (first,) = table("a", "--layers", "1", "--particles", "1", *SMALL)
+    (first,) = table(*VAE)
     with tables.mine(tmp_path / "runs" / records.name(records.asked(first))):
         assert len(table("b", "--objective", "IWAE", *SMALL)) == 1
     assert "another process is at work on table a, 1 layer, VAE, k = 1, with which it begins" in capsys.readouterr().out
@@ -177,10 +182,86 @@ def test_table_c_has_the_gap_in_the_end_and_along_the_training_however_often_int
     assert without_times(whole) == without_times(record)
 
 
+BEYOND = ["d", "--layers", "1", "--gradient", "dreg", "--variant", "vamp", *SMALL, "--epochs", "5", "--samples", "64"]
+
+
+def test_a_cell_beyond_the_tables_grows_and_has_its_curve_in_minutes(table, monkeypatch, tmp_path):
+    exact, particles, run_epoch = pv.posterior_gap, [], loop.run_epoch
+    monkeypatch.setattr(pv, "posterior_gap", lambda *data, **options: exact(*data, **options | {"num_samples": 64}))
+
+    def seeing(epoch, feed, step, plan, watches):
+        found = run_epoch(epoch, feed, step, plan, watches)
+        particles.append(found["num_particles"])
+        return found
+
+    monkeypatch.setattr(loop, "run_epoch", seeing)
+    (record,) = table(*BEYOND)
+    assert particles == [1, 5, 5, 5, 20], "6x1,11x5,3x20 of 5 epochs"
+    assert (record["variant"], record["growth"], record["particles"]) == ("vamp", SLOW, 20)
+    minutes = [point["minutes"] for point in record["curve"]["points"]]
+    assert len(minutes) == 5
+    assert minutes == sorted(minutes)
+    assert minutes[-1] == pytest.approx(record["minutes"])
+    config = tmp_path / "runs" / records.name(records.asked(record)) / "run" / "config.json"
+    assert '"prior": "vamp"' in config.read_text()
+    monkeypatch.setattr(loop, "run_epoch", lambda *arguments: pytest.fail("the cell's own command names another"))
+    assert table(*shlex.split(record["command"])[2:]) == [record]
+
+
+def test_every_cell_beyond_the_tables_has_a_network_and_a_command_of_its_own(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "d"])
+    options = tables.parse().parse_args()
+    commands = set()
+    for cell in tables.chosen(options):
+        assert cell.network((1, 8, 8)).config.items() >= {"input_shape": [1, 8, 8]}.items()
+        command = tables.command_of(tables.settings_of(cell, options))
+        commands.add(command)
+        monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+        assert tables.chosen(tables.parse().parse_args()) == [cell]
+    assert len(commands) == len(tables.TABLES["d"])
+
+
+def test_a_request_to_end_is_met_after_an_epoch_whose_checkpoint_is_kept(table, monkeypatch, tmp_path):
+    (whole,) = table(*VAE)
+    shutil.rmtree(tmp_path / "runs")
+    shutil.rmtree(tmp_path / "records")
+    run_epoch, calls = loop.run_epoch, []
+
+    def asked(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_epoch(*arguments)
+
+    monkeypatch.setattr(loop, "run_epoch", asked)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="the same command goes on with it"):
+        table(*VAE)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert (len(calls), (tmp_path / "records").exists()) == (2, False)
+    (resumed,) = table(*VAE)
+    assert len(calls) == 3, "both epochs were kept"
+    assert without_times(resumed) == without_times(whole)
+
+
+def test_the_commit_of_a_copy_without_its_repository_is_what_it_is_told(monkeypatch, tmp_path):
+    told = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setenv("PYROVAE_COMMIT", told)
+    assert records.commit() != told, "the repository knows better"
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    assert records.commit() == told
+    monkeypatch.setenv("PYROVAE_COMMIT", "main")
+    with pytest.raises(ValueError, match="must be a commit of 40 digits, got 'main'"):
+        records.commit()
+    monkeypatch.delenv("PYROVAE_COMMIT")
+    assert records.commit() == "unknown"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["d"], "invalid choice: 'd'"),
+        (["e"], "invalid choice: 'e'"),
+        (["d", "--gradient", "steepest"], "no such cell: choose among 1 layer, VAE, k = 1;"),
         (["a", "--particles", "7"], "no such cell: choose among 1 layer, VAE, k = 1;"),
         (["c", "--objective", "VAE", "--samples", "63"], "more samples than IWAE-64, got 63"),
         (["b", "--gradient", "steepest"], "steepest"),
@@ -281,6 +362,26 @@ def test_the_other_tables_beside_the_published(monkeypatch):
         "-86.00", "-85.69 ± 0.04", "-0.31", "-84.50", "-84.97 ± 0.10", "+0.47", "-1.50", "-0.72 ± 0.11", "-0.78"
     ]  # fmt: skip
     assert "first 7 test images, log p-hat in them from 128 samples" in page
+
+
+def test_what_is_beyond_the_tables_is_said_with_its_cost(monkeypatch, tmp_path):
+    points = [{"epoch": e, "minutes": 4.0 * e, "iwae_64": -90.0 / e, "log_p": -88.0 / e} for e in (1, 2)]
+    more = {
+        "iwae_64": -85.5, "log_p": -84.5, "minus_kl": -1.0, "curve": {"images": 7, "samples": 128, "points": points}
+    }  # fmt: skip
+    cell = ["d", "--data", "mnist", "--layers", "1", "--objective", "IWAE", "--variant", "plain", "--particles"]
+    dreg = trained(monkeypatch, *cell, "50", "--growth", "fixed", "--gradient", "dreg", nll=84.5, **more)
+    plain = trained(monkeypatch, *cell, "50", "--growth", "fixed", "--gradient", "total", nll=85.0, **more)
+    page = results.page([dreg, plain])
+    rows = dict(rows_of(page))
+    assert rows["1 layer, IWAE, k = 50, dreg"][:3] == ["84.50 ± 0.004", "84.78", "-0.28"]
+    assert rows["1 layer, IWAE, k = 50"][:3] == ["85.00 ± 0.004", "84.78", "+0.22"]
+    assert "Better than the best published of 1 layer, 84.78: IWAE, k = 50, dreg: 84.50 in 9.0 minutes.\n" in page
+    ((_, by_cell),) = results.grouped([dreg, plain])
+    assert len(by_cell) == 2, "gradients stand together, machines do not"
+    assert len(results.grouped([dreg, plain | {"processor": "pebbles"}])) == 2
+    results.draw(by_cell, "D", tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 0
 
 
 def test_what_is_no_record_of_a_finished_cell_is_refused(monkeypatch, tmp_path):
