@@ -273,6 +273,35 @@ def test_posterior_draws_are_of_the_exact_conditional(how):
     assert (shares - posterior).abs().max() < 5 * 0.5 * (2 / number) ** 0.5  # of draws, and of what they are drawn from
 
 
+@pytest.mark.parametrize(("apart", "known"), [(9.0, 10), (0.0, 1)])
+def test_a_sum_has_less_error_than_uniform_draws_where_the_class_is_known(apart, known):
+    """Of C classes with posterior p(c | z), relative variances are v and (1 + v) C sum_c p(c | z)^2 - 1."""
+    centres = apart * torch.arange(10.0)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = MARKED("c", dist.Categorical(logits=torch.zeros(10)))
+            z = pyro.sample("z", dist.Normal(centres[c], 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, draws=False):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.1))
+            if draws:
+                pyro.sample("c", dist.Categorical(logits=torch.zeros(10)))
+
+    x = centres + 0.5
+    summed, drawn = (
+        pv.log_likelihood(model, g, x, num_samples=4000, seed=0) for g in (guide, partial(guide, draws=True))
+    )
+    v = 4000 * summed.std_error.square()
+    ratio = (drawn.std_error / summed.std_error).square()
+    torch.testing.assert_close(ratio, (known * (1 + v) - 1) / v, rtol=0.25, atol=0.0)
+    truth = dist.Normal(centres, 2**0.5).log_prob(x.unsqueeze(-1)).logsumexp(-1) - math.log(10)
+    for found in (summed, drawn):
+        assert ((found.log_prob - truth).abs() < 5 * found.std_error).all()
+
+
 def test_posterior_draws_of_a_chain_are_joint():
     p, number = parameters(), 4000
     draws = pv.log_likelihood(partial(chain, p), nothing, X[:, :3], num_samples=2, num_draws=number, seed=0).draws

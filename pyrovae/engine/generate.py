@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -41,6 +41,8 @@ class Redraw(Messenger):
     """Draw, instead of observing, the sites named and every site whose observation is ``x`` or a view of it.
 
     Latents are drawn at the temperature given.
+
+    :ivar names: the sites that drew, with what each would have observed.
     """
 
     def __init__(
@@ -49,10 +51,10 @@ class Redraw(Messenger):
         super().__init__()
         self.x, self.site, self.temperature, self.others = x, site, temperature, others
         self.whole = False  # whether several sites draw all of x, each a part of every datum
-        self.names: list[str] = []
+        self.names: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        self.names = []
+        self.names = {}
         return super().__enter__()
 
     def is_view(self, value: object) -> bool:
@@ -67,8 +69,8 @@ class Redraw(Messenger):
     def _pyro_sample(self, msg: Site) -> None:  # type: ignore[override]
         named = msg["name"] == self.site or msg["name"] in self.others
         if msg["is_observed"] and (named or self.is_view(msg["value"])):
+            self.names[msg["name"]] = msg["value"]
             msg["is_observed"], msg["value"] = False, None
-            self.names.append(msg["name"])
         elif self.temperature != 1 and msg["value"] is None and counts(msg):
             msg["fn"] = tempered(msg["fn"], self.temperature, msg["name"])
 
@@ -155,7 +157,14 @@ def generate(program: Program, args: Batch, kwargs: Mapping[str, object], redraw
     Where several sites draw all of x together there is no such one.
     """
     with beside(args, kwargs), Record() as record, redraw:
-        program(*args, **kwargs)
+        try:
+            program(*args, **kwargs)
+        except NotImplementedError as error:
+            last = next(reversed(redraw.names), next(reversed(record.sites), "the first"))
+            raise ValueError(
+                f'the model draws at site "{last}", or after it, from a distribution that has no sampler '
+                f"({' '.join(str(error).split())}): give it one, or leave it observed"
+            ) from error
     refuse_untraced(record.sites, "generate")
     if redraw.site is None:
         if redraw.whole:
@@ -185,13 +194,13 @@ def ties(run: Callable[[], Sites]) -> dict[str, frozenset[str]]:
     return {name: latents for name, latents in found.items() if latents}
 
 
-def refuse_tied(program: Program, args: Batch, kwargs: Mapping[str, object], redrawn: str) -> None:
-    """Refuse a model that weighs its latents by more than the data that it draws at ``redrawn``, however it does."""
+def refuse_tied(program: Program, args: Batch, kwargs: Mapping[str, object], redrawn: Collection[str]) -> None:
+    """Refuse a model that weighs its latents by more than the data that it draws at these sites, however it does."""
     tied = ties(run := partial(record, program, args, kwargs))
     with torch.no_grad(), pyro.validation_enabled(False), isolated_rng(), protected_buffers(program):
         one, other = run(), run()  # on other latents: what is written in place leaves no mark
     for name, site in observed(one).items():
-        if name == redrawn or site["mask"] is False:
+        if name in redrawn or site["mask"] is False:
             continue
         if name in tied or not torch.equal(log_prob(site), log_prob(other[name])):
             raise ValueError(
@@ -201,9 +210,9 @@ def refuse_tied(program: Program, args: Batch, kwargs: Mapping[str, object], red
             )
 
 
-def observing_site(sites: Sites, redrawn: list[str]) -> str:
+def observing_site(sites: Sites, redrawn: Iterable[str]) -> str:
     """The one site at which a run drew its data, or else observed any."""
-    names = redrawn or [name for name, site in observed(sites).items() if not point_mass(site["fn"])]
+    names = [*redrawn] or [name for name, site in observed(sites).items() if not point_mass(site["fn"])]
     if not names:
         raise ValueError(
             f"the model observes nothing (its sites: {quoted(sites)}): pass a model that has a site with obs=x, "

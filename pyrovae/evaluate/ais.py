@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrovae.arguments import in_range, one_of, positive_int, rising_betas
 from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, wanted
 from pyrovae.engine.enumerate import summed_out
-from pyrovae.engine.generate import Redraw, generate, program_of, refuse_tied
+from pyrovae.engine.generate import Written, generate, program_of, refuse_tied
 from pyrovae.engine.particles import Layout, Particles
 from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import Batch, Program, nothing, rows, warn
@@ -148,12 +148,13 @@ def bdmc(
     annealer = Annealer(num_chains, num_temperatures, leapfrog_steps, schedule, target_acceptance, compile)
     program = program_of(model)
     with measuring(program, seed=seed), Whole() as whole:
-        redraw = Redraw(blank(program, positive_int("n", n), like, args, kwargs))
+        redraw = Written(blank(program, positive_int("n", n), like, args, kwargs))
         whole.look(program, None, (redraw.x, *args), kwargs, validate=False)
         simulated, data = generate(program, (redraw.x, *args), kwargs, redraw)
-        batch = (data["value"], *args)
-        refuse_tied(program, batch, kwargs, data["name"])
-        truth = {name: site["value"] for name, site in latent(simulated).items() if name != redraw.site}
+        drawn = {data["name"]} if data else redraw.names.keys()  # or all of x, by several sites
+        batch = (data["value"] if data else redraw.x, *args)
+        refuse_tied(program, batch, kwargs, drawn)
+        truth = {name: site["value"] for name, site in latent(simulated).items() if name not in drawn}
         annealer.prepare(program, None, whole.look(program, None, batch, kwargs), batch, kwargs, 2 * n)
         lower, upper = annealer(batch), annealer(batch, truth)
     return Bracket(annealer.estimate([lower], seed), annealer.estimate([upper], seed, sign=-1))

@@ -51,7 +51,8 @@ def active_units(
     distribution has no closed-form mean, or is a Delta that transforms another draw, draws of the site stand in for it,
     at least 64.
 
-    :param data: a tensor, Dataset, DataLoader or tuple of tensors, as the guide takes them.
+    :param data: a tensor, Dataset, DataLoader or tuple, as the guide takes them; what is not as long as the first
+        tensor of a tuple is passed as it is.
     :param threshold: on the variance, in squared units of the latent.
     :param samples: draws of the parents to average over.
     :param batch_size: data at a time; None takes 500, or all together where the guide has latents that data share.
@@ -69,7 +70,9 @@ def active_units(
     Burda, Grosse, Salakhutdinov (2016), *Importance weighted autoencoders*, section 5.2.
     """
     threshold, samples = in_range("threshold", threshold, 0.0), positive_int("samples", samples)
-    batches = Batches(guide, None, (datasets.as_dataset(exactly(data), raw=True),), {}, batch_size, default=500)
+    lengths = {len(a) for a in data if isinstance(a, Tensor) and a.dim()} if isinstance(data, tuple) else set()
+    args = data if len(lengths) > 1 else (datasets.as_dataset(exactly(data), raw=True),)
+    batches = Batches(guide, None, args, {}, batch_size, default=500)
     means: dict[str, list[Tensor]] = {}
     noise: dict[str, Tensor] = {}
     size = 0

@@ -20,6 +20,7 @@ from pyrovae.engine.scores import score_function
 from pyrovae.engine.sites import Site, Sites, drawn, latent, observed, oversampling, proposed, quoted, record
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.weights import log_mean_exp
+from pyrovae.errors import is_out_of_memory
 from pyrovae.objectives.base import Objective, Options
 
 
@@ -139,10 +140,18 @@ class SleepPhi(Objective):
         if not (args and isinstance(args[0], Tensor)):
             raise ValueError(f"SleepPhi dreams the programs' first argument, got {args[:1]}: pass the data first")
         with torch.no_grad():
-            dreamt, data = generate(model, args, kwargs, Redraw(args[0]))
+            dreamt, data = generate(model, args, kwargs, redraw := Redraw(args[0]))
         values = {name: value for name, value in drawn(dreamt).items() if name != data["name"]}
-        args = (written(args[0], data, dreamt), *args[1:])
-        run = proposed(record(guide, args, kwargs, values), dreamt)
+        args = (written(args[0], data, dreamt, redraw.names[data["name"]]), *args[1:])
+        try:
+            run = proposed(record(guide, args, kwargs, values), dreamt)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f'the guide fails on what the model dreams at site "{data["name"]}" ({" ".join(str(error).split())}): '
+                "let it take all that the model may draw, in plates like the model's"
+            ) from error
         if found := sources(run, dreamt):
             run = proposed(record(guide, args, kwargs, values | found), dreamt)
         noise = latent(run).keys() - values.keys() - found.keys()
@@ -179,8 +188,11 @@ def sources(guide: Sites, model: Sites) -> dict[str, Tensor]:
     return {name: u.reshape(shapes[name]) for name, u in joined.items() if u.numel() == shapes[name].numel()}
 
 
-def written(x: Tensor, data: Site, dreamt: Sites) -> Tensor:
-    """What was dreamt of x: all of it, or the rows that a plate took of it, in their places."""
+def written(x: Tensor, data: Site, dreamt: Sites, observed: Tensor) -> Tensor:
+    """What was dreamt of x: all of it, or the rows that a plate took of it, in their places.
+
+    :param observed: what the site observes where nothing is dreamt.
+    """
     value = data["value"]
     for frame in data["cond_indep_stack"]:
         if frame.name in dreamt and oversampling(frame) != 1 and value.shape != x.shape:
@@ -189,5 +201,16 @@ def written(x: Tensor, data: Site, dreamt: Sites) -> Tensor:
                     f'SleepPhi dreams whole data, but plate "{frame.name}" takes {frame.size} of {frame.full_size} '
                     "within a datum: pass the whole of them"
                 )
-            return x.index_copy(0, dreamt[frame.name]["value"], value)
-    return value
+            if value.shape[1:] == x.shape[1:]:
+                return x.index_copy(0, dreamt[frame.name]["value"], value)
+    if value.shape != x.shape and not (value.shape == observed.shape and is_reshaped(observed, x)):
+        raise ValueError(
+            f'SleepPhi dreams the programs\' first argument, {list(x.shape)}, but site "{data["name"]}" observes '
+            f"{list(observed.shape)} and draws {list(value.shape)}: let it observe that argument, all of it"
+        )
+    return value.reshape(x.shape)
+
+
+def is_reshaped(other: Tensor, x: Tensor) -> bool:
+    """Whether a tensor is all of x, in the same order."""
+    return other.numel() == x.numel() and torch.equal(other.reshape(x.shape), x)

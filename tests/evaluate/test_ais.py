@@ -132,6 +132,23 @@ def test_bdmc_brackets_log_p():
         assert found.gap > -LIMIT * error
 
 
+def apart(x):
+    """The same data, a site for each number of a datum."""
+    with pyro.plate("data", len(x)):
+        loc = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1)) @ W.T
+        for t in range(3):
+            pyro.sample(f"x{t}", dist.Normal(loc[..., t], NOISE), obs=x[:, t])
+
+
+def test_bdmc_simulates_data_that_several_sites_observe():
+    """The same model by one site: the means of both ends agree, and so does the gap."""
+    one, other = (pv.bdmc(model, 400, like=torch.zeros(1, 3), num_chains=4, **FAST) for model in (linear, apart))
+    for a, b in ((one.lower, other.lower), (one.upper, other.upper)):
+        error = (a.log_prob.var() / 400 + b.log_prob.var() / 400).sqrt()
+        assert abs(a.log_prob.mean() - b.log_prob.mean()) < LIMIT * error
+    assert 0 < other.gap < 2 * one.gap
+
+
 def test_bdmc_bounds_lie_on_their_sides_of_the_truth():
     """The data are the first thing that a seed draws, whatever the temperatures: the truth is known."""
     pyro.set_rng_seed(0)

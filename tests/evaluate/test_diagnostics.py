@@ -45,6 +45,16 @@ def test_a_linear_guide_is_known_exactly(source, batch_size):
     assert units.count == 2
 
 
+def test_what_is_not_as_long_as_the_data_is_passed_whole():
+    def guide(x, gains, shift=3.0):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(gains * x.unsqueeze(-1) + shift, 0.7).to_event(1))
+
+    for batch_size in (7, None):
+        units = pv.active_units(guide, (X, GAINS), batch_size=batch_size)["z"]
+        torch.testing.assert_close(units.variances, EXPECTED, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("threshold", "count"), [(0.0, 3), (0.001, 3), (0.01, 2), (1.0, 1), (100.0, 0)])
 def test_the_threshold_is_on_the_variance(threshold, count):
     assert pv.active_units(linear, X, threshold)["z"].count == count

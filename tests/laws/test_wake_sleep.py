@@ -357,6 +357,52 @@ def test_sleep_refuses_what_its_dreams_do_not_follow(beside):
             pv.SleepPhi().loss(model, guide, torch.zeros(3))
 
 
+def flat(x, index=slice(None), noise=dist.Normal):
+    """Observes rows of x as vectors, by a copy."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        seen = x.flatten(1)[:, index].clone()
+        pyro.sample("x", noise(z.unsqueeze(-1), torch.ones(seen.shape[-1])).to_event(1), obs=seen)
+
+
+def of_images(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("w", torch.zeros(())) * x.mean((-1, -2)), 1.0))
+
+
+class Unsampled(dist.Normal):
+    """Has no sampler."""
+
+    def rsample(self, sample_shape=()):
+        raise NotImplementedError("TODO")
+
+
+def test_sleep_dreams_what_a_site_observes_in_another_shape():
+    objective, x = pv.SleepPhi(), torch.randn(5, 2, 2)
+    assert math.isfinite(objective.loss_and_grads(flat, of_images, x))
+    with pytest.raises(ValueError, match=r'\[5, 2, 2\], but site "x" observes \[5, 2\] and draws'):
+        objective.loss(partial(flat, index=slice(2)), of_images, x)
+    with pytest.raises(ValueError, match=r'\[5, 2, 2\], but site "x" observes \[5, 4\]'):
+        objective.loss(partial(flat, index=torch.tensor([0, 2, 1, 3])), of_images, x)
+    with pytest.raises(ValueError, match='site "x", or after it, from a distribution that has no sampler'):
+        objective.loss(partial(flat, noise=Unsampled), of_images, x)
+
+
+def test_sleep_says_that_a_guide_fails_on_dreams():
+    table = torch.zeros(3)
+
+    def counts(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Poisson(pyro.sample("z", dist.Gamma(100.0, 1.0))), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal(table[x.long()], 1.0))
+
+    with pytest.raises(ValueError, match=r'the guide fails on what the model dreams at site "x" \(index'):
+        pv.SleepPhi().loss(counts, guide, torch.ones(5))
+
+
 def pixels():
     def model(x):
         with pyro.plate("data", len(x), dim=-2):
