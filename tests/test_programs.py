@@ -211,6 +211,15 @@ def test_what_is_not_written_to_is_not_copied():
     assert net.large.data_ptr() == there
 
 
+def test_buffers_in_memory_of_numpy_come_back():
+    net = nn.Module()
+    net.register_buffer("mean", torch.from_numpy(held := np.zeros(3)))
+    with protected_buffers(net):
+        net.mean += 1
+    assert net.mean.data_ptr() == held.ctypes.data
+    assert not held.any()
+
+
 def test_the_buffers_of_scripted_modules_come_back():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

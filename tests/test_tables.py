@@ -19,6 +19,7 @@ from cells import SLOW
 import pyrovae as pv
 from pyrovae.train import loop
 from pyrovae.train.trainee import Trainee
+from tests.benchmarks import figures as figures_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {
@@ -407,3 +408,43 @@ def test_the_page_in_the_documentation_is_what_its_records_give():
     assert text == results.page(records.read(folder)), "make it again: python examples/results.py"
     for drawn in re.findall(r"\]\((.*\.png)\)", text):
         assert (folder / drawn).is_file()
+
+
+@pytest.fixture
+def figures(monkeypatch, tmp_path):
+    """Run the script of the figures with arguments, its files in a folder of the test; its page."""
+
+    def run(*arguments):
+        files = ["--folder", str(tmp_path / "figures"), "--page", str(tmp_path / "page.md")]
+        monkeypatch.setattr(sys, "argv", ["figures.py", *files, *arguments])
+        figures_of.main()
+        return (tmp_path / "page.md").read_text(encoding="utf-8")
+
+    return run
+
+
+def test_what_a_command_prints_is_recorded_and_shown(figures, tmp_path):
+    printed = "some steps were left out\n### Times\n\n| k | ms |\n| --- | --- |\n| 1 | 2.5 |\n| 5 | – |\n"
+    command = [sys.executable, "-c", f"print({printed!r})"]
+    page = figures("--part", "Memory", "--title", "Of a step", "--", *command)
+    ((path, record),) = [(p, json.loads(p.read_text())) for p in (tmp_path / "figures").glob("*.json")]
+    assert path.name == "memory-of-a-step.json"
+    assert record["tables"][0]["rows"] == [{"k": "1", "ms": "2.5"}, {"k": "5", "ms": "–"}]
+    assert record["printed"] == ["some steps were left out"]
+    assert shlex.split(record["commands"][0]) == command
+    assert record["commit"] == records.commit()
+    for shown in ("## Memory\n\n### Of a step", "| 1 | 2.5 |\n| 5 | – |", f"Commit {record['commit'][:7]}"):
+        assert shown in page
+    assert figures() == page
+    path.write_text(json.dumps(record | {"title": "Of another"}))
+    with pytest.raises(ValueError, match="is no record of 'Memory', 'Of another'"):
+        figures()
+    path.write_text(json.dumps({key: value for key, value in record.items() if key != "commit"}))
+    with pytest.raises(ValueError, match="lacks commit"):
+        figures()
+
+
+def test_the_page_of_results_is_what_its_records_give():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    known = figures_of.read(ROOT / "docs" / "results" / "figures")
+    assert page == figures_of.page(known), "make it again: python tests/benchmarks/figures.py"

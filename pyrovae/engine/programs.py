@@ -165,7 +165,10 @@ def lent(buffer: Tensor) -> Tensor:
     """A copy of a buffer; where there is such a thing, one that takes time and memory only if it is written to."""
     plain = type(buffer) is Tensor and buffer.layout is torch.strided and buffer.device.type in ("cpu", "cuda")
     traced = torch._C._len_torch_dispatch_stack()
-    return torch._lazy_clone(buffer) if plain and not traced else buffer.clone()
+    with suppress(RuntimeError):  # of memory that is not torch's own, such as NumPy's
+        if plain and not traced:
+            return torch._lazy_clone(buffer)
+    return buffer.clone()
 
 
 @contextmanager
