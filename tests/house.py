@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("objectives", "compile", "data", "plots", "runs"),
     ("engine",),
     ("nn", "schedules"),
-    ("arguments", "configured", "files", "html", "memory", "named", "progress", "ranks"),
+    ("arguments", "configured", "files", "html", "memory", "named", "progress", "ranks", "signals"),
     ("errors",),
 )
 RUN = 6  # lines that make a duplicate

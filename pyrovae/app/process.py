@@ -6,12 +6,12 @@ import ctypes
 import errno
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+from pyrovae.signals import install, restore
+
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 SPELT = {"±": "+/-", "≤": "<=", "…": "..."}  # where a stream's encoding lacks it
 NARROW = 20  # columns
@@ -31,14 +31,6 @@ def begin() -> None:
         pass
 
 
-def install(handler: Callable[[int, object], object]) -> dict[signal.Signals, object]:
-    """Handle the signals that are not ignored (as under nohup) by ``handler``; what did before."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may
-        return {}
-    heard = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-    return {number: signal.signal(number, handler) for number in heard}
-
-
 def end_at_once(number: int, _: object) -> None:
     """Say that a signal ended the process, and end it."""
     with suppress(OSError):
@@ -54,12 +46,6 @@ def at_once() -> Iterator[None]:
         yield
     finally:
         restore(before)
-
-
-def restore(before: dict[signal.Signals, object]) -> None:
-    """Handle signals again as before :func:`install`."""
-    for number, handler in before.items():
-        signal.signal(number, handler)  # type: ignore[arg-type]
 
 
 def keep_freed_memory() -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import re
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,33 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    SubsetRandomSampler,
-    TensorDataset,
-    WeightedRandomSampler,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from pyrovae.arguments import one_line, positive_int
+from pyrovae.arguments import positive_int
 from pyrovae.data.arrays import NUMBER_THEM, as_tensor, is_integer
 from pyrovae.data.fingerprint import fingerprint, held
 from pyrovae.data.images import Images
+from pyrovae.data.loaders import from_workers, in_order, length, loader_of, refuse_one_pass, same_each_time
+from pyrovae.data.streams import Order, Stream, stream_of
 from pyrovae.engine.convert import Taken, exactly, listed
 from pyrovae.engine.observed import Observed
-from pyrovae.engine.programs import Batch, rows, warn
-from pyrovae.engine.randomness import isolated_rng
+from pyrovae.engine.programs import Batch, rows
 from pyrovae.engine.support import rows_at_a_time
-from pyrovae.errors import DataError, ResourceError, is_out_of_memory
+from pyrovae.errors import DataError
 
-COLLATED = os.path.join("torch", "utils", "data", "_utils", "collate.py")  # where rows become a batch
 Source = Images | Dataset[Any] | DataLoader[Any]
 
 
@@ -125,43 +108,6 @@ def batches(
             yield tuple(a[cut] if isinstance(a, Tensor) and a.dim() and len(a) == size else a for a in args)
 
 
-def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """All data of a loader in the order of its data set, batched and collated as it says, but without its sampler.
-
-    A loader that goes over given indices keeps to those, in their order.
-
-    :raises ValueError: where it has a sampler of another kind, by name: what that leaves out is not known.
-
-    >>> loader = DataLoader(torch.arange(5), batch_size=2, shuffle=True, drop_last=True)
-    >>> [batch.tolist() for batch in in_order(loader)]
-    [[0, 1], [2, 3], [4]]
-    """
-    data, sampler, size = loader.dataset, loader.sampler, loader.batch_size
-    if loader.batch_sampler is not None:
-        size, own = getattr(loader.batch_sampler, "batch_size", size), loader.batch_sampler
-        sampler = own.sampler if type(own) is BatchSampler else own
-    if isinstance(data, IterableDataset):
-        ordered = not loader.drop_last
-    else:
-        ordered = type(sampler) is SequentialSampler and not getattr(loader.batch_sampler, "drop_last", False)
-        if isinstance(sampler, SubsetRandomSampler | list | tuple | range):
-            data = Subset(data, list(getattr(sampler, "indices", sampler)))
-        elif type(sampler) not in (SequentialSampler, RandomSampler, WeightedRandomSampler):
-            raise ValueError(
-                "an evaluation takes data in the order of their data set, but this loader has a sampler of its own, "
-                f"{type(sampler).__name__}: pass the data set itself, or torch.utils.data.Subset(data_set, indices)"
-            )
-        elif len(sampler) != len(data) or getattr(sampler, "replacement", False):  # type: ignore[arg-type]
-            warn(f"an evaluation takes every datum once, in order: the loader's {type(sampler).__name__} is not used")
-    if ordered or type(loader).__iter__ is not DataLoader.__iter__:
-        return loader
-    return DataLoader(
-        data, size, collate_fn=loader.collate_fn, num_workers=loader.num_workers, pin_memory=loader.pin_memory,
-        timeout=loader.timeout, worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-    )  # fmt: skip
-
-
 def as_batch(batch: object, device: torch.device | None = None, *, non_blocking: bool = False) -> Batch:
     """What a data set gives, as arguments of the programs, its tensors on the device if one is named."""
     if isinstance(batch, Mapping):
@@ -203,6 +149,9 @@ class Feed:
             self.loader = (
                 source if isinstance(source, DataLoader) else loader_of(source, batch_size, device, num_workers)
             )
+        self.source: Order | Stream = (
+            Order(len(self.images), batch_size) if self.images is not None else stream_of(self.loader)  # type: ignore[arg-type]
+        )
         self._first: Batch | None = None
         self.observed: Observed | None = None
         self.unseen, self.taken = False, Taken()
@@ -223,16 +172,14 @@ class Feed:
     def batches(self, ahead: Callable[[Tensor], int] | None = None) -> Iterator[Batch]:
         """An epoch of batches; of data held here all but those that ``ahead`` takes, as it does of :meth:`indices`."""
         if self.images is None:
-            yield from self.watched(from_workers(self.loader))  # type: ignore[arg-type]
+            yield from self.watched(from_workers(self.source.begin()))
         else:
             yield from (as_batch(self.images.batch(index)) for (index,) in self.indices(ahead))
 
     def indices(self, ahead: Callable[[Tensor], int] | None = None) -> Iterator[tuple[Tensor]]:
         """An epoch of data held here, as indices of batches in a new order; ``ahead`` says how many it takes first."""
-        # A batch of everything stays in order: then a guide may hold parameters for each datum, as autoguides do.
-        number = len(self.images)  # type: ignore[arg-type]
-        order = (torch.arange if number <= self.batch_size else torch.randperm)(number)
-        order = order.to(self.device, non_blocking=True)
+        assert isinstance(self.source, Order)
+        order = self.source.begin().to(self.device, non_blocking=True)
         while len(order := order[ahead(order) if ahead else 0 :]):
             self.index, order = order[: self.batch_size], order[self.batch_size :]
             yield (self.index,)
@@ -254,7 +201,7 @@ class Feed:
             index = torch.arange(min(count or self.batch_size, len(self.images)), device=self.device)
             return self.images.subset(index).fixed().columns
         if self._first is None:
-            batch = next(from_workers(self.loader), None)  # type: ignore[arg-type]
+            batch = next(from_workers(self.source.begin()), None)
             if batch is None:
                 raise DataError("there are no data to train on: the DataLoader is empty")
             moved = as_batch(batch, self.device, non_blocking=True)
@@ -331,68 +278,3 @@ class Feed:
             place += rows(batch)
         if found is not None:  # the data set gave something else this time
             raise found
-
-
-def loader_of(source: Dataset[Any], size: int, device: torch.device, workers: int | None) -> DataLoader[Any]:
-    """What streams a data set to a device."""
-    shuffle = not isinstance(source, IterableDataset)
-    most = 4 if shuffle else 1  # several workers would each deliver the whole of a stream
-    placed = torch.cuda.is_initialized() and lies_on_a_device(source)
-    # A worker cannot read what another process holds there, and a daemon may have none.
-    most = 0 if placed or multiprocessing.current_process().daemon else most
-    workers = min(most, (os.cpu_count() or 1) - 1) if workers is None else workers
-    pinned = device.type == "cuda" and not placed
-    return DataLoader(source, size, shuffle=shuffle, num_workers=workers, pin_memory=pinned)
-
-
-def from_workers(loader: Iterable[object]) -> Iterator[object]:
-    """What a loader gives; what fails in its workers is said in one line."""
-    try:
-        yield from loader
-    except Exception as error:
-        text = str(error)
-        if re.match(r"DataLoader worker \(pid.*\) (exited|is killed)", text):
-            raise ResourceError(f"{one_line(text)}: free memory, or pass num_workers=0 to see what ends it") from error
-        what = one_line((text.strip("'\\n ").splitlines() or [""])[-1])
-        if not is_out_of_memory(error) and COLLATED in text + "".join(traceback.format_tb(error.__traceback__)):
-            raise DataError(
-                f"rows of the data set do not go into one batch ({what}): let all be tensors of one shape and type, or "
-                "pass a DataLoader with a collate_fn"
-            ) from error
-        if "in DataLoader worker process" not in text:
-            raise
-        raise type(error)(f"in a worker of the DataLoader: {what}; num_workers=0 shows where") from error
-
-
-def same_each_time(loader: DataLoader[Any]) -> bool:
-    """Whether a loader is known to give the same data in all epochs: from tensors, and put into batches as they are."""
-    return type(loader.dataset) in (TensorDataset, Images) and loader.collate_fn is default_collate
-
-
-def refuse_one_pass(source: object) -> None:
-    """Refuse a stream that is one iterator: its second epoch would be empty."""
-    dataset = source.dataset if isinstance(source, DataLoader) else source
-    if isinstance(dataset, IterableDataset):
-        with isolated_rng():
-            if iter(dataset) is iter(dataset):
-                raise TypeError(
-                    f"{type(dataset).__name__} gives the same iterator each time, which ends after one epoch: let its "
-                    "__iter__ begin anew"
-                )
-
-
-def lies_on_a_device(source: Any) -> bool:
-    """Whether what a data set gives is on a device other than the CPU already; nothing is known of a stream."""
-    if isinstance(source, IterableDataset):
-        return False
-    with isolated_rng():
-        first = tree_leaves(source[0])
-    return any(isinstance(a, Tensor) and a.device.type != "cpu" for a in first)
-
-
-def length(sized: object) -> int | None:
-    """The number of data or batches, where it is known."""
-    try:
-        return len(sized)  # type: ignore[arg-type]
-    except TypeError:  # an iterable data set
-        return None

@@ -83,11 +83,17 @@ def set_rng_state(state: Tensor, cuda_states: list[Tensor]) -> None:
 
 def rng_snapshot() -> dict[str, Any]:
     """The state of every generator, in types that ``torch.load(weights_only=True)`` accepts."""
+    return host_snapshot() | {
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "current": torch.cuda.current_device() if torch.cuda.is_initialized() else 0,
+    }
+
+
+def host_snapshot() -> dict[str, Any]:
+    """The same of the generators that are on no device."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "current": torch.cuda.current_device() if torch.cuda.is_initialized() else 0,
         "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "python": random.getstate(),
     }
@@ -96,7 +102,7 @@ def rng_snapshot() -> dict[str, Any]:
 def restore_rng(snapshot: Mapping[str, Any]) -> None:
     """Put every generator back to where :func:`rng_snapshot` saw it; the current device's goes on on that of today."""
     torch.set_rng_state(snapshot["torch"])
-    states = dict(zip(range(torch.cuda.device_count()), snapshot["cuda"], strict=False))
+    states = dict(zip(range(torch.cuda.device_count()), snapshot.get("cuda", ()), strict=False))
     if states:
         states[torch.cuda.current_device()] = snapshot["cuda"][snapshot.get("current", 0)]
     for device, state in states.items():

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from pyrovae import data as datasets
 from pyrovae.compile.precision import full_float32
 from pyrovae.data.arrays import as_tensor
-from pyrovae.data.feed import as_batch, as_dataset, length
+from pyrovae.data.feed import as_batch, as_dataset
+from pyrovae.data.loaders import length
 from pyrovae.engine.convert import exactly, first_way
 from pyrovae.engine.devices import batch_device, home_of
 from pyrovae.engine.observed import Observed

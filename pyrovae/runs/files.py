@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from pyrovae.arguments import one_line
-from pyrovae.errors import CheckpointError, exit_code
+from pyrovae.errors import CheckpointError, DataError, exit_code
 from pyrovae.files import replacing
 
 CONFIG, METRICS, RESULTS, LOCK = "config.json", "metrics.jsonl", "results.json", "pyrovae.lock"
@@ -83,7 +83,7 @@ def undamaged(path: Path, advice: str = "restore it, or train again") -> Iterato
         yield
     except Exception as error:
         resources = exit_code(error) == 6 and not isinstance(error, FileNotFoundError | IsADirectoryError)
-        if resources or isinstance(error, CheckpointError):
+        if resources or isinstance(error, CheckpointError | DataError):
             raise
         raise CheckpointError(f'"{path}" is damaged ({reason(error)}): {advice}') from error
 

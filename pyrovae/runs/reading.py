@@ -25,17 +25,30 @@ T = TypeVar("T")
 TRIES = 10  # readings of a checkpoint that is replaced meanwhile
 
 
+class Within(TypedDict):
+    """How far an epoch is that a checkpoint is within, and what came of it so far."""
+
+    steps: int
+    data: int
+    seconds: float
+    cpu_seconds: float
+    place: dict[str, Any]  # of the feed
+    outcomes: dict[str, float]
+    metrics: dict[str, float]  # of the last step
+
+
 class LateState(TypedDict, total=False):
-    """What a checkpoint says of batches unlike the first, and the tensors they reach; those of before said nothing."""
+    """What checkpoints of before did not say: of batches unlike the first and what they reach, of parts of epochs."""
 
     order: list[str]  # of the optimizer's parameters, by name
     late: list[str]  # the names of the tensors
     examples: list[tuple[int, tuple[Any, ...]]]  # seeds and batches that reach them
     met: dict[str, int]  # how many of each other size there were
+    within: Within | None
 
 
 class State(LateState):
-    """The training loop's state at a checkpoint."""
+    """The training loop's state at a checkpoint; within an epoch, ``epoch`` of them are behind it."""
 
     epoch: int
     best_epoch: int | None
@@ -56,6 +69,8 @@ def check_state(state: object) -> State:
         isinstance(state["optimizer"], dict) and isinstance(state["rng"], dict)
     ):
         raise ValueError("it is no state of a run")
+    if (within := state.get("within")) is not None:
+        check_within(within)
     if not all(isinstance(name, str) for name in [*order, *late]):
         raise ValueError("it names parameters by what is no text")
     if not all(type(seed) is int and isinstance(batch, tuple) for seed, batch in examples):
@@ -64,6 +79,19 @@ def check_state(state: object) -> State:
     if not (isinstance(met, dict) and all(type(count) is int for count in met.values())):
         raise ValueError("it counts batches by what are no numbers")
     return cast(State, state)
+
+
+def check_within(within: object) -> None:
+    """A ValueError where something is not :class:`Within`."""
+    if not (isinstance(within, dict) and Within.__required_keys__ <= within.keys()):
+        raise ValueError("it does not say how far its epoch is")
+    place, outcomes, metrics = within["place"], within["outcomes"], within["metrics"]
+    if not all(isinstance(part, dict) for part in (place, outcomes, metrics)):
+        raise ValueError("it does not say how far its epoch is")
+    counts = [within["steps"], within["data"]]
+    numbers = [within["seconds"], within["cpu_seconds"], *outcomes.values(), *metrics.values()]
+    if not all(type(n) is int and n > 0 for n in counts) or not all(type(n) in (int, float) for n in numbers):
+        raise ValueError(f"its epoch has {counts} steps and data, and came to {numbers}")
 
 
 class Reader(os.PathLike[str]):

@@ -145,7 +145,7 @@ class Run(Reader):
                 f'"{self.path / METRICS}" is damaged: its epochs do not run from 1 to {epoch}, where the '
                 "last checkpoint is; restore it, or train again"
             )
-        if (folder := self.checkpoint()) is not None:
+        if epoch and (folder := self.checkpoint()) is not None:
             self.check_file(folder, METRICS)
         return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro.infer
@@ -42,6 +43,7 @@ class Ahead:
         self.recorded = step if isinstance(step, Recorded) else None
         self.step = step.step if isinstance(step, Recorded) else step
         self.gradients = step.gradients if isinstance(step.gradients, Compiled) else None
+        self.pause: Callable[[], None] = lambda: None  # called between steps
         self.made: dict[int, Made | None] = {}  # for each number of particles
 
     def now(self, more: int = 0) -> float:
@@ -62,6 +64,7 @@ class Ahead:
             if made is None or not (more := self.take(*made, order[taken:], whole)):
                 break
             taken += more
+            self.pause()
         return taken
 
     def take(self, graph: CompiledGraph, run: steps.Steps | Replays, order: Tensor, most: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -22,6 +21,7 @@ from pyrovae.errors import DataError
 from pyrovae.memory import memory_advice
 from pyrovae.progress import ProgressBar
 from pyrovae.schedules import Schedule
+from pyrovae.signals import Signals
 from pyrovae.train.ahead import Ahead
 from pyrovae.train.checks import derivable, lone_datum_advice
 from pyrovae.train.compiled import Compiled, worthwhile
@@ -34,6 +34,7 @@ from pyrovae.train.resuming import begun_with, with_fingerprints
 from pyrovae.train.step import Gradients, Recorded, Step, on_device
 from pyrovae.train.threads import threads, threads_for
 from pyrovae.train.trainee import OnEpoch, Trainee
+from pyrovae.train.within import Progress
 
 
 def fit(
@@ -96,8 +97,9 @@ def fit(
         where the processor has units for it and batch_size times particles is at least 100.
     :param device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
     :param seed: of the noise, the order of the data and the binarisation; torch's global generator is left as found.
-    :param run_dir: a folder for config, metrics and checkpoints (as often as takes 1% of the time, at the end in any
-        case; with ``validation`` the best as well). One process at a time writes to it.
+    :param run_dir: a folder for config, metrics and checkpoints (as often as takes 1% of the time, within epochs too,
+        at the end, and before a signal ends the process; with ``validation`` the best as well). One process at a time
+        writes to it.
     :param resume: go on from the last checkpoint in ``run_dir``, on CPU to the same bits as if never interrupted; a
         finished run too, to more ``epochs``. Data that are held in tensors must be those of before.
     :param on_nan: what follows a step whose loss or gradient is not finite. It never moves anything: parameters, the
@@ -178,19 +180,26 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded, on_epoch: OnEpoch 
     setup, plan = first.setup, first.setup.plan
     modules = [module for state in step.gradients.states for module in state.modules]
     warn_of_eval(modules, *(program for trainee in trainees for program in (trainee.model, trainee.guide)))
-    with ProgressBar("epoch", plan.epochs, setup.progress) as bar:
+    kept = nullcontext(Signals()) if all(own.run is None for own in trainees) else Signals().kept()
+    with ProgressBar("epoch", plan.epochs, setup.progress) as bar, kept as signals:
         watches = [
             Watch(own.eager, partial(getattr, own, "checkpoint"), setup.skips, "" if alone else f"replica {r}: ")
             for r, own in enumerate(trainees)
         ]
+        progress = Progress(trainees, watches, signals)
         for epoch in range(len(first.result.history), 0 if first.result.finished else plan.epochs):
             with memory_advice(lambda: setup.advice(first.checkpoint)), lone_datum_advice(), ExitStack() as inside:
                 for watch, trainee in zip(watches, trainees, strict=True):
                     inside.enter_context(watch.epoch(trainee.optimizer))
-                metrics = run_epoch(epoch, first.feed, step, plan, watches)
+                metrics = run_epoch(epoch, first.feed, step, plan, watches, progress)
             losses = [watch.mean(epoch + 1) for watch in watches]
-            for r, trainee in enumerate(trainees):
-                trainee.add(metrics | step.metrics(r) | watches[r].counts, losses[r])
+            shown = progress.metrics()
+            with progress.measuring():
+                found = [
+                    own.measured(metrics | shown[r] | watches[r].counts, losses[r]) for r, own in enumerate(trainees)
+                ]
+            for own, row in zip(trainees, found, strict=True):
+                own.add(row)
             mean = "" if alone else " on average"
             bound, speed = -sum(losses) / len(losses), metrics["images_per_second"]
             bar.update(epoch + 1, f"{bound:.2f} nats{mean}, {speed:,.0f} data/s")
@@ -199,11 +208,14 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded, on_epoch: OnEpoch 
     return [trainee.close(step) for trainee in trainees]
 
 
-def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan, watches: Sequence[Watch]) -> dict[str, float]:
+def run_epoch(
+    epoch: int, feed: Feed, step: Step | Recorded, plan: Plan, watches: Sequence[Watch], progress: Progress
+) -> dict[str, float]:
     """One pass over the data: what the epoch was; ``watches`` take in what its steps came to."""
-    began, worked = time.perf_counter() - step.gradients.compile_seconds, time.process_time()
     outcomes = Outcomes(watches, step, feed)
     ahead = Ahead(epoch, feed, step, plan, outcomes)
+    progress.begin(ahead, outcomes)
+    feed.source.epoch = epoch
     if isinstance(step.gradients, Compiled):
         step.gradients.look_again()
     for batch in feed.indices(ahead) if step.takes_index else feed.batches(ahead):
@@ -212,12 +224,13 @@ def run_epoch(epoch: int, feed: Feed, step: Step | Recorded, plan: Plan, watches
         with nullcontext() if epoch == ahead.steps == 0 else pyro.validation_enabled(False):
             outcomes.take(plan.at(ahead.now()), batch, epoch, ahead.steps)
         ahead.steps, ahead.data = ahead.steps + 1, ahead.data + rows(batch)
+        progress()
     if not ahead.data:
         raise DataError(f"epoch {epoch + 1} had no data: pass a data set that gives them in every epoch")
     outcomes.read()
-    seconds = time.perf_counter() - step.gradients.compile_seconds - began
+    seconds, cpu_seconds = progress.seconds()
     return {
         "epoch": epoch + 1, "kl_weight": float(getattr(plan.at(ahead.now(-1)), "kl_weight", 1.0)),
         "num_particles": plan.at(ahead.now(-1)).num_particles, "seconds": seconds, "steps": ahead.steps,
-        "cpu_seconds": time.process_time() - worked, "images_per_second": ahead.data / seconds,
+        "cpu_seconds": cpu_seconds, "images_per_second": ahead.data / seconds,
     }  # fmt: skip

@@ -9,7 +9,8 @@ import pyro.infer
 import torch
 
 from pyrovae import data as datasets
-from pyrovae.data.feed import Feed, as_batch, in_order
+from pyrovae.data.feed import Feed, as_batch
+from pyrovae.data.loaders import in_order
 from pyrovae.engine.convert import first_way
 from pyrovae.engine.devices import beside, home_of
 from pyrovae.engine.kl import site_kl

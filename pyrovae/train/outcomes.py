@@ -51,6 +51,15 @@ class Watch:
                     if isinstance(value, Tensor) and not value.isfinite().all():
                         self.fail(f'a gradient was so large that "{kept}" of parameter "{name}" overflowed: lower lr')
 
+    def outcomes(self) -> dict[str, float]:
+        """What the epoch has come to so far."""
+        return {"total": self.total, "taken": self.data, "streak": self.streak, **self.counts}
+
+    def resume(self, outcomes: dict[str, float]) -> None:
+        """Take up what a part of the epoch had come to."""
+        self.total, self.data, self.streak = outcomes["total"], outcomes["taken"], int(outcomes["streak"])
+        self.counts = {name: int(outcomes[name]) for name in self.counts}
+
     def take(self, size: int, loss: float, left_out: float) -> None:
         """A step that was taken, on ``size`` data of which so many were left out."""
         self.streak, self.total, self.data = 0, self.total + loss * size, self.data + size - left_out

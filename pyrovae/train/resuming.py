@@ -48,7 +48,7 @@ def check_resumable(run: runs.Run, config: Mapping[str, Any], done: int) -> dict
 
     That is another total of epochs, or other data that the user took knowingly.
 
-    :param done: the epochs that are behind the run.
+    :param done: the epochs that are behind the run, and the one that it is in.
     """
     then, epochs = run.config(), config["training"]["epochs"]
     changed = check_data(run, config[FINGERPRINTS])
@@ -56,7 +56,7 @@ def check_resumable(run: runs.Run, config: Mapping[str, Any], done: int) -> dict
     before = training.get("epochs") if isinstance(training := then.get("training"), dict) else None
     if epochs < done:
         raise ValueError(
-            f'"{run.path}" has {done} epochs behind it, got epochs={epochs}: pass {done} or more, or train another run'
+            f'"{run.path}" has begun {done} epochs, got epochs={epochs}: pass {done} or more, or train another run'
         )
     if epochs != before:
         warn_of_total(config["training"], before, done)

@@ -19,12 +19,13 @@ from pyrovae.engine.programs import Program, in_modes, modes_of, warn
 from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
 from pyrovae.errors import CheckpointError
 from pyrovae.objectives.base import Objective
+from pyrovae.runs.reading import Within
 from pyrovae.train.checks import check_derivable, check_last_batch, check_memory, lone_datum_advice, warn_of_data
 from pyrovae.train.log import Fit, describe_job
 from pyrovae.train.monitor import Monitor, Validation, look_on, warn_unlogged
 from pyrovae.train.optimizers import check_sparse
 from pyrovae.train.plan import MakeOptimizer, Setup
-from pyrovae.train.resuming import check_resumable
+from pyrovae.train.resuming import FINGERPRINTS, check_resumable
 from pyrovae.train.step import Eager, Recorded, Step
 from pyrovae.train.threads import threads
 
@@ -76,6 +77,7 @@ class Trainee:
         self.optimizer = self.make(self.eager.parameters)
         check_sparse(self.optimizer, seen.modules)
         self.run: runs.Run | None = None
+        self.within: Within | None = None  # the epoch that its checkpoint is in
         self.best: dict[str, Tensor] = {}  # weights that are not saved yet
         self.validation: Validation | None = None
         self.patience: int | None = None
@@ -102,7 +104,8 @@ class Trainee:
             return
         run.check_files()
         run.history_until(saved["epoch"])
-        amended = check_resumable(run, config, saved["epoch"])
+        amended = check_resumable(run, config, saved["epoch"] + bool(saved.get("within")))
+        changed = amended is not None and amended.get(FINGERPRINTS) != run.config().get(FINGERPRINTS)
         weights = run.weights()
         with runs.undamaged(run.path / "last" / runs.STATE):
             self.eager.met.update(saved.get("met", {}))
@@ -112,20 +115,29 @@ class Trainee:
             self.eager.reach.load(self.optimizer, saved["optimizer"], saved.get("order"))
             settle(self.optimizer)
             restore_rng(saved["rng"])
+            if (within := saved.get("within")) is not None and not changed:
+                self.feed.source.epoch = saved["epoch"]
+                self.feed.source.resume(within["place"], within["data"], run.doubt)
+                self.within = within
         self.result = Fit(run.rewind(saved["epoch"]), best_epoch=saved["best_epoch"], finished=saved["finished"])
         if amended is not None:
             run.amend(amended)
             if self.result.extend(self.setup.plan.epochs, self.patience, self.setup.plan.growing):
                 warn(f'"{run.path}" stopped early, {self.patience} epochs after its best: it has no more to train')
 
-    def add(self, metrics: Mapping[str, float], loss: float) -> None:
-        """Take in an epoch: measure, log and save it."""
+    def measured(self, metrics: Mapping[str, float], loss: float) -> dict[str, object]:
+        """What is known of an epoch, once the pair as it is now was measured."""
         own = {"bound": -loss, "kl_weight": metrics["kl_weight"] * self.kl_factor}
         row = {**metrics, **own, **(self.monitor() if self.monitor is not None else {})}
         if self.validation is not None:
             row["validation_bound"] = bound = self.validation()
             if math.isnan(bound):
                 warn(f"the validation bound of epoch {len(self.result.history) + 1} is NaN, and counts as -inf")
+        return row
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Take in an epoch: log and save it."""
+        self.within = None
         self.result.add(row, self.patience, self.setup.plan.growing)
         if self.run is None:
             return
@@ -142,7 +154,7 @@ class Trainee:
         with isolated_rng(), torch.enable_grad(), in_modes(modes), threads(self.setup.threads):
             return on_epoch(shown) is not False
 
-    def save(self, run: runs.Run) -> None:
+    def save(self, run: runs.Run, within: Within | None = None) -> None:
         """Write the last checkpoint, and the best one where it is another than is there."""
         result = self.result
         if self.best:
@@ -150,7 +162,8 @@ class Trainee:
             self.best = {}
         state = {
             "epoch": len(result.history), "best_epoch": result.best_epoch, "finished": result.finished,
-            "rng": rng_snapshot(), "met": self.eager.met, **self.eager.reach.saved(self.optimizer),
+            "rng": rng_snapshot(), "within": within, "met": self.eager.met,
+            **self.eager.reach.saved(self.optimizer),
         }  # fmt: skip
         run.save("last", self.eager.reach.tensors, state)
 

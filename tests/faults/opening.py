@@ -684,7 +684,7 @@ def an_interrupted_run_ends_where_it_is(folder: Path):
     assert weights_of(run) == weights_of(whole)
 
 
-@fault("D", "train --resume", 2, "has 2 epochs behind it, got epochs=1: pass 2 or more")
+@fault("D", "train --resume", 2, "has begun 2 epochs, got epochs=1: pass 2 or more")
 def fewer_epochs_than_are_done(folder: Path):
     run = small_run(folder / "run")
     before = (run / "config.json").read_bytes()
@@ -738,7 +738,7 @@ def a_fit_that_stopped_early_has_no_more_to_train(folder: Path):
     assert weights_of(folder / "run") == weights_of(folder / "whole")
 
 
-@fault("D", "fit", 2, "has 3 epochs behind it, got epochs=2")
+@fault("D", "fit", 2, "has begun 3 epochs, got epochs=2")
 def a_fit_is_to_end_before_where_it_is(folder: Path):
     import torch
 

@@ -1,0 +1,262 @@
+"""Where a loader is in its data, and how it is brought there again, to the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from pyrovae.data.loaders import alike, same_each_time
+from pyrovae.engine.randomness import host_snapshot, isolated_rng, restore_rng, seed_everything
+from pyrovae.errors import DataError
+
+Doubt = Callable[[str, type[ValueError]], None]  # refuses, or warns a user who goes on knowingly
+END = object()
+
+
+class Order:
+    """The order of data in memory, drawn anew for each epoch, which is begun, or gone on with from a place in it."""
+
+    def __init__(self, number: int, batch_size: int) -> None:
+        # A batch of everything stays in order: then a guide may hold parameters for each datum, as autoguides do.
+        self.epoch, self.number, self.draw = 0, number, torch.arange if number <= batch_size else torch.randperm
+        self.began: dict[str, Any] = {}
+        self.behind: int | None = None
+
+    def begin(self) -> Tensor:
+        """The indices of an epoch's data, or of what is left of them."""
+        behind, self.behind = self.behind, None
+        if behind is None:
+            self.began = host_snapshot()
+            return self.draw(self.number)
+        with isolated_rng():
+            restore_rng(self.began)
+            return self.draw(self.number)[behind:]
+
+    def place(self) -> dict[str, Any]:
+        """From where the order of this epoch is found again."""
+        return {"kind": "Order", "rng": self.began}
+
+    def resume(self, place: dict[str, Any], behind: int, doubt: Doubt) -> None:
+        """Begin next with what is left of an epoch, but for the data behind."""
+        check_kind(self, place)
+        self.began, self.behind = place["rng"], behind
+
+
+class Stream:
+    """The batches of a loader, epoch by epoch; each from its beginning, or from a place in it.
+
+    A loader that says where it is (``state_dict``, as torchdata's does) is asked, and told. Any other is brought to a
+    place by reading again what came before it, with the generators as they were when its epoch began. What it draws in
+    this process, it draws from seeds of its own, so that it does so again.
+
+    :ivar epoch: its number.
+    :ivar given: the batches of the epoch so far.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader, self.epoch, self.given, self.last = loader, 0, 0, END
+        self.left: Iterator[object] | None = None  # of an epoch that goes on
+        self.began: dict[str, Any] = {}
+        parts = loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+        self.parts = [*parts, getattr(parts[-1], "sampler", None), loader.dataset]
+        found = {id(g): g for p in self.parts if isinstance(g := getattr(p, "generator", None), torch.Generator)}
+        self.generators = list(found.values())
+
+    def begin(self) -> Iterator[object]:
+        """An epoch of batches, or what is left of one."""
+        left, self.left = self.left, None
+        if left is not None:
+            return left
+        self.tell_epoch()
+        states = [g.get_state() for g in self.generators]
+        self.began, self.given = {"rng": host_snapshot(), "generators": states}, 0
+        return self.noted(self.start())
+
+    def resume(self, place: dict[str, Any], behind: int, doubt: Doubt) -> None:
+        """Begin next with what is left of an epoch after a place in it.
+
+        :raises DataError: where the place is not found again.
+        """
+        check_kind(self, place)
+        self.tell_epoch()
+        self.began, self.given = {name: place[name] for name in ("rng", "generators")}, place["given"]
+        self.set(self.began["generators"])
+        with isolated_rng():
+            restore_rng(self.began["rng"])
+            batches = self.start(place)
+        if place["last"] not in (None, digest(self.last)):
+            doubt(
+                f"batch {self.given} of the epoch is another than before the run was stopped: restore the data",
+                DataError,
+            )
+        self.left = self.noted(batches)
+
+    def tell_epoch(self) -> None:
+        """Say to what shuffles by the number of the epoch which one begins."""
+        for part in self.parts:
+            if callable(told := getattr(part, "set_epoch", None)):
+                told(self.epoch)
+
+    def set(self, states: Sequence[Tensor]) -> None:
+        """Put the loader's own generators where they were."""
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)
+
+    def place(self) -> dict[str, Any]:
+        """Where the loader is, after the batch that it gave last."""
+        state = self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
+        last = None if state is not None else digest(self.last)
+        own = {"kind": type(self).__name__, "workers": self.loader.num_workers, "state": state}
+        return {**self.began, **own, "given": self.given, "last": last}
+
+    def noted(self, batches: Iterator[object]) -> Iterator[object]:
+        """What is given, counted."""
+        for batch in batches:
+            self.given, self.last = self.given + 1, self.known(batch)
+            yield batch
+
+    def known(self, batch: object) -> object:
+        """What a batch is known by, if its place is to be found again."""
+        return batch
+
+    def start(self, place: dict[str, Any] | None = None) -> Iterator[object]:
+        """The batches from a place on."""
+        seed, first = int(torch.randint(2**62, ())), 0
+        if place is not None and self.loader.num_workers != place["workers"]:
+            was, now = place["workers"], self.loader.num_workers
+            raise DataError(f"the place in a stream that {was} workers read is none for {now}: pass num_workers={was}")
+        if place is not None and place["state"] is not None:
+            first = self.given
+            self.tell(place["state"])
+        batches = self.drawing(iter(self.loader), count(seed + first))
+        for _ in range(self.given - first):
+            self.last = next(batches, END)
+            self.missing(self.last is END)
+        return batches
+
+    def tell(self, state: dict[str, Any]) -> None:
+        """Let the loader go to where it said that it was."""
+        try:
+            self.loader.load_state_dict(state)  # type: ignore[attr-defined]
+        except Exception as error:
+            name = type(self.loader).__name__
+            raise DataError(
+                f"{name} does not take up the state that it gave ({error}): use the version of before"
+            ) from error
+
+    def drawing(self, batches: Iterator[object], seeds: Iterator[int]) -> Iterator[object]:
+        """What a loader gives; what it draws in this process follows a seed for each batch."""
+        for seed in seeds:
+            apart: AbstractContextManager[object] = nullcontext() if self.loader.num_workers else isolated_rng(seed)
+            with apart:
+                batch = next(batches, END)
+            if batch is END:
+                return
+            yield batch
+
+    def missing(self, ended: bool) -> None:
+        """Refuse data that end before the place that is looked for."""
+        if ended:
+            raise DataError(
+                f"the data end before batch {self.given} of the epoch, up to which the run has come: restore them"
+            )
+
+
+class Indexed(Stream):
+    """The batches of a loader that finds data by their indices: what is before a place is not read again.
+
+    What workers draw follows a seed for each batch, so that neither their number nor the place changes it.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        super().__init__(loader)
+        self.sent: deque[object] = deque()  # indices whose batches did not come yet
+        self.order: Iterator[object] = iter(())
+        own = {"dataset": Seeded(loader.dataset), "worker_init_fn": Started(loader.worker_init_fn)}
+        self.seeded = loader.num_workers > 0 and not same_each_time(loader)
+        self.made = alike(loader, **(own if self.seeded else {}), batch_sampler=self)
+
+    def __iter__(self) -> Iterator[object]:
+        return self.order
+
+    def known(self, batch: object) -> object:
+        return self.sent.popleft()
+
+    def start(self, place: dict[str, Any] | None = None) -> Iterator[object]:
+        seed, inner = int(torch.randint(2**62, ())) if self.seeded else 0, iter(self.loader.batch_sampler)  # type: ignore[arg-type]
+        for _ in range(self.given):
+            self.last = next(inner, END)
+            self.missing(self.last is END)
+        # most samplers draw an order with their first indices: here, not when a worker asks for them
+        head = () if self.given or (first := next(inner, END)) is END else (first,)
+        self.sent.clear()
+        self.order = self.sending(chain(head, inner), seed + self.given)
+        return iter(self.made)
+
+    def sending(self, inner: Iterator[Any], seed: int) -> Iterator[object]:
+        """Indices as the loader takes them."""
+        for number, indices in enumerate(inner):
+            self.sent.append(indices)
+            yield (seed + number, indices) if self.seeded else indices
+
+
+class Seeded(Dataset[Any]):
+    """A data set that gives whole batches, which come with seeds of what it draws for them."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self.data = data
+
+    def __getitems__(self, given: tuple[int, list[Any]]) -> list[Any]:
+        seed, indices = given
+        seed_everything(seed)
+        together = getattr(self.data, "__getitems__", None)
+        return together(indices) if together else [self.data[i] for i in indices]
+
+
+class Started:
+    """Starts a worker as a loader says, with the data set that it says."""
+
+    def __init__(self, then: Callable[[int], object] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        info = get_worker_info()
+        object.__setattr__(info, "dataset", info.dataset.data)  # type: ignore[union-attr]
+        if self.then is not None:
+            self.then(worker)
+
+
+def stream_of(loader: DataLoader[Any]) -> Stream:
+    """The batches of a loader, in the way in which it is brought to a place in them."""
+    plain = type(loader) is DataLoader and loader.batch_sampler is not None
+    return Indexed(loader) if plain and not isinstance(loader.dataset, IterableDataset) else Stream(loader)
+
+
+def check_kind(source: Order | Stream, place: dict[str, Any]) -> None:
+    """Refuse a place in data of another kind."""
+    kinds = {"Order": "are in memory", "Indexed": "are read by their indices", "Stream": "come in a stream"}
+    if place["kind"] != (now := type(source).__name__):
+        raise DataError(
+            f"the run was stopped within an epoch of data that {kinds.get(place['kind'])}, these {kinds[now]}: pass "
+            "them as before"
+        )
+
+
+def digest(content: object) -> str:
+    """What a batch, or its indices, are known by."""
+    found = hashlib.sha256()
+    for leaf in tree_leaves(content):
+        if isinstance(leaf, Tensor):
+            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(leaf if isinstance(leaf, int | float | str) else type(leaf)).encode())
+    return found.hexdigest()[:16]

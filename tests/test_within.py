@@ -1,0 +1,247 @@
+"""Runs that are stopped within an epoch go on to the bits of one that was left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, get_worker_info
+
+import pyrovae as pv
+from pyrovae import runs
+from pyrovae.errors import DataError
+from pyrovae.train import monitor, within
+from tests.training import Killed, rows
+
+GREY = torch.rand(53, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Bits(Dataset[Tensor]):
+    """Draws its own bits, wherever it is."""
+
+    def __len__(self) -> int:
+        return len(GREY)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.bernoulli(GREY[i])
+
+
+class Shuffled(IterableDataset[Tensor]):
+    """In an order that it draws as it goes, and bits too; each worker has its share."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        info = get_worker_info()
+        share = GREY if info is None else GREY[info.id :: info.num_workers]
+        return (torch.bernoulli(share[i]) for i in torch.randperm(len(share)))
+
+
+DATA: dict[str, Callable[[], object]] = {
+    "held": lambda: pv.data.Images(GREY, binarization="dynamic"),
+    "rows": Bits,
+    "rows by two workers": lambda: DataLoader(Bits(), 8, shuffle=True, num_workers=2),
+    "rows in an order of their own": lambda: DataLoader(
+        Bits(), 8, shuffle=True, generator=torch.Generator().manual_seed(3)
+    ),
+    "stream": lambda: DataLoader(Shuffled(), 8),
+    "stream by two workers": lambda: DataLoader(Shuffled(), 8, num_workers=2),
+}
+OPTIONS: dict[str, Any] = {
+    "objective": pv.IWAE(2), "epochs": 3, "batch_size": 8, "schedule": "cosine", "kl_warmup": 2, "lr": 1e-2,
+    "validation": GREY.round(), "num_workers": 0,
+}  # fmt: skip
+
+
+def trained(data: object, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    pair = pv.models.VAE((6,), latent_dim=2, hidden=(5,))
+    result = pv.fit(pair.model, pair.guide, data, **OPTIONS | options)
+    return rows(result.history), {name: t.clone() for name, t in pair.state_dict().items()}
+
+
+def same(one: Any, other: Any) -> bool:
+    return one[0] == other[0] and all(torch.equal(t, other[1][name]) for name, t in one[1].items())
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint after every step."""
+    monkeypatch.setattr(within, "FIRST", 0.0)
+    monkeypatch.setattr(runs.Run, "due", property(lambda self: True))
+    monkeypatch.setattr("pyrovae.compile.steps.AT_ONCE", 1)
+
+
+def killed(folder: Path, at: int, run: Callable[[], object]) -> None:
+    """Run, and die right after the checkpoint number ``at``."""
+    save, saved = runs.Run.save, []
+
+    def dying(self: runs.Run, name: str, *given: Any) -> None:
+        save(self, name, *given)
+        saved.append(name)
+        if saved.count("last") == at:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "save", dying)
+        with pytest.raises(Killed):
+            run()
+
+
+@pytest.mark.parametrize(("kind", "compile"), [*((kind, False) for kind in DATA), ("held", True), ("stream", True)])
+def test_to_the_same_bits(tmp_path: Path, often: None, kind: str, compile: bool) -> None:
+    """Wherever in an epoch: in the first, in one that begins elsewhere, and again in what was left of it."""
+    make = partial(trained, run_dir=tmp_path, resume=True, compile=compile)
+    whole = trained(DATA[kind](), compile=compile)
+    for at in (2, 7) if compile else (2, 4, 7):
+        killed(tmp_path, at, lambda: make(DATA[kind]()))
+        assert runs.Run(tmp_path).state()["within"] is not None
+    assert same(make(DATA[kind]()), whole)
+
+
+class Stopping(Bits):
+    """Sends a signal to its process where it is asked for a datum for so many times."""
+
+    def __init__(self, at: int, number: int) -> None:
+        self.left, self.number = at, number
+
+    def __getitem__(self, i: int) -> Tensor:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), self.number)
+        return super().__getitem__(i)
+
+
+def process(folder: Path, at: int = 0, number: int = signal.SIGTERM) -> int:
+    """The exit code of a process of its own, which trains."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        trained(Stopping(at, number), run_dir=folder, resume=True)
+        code = 0
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        os._exit(code)
+
+
+def test_a_signal_saves_and_then_does_what_it_does(tmp_path: Path) -> None:
+    """No step is lost that was taken before it."""
+    whole, run = trained(Bits()), runs.Run(tmp_path)
+    assert process(tmp_path, 8 + len(GREY) + 10) == -signal.SIGTERM  # 8 are looked at first
+    assert (run.state()["epoch"], run.state()["within"]["steps"]) == (1, 2)
+    assert process(tmp_path, 8 + 10, signal.SIGINT) == 130
+    assert (run.state()["epoch"], run.state()["within"]["steps"]) == (1, 4)
+    assert same(trained(Bits(), run_dir=tmp_path, resume=True), whole)
+
+
+def test_a_signal_while_an_epoch_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes at once, and nothing of the epoch is lost."""
+    measured, whole = monitor.Validation.__call__, trained(DATA["rows"]())
+    with monkeypatch.context() as patch:
+        patch.setattr(monitor.Validation, "__call__", lambda self: signal.raise_signal(signal.SIGINT) or measured(self))
+        with pytest.raises(KeyboardInterrupt):
+            trained(DATA["rows"](), run_dir=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    state = runs.Run(tmp_path).state()
+    assert (state["epoch"], state["within"]["data"]) == (0, len(GREY))
+    assert same(trained(DATA["rows"](), run_dir=tmp_path, resume=True), whole)
+
+
+def test_a_signal_that_a_program_goes_on_after(tmp_path: Path) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        source = [*GREY.round()]
+        loader = DataLoader(source, 8, collate_fn=lambda r: signal.raise_signal(signal.SIGTERM) or torch.stack(r))
+        history, _ = trained(loader, run_dir=tmp_path, epochs=2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(history) == 2
+    assert len(heard) >= 2 * 7
+
+
+# --- data that are not found again -----------------------------------------------------------------
+
+
+class Counting(IterableDataset[Tensor]):
+    """So many rows from a first one on."""
+
+    def __init__(self, first: int = 0, size: int = 53) -> None:
+        self.first, self.size = first, size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(GREY.round()[self.first : self.first + self.size])
+
+
+class Own(torch.utils.data.Sampler[int]):
+    """An order that is another one each time."""
+
+    orders = torch.Generator().manual_seed(0)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(len(GREY), generator=Own.orders).tolist())
+
+
+def stopped(folder: Path, data: object, at: int = 3) -> None:
+    killed(folder, at, lambda: trained(data, run_dir=folder, resume=True))
+
+
+LOST: dict[str, tuple[Callable[[], object], Callable[[], object], str]] = {
+    "shorter": (Counting, lambda: Counting(size=15), "the data end before batch 3 of the epoch"),
+    "another": (Counting, lambda: Counting(first=1), "batch 3 of the epoch is another than before the run was stopped"),
+    "another order": (lambda: DataLoader(Bits(), 8, sampler=Own()),) * 2 + ("batch 3 of the epoch is another",),
+    "more workers": (
+        lambda: DataLoader(Shuffled(), 8, num_workers=1), lambda: DataLoader(Shuffled(), 8, num_workers=2),
+        "a stream that 1 workers read is none for 2: pass num_workers=1",
+    ),
+    "another kind": (
+        lambda: GREY.round(), lambda: DataLoader(TensorDataset(GREY.round()), 8),
+        "data that are in memory, these are read by their indices",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after", "says"), LOST.values(), ids=LOST)
+def test_what_is_not_found_again_is_refused(
+    tmp_path: Path, often: None, before: Callable[[], object], after: Callable[[], object], says: str
+) -> None:
+    stopped(tmp_path, before())
+    files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(DataError, match=says):
+        trained(after(), run_dir=tmp_path, resume=True, override=says.startswith("the data end"))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
+
+
+def test_other_data_are_taken_knowingly(tmp_path: Path, often: None) -> None:
+    stopped(tmp_path, Counting())
+    with pytest.warns(UserWarning, match="batch 3 of the epoch is another"):
+        history, _ = trained(Counting(first=1), run_dir=tmp_path, resume=True, override=True)
+    assert [row["steps"] for row in history] == [7, 7, 7]
+
+
+def test_an_epoch_of_data_in_memory_that_changed_begins_anew(tmp_path: Path, often: None) -> None:
+    stopped(tmp_path, GREY.round())
+    with pytest.warns(UserWarning, match="the data of .* changed"):
+        history, _ = trained(GREY[:40].round(), run_dir=tmp_path, resume=True, override=True)
+    assert [row["steps"] for row in history] == [5, 5, 5]
+
+
+def test_workers_may_change_where_data_are_read_by_their_indices(tmp_path: Path, often: None) -> None:
+    """What a worker draws for a batch is the same, whichever it is."""
+    make = lambda workers: DataLoader(Bits(), 8, shuffle=True, num_workers=workers)  # noqa: E731
+    whole = trained(make(1))
+    stopped(tmp_path, make(1), 4)
+    assert same(trained(make(2), run_dir=tmp_path, resume=True), whole)
+
+
+def test_fewer_epochs_than_were_begun(tmp_path: Path, often: None) -> None:
+    stopped(tmp_path, Counting(), 10)
+    with pytest.raises(ValueError, match="has begun 2 epochs, got epochs=1: pass 2 or more"):
+        trained(Counting(), run_dir=tmp_path, resume=True, epochs=1)
