@@ -148,7 +148,9 @@ def compared_rows(compared: Sequence[runs.Run], *, strict: bool = True) -> list[
         data, results = run.config().get("data", {}), kept_results(run)
         if results is None and strict:
             by_command = "settings" in run.config()
-            fix = f"run pyrovae evaluate {folder}" if by_command else "it is measured in Python, by pv.log_likelihood"
+            fix = (
+                f"run pyrovae evaluate {folder}" if by_command else f'run pv.report("{folder}", data, num_samples=5000)'
+            )
             raise datasets.DataError(f'the run "{folder}" has no {runs.RESULTS}: {fix}')
         # Grey images are not bits: their NLL may be a density, and no figure of one compares with the other's.
         grey = data.get("binarization") == "none" and not str(data.get("name")).startswith(CODES)

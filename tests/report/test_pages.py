@@ -22,6 +22,7 @@ import torch
 import pyrovae as pv
 from pyrovae import runs
 from pyrovae.app.report import words
+from pyrovae.app.tables import compared_rows
 from pyrovae.objectives import OBJECTIVES
 from pyrovae.runs import as_json
 from tests.report.conftest import pyrovae
@@ -285,6 +286,20 @@ def test_a_report_in_python_lacks_nothing(by_own_program, digits):
         assert heading in page.said
     assert page.explorer["labels"] == test.labels.tolist()
     assert not page.explorer["own"]
+    ((_, _, size, _, _, compared, used),) = compared_rows([runs.Run(run)])
+    assert compared.startswith(f"{nll:.2f}"), "what it measured is the run's result"
+    assert (size, used) == (f"{sum(p.numel() for p in vae.parameters()):,}", "2")
+
+
+def test_only_a_test_of_the_run_is_its_result(by_own_program, digits):
+    _, train, run = by_own_program
+    x = digits[200:230].round()
+    noted(run, train, num_samples=5)
+    noted(run, x)
+    noted(run, x, num_samples=5, output=run.parent / "page.html")
+    assert not (run / "results.json").exists()
+    with pytest.raises(pv.data.DataError, match=r"run pv.report\(.*, data, num_samples=5000\)"):
+        compared_rows([runs.Run(run)])
 
 
 @pytest.mark.parametrize(

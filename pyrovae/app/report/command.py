@@ -43,7 +43,8 @@ def report(
     :param pair: what the weights are loaded into where the run does not say how the pair is built again, as
         :func:`pyrovae.load` takes it: a module, or two programs.
     :param num_samples: measure log p(x) of all the data, with so many samples of each; by default of at most a thousand
-        with a hundred, if nobody measured the run.
+        with a hundred, if nobody measured the run. Of a run made in Python, and data that it was not trained on, this
+        is kept beside the page, as ``results.json``, which ``pyrovae compare`` reads.
     :param output: the page to write; ``report.html`` in the run.
     :param checkpoint: ``"last"`` or ``"best"``.
     :param trust: import the class that the run names, though it is not pyrovae's.
@@ -82,6 +83,8 @@ def written(
     found = Gathered.of(folder, checkpoint=checkpoint, root=root, device=place, trust=trust, given=given)
     if output is None:
         found.run.check_files()
+        if found.keeps and given.samples is not None:
+            runs.write_json(folder / runs.RESULTS, found.results)
     path, page = output or folder / runs.REPORT, content(found)
     write("report.html", path, page=page)
     return path, page.notes

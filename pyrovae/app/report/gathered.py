@@ -17,7 +17,7 @@ from pyrovae.app.job import Terms, as_seen_by, example, reopen, reopen_with_data
 from pyrovae.app.measure import measure
 from pyrovae.app.pictures import labels_for
 from pyrovae.app.report.given import NOTHING, Given, loaded, matched
-from pyrovae.app.results import Results, belongs, kept_results
+from pyrovae.app.results import Results, belongs, kept_results, timed
 from pyrovae.arguments import one_line
 from pyrovae.data.fingerprint import fingerprint
 from pyrovae.data.images import Images
@@ -70,6 +70,7 @@ class Gathered:
     shape: tuple[int, ...] = ()  # of a datum
     test: Images | None = None  # to be measured on, as the pair takes it, its bits drawn
     labels: Tensor | None = None  # of ``test``, whether the pair takes them or not
+    keeps: bool = False  # what was measured, as the run's results
 
     @classmethod
     def of(
@@ -105,6 +106,7 @@ class Gathered:
                 self.take(self.pair, given.data)
             if given.samples is not None:
                 self.results = measure(self.pair, self.tested, samples=given.samples, seed=self.seed)
+                self.results |= {"checkpoint": checkpoint, "weights": self.run.digest(checkpoint), **timed(self.run)}
         return self
 
     def read_results(self, checkpoint: str) -> None:
@@ -145,9 +147,10 @@ class Gathered:
 
     def take(self, pair: Pair, data: Images) -> None:
         """Make data that were given those that the pair is measured on."""
-        seen = as_seen_by(pair, data)
+        seen, self.keeps = as_seen_by(pair, data), "settings" not in self.config  # whose test data are others
         if fingerprint(*seen.columns) == (self.config.get(FINGERPRINTS) or {}).get("train"):
             self.notes.add("the data are those that the run was trained on: others tell how well it fits")
+            self.keeps = False
         self.test, self.labels = matched(pair, seen.fixed(self.seed)), data.labels
         self.shape = tuple(data.event_shape)
 
