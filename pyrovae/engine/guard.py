@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from pyrovae.engine.updates import Update
+from pyrovae.engine.updates import Update, slices
 from pyrovae.errors import NumericalError
 
 Place = tuple[dict[str, Tensor], str]
@@ -47,6 +47,8 @@ class Guard:
         for r, (loss, own) in enumerate(zip(losses.unbind() if losses.dim() else (losses,), gradients, strict=True)):
             withheld, shadow = self.each[r], self.shadows[r]
             found = [loss, *own]
+            if recording(withheld):
+                found = [part for tensor in found for part in slices(tensor)]
             try:  # what GradScaler uses: one pass over all, which it multiplies by 1
                 torch._amp_foreach_non_finite_check_and_unscale_(found, withheld, self.one)
             except RuntimeError:  # a gradient is complex or sparse, or expanded from fewer numbers
@@ -77,6 +79,8 @@ class Guard:
             if not withheld.item():
                 update()
                 self.begun.add(id(optimizer))
+        elif recording(withheld) and update.in_slices(withheld):
+            pass
         elif getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = withheld  # type: ignore[attr-defined]
             optimizer.step()
@@ -86,6 +90,11 @@ class Guard:
             optimizer.step()
             for tensor, old in zip(kept, then, strict=True):
                 torch.where(withheld > 0, old, tensor, out=tensor)
+
+
+def recording(tensor: Tensor) -> bool:
+    """Whether what a device does with a tensor becomes part of a graph, where the Python around it costs nothing."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def numbers(gradient: Tensor) -> Tensor:

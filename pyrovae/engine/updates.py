@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim import optimizer as registered
 
+SLICE = 8192  # numbers, which a block goes through in four turns
 NONE: dict[str, Any] = {}
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -38,6 +39,26 @@ class Update:
                 if own:
                     step_of(group, own, entries, count(entries))
 
+    def in_slices(self, withheld: Tensor) -> bool:
+        """Move the parameters on a device, to the same bits but sooner, unless withheld; False where step must do it.
+
+        torch gives a tensor one block for 65,536 numbers, which leaves most of a card idle. There are many slices to a
+        tensor, so this is for recordings.
+        """
+        groups = self.optimizer.param_groups
+        moved = [[p for p in group["params"] if p.grad is not None] for group in groups]
+        known = [[self.optimizer.state.get(p, NONE) for p in own] for own in moved]
+        if not self.plain or not all(map(is_sliceable, groups, moved, known)):
+            return False
+        with torch.no_grad():
+            for group, own, entries in zip(groups, moved, known, strict=True):
+                if own:
+                    counts = [state["step"] for state in entries]
+                    torch._foreach_add_(counts, 1)
+                    step_of(group, own, entries, counts, withheld)
+                    torch._foreach_sub_(counts, [withheld] * len(counts))
+        return True
+
     @property
     def plain(self) -> bool:
         """Whether the optimizer is Adam as torch made it, and nothing is to happen before or after its steps."""
@@ -62,15 +83,46 @@ def is_plain(group: dict[str, Any], moved: Sequence[Tensor], known: Sequence[dic
     return dense and len({t.dtype for t in tensors}) <= 1
 
 
-def step_of(group: dict[str, Any], moved: list[Tensor], known: Sequence[dict[str, Any]], steps: list[Tensor]) -> None:
-    """Move the parameters of a group by fused Adam, its steps being counted already."""
+def is_sliceable(group: dict[str, Any], moved: Sequence[Tensor], known: Sequence[dict[str, Any]]) -> bool:
+    """Whether calls of the kernel on slices move a group on a device, with a state already."""
+    if not all(known) or not group["fused"] or group["differentiable"] or isinstance(group["betas"][0], Tensor):
+        return False
+    kept: list[Any] = [t for p, own in zip(moved, known, strict=True) for t in (p, p.grad, *own.values())]
+    on_device = all(isinstance(t, Tensor) and t.is_cuda and t.is_contiguous() for t in kept)
+    return on_device and not moved[0].is_complex() and len({t.dtype for t in kept if t.dim()}) == 1
+
+
+def slices(tensor: Tensor) -> Sequence[Tensor]:
+    """A contiguous tensor in parts; what lies otherwise is one."""
+    return tensor.view(-1).split(SLICE) if tensor.is_contiguous() else (tensor,)
+
+
+def step_of(
+    group: dict[str, Any],
+    moved: list[Tensor],
+    known: Sequence[dict[str, Any]],
+    steps: list[Tensor],
+    withheld: Tensor | None = None,
+) -> None:
+    """Move the parameters of a group by fused Adam, its steps being counted already.
+
+    :param withheld: on a device, 1 where they are to stay, and they go in slices.
+    """
     kernel: Any = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
     names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
-    moments = [[entries[name] for entries in known] for name in names] + [[]] * (3 - len(names))
+    lists: list[Sequence[Any]] = [
+        moved,
+        [p.grad for p in moved],
+        *([entries[name] for entries in known] for name in names),
+    ]
+    if withheld is not None:
+        steps = [step for p, step in zip(moved, steps, strict=True) for _ in slices(p)]
+        lists = [[part for tensor in own for part in slices(tensor)] for own in lists]
+    lists += [[]] * (5 - len(lists))
     beta1, beta2 = group["betas"]
     kernel(
-        moved, [p.grad for p in moved], *moments, steps, lr=group["lr"], beta1=beta1, beta2=beta2,
-        weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=group["amsgrad"], maximize=group["maximize"],
+        *lists, steps, lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+        eps=group["eps"], amsgrad=group["amsgrad"], maximize=group["maximize"], found_inf=withheld,
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def loop(name: str) -> Train:
         from tests.benchmarks.contenders import CONTENDERS
 
         graphs = {"mode": "reduce-overhead"} if name == HAND_COMPILED and images.x.is_cuda else {}
-        step = CONTENDERS[name](vae, k, images.batch(torch.arange(batch)), **graphs)
+        step = CONTENDERS[name](vae, k, images.batch(torch.arange(batch, device=images.x.device)), **graphs)
         data = batch if name == SVI else 1  # whose loss is of the batch
         while True:
             order = torch.randperm(len(images), device=images.x.device)
@@ -73,7 +73,7 @@ def floor(vae: Any, k: int, images: Any, batch: int, tell: Tell) -> None:
     from tests.benchmarks import contenders
     from tests.benchmarks.timing import synchronise
 
-    products = contenders.floor(vae, k, images.batch(torch.arange(batch)))
+    products = contenders.floor(vae, k, images.batch(torch.arange(batch, device=images.x.device)))
     own, optimizer = list(vae.parameters()), contenders.adam(vae)
     for parameter in own:
         parameter.grad = torch.zeros_like(parameter)
