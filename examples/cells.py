@@ -35,7 +35,7 @@ class Cell:
         before = f"{self.continues.stages}, then " if self.continues else ""
         beta = "" if self.beta is None else f"({self.beta})"
         groups = f"{self.groups} x " if self.groups > 1 else ""
-        k = f"{groups}{self.particles}" if self.growing is None else self.growth.replace(",", ", ")
+        k = f"{groups}{self.particles}" if self.growing is None else f"{self.growing[0]} to {self.growing[-1]}"
         own = [f"{before}{self.objective}{beta}, k = {k}"]
         if self.variant is not None:
             own += [self.gradient] * (self.gradient != "total") + [self.variant] * (self.variant != "plain")

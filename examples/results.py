@@ -29,6 +29,7 @@ TITLES = {
 DATA = {"mnist": "MNIST", "omniglot28": "OMNIGLOT", "digits": "Embedded digits"}
 OF_A_CELL = ("layers", "objective", "particles", "groups", "gradient", "beta", "continues", "variant", "growth")
 FIGURES = {"IWAE-64": "iwae_64", "log p-hat": "log_p", "-KL": "minus_kl"}
+KEPT = "\N{NO-BREAK SPACE}"
 HEAD = """# The lectures' tables
 
 This page is made by `python examples/results.py` from the records beside it, one JSON file for each cell that was
@@ -68,9 +69,10 @@ def grouped(found):
 
 
 def table(columns, rows):
-    """A table in Markdown; None is a dash."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join("–" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+    """A table in Markdown; None is a dash, and a cell of a row breaks nowhere but after commas."""
+    shown = [["–" if cell is None else str(cell).replace(" ", KEPT) for cell in row] for row in rows]
+    lines = ["| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *shown)]
+    return "\n".join(lines).replace("," + KEPT, ", ")
 
 
 def against(ours, theirs):
@@ -88,7 +90,7 @@ def costs(record):
     return [None if heavy is None else f"{heavy:.0%}", record["epochs"], *minutes]
 
 
-COSTS = ["Pareto k > 0.7", "epochs", "minutes", "CPU minutes"]
+COSTS = ["k > 0.7", "epochs", "min", "CPU min"]  # k: Pareto's
 
 
 def rows_a(cell, record, theirs, _):
@@ -145,7 +147,8 @@ NOTES = {
     "D": (
         "The networks of table A, and its bounds, with what they have in the papers replaced: the gradient by the "
         "doubly reparameterised one (dreg) or by sticking the landing (stl), the number of particles by one that grows "
-        "(6x1, 11x5, 3x20: 1 in 6 of 20 parts of the epochs, then 5, then 20), the prior by a VampPrior of 100 "
+        "(1 to 20 is 1 in 6 of 20 parts of the epochs, 5 in 11, 20 in 3; 1 to 50 is 1 in 8 of 19, 5 in 8, 20 in 2, 50 "
+        "in 1), the prior by a VampPrior of 100 "
         "components (vamp), the posterior by one of full covariance (full), four affine couplings (flow) or four "
         "inverse autoregressive steps (iaf), the guide of two layers by a ladder. Best published: table A's best cell "
         "of as many layers. What a cell does not name is as in table A."
@@ -250,7 +253,7 @@ def section(shared, by_cell, found):
     theirs = papers.get(dataset, {})
     total = shared.get("gradient", "total") == "total"
     cells = [
-        cell for cell in TABLES[letter.lower()]
+        cell for cell in sorted(TABLES[letter.lower()], key=lambda cell: cell.layers)
         if cell.objective != "VAE" or cell.continues or total or number_of(cell) in by_cell
     ]  # fmt: skip
     rows, missing = [], []
@@ -338,6 +341,7 @@ def draw(by_cell, letter, path):
     figure = charts.new_figure(10.8, rows * (3.4 if rows == 1 else 4.0))
     for i, (title, x, value, cells) in enumerate(drawn):
         axes = charts.dress(figure.add_subplot(rows, columns, i + 1), title=title, x=x, y="nats" if i < rows else "")
+        axes.set_xscale("log" if x == "minutes" else "linear")
         for (cell, record), colour in zip(cells, charts.class_colours(len(cells)), strict=True):
             points = record["curve"]["points"]
             along = [point[x] for point in points], list(map(value, points))
