@@ -5,10 +5,11 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.benchmarks import bound, contenders, epochs, images, likelihoods, rates, run
+from tests.benchmarks import bound, contenders, epochs, gpu, images, likelihoods, rates, run
 from tests.benchmarks.children import Child
 from tests.benchmarks.options import Options
 from tests.benchmarks.tables import Table, show
@@ -90,3 +91,61 @@ def test_a_table_shows_what_was_not_measured():
     table = Table("T", ["a", "b"], [{"a": 1234.5, "b": None}, {"a": 0.123, "b": 20}], ["A note."])
     assert table.markdown().splitlines()[2:6] == ["| a | b |", "| --- | --- |", "| 1,234 | – |", "| 0.12 | 20 |"]
     assert table.markdown().endswith("A note.\n")
+
+
+FIRST = """
+import sys, json, time
+where = sys.argv[sys.argv.index("--json") + 1]
+time.sleep(float(sys.argv[1]))
+rows = [{"a": 1.0}]
+table = {"title": "T", "columns": ["a"], "rows": rows, "notes": []}
+open(where, "w").write(json.dumps({"environment": {"device": "none"}, "sections": {"x": [table]}}))
+"""
+
+
+def asked(monkeypatch, folder, seconds, minutes=0.2):
+    """The command for a card, whose parts wait for so many seconds each."""
+    command = [sys.executable, "-c", FIRST]
+
+    def instead(card, part):
+        return [*command, str(seconds.get(part, 0)), "--json", str(card.path(part, ".json"))]
+
+    monkeypatch.setattr(gpu.Card, "command", instead)
+    words = f"gpu.py --minutes {minutes} --folder {folder} --device cpu --only memory replicas epochs"
+    monkeypatch.setattr(sys, "argv", words.split(" "))
+    gpu.main()
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_a_card_that_is_cut_off_keeps_what_it_answered_and_goes_on(monkeypatch, tmp_path):
+    found = asked(monkeypatch, tmp_path, {"replicas": 60}, minutes=0.05)
+    assert found["ended"] == {"memory": "done", "replicas": "out of minutes", "epochs": "out of minutes"}
+    assert list(found["parts"]) == ["memory"]
+    before = (tmp_path / "memory.json").stat().st_mtime_ns
+    found = asked(monkeypatch, tmp_path, {})
+    assert found["ended"] == {"replicas": "done", "epochs": "done"}
+    assert set(found["parts"]) == {"memory", "replicas", "epochs"}
+    assert (tmp_path / "memory.json").stat().st_mtime_ns == before
+    text = (tmp_path / "found.md").read_text()
+    assert text.count("### T") == 3
+    assert "Tests on the card: not run." in text
+
+
+def test_a_part_that_fails_says_why_and_is_asked_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu.Card, "command", lambda *_: [sys.executable, "-c", "raise OSError('no card')"])
+    monkeypatch.setattr(sys, "argv", f"gpu.py --folder {tmp_path} --only memory".split(" "))
+    gpu.main()
+    assert json.loads((tmp_path / "found.json").read_text())["ended"] == {"memory": "failed (1): OSError: no card"}
+    assert "- memory: failed (1): OSError: no card" in (tmp_path / "found.md").read_text()
+    assert not gpu.Card(tmp_path, "cuda", False, 0.0).answered("memory")
+
+
+def test_the_outcomes_of_tests_are_known_when_they_are_cut_off(tmp_path):
+    outcomes = gpu.Outcomes(tmp_path / "tests.jsonl", writes=True)
+    report = SimpleNamespace(when="call", passed=True, nodeid="a.py::one", outcome="passed", longrepr="")
+    outcomes.pytest_runtest_logreport(report)
+    with (tmp_path / "tests.jsonl").open("a") as file:
+        file.write('{"test": "a.py::two", "outc')  # as it was written
+    items = [SimpleNamespace(nodeid="a.py::one"), SimpleNamespace(nodeid="a.py::two")]
+    outcomes.pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == ["a.py::two"]
