@@ -19,6 +19,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from torch.distributions import constraints
+from torch.utils.data import DataLoader
 
 import pyrovae as pv
 from pyrovae.compile import checked, inductor
@@ -700,6 +701,32 @@ def test_numbers_are_held_to_those_of_the_first_graph(interpreted):
         assert compiled.static(pv.ELBO(2)) is None
     assert compiled.static(pv.ELBO(1)) is None
     assert compiled.kind == "eager"
+
+
+class Holding(Noisy):
+    """Takes its data within dicts and lists, new ones at each step."""
+
+    def model(self, batch):
+        super().model(batch["parts"][0] + batch["shift"])
+
+    def guide(self, batch):
+        super().guide(batch["parts"][0] + batch["shift"])
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_arguments_may_hold_the_tensors(compile, interpreted):
+    """As those of a pair that takes the sum of both; doubles become what the parameters are."""
+    results, x = [], X[:6]
+    rows = [({"parts": [a - b], "shift": b},) for a, b in zip(x, x.flip(0), strict=True)]
+    for make, data in ((Noisy, DataLoader(x.float(), 3)), (Holding, DataLoader(rows, 3))):
+        torch.manual_seed(4)
+        pair = make().float()
+        options = {"objective": pv.IWAE(2), "epochs": 3, "compile": compile, "progress": False}
+        result = pv.fit(pair.model, pair.guide, data, **options)
+        results.append([torch.tensor([row["bound"] for row in result.history]), *pair.parameters()])
+        assert result.timings["path"] == ("compiled" if compile else "eager")
+    torch.testing.assert_close(*results)
+    assert len(interpreted) == 2 * compile
 
 
 # --- recorded steps, as far as they can be without a CUDA device -----------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_structure
 
 from pyrovae.arguments import shown
 from pyrovae.compile.graph import Composed, Graph, capture
@@ -20,7 +21,7 @@ from pyrovae.compile.inductor import COMPILATION
 from pyrovae.compile.noise import CannotCompile, rewritten
 from pyrovae.compile.precision import full_float32
 from pyrovae.engine.probe import PairState
-from pyrovae.engine.programs import Batch, put_buffers, warn
+from pyrovae.engine.programs import Batch, leaves, put_buffers, warn
 from pyrovae.engine.randomness import isolated_rng
 
 SAVED = 1e-11  # seconds that compiling saves, per parameter and sample of one datum (measured on CPUs)
@@ -143,14 +144,19 @@ def compare(expected: list[Tensor], got: list[Tensor], precision: str = "float32
 
 
 def signature(batch: Batch) -> tuple[object, ...]:
-    """What a graph is made for: the kinds of the tensors, and all else as it is, or which it is where it may change."""
-    kinds = ((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in batch)
-    return tuple(kind if isinstance(kind, Hashable) else id(kind) for kind in kinds)
+    """What a graph is made for: the kinds of the tensors, and all else as it is, or which it is where it may change.
+
+    Arguments that hold others count by what they hold, and where.
+    """
+    given = leaves(batch)
+    kinds = ((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in given)
+    found = tuple(kind if isinstance(kind, Hashable) else id(kind) for kind in kinds)
+    return found if given is batch else (*found, str(tree_structure(batch)))
 
 
 def tensors(batch: Batch) -> list[Tensor]:
-    """The tensors of a batch."""
-    return [a for a in batch if isinstance(a, Tensor)]
+    """The tensors of a batch, those within its arguments too."""
+    return [a for a in leaves(batch) if isinstance(a, Tensor)]
 
 
 def distinct(many: Iterable[Tensor]) -> list[Tensor]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from pyrovae.arguments import positive_int
@@ -20,7 +21,7 @@ from pyrovae.data.loaders import from_workers, in_order, length, loader_of, refu
 from pyrovae.data.streams import Order, Stream, stream_of
 from pyrovae.engine.convert import Taken, exactly, listed
 from pyrovae.engine.observed import Observed
-from pyrovae.engine.programs import Batch, rows
+from pyrovae.engine.programs import Batch, leaves, rows
 from pyrovae.engine.support import rows_at_a_time
 from pyrovae.errors import DataError
 
@@ -119,7 +120,8 @@ def as_batch(batch: object, device: torch.device | None = None, *, non_blocking:
     arguments = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     if device is None:
         return arguments
-    return tuple(a.to(device, non_blocking=non_blocking) if isinstance(a, Tensor) else a for a in arguments)
+    move = partial(Tensor.to, device=device, non_blocking=non_blocking)
+    return tuple(move(a) if isinstance(a, Tensor) else tree_map_only(Tensor, move, a) for a in arguments)
 
 
 class Feed:
@@ -205,10 +207,10 @@ class Feed:
             if batch is None:
                 raise DataError("there are no data to train on: the DataLoader is empty")
             moved = as_batch(batch, self.device, non_blocking=True)
-            if moved and not (isinstance(moved[0], Tensor) and moved[0].dim()):
+            if moved and not any(isinstance(a, Tensor) for a in leaves(moved)):
                 kind = type(batch).__name__
                 raise TypeError(
-                    f"batches must be tensors [B, ...], or tuples that begin with one, got a {kind}: convert them"
+                    f"batches must be tensors [B, ...], or tuples that hold some, got a {kind}: convert them"
                 )
             self._first = self.taken(moved)
         return self._first

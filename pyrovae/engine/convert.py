@@ -6,14 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 
-from pyrovae.engine.programs import Batch, Program, held_by
+from pyrovae.engine.programs import Batch, Program, held_by, leaves
 from pyrovae.errors import is_out_of_memory
 
 T = TypeVar("T")
@@ -34,7 +36,11 @@ class Taken:
     integers: torch.dtype | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        return tuple(self.matched(a, first=i == 0) if isinstance(a, Tensor) else a for i, a in enumerate(batch))
+        within = partial(self.matched, first=False)
+        return tuple(
+            self.matched(a, first=i == 0) if isinstance(a, Tensor) else tree_map_only(Tensor, within, a)
+            for i, a in enumerate(batch)
+        )
 
     def matched(self, a: Tensor, *, first: bool = True) -> Tensor:
         """One argument, as it is taken."""
@@ -66,7 +72,7 @@ def first_way(batch: Batch, run: Callable[[Batch], T], *programs: Program) -> tu
     failed: dict[tuple[object, ...], Exception] = {}
     for taken in ways(*programs):
         given = taken(batch)
-        kinds = tuple(a.dtype for a in given if isinstance(a, Tensor))
+        kinds = tuple(a.dtype for a in leaves(given) if isinstance(a, Tensor))
         if kinds in failed:
             continue
         try:

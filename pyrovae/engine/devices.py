@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.engine.programs import Batch, Program, device_of, protected_buffers
+from pyrovae.engine.programs import Batch, Program, device_of, leaves, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
 
 MADE = {*_device_constructors(), torch.normal}
@@ -21,7 +21,7 @@ CONVERTED = {torch.tensor, torch.as_tensor, torch.asarray, torch.normal}  # of a
 
 def batch_device(args: Batch, kwargs: Mapping[str, object]) -> torch.device | None:
     """The device of a batch: of its first tensor that is not on the CPU, or else of any."""
-    places = [a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    places = [a.device for a in leaves((*args, *kwargs.values())) if isinstance(a, Tensor)]
     return next((place for place in places if place.type != "cpu"), places[0] if places else None)
 
 
@@ -30,7 +30,7 @@ def beside(args: Batch, kwargs: Mapping[str, object] | None = None) -> AbstractC
 
     On the CPU it is none.
     """
-    for a in (*args, *kwargs.values()) if kwargs else args:
+    for a in leaves((*args, *kwargs.values()) if kwargs else args):
         if isinstance(a, Tensor) and not a.is_cpu:
             return MadeOn(a.device)
     return nullcontext()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from threading import get_ident
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
 
 from pyrovae.arguments import shown
 from pyrovae.engine.randomness import isolated_rng, one_thread, restore_rng, rng_snapshot
@@ -52,8 +53,15 @@ def nothing(*_: object, **__: object) -> None:
 
 
 def rows(batch: Batch, kwargs: Mapping[str, object] | None = None) -> int:
-    """The number of data in a batch, by its first tensor; 1 where there is none."""
-    return next((len(a) for a in (*batch, *(kwargs or {}).values()) if isinstance(a, Tensor) and a.dim()), 1)
+    """The number of data in a batch, by its first tensor, else the first that an argument holds; 1 without any."""
+    given = (*batch, *(kwargs or {}).values())
+    number = next((len(a) for a in given if isinstance(a, Tensor) and a.dim()), None)
+    return next((len(a) for a in leaves(given) if isinstance(a, Tensor) and a.dim()), 1) if number is None else number
+
+
+def leaves(batch: Batch) -> Sequence[object]:
+    """The arguments of a batch; in the place of dicts, lists and tuples what they hold."""
+    return batch if all(type(a) is Tensor for a in batch) else tree_leaves(batch)
 
 
 #: What to pass instead, by how Python says that arguments do not fit.

@@ -14,6 +14,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from pyrovae.compile.checked import signature, tensors
 from pyrovae.compile.precision import networks_in
@@ -259,7 +260,7 @@ class Recorded:
         self.rows: dict[int, Replays | None] = {}
         self.joined = step.joined
         if images is None:
-            self.slots: Batch = tuple(a.clone() if isinstance(a, Tensor) else a for a in example)
+            self.slots: Batch = tree_map_only(Tensor, Tensor.clone, example)
         else:
             self.slots = (torch.arange(len(example[0]), device=images.x.device),)
         self.set_lr, self.metrics, self.guard = step.set_lr, step.metrics, step.guard

@@ -33,6 +33,7 @@ class Pair:
 
 
 PROGRAMS: dict[str, Callable[[], Pair]] = {}
+FILES: dict[str, str] = {}  # where each is written
 
 
 def program(*names: str) -> Callable[[Callable[..., Pair]], Callable[..., Pair]]:
@@ -40,6 +41,7 @@ def program(*names: str) -> Callable[[Callable[..., Pair]], Callable[..., Pair]]
 
     def enter(make: Callable[..., Pair]) -> Callable[..., Pair]:
         for name in names or (make.__name__,):
+            FILES[name] = make.__module__.rpartition(".")[2]
             PROGRAMS[name] = (lambda name=name: make(name)) if names else make
         return make
 
