@@ -56,6 +56,13 @@ def show_math(translator, node):
     raise nodes.SkipNode
 
 
+def keep_options(app, page, template, context, doctree):
+    """An option breaks nowhere: after the first of its dashes it would read as another word."""
+    body = context.get("body", "")
+    context["body"] = body.replace('<span class="pre">--', '<span class="pre option">--')
+
+
 def setup(app):
     """Equations are rendered while the pages are built."""
     app.add_html_math_renderer("mathml", (show_math, None), (show_math, None))
+    app.connect("html-page-context", keep_options)
