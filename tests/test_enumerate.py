@@ -529,6 +529,21 @@ def test_what_marks_in_the_guide_cannot_be_joined_with_is_refused(objective, gui
         objective.differentiable_loss(partial(several, parameters()), guide, X)
 
 
+@pytest.mark.parametrize("where", ["model", "guide"])
+def test_programs_that_know_only_all_values_at_once_are_refused(where):
+    def program(x, role):
+        with pyro.plate("data", len(x)):
+            c = (pyro.sample if role == "model" else MARKED)("c", dist.Categorical(torch.ones(3)))
+            if role == where:
+                assert c.shape == (3, 1), f"c has shape {list(c.shape)}"
+            if role == "model":
+                pyro.sample("x", dist.Normal(c.double(), 1.0), obs=x)
+
+    match = r'guide sites "c" are marked for enumeration, but the programs fail .*c has shape \[4\]'
+    with pytest.raises(ValueError, match=match):
+        pv.ELBO().loss(partial(program, role="model"), partial(program, role="guide"), torch.zeros(4))
+
+
 def test_marks_in_a_chain_of_the_guide_are_checked():
     def guide(x):
         s, before = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), dtype=torch.long)

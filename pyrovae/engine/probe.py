@@ -37,6 +37,7 @@ from pyrovae.engine.programs import (
 )
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import (
+    Record,
     Sites,
     counted,
     counts,
@@ -50,7 +51,7 @@ from pyrovae.engine.sites import (
     record_pair,
 )
 from pyrovae.engine.unwrap import point_mass, unvalidated
-from pyrovae.errors import DataError, NumericalError
+from pyrovae.errors import DataError, NumericalError, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def look(
             torch.enable_grad(), isolated_run(), validating, protected_buffers(model, guide),
             reached_modules(model, guide) as reached, poutine.trace(param_only=True) as parameters,
         ):  # fmt: skip
-            drawn_by_guide, joint = record_pair(model, guide, args, kwargs or {})
+            drawn_by_guide, joint = record_drawn(model, guide, args, kwargs or {})
             sites = drawn_by_guide, to_sum(joint, drawn_by_guide)
             try:
                 left = record_sums(model, args, kwargs or {}, *sites)
@@ -271,6 +272,23 @@ def look(
     if seen.sums:  # other values of what is summed out may allow what the one that was drawn does not
         return replace(seen, model={name: {**s, "fn": unvalidated(s["fn"])} for name, s in seen.model.items()})
     return replace(seen, model={name: excused(site) for name, site in seen.model.items()})
+
+
+def record_drawn(model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]) -> tuple[Sites, Sites]:
+    """The sites of a pair's run, all that the guide has drawn; a ValueError for programs that only marks let run."""
+    try:
+        return record_pair(model, guide, args, kwargs)
+    except (AssertionError, IndexError, RuntimeError) as error:
+        with Record() as run, suppress(Exception):
+            guide(*args, **kwargs)
+        marked = [name for name, site in latent(run.sites).items() if site["infer"].get("enumerate")]
+        if not marked or is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"guide sites {quoted(marked)} are marked for enumeration, but the programs fail where these are drawn "
+            f"({type(error).__name__}: {' '.join(str(error).split())}), as a look at them does: let them run on draws "
+            "as well, taking what belongs to each value by indexing, as in means[c]"
+        ) from error
 
 
 def module_state(modules: list[nn.Module], prefix: str = "") -> dict[str, Tensor]:

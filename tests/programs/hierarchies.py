@@ -148,26 +148,16 @@ def coins(name):
 
 
 @config_enumerate
-def gaussians(data, k=2):
+def gaussians(alone, data, k=2):
+    """``alone`` as the tutorial has it, which any number of particles would index otherwise."""
     weights = pyro.sample("weights", dist.Dirichlet(0.5 * torch.ones(k)))
     scale = pyro.sample("scale", dist.LogNormal(0.0, 2.0))
     with pyro.plate("components", k):
         locs = pyro.sample("locs", dist.Normal(0.0, 10.0))
     with pyro.plate("data", len(data)):
         assignment = pyro.sample("assignment", dist.Categorical(weights))
-        pyro.sample("obs", dist.Normal(locs[assignment], scale), obs=data)
-
-
-@config_enumerate
-def gaussians_of_particles(data, k=2):
-    """The same, on any number of particles."""
-    weights = pyro.sample("weights", dist.Dirichlet(0.5 * torch.ones(k)))
-    scale = pyro.sample("scale", dist.LogNormal(0.0, 2.0))
-    with pyro.plate("components", k):
-        locs = pyro.sample("locs", dist.Normal(0.0, 10.0))
-    with pyro.plate("data", len(data)):
-        assignment = pyro.sample("assignment", dist.Categorical(weights))
-        pyro.sample("obs", dist.Normal(Vindex(locs)[..., assignment], scale), obs=data)
+        loc = locs[assignment] if alone else Vindex(locs)[..., assignment]
+        pyro.sample("obs", dist.Normal(loc, scale), obs=data)
 
 
 GLOBAL = ["weights", "scale", "locs"]
@@ -176,7 +166,7 @@ GLOBAL = ["weights", "scale", "locs"]
 @program("gmm", "gmm_normal", "gmm_low_rank", "gmm_guide_list", "gmm_full_guide")
 def gmm(name):
     data = torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0])
-    model = gaussians if name in ("gmm", "gmm_full_guide") else gaussians_of_particles
+    model = partial(gaussians, name in ("gmm", "gmm_full_guide"))
     exposed = poutine.block(model, expose=GLOBAL)
     if name == "gmm_full_guide":
         point = AutoDelta(exposed)
