@@ -105,3 +105,12 @@ def channels_first(x: Tensor, name: str) -> Tensor:
     if x.dtype == torch.uint8 or (last in (2, 4) and last < min(first, height)):
         raise DataError(f"{rule}: drop transparency with x[..., :3], move other channels with numpy.moveaxis(x, -1, 1)")
     return x
+
+
+def is_plain(content: object) -> bool:
+    """Whether ``torch.load(weights_only=True)`` reads something back."""
+    if type(content) is dict:
+        return all(map(is_plain, content.items()))
+    if isinstance(content, tuple | list):
+        return all(map(is_plain, content))
+    return content is None or isinstance(content, Tensor) or type(content) in (bool, int, float, str, bytes)

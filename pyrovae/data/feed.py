@@ -203,7 +203,8 @@ class Feed:
             index = torch.arange(min(count or self.batch_size, len(self.images)), device=self.device)
             return self.images.subset(index).fixed().columns
         if self._first is None:
-            batch = next(from_workers(self.source.begin()), None)
+            assert isinstance(self.source, Stream)
+            batch = next(from_workers(self.source.peek()), None)
             if batch is None:
                 raise DataError("there are no data to train on: the DataLoader is empty")
             moved = as_batch(batch, self.device, non_blocking=True)

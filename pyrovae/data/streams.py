@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from pyrovae.data.arrays import is_plain
 from pyrovae.data.loaders import alike, same_each_time
+from pyrovae.engine.programs import warn
 from pyrovae.engine.randomness import host_snapshot, isolated_rng, restore_rng, seed_everything
 from pyrovae.errors import DataError
 
@@ -41,14 +43,19 @@ class Order:
             restore_rng(self.began)
             return self.draw(self.number)[behind:]
 
+    def between(self) -> dict[str, Any]:
+        """What is to be known between two epochs."""
+        return {"kind": "Order"}
+
     def place(self) -> dict[str, Any]:
         """From where the order of this epoch is found again."""
         return {"kind": "Order", "rng": self.began}
 
     def resume(self, place: dict[str, Any], behind: int, doubt: Doubt) -> None:
-        """Begin next with what is left of an epoch, but for the data behind."""
+        """Begin next with what is left of an epoch, but for the data behind; with none behind, with an epoch."""
         check_kind(self, place)
-        self.began, self.behind = place["rng"], behind
+        if behind:
+            self.began, self.behind = place["rng"], behind
 
 
 class Stream:
@@ -64,7 +71,8 @@ class Stream:
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.loader, self.epoch, self.given, self.last = loader, 0, 0, END
-        self.left: Iterator[object] | None = None  # of an epoch that goes on
+        self.left: Iterator[object] | None = None  # of an epoch that is begun
+        self.told, self.says = False, True
         self.began: dict[str, Any] = {}
         parts = loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
         self.parts = [*parts, getattr(parts[-1], "sampler", None), loader.dataset]
@@ -74,19 +82,34 @@ class Stream:
     def begin(self) -> Iterator[object]:
         """An epoch of batches, or what is left of one."""
         left, self.left = self.left, None
-        if left is not None:
-            return left
+        return self.noted(self.fresh() if left is None else left)
+
+    def fresh(self) -> Iterator[object]:
+        """An epoch from its beginning."""
         self.tell_epoch()
         states = [g.get_state() for g in self.generators]
         self.began, self.given = {"rng": host_snapshot(), "generators": states}, 0
-        return self.noted(self.start())
+        return self.start()
+
+    def peek(self) -> Iterator[object]:
+        """The first batch alone, which the epoch still begins with: a stream may not come back to it."""
+        left = self.fresh()
+        for first in left:
+            self.left = chain((first,), left)
+            yield first
 
     def resume(self, place: dict[str, Any], behind: int, doubt: Doubt) -> None:
-        """Begin next with what is left of an epoch after a place in it.
+        """Begin next with what is left of an epoch after a place in it; with no data behind, with an epoch.
 
         :raises DataError: where the place is not found again.
         """
         check_kind(self, place)
+        self.left = None
+        if not behind:
+            self.set(place["generators"])
+            if place["state"] is not None:
+                self.tell(place["state"])
+            return
         self.tell_epoch()
         self.began, self.given = {name: place[name] for name in ("rng", "generators")}, place["given"]
         self.set(self.began["generators"])
@@ -98,7 +121,7 @@ class Stream:
                 f"batch {self.given} of the epoch is another than before the run was stopped: restore the data",
                 DataError,
             )
-        self.left = self.noted(batches)
+        self.left = batches
 
     def tell_epoch(self) -> None:
         """Say to what shuffles by the number of the epoch which one begins."""
@@ -111,12 +134,27 @@ class Stream:
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)
 
+    def between(self) -> dict[str, Any]:
+        """What is to be known between two epochs."""
+        generators = [g.get_state() for g in self.generators]
+        return {"kind": type(self).__name__, "generators": generators, "state": self.state()}
+
+    def state(self) -> dict[str, Any] | None:
+        """Where the loader says that it is, if it does, and a checkpoint can hold it."""
+        said = self.loader.state_dict() if self.says and hasattr(self.loader, "state_dict") else None
+        if not is_plain(said):
+            self.says = False
+            warn(
+                f"what the {type(self.loader).__name__} says of where it is has more than tensors, numbers, text, lists"
+                " and dicts, and is not kept: to go on within an epoch, that is read again from its beginning"
+            )
+        return said if self.says else None
+
     def place(self) -> dict[str, Any]:
         """Where the loader is, after the batch that it gave last."""
-        state = self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
-        last = None if state is not None else digest(self.last)
-        own = {"kind": type(self).__name__, "workers": self.loader.num_workers, "state": state}
-        return {**self.began, **own, "given": self.given, "last": last}
+        now = self.between()
+        known = {"now": now["generators"], "given": self.given, "workers": self.loader.num_workers}
+        return {**now, **self.began, **known, "last": None if now["state"] is not None else digest(self.last)}
 
     def noted(self, batches: Iterator[object]) -> Iterator[object]:
         """What is given, counted."""
@@ -137,17 +175,27 @@ class Stream:
         if place is not None and place["state"] is not None:
             first = self.given
             self.tell(place["state"])
-        batches = self.drawing(iter(self.loader), count(seed + first))
+        batches = self.drawing(self.iterator(), count(seed + first))
+        if first and place is not None:
+            self.set(place["now"])  # which what was told leaves elsewhere
         for _ in range(self.given - first):
             self.last = next(batches, END)
             self.missing(self.last is END)
         return batches
 
     def tell(self, state: dict[str, Any]) -> None:
-        """Let the loader go to where it said that it was."""
+        """Let the loader go to where it said that it was, once it begins."""
+        self.loader.load_state_dict(state)  # type: ignore[attr-defined]
+        self.told = True
+
+    def iterator(self) -> Iterator[object]:
+        """What the loader gives."""
+        told, self.told = self.told, False
         try:
-            self.loader.load_state_dict(state)  # type: ignore[attr-defined]
+            return iter(self.loader)
         except Exception as error:
+            if not told:
+                raise
             name = type(self.loader).__name__
             raise DataError(
                 f"{name} does not take up the state that it gave ({error}): use the version of before"
@@ -187,6 +235,9 @@ class Indexed(Stream):
 
     def __iter__(self) -> Iterator[object]:
         return self.order
+
+    def peek(self) -> Iterator[object]:
+        return self.fresh()
 
     def known(self, batch: object) -> object:
         return self.sent.popleft()

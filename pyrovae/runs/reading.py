@@ -32,7 +32,6 @@ class Within(TypedDict):
     data: int
     seconds: float
     cpu_seconds: float
-    place: dict[str, Any]  # of the feed
     outcomes: dict[str, float]
     metrics: dict[str, float]  # of the last step
 
@@ -45,6 +44,7 @@ class LateState(TypedDict, total=False):
     examples: list[tuple[int, tuple[Any, ...]]]  # seeds and batches that reach them
     met: dict[str, int]  # how many of each other size there were
     within: Within | None
+    place: dict[str, Any]  # in the data
 
 
 class State(LateState):
@@ -85,8 +85,8 @@ def check_within(within: object) -> None:
     """A ValueError where something is not :class:`Within`."""
     if not (isinstance(within, dict) and Within.__required_keys__ <= within.keys()):
         raise ValueError("it does not say how far its epoch is")
-    place, outcomes, metrics = within["place"], within["outcomes"], within["metrics"]
-    if not all(isinstance(part, dict) for part in (place, outcomes, metrics)):
+    outcomes, metrics = within["outcomes"], within["metrics"]
+    if not all(isinstance(part, dict) for part in (outcomes, metrics)):
         raise ValueError("it does not say how far its epoch is")
     counts = [within["steps"], within["data"]]
     numbers = [within["seconds"], within["cpu_seconds"], *outcomes.values(), *metrics.values()]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyrovae import runs
+from pyrovae.data.arrays import is_plain
 from pyrovae.data.feed import as_batch
 from pyrovae.engine.probe import Look, PairState, look
 from pyrovae.engine.programs import Batch, Program, warn_of_eval
@@ -144,10 +145,3 @@ class Reach:
         packed["state"] |= dict(enumerate(self.moments.values(), len(order)))
         late = [*self.state.tensors.keys() - self.first, *self.weights]
         return {"optimizer": packed, "order": [*order, *self.moments], "late": late, "examples": self.examples}
-
-
-def is_plain(content: object) -> bool:
-    """Whether ``torch.load(weights_only=True)`` reads something back."""
-    if isinstance(content, tuple | list):
-        return all(map(is_plain, content))
-    return content is None or isinstance(content, Tensor | int | float | str)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyro.infer
 import torch
@@ -115,10 +116,9 @@ class Trainee:
             self.eager.reach.load(self.optimizer, saved["optimizer"], saved.get("order"))
             settle(self.optimizer)
             restore_rng(saved["rng"])
-            if (within := saved.get("within")) is not None and not changed:
-                self.feed.source.epoch = saved["epoch"]
-                self.feed.source.resume(within["place"], within["data"], run.doubt)
-                self.within = within
+            if "place" in saved and not changed:
+                self.within, self.feed.source.epoch = saved.get("within"), saved["epoch"]
+                self.feed.source.resume(saved["place"], self.within["data"] if self.within else 0, run.doubt)
         self.result = Fit(run.rewind(saved["epoch"]), best_epoch=saved["best_epoch"], finished=saved["finished"])
         if amended is not None:
             run.amend(amended)
@@ -154,7 +154,7 @@ class Trainee:
         with isolated_rng(), torch.enable_grad(), in_modes(modes), threads(self.setup.threads):
             return on_epoch(shown) is not False
 
-    def save(self, run: runs.Run, within: Within | None = None) -> None:
+    def save(self, run: runs.Run, within: Within | None = None, place: dict[str, Any] | None = None) -> None:
         """Write the last checkpoint, and the best one where it is another than is there."""
         result = self.result
         if self.best:
@@ -162,8 +162,8 @@ class Trainee:
             self.best = {}
         state = {
             "epoch": len(result.history), "best_epoch": result.best_epoch, "finished": result.finished,
-            "rng": rng_snapshot(), "within": within, "met": self.eager.met,
-            **self.eager.reach.saved(self.optimizer),
+            "rng": rng_snapshot(), "met": self.eager.met, "within": within,
+            "place": self.feed.source.between() if place is None else place, **self.eager.reach.saved(self.optimizer),
         }  # fmt: skip
         run.save("last", self.eager.reach.tensors, state)
 

@@ -70,15 +70,14 @@ class Progress:
     def save(self) -> None:
         """Save all pairs as they are, where their data can be found again from here."""
         seconds, cpu_seconds = self.seconds()
-        if (place := self.ahead.feed.source.place()) is None:
-            return
+        place = self.ahead.feed.source.place()
         for (trainee, watch), metrics in zip(self.each, self.metrics(), strict=True):
             if trainee.run is not None:
                 within: Within = {
                     "steps": self.ahead.steps, "data": self.ahead.data, "seconds": seconds, "cpu_seconds": cpu_seconds,
-                    "place": place, "outcomes": watch.outcomes(), "metrics": metrics,
+                    "outcomes": watch.outcomes(), "metrics": metrics,
                 }  # fmt: skip
-                trainee.save(trainee.run, within)
+                trainee.save(trainee.run, within, place)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
