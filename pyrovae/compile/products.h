@@ -8,6 +8,8 @@
 
 namespace pyrovae {
 constexpr int ROWS = W == 16 ? 5 : 4, VECTORS = W == 16 ? 5 : 3;  // of a tile: so many registers there are
+constexpr int FEWEST = VECTORS - 2;  // vectors of a panel, where there are as many columns
+constexpr int64_t FAR = VECTORS * W;  // from row to row of a panel
 constexpr int64_t DEPTH = 512;  // of a panel: so much lies near
 constexpr int64_t MANY = 64;    // rows that pay for the copy of a panel
 constexpr int64_t WORTH = 1 << 20;  // multiplications that pay for a second thread
@@ -19,18 +21,20 @@ struct Matrix {
   Matrix from(int64_t i, int64_t j) const { return {at ? place(i, j) : at, row, column}; }
 };
 
-// c = start + a b, R rows and C vectors of columns of it
+// c = start + a b, R rows and C vectors of columns of it, the last of which begins at the column last
 template <int R, int C>
-[[gnu::noinline]] void tile(int64_t depth, Matrix a, Matrix b, float* c, int64_t stride, Matrix start) {
+[[gnu::noinline]] void tile(
+    int64_t depth, Matrix a, Matrix b, float* c, int64_t stride, Matrix start, int64_t last) {
   V sums[R][C];
+  auto at = [=](int j) { return j + 1 < C ? j * W : last; };
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
-    for (int j = 0; j < C; j++) sums[i][j] = start.at ? V::loadu(start.place(i, j * W)) : V(0.f);
+    for (int j = 0; j < C; j++) sums[i][j] = start.at ? V::loadu(start.place(i, at(j))) : V(0.f);
   for (int64_t k = 0; k < depth; k++) {
     V row[C];
 #pragma GCC unroll 8
-    for (int j = 0; j < C; j++) row[j] = V::loadu(b.at + k * b.row + j * W);
+    for (int j = 0; j < C; j++) row[j] = V::loadu(b.at + k * b.row + at(j));
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++) {
       V x(*a.place(i, k));
@@ -41,51 +45,71 @@ template <int R, int C>
 #pragma GCC unroll 8
   for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
-    for (int j = 0; j < C; j++) sums[i][j].store(c + i * stride + j * W);
-}
-
-template <int R, int C>
-inline void tiles(int64_t rows, int64_t depth, Matrix a, Matrix b, float* c, int64_t stride, Matrix start) {
-  int64_t i = 0;
-  for (; i + R <= rows; i += R) tile<R, C>(depth, a.from(i, 0), b, c + i * stride, stride, start.from(i, 0));
-  if constexpr (R > 1)
-    if (i < rows) tiles<R / 2, C>(rows - i, depth, a.from(i, 0), b, c + i * stride, stride, start.from(i, 0));
+    for (int j = 0; j < C; j++) sums[i][j].store(c + i * stride + at(j));
 }
 
 // [columns, depth] to [depth, columns]
 [[gnu::noinline]] inline void turn(const float* from, int64_t stride, float* to, int64_t columns, int64_t depth) {
-  at::vec::transpose_mxn<float>(from, stride, to, columns, columns, depth);
+  at::vec::transpose_mxn<float>(from, stride, to, FAR, columns, depth);
 }
 
-// All rows of C vectors of columns, from a copy of those columns of b where that pays, or where they lie as rows
-template <int C>
-[[gnu::noinline]] void panel(
-    int64_t rows, int64_t depth, Matrix a, Matrix b, float* c, int64_t stride, Matrix start, float* copy) {
+// All rows of so many columns, from a copy of those columns of b where that pays, or where they lie as rows
+template <int C = VECTORS>
+void panel(int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, float* c, int64_t stride, Matrix start,
+           float* copy) {
+  constexpr int FEWER = C > FEWEST ? C - 1 : 1;
+  if constexpr (C > 1)
+    if (columns <= FEWER * W) return panel<FEWER>(rows, columns, depth, a, b, c, stride, start, copy);
+  int64_t last = columns - W;
   if (b.column != 1) {
-    turn(b.at, b.column, copy, C * W, depth);
-    b = {copy, C * W, 1};
+    turn(b.at, b.column, copy, columns, depth);
+    b = {copy, FAR, 1};
   } else if (rows >= MANY) {
     for (int64_t k = 0; k < depth; k++)
-      for (int64_t j = 0; j < C * W; j += W) V::loadu(b.at + k * b.row + j).store(copy + k * C * W + j);
-    b = {copy, C * W, 1};
+      for (int j = 0; j < C; j++) {
+        int64_t at = j + 1 < C ? j * W : last;
+        V::loadu(b.place(k, at)).store(copy + k * FAR + at);
+        __builtin_prefetch(b.place(k, at + columns));  // of the next panel
+      }
+    b = {copy, FAR, 1};
   }
-  tiles<ROWS, C>(rows, depth, a, b, c, stride, start);
+  int64_t i = 0;
+  for (; i + ROWS <= rows; i += ROWS)
+    tile<ROWS, C>(depth, a.from(i, 0), b, c + i * stride, stride, start.from(i, 0), last);
+  for (; i < rows; i++) tile<1, C>(depth, a.from(i, 0), b, c + i * stride, stride, start.from(i, 0), last);
 }
 
-// c = start + a b, c contiguous and at least a vector wide
+// c = start + a b, at least a vector wide
 [[gnu::noinline]] inline void product(
-    int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, float* c, const float* start) {
+    int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, float* c, int64_t stride, const float* start) {
   thread_local std::vector<float> copy;
-  copy.resize(VECTORS * W * DEPTH);
-  auto at = [&](auto vectors, int64_t j) {
+  copy.resize(FAR * DEPTH);
+  int64_t panels = (columns + FAR - 1) / FAR, least = W, each = W;
+  if (columns >= FEWEST * W) least = FEWEST * W, each = (columns / panels + W - 1) / W * W;
+  for (int64_t j = 0; j < columns; j += each) {
+    int64_t at = std::min(j, columns - least), wide = std::min(each, columns - at);  // some twice, where they overlap
     for (int64_t k = 0; k < depth; k += DEPTH) {
-      Matrix first = k ? Matrix{c + j, columns, 1} : Matrix{start ? start + j : start, 0, 1};
-      panel<vectors()>(rows, std::min(DEPTH, depth - k), a.from(0, k), b.from(k, j), c + j, columns, first, copy.data());
+      Matrix first = k ? Matrix{c + at, stride, 1} : Matrix{start ? start + at : start, 0, 1};
+      panel(rows, wide, std::min(DEPTH, depth - k), a.from(0, k), b.from(k, at), c + at, stride, first, copy.data());
     }
-  };
-  int64_t j = 0;
-  for (; j + VECTORS * W <= columns; j += VECTORS * W) at(std::integral_constant<int, VECTORS>{}, j);
-  for (; j < columns; j += W) at(std::integral_constant<int, 1>{}, std::min(j, columns - W));  // twice, where they overlap
+  }
+}
+
+// The same, by as many threads as have work in it: of rows where there are more of them, else of columns
+[[gnu::noinline]] inline void shared(
+    int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, float* c, const float* start) {
+  bool by_rows = rows > columns;
+  int64_t unit = by_rows ? ROWS : W, units = (by_rows ? rows : columns) / unit;
+  int64_t threads = rows * columns * depth < WORTH ? 1 : std::min<int64_t>(omp_get_max_threads(), units);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t t = 0; t < threads; t++) {
+    int64_t from = units * t / threads * unit, to = units * (t + 1) / threads * unit;
+    if (t + 1 == threads) to = by_rows ? rows : columns;
+    if (by_rows)
+      product(to - from, columns, depth, a.from(from, 0), b, c + from * columns, columns, start);
+    else
+      product(rows, to - from, depth, a, b.from(0, from), c + from, columns, start ? start + from : start);
+  }
 }
 
 // A matrix or vector of float32; of another kind it has no dims
@@ -121,11 +145,7 @@ struct Shape {
     start = given.at;
   }
   Matrix x{a.at, a.strides[0], a.strides[1]}, y{b.at, b.strides[0], b.strides[1]};
-  int64_t threads = rows * columns * depth < WORTH ? 1 : omp_get_max_threads();
-  int64_t each = (rows + threads * ROWS - 1) / (threads * ROWS) * ROWS;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < rows; i += each)
-    product(std::min(each, rows - i), columns, depth, x.from(i, 0), y, c.at + i * columns, start);
+  shared(rows, columns, depth, x, y, c.at, start);
   return true;
 }
 
