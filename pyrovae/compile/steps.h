@@ -1,5 +1,6 @@
 // Training steps one after the other with no Python between them: a batch, its noise, the graph of this file, the
 // verdict on what it gives, Adam.
+#include <ATen/core/MT19937RNGEngine.h>
 #include <ATen/cpu/vec/functional.h>
 #include <chrono>
 #include <cmath>
@@ -7,6 +8,13 @@
 #include <omp.h>
 
 void inductor_entry_impl(AtenTensorHandle* inputs, AtenTensorHandle* outputs);
+
+namespace at {
+struct CPUGeneratorImpl {  // what is called of torch's class, whose own header takes half a second to compile
+  mt19937 engine();
+  void set_engine(mt19937 engine);
+};
+}  // namespace at
 
 namespace pyrovae {
 using V = at::vec::Vectorized<float>;
@@ -44,6 +52,7 @@ struct Steps {
   int64_t num_inputs, num_outputs, num_columns, num_draws, num_moved, batch_size;
   double beta1, beta2, eps;
   float* kl_weight;  // the input that it is, if any
+  at::CPUGeneratorImpl* generator;
 };
 
 inline AtenTensorHandle drawn(bool normal, const int64_t* sizes, int64_t dims) {
@@ -62,19 +71,85 @@ T* values(AtenTensorHandle tensor) {
   return static_cast<T*>(at);
 }
 
+// Several words of a Mersenne twister, and one
+using Words [[gnu::vector_size(4 * W)]] = uint32_t;
+using Numbers [[gnu::vector_size(4 * W)]] = int32_t;
+using Floats [[gnu::vector_size(4 * W)]] = float;
+
+template <typename T>
+T read(const uint32_t* words) {
+  T found;
+  std::memcpy(&found, words, sizeof(T));
+  return found;
+}
+
+template <typename T>
+void renew(uint32_t* words, int64_t far, const uint32_t* next) {
+  T v = read<T>(next), mixed = (read<T>(words) & at::UMASK) | (v & at::LMASK);
+  v = read<T>(words + far) ^ (mixed >> 1) ^ (-(v & 1) & at::MATRIX_A);
+  std::memcpy(words, &v, sizeof(T));
+}
+
+// Numbers in [0, 1) as torch draws them, by the state of its own generator
+class Uniform {
+  static constexpr int64_t N = at::MERSENNE_STATE_N, M = at::MERSENNE_STATE_M;
+  at::CPUGeneratorImpl* generator;
+  at::mt19937 engine;
+  at::mt19937_data_pod state;
+  float numbers[N];
+
+  void renewed() {
+    uint32_t* words = state.state_.data();
+    auto some = [=](int64_t i, int64_t end, int64_t far) {
+      for (; i + W <= end; i += W) renew<Words>(words + i, far, words + i + 1);
+      for (; i < end; i++) renew<uint32_t>(words + i, far, words + i + 1);
+    };
+    some(0, N - M, M), some(N - M, N - 1, M - N), renew<uint32_t>(words + N - 1, M - N, words);
+    state.left_ = N + 1, state.next_ = 0;
+    temper();
+  }
+
+  void temper() {
+    for (int64_t i = 0; i < N; i += W) {
+      Words y = read<Words>(state.state_.data() + i);
+      y ^= y >> 11, y ^= (y << 7) & 0x9d2c5680, y ^= (y << 15) & 0xefc60000, y ^= y >> 18;
+      Floats u = __builtin_convertvector(Numbers(y & 0xffffff), Floats) * 0x1p-24f;
+      std::memcpy(numbers + i, &u, sizeof u);
+    }
+  }
+
+ public:
+  explicit Uniform(at::CPUGeneratorImpl* generator)
+      : generator(generator), engine(generator->engine()), state(engine.data()) {
+    temper();
+  }
+  ~Uniform() { engine.set_data(state), generator->set_engine(engine); }
+
+  // x = whether numbers lie below p
+  void below(const float* p, float* x, int64_t size) {
+    while (size) {
+      if (state.left_ == 1) renewed();
+      int64_t number = std::min<int64_t>(size, state.left_ - 1), i = 0;
+      const float* u = numbers + state.next_;
+      for (; i + W <= number; i += W) V::loadu(u + i).lt(V::loadu(p + i)).store(x + i);
+      for (; i < number; i++) x[i] = u[i] < p[i];
+      state.left_ -= number, state.next_ += number, size -= number, p += number, x += number;
+    }
+  }
+};
+
 inline void gather(const Steps& s, const int64_t* index) {
   for (int64_t c = 0; c < s.num_columns; c++) {
     const Column& column = s.columns[c];
-    for (int64_t b = 0; b < s.batch_size; b++)
-      std::memcpy(column.batch + b * column.row, column.data + index[b] * column.row, column.row);
-    if (!column.drawn) continue;
-    int64_t size = s.batch_size * column.row / sizeof(float);
-    AtenTensorHandle noise = drawn(false, &size, 1);
-    const float* u = values<float>(noise);
-    float* x = reinterpret_cast<float*>(column.batch);
-#pragma omp simd
-    for (int64_t i = 0; i < size; i++) x[i] = u[i] < x[i];
-    aoti_torch_delete_tensor_object(noise);
+    auto row = [&](int64_t b) { return column.data + index[b] * column.row; };
+    if (column.drawn) {
+      Uniform uniform(s.generator);
+      for (int64_t b = 0; b < s.batch_size; b++)
+        uniform.below(reinterpret_cast<const float*>(row(b)), reinterpret_cast<float*>(column.batch + b * column.row),
+                      column.row / sizeof(float));
+    } else {
+      for (int64_t b = 0; b < s.batch_size; b++) std::memcpy(column.batch + b * column.row, row(b), column.row);
+    }
   }
 }
 

@@ -47,6 +47,7 @@ class Given(Structure):
         *((name, c_void_p) for name in ("inputs", "given", "outputs", "columns", "draws", "moved")),
         *((f"num_{name}", c_int64) for name in ("inputs", "outputs", "columns", "draws", "moved")),
         ("batch_size", c_int64), ("beta1", c_double), ("beta2", c_double), ("eps", c_double), ("kl_weight", c_void_p),
+        ("generator", c_void_p),
     ]  # fmt: skip
 
 
@@ -148,9 +149,10 @@ class Steps:
             *(self.placed(c_void_p, values) for values in (self.handles, inputs_given, outputs_made)),
             self.placed(Column, columns), self.placed(Draw, draws), self.placed(Moved, moved),
         ]  # fmt: skip
+        generator: Any = torch.default_generator
         self.given = Given(
             *places, number, outputs, len(columns), len(draws), len(moved), len(batch[0]), *adam.betas, adam.eps,
-            0 if kl_weight is None else kl_weight.data_ptr(),
+            0 if kl_weight is None else kl_weight.data_ptr(), generator._cdata,
         )  # fmt: skip
 
     def placed(self, kind: Any, values: Sequence[object]) -> int:
