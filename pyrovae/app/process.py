@@ -20,11 +20,12 @@ NARROW = 20  # columns
 def begin() -> None:
     """Let a signal end the process in one line, and open a standard stream that is closed on nothing.
 
-    Else the next file that is opened would be taken for that stream. Threads that wait for each other are to sleep:
-    where other processes have their cores, those that turn in circles made a step five times as long.
+    Else the next file that is opened would be taken for that stream. Threads that wait for each other are to sleep
+    soon: those that turn in circles hold up others where they share cores, and those that sleep at once wake up late.
     """
     install(end_at_once)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if os.environ.get("COLUMNS", "").isdigit() and int(os.environ["COLUMNS"]) < NARROW:
         del os.environ["COLUMNS"]  # nothing can be printed in such a width
     while os.open(os.devnull, os.O_RDWR) <= 2:

@@ -211,7 +211,8 @@ extern "C" int64_t pyrovae_steps(const pyrovae::Steps* steps, int64_t number, co
       bool good = std::isfinite(loss);
       for (int64_t i = 0; good && i < s.num_moved; i++) good = finite(gradient(s.moved[i]), s.moved[i].size);
       losses[n] = good ? loss : NAN;
-      for (int64_t i = 0; good && i < s.num_moved; i++) move(s.moved[i], gradient(s.moved[i]), rates[n], s, threads);
+      // the last gradient that was judged lies near
+      for (int64_t i = s.num_moved; good && i--;) move(s.moved[i], gradient(s.moved[i]), rates[n], s, threads);
       std::chrono::duration<double> passed = std::chrono::steady_clock::now() - began;
       last = !good || left_out[n] || n + 1 == number || passed.count() > seconds;
       for (int64_t i = 0; last && i < s.num_moved; i++)

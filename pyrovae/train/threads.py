@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-#: Multiplications of a step that are worth a thread: half a millisecond. A second one gains nothing from fewer where
-#: each has a core for itself, and loses a multiple of the time where another process has it.
-PER_THREAD = 3e7
+#: Multiplications of a step that are worth one thread more: half a millisecond. It gains little from fewer where each
+#: has a core for itself, and loses a multiple of the time where another process has it.
+PER_THREAD = 2.5e7
 
 
 def threads_for(modules: Iterable[nn.Module], rows: int) -> int:
@@ -25,7 +25,7 @@ def threads_for(modules: Iterable[nn.Module], rows: int) -> int:
     if not layers or any(type(layer) is not nn.Linear for layer in layers):
         return most
     multiplications = 3 * rows * sum(p.numel() for layer in layers for p in layer.parameters())
-    return max(1, min(most, int(multiplications / PER_THREAD)))
+    return min(most, 1 + int(multiplications / PER_THREAD))
 
 
 def is_weight(parameter: Tensor) -> bool:

@@ -17,7 +17,8 @@ from tests.benchmarks.trainers import FIT, FLOOR, HAND, HAND_COMPILED, NAMES, NU
 from tests.benchmarks.turns import Run, in_turns, numbers_of_cores
 
 CELLS = ((20, 1), (100, 1), (20, 5), (100, 5), (20, 50))
-STEPS = 900  # of an epoch, times the square root of batch size times particles: some half a second
+STEPS = 9000  # of an epoch, times the square root of batch size times particles
+IMAGES = 40_000  # at most
 ALIKE = 0.05  # by what part two losses after as many steps may differ
 COMPILE = (FIT, NUMPYRO, HAND_COMPILED)
 AT = ("cores", "batch", "k")
@@ -42,7 +43,7 @@ def run(options: Options) -> list[Table]:
     for cores in numbers_of_cores(options.cores, options.device):
         for batch, k in options.cells or CELLS:
             print(f"epochs: {cores} cores, batch {batch}, k {k}", file=sys.stderr)
-            steps = options.steps or max(20, round(STEPS / (batch * k) ** 0.5))
+            steps = options.steps or max(20, min(IMAGES // batch, round(STEPS / (batch * k) ** 0.5)))
             arguments = batch, k, cores, steps, options.data_dir or "", options.device
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
                 found = in_turns("trainers", options.contenders or NAMES, arguments, options.rounds, absent, cache)

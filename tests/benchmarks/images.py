@@ -27,9 +27,9 @@ def load(data_dir: Path | None) -> tuple[pv.data.Images, pv.data.Images, str]:
     except pv.data.DataError as error:
         print(f"!! MNIST is not there, taking RANDOM PIXELS instead: {error}", file=sys.stderr)
         generator = torch.Generator().manual_seed(0)
-        grey = torch.rand(22_000, *SHAPE, generator=generator)
+        grey = torch.rand(42_000, *SHAPE, generator=generator)
         grey = pv.data.Images(grey * (torch.rand(grey.shape, generator=generator) < 0.26), binarization="dynamic")
-        return grey.subset(slice(20_000)), grey.subset(slice(20_000, None)), "RANDOM PIXELS (no MNIST found)"
+        return grey.subset(slice(40_000)), grey.subset(slice(40_000, None)), "RANDOM PIXELS (no MNIST found)"
     return splits.train, splits.test, "MNIST, dynamically binarised"
 
 

@@ -92,7 +92,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=(), help="of epochs; all by default")
     parser.add_argument("--on", type=int, nargs="+", default=default.cores, help="numbers of cores, for epochs")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="epochs of each that are timed")
-    parser.add_argument("--epoch-steps", type=int, default=default.steps, help="steps of an epoch; about half a second")
+    parser.add_argument("--epoch-steps", type=int, default=default.steps, help="steps of an epoch; 2 to 5 seconds")
     parser.add_argument("--target", type=float, default=default.target, help="bound to train to, nats per image")
     parser.add_argument("--epochs", type=int, default=default.epochs, help="at most, on the way to that bound")
     parser.add_argument("--samples", type=int, default=default.samples, help="of log p(x)")
