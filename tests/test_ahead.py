@@ -85,6 +85,19 @@ def test_the_same_steps(options: dict[str, Any], taken: list[int]) -> None:
     alike(first, one_by_one(lambda: trained(vae(), grey(), **options)))
 
 
+def test_noise_is_torchs(taken: list[int]) -> None:
+    """Bits and normals come from its generator, to the state that it is left in."""
+    states: list[Tensor] = []
+
+    def run() -> tuple[pv.Fit, list[Tensor]]:
+        return trained(vae(), grey(), on_epoch=lambda _: states.append(torch.get_rng_state()))
+
+    run()
+    one_by_one(run)
+    assert taken
+    assert all(map(torch.equal, states[:3], states[3:]))
+
+
 def test_labels_are_gathered_with_their_data(taken: list[int]) -> None:
     """As columns of the data, integers too."""
     torch.manual_seed(0)

@@ -44,8 +44,8 @@ def test_a_small_job_has_one_thread_and_who_looks_at_it_all():
 
 
 def test_replicas_count_together():
-    pairs = [pv.models.VAE((784,), latent_dim=1, hidden=(100,)) for _ in range(2)]
+    pairs = [pv.models.VAE((784,), latent_dim=1, hidden=(40,)) for _ in range(2)]
     data = torch.zeros(100, 784)
     alone = pv.fit(pairs[0].model, pairs[0].guide, data, objective=pv.ELBO(), epochs=1, compile=False)
     together = pv.fit_replicas(pairs, data, objective=pv.ELBO(), epochs=1)
-    assert [alone.timings["threads"], together[0].timings["threads"]] == [1, 3]
+    assert [alone.timings["threads"], together[0].timings["threads"]] == [1, 2]

@@ -11,8 +11,8 @@ constexpr int ROWS = W == 16 ? 5 : 4, VECTORS = W == 16 ? 5 : 3;  // of a tile: 
 constexpr int FEWEST = VECTORS - 2;  // vectors of a panel, where there are as many columns
 constexpr int64_t FAR = VECTORS * W;  // from row to row of a panel
 constexpr int64_t DEPTH = 512;  // of a panel: so much lies near
-constexpr int64_t MANY = 64;    // rows that pay for the copy of a panel
-constexpr int64_t WORTH = 1 << 20;  // multiplications that pay for a second thread
+constexpr int64_t MANY = 64;  // rows that pay for the copy of a panel
+constexpr int64_t WORTH = 1 << 17;  // multiplications that pay for a thread
 
 struct Matrix {
   const float* at;
@@ -100,7 +100,8 @@ void panel(int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, flo
     int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, float* c, const float* start) {
   bool by_rows = rows > columns;
   int64_t unit = by_rows ? ROWS : W, units = (by_rows ? rows : columns) / unit;
-  int64_t threads = rows * columns * depth < WORTH ? 1 : std::min<int64_t>(omp_get_max_threads(), units);
+  int64_t most = std::min<int64_t>(omp_get_max_threads(), units);
+  int64_t threads = std::clamp<int64_t>(rows * columns * depth / WORTH, 1, most);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t t = 0; t < threads; t++) {
     int64_t from = units * t / threads * unit, to = units * (t + 1) / threads * unit;
@@ -137,7 +138,8 @@ struct Shape {
   if (c.dim != 2 || a.dim != 2 || b.dim != 2) return false;
   int64_t rows = c.sizes[0], columns = c.sizes[1], depth = a.sizes[1];
   if (!rows || !depth || columns < W || c.strides[1] != 1 || c.strides[0] != columns) return false;
-  if (b.strides[1] != 1 && (b.strides[0] != 1 || rows < MANY)) return false;
+  bool pays = rows >= MANY || omp_get_max_threads() > 1;  // MKL turns a few rows as well, but alone
+  if (b.strides[1] != 1 && (b.strides[0] != 1 || !pays)) return false;
   const float* start = nullptr;
   if (bias) {
     Shape given(bias);
