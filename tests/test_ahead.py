@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,15 @@ def test_noise_is_torchs(taken: list[int]) -> None:
     one_by_one(run)
     assert taken
     assert all(map(torch.equal, states[:3], states[3:]))
+
+
+def test_under_a_profiler(taken: list[int]) -> None:
+    """It goes on afterwards."""
+    with cProfile.Profile() as profiler:
+        trained(vae(), grey(), epochs=1)
+        sorted([1])
+    assert taken
+    assert any("sorted" in str(entry.code) for entry in profiler.getstats())
 
 
 def test_labels_are_gathered_with_their_data(taken: list[int]) -> None:
