@@ -300,7 +300,8 @@ def lda(name):
     data = torch.randint(words, (4, docs))
     guide = partial(topics_guide, name == "lda_drawn", predictor, k, words, docs)
     args = (data, 3) if name == "lda_minibatch" else (data,)
-    return Pair(partial(topics, k, words, docs), guide, args, TraceEnum_ELBO, density=name == "lda_drawn")
+    model = partial(topics, k, words, docs)
+    return Pair(model, guide, args, TraceEnum_ELBO, lr=0.1, density=name == "lda_drawn")
 
 
 class SparseGamma:
