@@ -440,6 +440,12 @@ def remembering():
     return function
 
 
+def seen_through(x):
+    mask = torch.ones(len(x))
+    mask.view(-1)[:2].copy_(x[:2, 0])
+    return mask
+
+
 HOST = r"reads a tensor's value on the host"
 REFUSED = {
     "item": (lambda x: x * x.sum().item(), HOST),
@@ -458,6 +464,11 @@ REFUSED = {
     "allclose": (lambda x: x * torch.allclose(x, 2 * x), HOST),
     "mask": (lambda x: x[x > 0].sum(), "shape that depends on values"),
     "mask of rows": (lambda x: x[x.sum(-1) > 0].sum(), "shape that depends on values"),
+    "a mask that is changed": (
+        lambda x: x[torch.ones(len(x)).copy_(x[:, 0]) > 0].sum(),
+        "shape that depends on values",
+    ),
+    "a mask through a view": (lambda x: x[seen_through(x) > 0].sum(), "shape that depends on values"),
     "masked_select": (lambda x: x.masked_select(x > 0).sum(), "shape that depends on values"),
     "nonzero": (lambda x: x.nonzero().sum(), "shape that depends on values"),
     "where": (lambda x: torch.where(x > 0)[0].sum(), "shape that depends on values"),
@@ -484,6 +495,10 @@ ALLOWED = {
     "shapes": lambda x: x.sum(0) / x.numel() if len(x) > 3 else x.sum(0),
     "integer indices": lambda x: x[torch.tensor([0, 2])].sum(0),
     "indices from values": lambda x: x[x.argmax(0)],
+    "a mask of its own": lambda x: x[:, torch.arange(x.shape[1]) > 0].sum(0),
+    "a triangle": lambda x: torch.distributions.CorrCholeskyTransform().inv(
+        torch.distributions.CorrCholeskyTransform()(0.1 * x.flatten()[:3])
+    ),
     "where": lambda x: torch.where(x > 0, x, 0.0),
     "a distribution that validates": lambda x: dist.Normal(x.mean(0), 1.0, validate_args=True).log_prob(x).sum(0),
     "a loop": lambda x: sum(row * i for i, row in enumerate(x)),

@@ -29,7 +29,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyrovae.compile.inductor import empty_like_of, placeholders, remembered
-from pyrovae.compile.noise import READS, CannotCompile, Draws, aten, lift_noise, new_placeholder, stacked_noise
+from pyrovae.compile.noise import (
+    READS,
+    CannotCompile,
+    Draws,
+    aten,
+    is_random,
+    lift_noise,
+    new_placeholder,
+    stacked_noise,
+)
 from pyrovae.compile.steps import library_of
 from pyrovae.engine.randomness import isolated_rng
 
@@ -138,6 +147,7 @@ def capture_once(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tens
         module = make_fx(traced)(*inputs)
         if pickle.dumps((random.getstate(), np.random.get_state())) != before:
             raise CannotCompile("the program draws from Python's or numpy's generator: draw with torch")
+    fold_masks(module)
     refuse_dynamic_shapes(module)
     constants = lift_constants(module)
     noise = lift_noise(module, draws.made)
@@ -186,12 +196,57 @@ def changes_inputs(module: fx.GraphModule) -> bool:
     for node in module.graph.nodes:
         changed = node.args[0] if is_mutable(node.target) and node.args else None
         while isinstance(changed, fx.Node) and changed.op != "placeholder":
-            schema = getattr(changed.target, "_schema", None)
-            views = schema is not None and schema.returns and schema.returns[0].alias_info is not None
-            changed = changed.args[0] if views and changed.args else None
+            changed = changed.args[0] if is_view(changed.target) and changed.args else None
         if changed is not None:
             return True
     return False
+
+
+def fold_masks(module: fx.GraphModule) -> None:
+    """Index by numbers where the program indexes by a mask of its own, such as that of a triangle."""
+    graph, known = module.graph, dict[fx.Node, Tensor | None]()
+    for node in [n for n in graph.nodes if n.target is aten.index.Tensor]:
+        indices: list[Any] = []
+        for index in node.args[1]:
+            mask = None if index is None or index.meta["val"].dtype is not torch.bool else value_of(index, known)
+            if mask is None:
+                indices.append(index)
+                continue
+            for place in mask.nonzero(as_tuple=True):
+                name = f"_folded_{len(indices)}_{node.name}"
+                module.register_buffer(name, place)
+                with graph.inserting_before(node):
+                    indices.append(graph.get_attr(name))
+                indices[-1].meta["val"] = place
+        node.args = (node.args[0], indices)
+
+
+def value_of(node: fx.Node, known: dict[fx.Node, Tensor | None]) -> Tensor | None:
+    """What a node gives at every call; None where it depends on what a graph takes, draws or changes in place."""
+    if node not in known:
+        known[node] = None
+        draws_or_changes = is_random(node.target) or is_mutable(node.target) or is_changed(node)
+        fixed = node.op == "call_function" and not draws_or_changes
+        if fixed and all(value_of(parent, known) is not None for parent in node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)  # type: ignore[arg-type]
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return known[node]
+
+
+def is_changed(node: fx.Node) -> bool:
+    """Whether the memory of a node is changed in place, by whatever name."""
+    return any(
+        (user.args[0] is node and is_mutable(user.target)) or (is_view(user.target) and is_changed(user))
+        for user in node.users
+        if user.args
+    )
+
+
+def is_view(target: object) -> bool:
+    """Whether an operation gives what it is given, seen otherwise."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
 
 def refuse_dynamic_shapes(module: fx.GraphModule) -> None:

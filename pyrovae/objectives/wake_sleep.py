@@ -138,7 +138,8 @@ class SleepPhi(Objective):
     def dream_loss(self, model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]) -> Tensor:
         """Minus log q(z | x) of one dream of the data, summed over them."""
         if not (args and isinstance(args[0], Tensor)):
-            raise ValueError(f"SleepPhi dreams the programs' first argument, got {args[:1]}: pass the data first")
+            got = type(args[0]).__name__ if args else "none"
+            raise ValueError(f"SleepPhi dreams the programs' first argument, a tensor, got {got}: pass the data first")
         with torch.no_grad():
             dreamt, data = generate(model, args, kwargs, redraw := Redraw(args[0]))
         values = {name: value for name, value in drawn(dreamt).items() if name != data["name"]}
