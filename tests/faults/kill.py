@@ -84,7 +84,10 @@ def train(run: Path, kind: str, *, last_change: int | None = None, counted: Path
     if last_change is not None or counted is not None:
         sys.addaudithook(watching)
     from pyrovae.app.cli import main
+    from pyrovae.runs import Run
+    from pyrovae.train import within
 
+    within.FIRST, Run.due = 0.0, property(lambda self: True)  # within epochs too
     try:
         main(words(run, kind))
     finally:

@@ -89,13 +89,13 @@ class Gathered:
             self.config = self.run.config()
         with self.notes.missing("the config"):
             self.run.config()
-        with self.notes.missing("the curves"):
-            self.history = self.run.history()
-            if (last := self.run.checkpoint()) is not None:
-                self.run.check_file(last, runs.METRICS)
         with self.notes.missing("the state of training"):
             if (state := self.run.state()) is not None:
                 self.epoch, self.finished = state["epoch"], state["finished"]
+        with self.notes.missing("the curves"):
+            self.history = self.run.history()
+            if self.epoch != 0 and (last := self.run.checkpoint()) is not None:
+                self.run.check_file(last, runs.METRICS)
         self.read_results(checkpoint)
         with self.notes.missing("the model") if given.pair is None else nullcontext():
             self.open(folder, checkpoint, root, terms)
