@@ -16,7 +16,7 @@ from pyrovae.parts.codes import AutoregressiveCodes, GatedConvolutions
 
 
 class CodePrior(Pair):
-    r"""The learned prior of a :class:`VQVAE`: a model of its grids of codes, without latents.
+    r"""The learned prior of a VQ-VAE: a model of its grids of codes, without latents.
 
     .. math:: p(k) = \prod_{i=1}^{h} \prod_{j=1}^{w} p(k_{ij} \mid k_{<ij})
 
