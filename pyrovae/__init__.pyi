@@ -1,6 +1,6 @@
 __version__: str
 
-from . import data, errors, evaluate, models, nn, objectives, parts, plots
+from . import data, errors, evaluate, models, nn, objectives, parts, plots, ranks
 from .app.export import export_onnx
 from .app.hub import from_pretrained, push_to_hub
 from .app.report.command import report
@@ -49,6 +49,6 @@ __all__ = [
     "Information", "LikelihoodEstimate", "Objective", "ParticleWeights", "PosteriorGap", "Renyi", "SleepPhi", "VRMax",
     "active_units", "ais_log_likelihood", "bdmc", "data", "errors", "evaluate", "export_onnx", "fit", "fit_replicas",
     "from_pretrained", "gradient_snr", "inflate", "information", "load", "log_likelihood", "log_weights", "models",
-    "nn", "objectives", "parts", "plots", "posterior_gap", "push_to_hub", "refine", "report", "sample",
+    "nn", "objectives", "parts", "plots", "posterior_gap", "push_to_hub", "ranks", "refine", "report", "sample",
     "training_step",
 ]  # fmt: skip

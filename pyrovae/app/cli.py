@@ -301,6 +301,8 @@ def answer(error: Exception, debug: bool) -> int:
         return 2  # the help is on the screen already
     if debug:
         traceback.print_exc()
+    if type(error).__name__ == "ElsewhereError" or getattr(error, "told", False):
+        return exit_code(error)  # another process of the job says it
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
         return fail(error.format_message(), getattr(error, "exit_code", 2))
     code = exit_code(error)

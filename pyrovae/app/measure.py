@@ -24,6 +24,7 @@ from pyrovae.engine.unwrap import is_discrete
 from pyrovae.evaluate import active_units, ais_log_likelihood, information, log_likelihood, posterior_gap
 from pyrovae.models.base import Pair
 from pyrovae.plots.images import is_image
+from pyrovae.ranks import ranks
 from pyrovae.train.monitor import MONITORED, look_on
 
 CLOSER = 100  # test data that are looked at closer: annealed, and their guide refined
@@ -48,6 +49,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure a run: results.json anew, and printed."""
     positive_int("samples", samples)
+    out.quiet = out.quiet or not ranks().first
     place = pick_device(device)
     found, splits = reopen_with_data(folder, root, checkpoint, terms)
     run = terms.run(folder)
@@ -66,8 +68,9 @@ def evaluate(
         results["diagnostics"] = diagnose(pair, seen, few, samples=samples, seed=seed)
     if ais:
         results["ais"] = anneal(pair, few, samples=samples, seed=seed)
-    runs.write_json(folder / runs.RESULTS, results)
-    write_card(run)
+    if ranks().first:
+        runs.write_json(folder / runs.RESULTS, results)
+        write_card(run)
     print_results(results, out)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pyrovae.app.live import to_tensorboard
 from pyrovae.app.measure import check_test, measure
 from pyrovae.app.parts import keywords
 from pyrovae.app.pictures import pictures
-from pyrovae.app.results import belongs, readable_results
+from pyrovae.app.results import Results, belongs, readable_results
 from pyrovae.app.settings import CODES, Settings
 from pyrovae.app.tables import print_results
 from pyrovae.arguments import pick_device, positive_int
@@ -24,6 +25,7 @@ from pyrovae.engine.randomness import rng_snapshot
 from pyrovae.models import CodePrior
 from pyrovae.models.base import Rule
 from pyrovae.plots.images import is_image
+from pyrovae.ranks import alone, ranks
 from pyrovae.train.log import Fit
 from pyrovae.train.loop import fit
 from pyrovae.train.resuming import FINGERPRINTS, check_data, check_same
@@ -45,30 +47,29 @@ def train(
     :param explicit: names of the settings that were given, which a resumed run must not have begun without.
     :param tensorboard: write every epoch for TensorBoard as well.
     """
-    with run_of(job, run_dir, resume, terms) as run:
-        on_epoch = to_tensorboard(run.path) if tensorboard else None
+    team, out.quiet = ranks(), out.quiet or not ranks().first
+    with ExitStack() as held:
+        with team.together():
+            run = held.enter_context(run_of(job, run_dir, resume, terms)) if team.first else None
+        on_epoch = to_tensorboard(run.path) if tensorboard and run is not None else None
         train_in(run, job, resume=resume, explicit=explicit, on_epoch=on_epoch, terms=terms, out=out)
 
 
 def train_in(
-    run: runs.Run, job: Settings, *, resume: bool, explicit: set[str], on_epoch: OnEpoch | None, terms: Terms,
+    run: runs.Run | None, job: Settings, *, resume: bool, explicit: set[str], on_epoch: OnEpoch | None, terms: Terms,
     out: Console,
 ) -> None:  # fmt: skip
-    """The main job in a run that no other process writes to."""
-    folder = run.path
-    run.check_files()
-    if not resume:
-        run.check_absent()
-    if run.exists:
-        given = {name: value for name, value in dataclasses.asdict(job).items() if name in explicit}
-        with runs.opening(folder):
-            job = Settings.of(run.config().get("settings", dataclasses.asdict(job)) | given)
-    positive_int("samples", job.samples)
-    pick_device(job.device)
-    named = not run.exists or "model" in explicit
-    task = Task.of(job, terms, named=named, explicit=explicit)
-    pair, test = task.pair, task.splits.test
-    check_test(pair, test)
+    """The main job in a run that no other process writes to; in the others of several, the parts that all share."""
+    team = ranks()
+    with team.together():
+        begun = job if run is None else settings_of(run, job, resume=resume, explicit=explicit)
+    job, exists, folder = team.same((begun, run is not None and run.exists, None if run is None else run.path))
+    with team.together():
+        positive_int("samples", job.samples)
+        pick_device(job.device)
+        task = Task.of(job, terms, named=not exists or "model" in explicit, explicit=explicit)
+        pair, test = task.pair, task.splits.test
+        check_test(pair, test)
     rule, held_out = pair.train_on, task.splits.validation
     method = str(task.parts.objective) if rule is None else "its own rule"
     name, kind = type(pair.module).__name__, "images" if is_image(task.training.event_shape) else "data"
@@ -76,21 +77,44 @@ def train_in(
     if rule is None:
         result = fit(
             pair.model, pair.guide, task.training, objective=task.parts.objective, epochs=job.epochs,
-            batch_size=job.batch_size, lr=job.lr, device=job.device, seed=job.seed, run_dir=run, resume=resume,
-            validation=None if held_out is None else as_seen_by(pair, held_out), config=task.config(),
+            batch_size=job.batch_size, lr=job.lr, device=job.device, seed=job.seed, run_dir=run or folder,
+            resume=resume, validation=None if held_out is None else as_seen_by(pair, held_out), config=task.config(),
             on_epoch=on_epoch, **task.parts.fit,  # type: ignore[arg-type]
         )  # fmt: skip
+    elif run is None or not team.alone:
+        raise ValueError(f"{name} is trained by a rule of its own, in one process: start one")
     else:
         result = train_by_rule(rule, task, run)
         if on_epoch is not None:
             on_epoch(result)
-    if belongs(readable_results(run), run):
+    if team.same(run is not None and belongs(readable_results(run), run)):
         out.print(f'the run "{folder}" is finished; its results are in {runs.RESULTS}')
         return
     if (t := result.timings).get("steps"):
         speed = f"{t['ms_per_step']:.2f} ms a step, {t['path']}"
-        out.print(f"trained {len(result.history)} epochs in {t['seconds']:.1f} s ({speed})")
+        several = "" if team.alone else f", {team.size} processes"
+        out.print(f"trained {len(result.history)} epochs in {t['seconds']:.1f} s ({speed}{several})")
     results = measure(pair, test, samples=job.samples, seed=job.seed)
+    with alone():
+        if run is not None:
+            finish(run, task, result, results, terms, out)
+
+
+def settings_of(run: runs.Run, job: Settings, *, resume: bool, explicit: set[str]) -> Settings:
+    """The settings of a run that begins, or goes on."""
+    run.check_files()
+    if not resume:
+        run.check_absent()
+    if not run.exists:
+        return job
+    given = {name: value for name, value in dataclasses.asdict(job).items() if name in explicit}
+    with runs.opening(run.path):
+        return Settings.of(run.config().get("settings", dataclasses.asdict(job)) | given)
+
+
+def finish(run: runs.Run, task: Task, result: Fit, results: Results, terms: Terms, out: Console) -> None:
+    """Write what came of a job into its run, pictures too."""
+    job, pair, test, folder = task.job, task.pair, task.splits.test, run.path
     if pair.after_training(task.training):
         run.save("last", pair.module.state_dict(), run.state())
     if task.vqvae is not None and isinstance(pair, CodePrior):

@@ -2,6 +2,7 @@ r"""log p(x) by annealed importance sampling, and its bracket by bidirectional M
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -28,6 +29,7 @@ from pyrovae.evaluate.estimate import AISEstimate, Bracket
 from pyrovae.evaluate.hmc import HMC, LogDensity, State
 from pyrovae.evaluate.measuring import Batches, measuring
 from pyrovae.evaluate.movable import refuse_immovable, unmasked_latents
+from pyrovae.evaluate.sharing import Sharing
 from pyrovae.sampling import blank
 
 HANDLERS = 1.5e-3  # seconds that compiling saves per evaluation of the gradient, whatever the size: Pyro's handlers
@@ -91,12 +93,19 @@ def ais_log_likelihood(
     batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
     program = program_of(model)
     data = Batches(program, guide, args, kwargs, batch_size, seed=seed, title="AIS", progress=progress)
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
+    sharing = Sharing(kwargs)
+
+    def annealed(part: Batch, first: int) -> tuple[Tensor, ...]:
+        with sharing.drawing(annealer.short(), part, num_chains):
+            return annealer(part)
+
     with data:
         for batch in data:
             if not parts:
                 annealer.prepare(program, guide, data.seen, batch, kwargs, data.total or rows(batch, kwargs))
-            parts.append(annealer(batch))
+                sharing.begin(data.seen, batch)
+            parts.append(sharing(batch, annealed))
     return annealer.estimate(parts, seed)
 
 
@@ -294,7 +303,14 @@ class Annealer:
                 accepted = accepted + accept.double().mean(0)
         return log_w, accepted / max(self.last - 1, 1)
 
-    def estimate(self, parts: list[tuple[Tensor, Tensor]], seed: int | None, sign: int = 1) -> AISEstimate:
+    def short(self) -> Annealer:
+        """Chains that draw what these do, over two temperatures."""
+        other = copy.copy(self)
+        other.betas, other.last = self.betas[:3], min(self.last, 2)
+        other.slope = Checked(self.slope.function, self.slope.state, wanted=False)
+        return other
+
+    def estimate(self, parts: Sequence[tuple[Tensor, ...]], seed: int | None, sign: int = 1) -> AISEstimate:
         """What the weights of all batches say."""
         sums = Sums.of(torch.cat([log_w for log_w, _ in parts], -1))
         acceptance = torch.cat([accepted.reshape(-1) for _, accepted in parts])

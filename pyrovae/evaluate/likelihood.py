@@ -28,6 +28,7 @@ from pyrovae.evaluate.estimate import LikelihoodEstimate
 from pyrovae.evaluate.kept import Draws, Resampler, unblanked
 from pyrovae.evaluate.measuring import Batches
 from pyrovae.evaluate.proposals import refine
+from pyrovae.evaluate.sharing import Sharing
 from pyrovae.memory import MEMORY, Passes, PeakBytes, fitting_chunk, require_memory
 
 
@@ -54,7 +55,8 @@ def log_likelihood(
         \qquad z_s \sim q(z \mid x_b)
 
     In expectation a lower bound on :math:`\log p(x_b)` (IWAE's with K = S) that rises to it with S. Scales are ignored;
-    modules run in eval mode. A dynamically binarised data set is drawn once, by ``seed``. A plate that subsamples at
+    modules run in eval mode. Processes that work together (:mod:`pyrovae.ranks`) take rows of each batch, and all get
+    what one process would. A dynamically binarised data set is drawn once, by ``seed``. A plate that subsamples at
     random is taken whole, but for one whose rows are the data given.
 
     :param args: what the programs take: tensors, passed whole unless ``batch_size`` is given; or one Dataset or
@@ -105,7 +107,8 @@ def log_likelihood(
     check_compile(compile)
     data = Batches(model, guide, args, kwargs, batch_size, seed=seed, title="log p(x)", progress=progress)
     runner = Runner(model, guide, fold=fold_particles, vectorize=vectorize_particles)
-    sampler = Sampler(runner, kwargs, num_samples, memory)
+    sharing = Sharing(kwargs, apart=not (refine_steps or num_draws))
+    sampler = Sampler(runner, kwargs, num_samples, memory, sharing)
     results: list[tuple[Tensor, ...]] = []
     with data:
         for batch in data:
@@ -115,7 +118,8 @@ def log_likelihood(
                 compiles = False if refine_steps else compile
                 number = data.total or rows(batch, kwargs)
                 sampler.prepare(data.seen, batch, number, num_draws, seed, chunk_size, compiles)
-            results.append(sampler(batch, data.done))
+                sharing.begin(data.seen, batch)
+            results.append(sharing(batch, lambda part, first: sampler(part, data.done + first)))
             if results[-1][0].dim() != results[0][0].dim():
                 raise ValueError(
                     "some batches have latents outside the data plate, and others have not: evaluate data of one kind "
@@ -131,8 +135,10 @@ def log_likelihood(
 class Sampler:
     """Draws log-weights of a pair, batch by batch, and sums them up."""
 
-    def __init__(self, runner: Runner, kwargs: Mapping[str, object], num_samples: int, memory: int) -> None:
-        self.runner, self.kwargs = runner, kwargs
+    def __init__(
+        self, runner: Runner, kwargs: Mapping[str, object], num_samples: int, memory: int, sharing: Sharing
+    ) -> None:
+        self.runner, self.kwargs, self.sharing = runner, kwargs, sharing
         self.num_samples, self.memory = num_samples, memory
 
     def prepare(
@@ -172,7 +178,9 @@ class Sampler:
 
     def weights(self, size: int, *batch: object) -> list[Tensor]:
         """The log-weights of one pass, ``[size, B]``, and what the resampler wants of it."""
-        particles = self.run(batch, size)
+        one = partial(self.run, num_particles=1)
+        with self.sharing.drawing(partial(self.run, num_particles=size), batch, size, one):
+            particles = self.run(batch, size)
         return [measure(particles), *self.resampler.values(particles)]
 
     def draw_summed(self, batch: Batch, draws: Draws) -> Draws:
@@ -187,7 +195,8 @@ class Sampler:
         """log_prob, std_error, ess, pareto_k and carrying_draws of one batch, which begins with datum ``first``."""
         tally = Tally(self.num_samples, discrete=self.discrete)
         self.resampler.begin(signature(batch))
-        for log_w, *values in self.passes(self.num_samples, lambda size: self.weigh(size, *batch)):
+        weigh = self.weigh if self.sharing.graphs else self.weights
+        for log_w, *values in self.passes(self.num_samples, lambda size: weigh(size, *batch)):
             tally.add(log_w)
             self.resampler.add(log_w, values)
             del values  # or two passes would be held at a time

@@ -24,6 +24,7 @@ from pyrovae.engine.programs import Batch, Program, evaluating, nothing, rows
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.whole import Whole
 from pyrovae.progress import ProgressBar
+from pyrovae.ranks import ranks
 
 
 @contextmanager
@@ -69,7 +70,7 @@ class Batches:
         self.batch_size, self.default, self.seed = batch_size, default, seed
         self.total = len(args[0]) if len(args) == 1 and isinstance(args[0], datasets.Images) else None
         self.done, self.whole, self.stack = 0, Whole(), ExitStack()
-        self.bar = ProgressBar(title, self.total, progress)
+        self.bar = ProgressBar(title, self.total, progress if ranks().first else False)
 
     def __enter__(self) -> Self:
         self.stack.enter_context(measuring(*self.programs, seed=self.seed))

@@ -19,6 +19,7 @@ from pyrovae.engine.support import first_outside
 from pyrovae.engine.unwrap import finite_mean, point_mass
 from pyrovae.errors import NumericalError
 from pyrovae.evaluate.measuring import Batches, RunningMean, measuring
+from pyrovae.evaluate.sharing import shared_rows
 
 DRAWS = 64  # where a site's mean is not known in closed form
 SEED = 52_016  # not one from which data are drawn as well, whose noise the draws would then repeat
@@ -178,9 +179,13 @@ def information(
             own = fn.log_prob(value)
             counted = torch.as_tensor(mask, device=own.device).expand_as(own)
             share = (counted / counted.sum(0)).log()  # of each datum in the aggregate
-            # every draw against every datum's density, the draws with an axis of their own in front
-            parts = value.split(max(1, CELLS // own.numel()))
-            mixed = torch.cat([torch.logsumexp(fn.log_prob(part.unsqueeze(1)) + share, 1) for part in parts])
+
+            def mixture(some: slice, fn: Any = fn, value: Tensor = value, share: Tensor = share) -> Tensor:
+                # every draw against every datum's density, the draws with an axis of their own in front
+                parts = value[some].split(max(1, CELLS // share.numel()))
+                return torch.cat([torch.logsumexp(fn.log_prob(part.unsqueeze(1)) + share, 1) for part in parts])
+
+            mixed = shared_rows(number, mixture)
             info = masked(own - mixed, counted).double().mean(0).reshape(-1)
             found[name] = Information(kl, info, kl - info)
     return found

@@ -200,6 +200,16 @@ class VectorQuantizer(nn.Module):
         wide = torch.promote_types(torch.promote_types(z_e.dtype, self.codebook.dtype), torch.float32)
         return z_e.reshape(-1, self.code_dim).to(wide)
 
+    def averages(self) -> list[tuple[Tensor, float]]:
+        """The moving averages of sums over data, and the share of its former value that each keeps at a step."""
+        moves = self.training and self.ema_decay is not None
+        return [(self.ema_count, self.ema_decay), (self.ema_sum, self.ema_decay)] if moves else []  # type: ignore[list-item]
+
+    def settle(self) -> None:
+        """Let the codebooks follow averages that were changed from outside."""
+        for codebook in self.codebooks() if self.averages() else ():
+            codebook.settle()
+
     def codebooks(self) -> list[Codebook]:
         """One, or several that quantise what the ones before left over."""
         held = [self.codebook] if self.ema_decay is None else [self.codebook, self.ema_count, self.ema_sum]
@@ -227,12 +237,19 @@ class Codebook(NamedTuple):
         sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors.to(self.sums.dtype))
         self.counts.lerp_(count.to(self.counts.dtype), 1 - decay)
         self.sums.lerp_(sums, 1 - decay)
+        self.settle()
+        if revive_below is not None:
+            drawn = torch.randint(len(vectors), (len(self.rows),), device=vectors.device)
+            self.place(self.counts < revive_below, vectors[drawn].to(self.rows.dtype), revive_below)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put the rows where the averages say."""
+        assert self.counts is not None
+        assert self.sums is not None
         number, everything = len(self.rows), self.counts.sum()
         smooth = (self.counts + SMOOTHING) / (everything + number * SMOOTHING) * everything
         self.rows.copy_(self.sums / smooth.unsqueeze(-1))
-        if revive_below is not None:
-            drawn = torch.randint(len(vectors), (number,), device=vectors.device)
-            self.place(self.counts < revive_below, vectors[drawn].to(self.rows.dtype), revive_below)
 
     @torch.no_grad()
     def place(self, which: Tensor, rows: Tensor, count: float) -> None:

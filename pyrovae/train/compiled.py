@@ -47,6 +47,7 @@ from pyrovae.engine.programs import (
 )
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective
+from pyrovae.ranks import require_alone
 from pyrovae.train.checks import lone_datum_advice
 from pyrovae.train.optimizers import check_optimizer, check_sparse
 from pyrovae.train.plan import Plan, check_objective
@@ -258,6 +259,7 @@ def training_step(
     >>> losses[-1] < losses[0]
     True
     """
+    require_alone("training_step is one process's own")
     traceable(check_objective(objective))
     clip_norm = None if clip_norm is None else in_range("clip_norm", clip_norm, 1e-12)
     if not (batch and rows(batch, {})):

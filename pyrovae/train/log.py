@@ -15,6 +15,7 @@ from pyrovae import runs
 from pyrovae.engine.programs import Program, roots
 from pyrovae.html import table
 from pyrovae.objectives.base import Objective
+from pyrovae.train.plan import Setup
 from pyrovae.train.step import Recorded, Step
 
 SHOWN = ("bound", "validation_bound", "reconstruction", "kl", "active_units", "grad_norm", "learning_rate")
@@ -29,7 +30,7 @@ class Fit:
     ``kl_per_unit``, ``active_units``, ``grad_norm``, ``learning_rate``, ``kl_weight``, ``seconds``, ``cpu_seconds`` (of
     this process, all threads together), and ``validation_bound`` if asked for. ``timings`` has ``ms_per_step``,
     ``images_per_second``, ``seconds``, ``path`` ("eager", "compiled", "cuda graph" or "replicas"), ``compile_seconds``
-    (not part of ``seconds``), ``precision``, ``threads`` and ``device``.
+    (not part of ``seconds``), ``precision``, ``threads``, ``processes`` and ``device``.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -72,7 +73,7 @@ class Fit:
         self.finished = stopped or len(self.history) >= epochs
         return stopped and len(self.history) < epochs
 
-    def finish(self, step: Step | Recorded, precision: str, device: torch.device) -> None:
+    def finish(self, step: Step | Recorded, setup: Setup) -> None:
         """Sum up the timings."""
         known = ("seconds", "steps", "images_per_second")  # of rows in a file that was edited, perhaps not
         rows = [tuple(float(row.get(name) or 0.0) for name in known) for row in self.history]
@@ -81,7 +82,8 @@ class Fit:
         self.timings = {
             "ms_per_step": 1e3 * seconds / max(steps, 1), "images_per_second": images / max(seconds, 1e-9),
             "seconds": seconds, "steps": steps, "path": step.kind, "compile_seconds": step.gradients.compile_seconds,
-            "precision": precision, "threads": torch.get_num_threads(), "device": str(device),
+            "precision": setup.precision, "threads": torch.get_num_threads(), "processes": setup.ranks.size,
+            "device": str(setup.device),
         }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from pyrovae.engine.randomness import isolated_rng
 from pyrovae.errors import DataError
 from pyrovae.memory import memory_advice
 from pyrovae.progress import ProgressBar
+from pyrovae.ranks import ranks
 from pyrovae.schedules import Schedule
 from pyrovae.signals import Signals
 from pyrovae.train.ahead import Ahead
@@ -30,7 +31,8 @@ from pyrovae.train.monitor import Validation
 from pyrovae.train.optimizers import optimizer_maker
 from pyrovae.train.outcomes import Outcomes, Watch
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup
-from pyrovae.train.resuming import begun_with, with_fingerprints
+from pyrovae.train.resuming import begun_with, facts_of, with_fingerprints
+from pyrovae.train.shared import Shared
 from pyrovae.train.step import Gradients, Recorded, Step, on_device
 from pyrovae.train.threads import threads, threads_for
 from pyrovae.train.trainee import OnEpoch, Trainee
@@ -72,7 +74,8 @@ def fit(
     wherever they live, also those that only some batches reach. Any objective: ours, or any :class:`pyro.infer.ELBO`.
     The pair ends with the last weights; fitting it again goes on from them with a fresh optimizer and schedule. Modules
     that programs are, or are methods of, run in train mode, but what is in eval mode below one that is not stays so, as
-    do the modules of plain functions, after a warning. All get their modes back.
+    do the modules of plain functions, after a warning. All get their modes back. Processes of a group of
+    ``torch.distributed``, or that torchrun has started, share every batch, and end with what one would.
 
     :param data: a tensor ``[N, ...]``, :class:`pyrovae.data.Images`, a tuple of tensors, a Dataset or a DataLoader;
         batches that are tuples become ``model(*batch)``. ``()`` is for programs that hold their data: a step an epoch.
@@ -127,48 +130,53 @@ def fit(
     >>> result.history[1]["bound"] > result.history[0]["bound"]
     True
     """
-    setup = Setup(
-        Plan.make(objective, epochs, schedule, particles, kl_warmup), batch_size=batch_size, clip_norm=clip_norm,
-        precision=precision, device=device, seed=seed, progress=progress, on_nan=on_nan,
-    )  # fmt: skip
-    maker = optimizer_maker(optimizer, lr)
-    if patience is not None:
-        if validation is None:
-            raise ValueError("patience needs data to validate on: pass validation, or leave patience out")
-        positive_int("patience", patience)
-    check_compile(compile)
-    if resume and run_dir is None:
-        raise ValueError("resume=True needs the folder of the run to go on with: pass run_dir")
-    if not (on_epoch is None or callable(on_epoch)):
-        raise TypeError(
-            f"on_epoch must be a function of a Fit, got {type(on_epoch).__name__}: pass one, or leave it out"
-        )
-    run = None if run_dir is None else runs.Run.of(run_dir, override=override)
-    held = nullcontext() if run is None else run.writing()
+    with ranks().together():
+        setup = Setup(
+            Plan.make(objective, epochs, schedule, particles, kl_warmup), batch_size=batch_size, clip_norm=clip_norm,
+            precision=precision, device=device, seed=seed, progress=progress, on_nan=on_nan,
+        )  # fmt: skip
+        maker = optimizer_maker(optimizer, lr)
+        if patience is not None:
+            if validation is None:
+                raise ValueError("patience needs data to validate on: pass validation, or leave patience out")
+            positive_int("patience", patience)
+        check_compile(compile)
+        if resume and run_dir is None:
+            raise ValueError("resume=True needs the folder of the run to go on with: pass run_dir")
+        if not (on_epoch is None or callable(on_epoch)):
+            raise TypeError(
+                f"on_epoch must be a function of a Fit, got {type(on_epoch).__name__}: pass one, or leave it out"
+            )
+    team, facts = setup.ranks, dict[str, object]()
+    run = None if run_dir is None or not team.first else runs.Run.of(run_dir, override=override)
     with (
-        held, isolated_rng(setup.seed), setup.place(), derivable(), in_modes(training_modes(model, guide)),
-        ExitStack() as inside,
+        isolated_rng(setup.seed), setup.place(), derivable(), in_modes(training_modes(model, guide)),
+        ExitStack() as inside, team.quiet(),
     ):  # fmt: skip
-        if run is not None and not resume:
-            run.check_absent()
-        feed = Feed(data, setup.batch_size, setup.device, num_workers)
-        trainee = Trainee(model, guide, objective, setup, feed, maker)
-        inside.enter_context(threads(threads_for(trainee.eager.state.modules, setup.rows)))
-        gradients: Gradients = trainee.eager
-        if (compiled := begun_with(run, "compiled") if compile == "auto" else compile) is None:
-            compiled = worthwhile(setup.plan, trainee.eager.parameters, feed, trainee.eager)
-        if compiled:
-            gradients = Compiled(trainee.eager, anneals=bool(setup.plan.kl_warmup))
-        step = on_device(
-            Step(gradients, [trainee.optimizer], setup.clip_norm, [trainee.make], lasting=not setup.skips), feed
-        )
+        with team.together(facts):
+            if run is not None:
+                inside.enter_context(run.writing())
+            if run is not None and not resume:
+                run.check_absent()
+            feed = Feed(data, setup.batch_size, setup.device, num_workers)
+            trainee = Trainee(model, guide, objective, setup, feed, maker)
+            facts |= {} if team.alone else facts_of(setup, feed, trainee.eager.state, objective)
+        own = trainee.eager
+        inside.enter_context(threads(threads_for(own.state.modules, setup.rows // team.size, team.here())))
+        team.copy_(list(own.state.tensors.values()))
+        if (compiled := team.same(begun_with(run, "compiled") if compile == "auto" else compile)) is None:
+            compiled = team.same(worthwhile(setup.plan, own.parameters, feed, own))
+        whole = Compiled(own, anneals=bool(setup.plan.kl_warmup)) if compiled else own
+        gradients: Gradients = whole if team.alone else Shared(whole, own, team, feed.first())
+        plain = Step(gradients, [trainee.optimizer], setup.clip_norm, [trainee.make], lasting=not setup.skips)
+        step = on_device(plain, feed) if team.alone else plain
         training = {"patience": patience, "compile": compile, "compiled": bool(compiled), "num_validation": None}
         held_out = None
         if validation is not None:
             held_out = Feed(validation, setup.batch_size, setup.device, num_workers)
             trainee.validation, trainee.patience = Validation(model, guide, held_out, setup.plan.final), patience
             training["num_validation"] = held_out.size
-        if run is not None:
+        if run_dir is not None:
             described = with_fingerprints(config or {}, train=feed, validation=held_out)
             trainee.open(run, training, described, step)
         return train([trainee], step, on_epoch)[0]
@@ -177,7 +185,8 @@ def fit(
 def train(trainees: Sequence[Trainee], step: Step | Recorded, on_epoch: OnEpoch | None = None) -> list[Fit]:
     """All epochs of all pairs, from where their runs are; ``on_epoch`` is of a pair alone."""
     first, alone = trainees[0], len(trainees) == 1
-    setup, plan = first.setup, first.setup.plan
+    setup, plan, team = first.setup, first.setup.plan, first.setup.ranks
+    watched = team.any(on_epoch is not None)  # perhaps in one process alone
     modules = [module for state in step.gradients.states for module in state.modules]
     warn_of_eval(modules, *(program for trainee in trainees for program in (trainee.model, trainee.guide)))
     kept = nullcontext(Signals()) if all(own.run is None for own in trainees) else Signals().kept()
@@ -203,7 +212,9 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded, on_epoch: OnEpoch 
             mean = "" if alone else " on average"
             bound, speed = -sum(losses) / len(losses), metrics["images_per_second"]
             bar.update(epoch + 1, f"{bound:.2f} nats{mean}, {speed:,.0f} data/s")
-            if all(trainee.result.finished for trainee in trainees) or not (on_epoch is None or first.show(on_epoch)):
+            if all(trainee.result.finished for trainee in trainees):
+                break
+            if watched and team.any(on_epoch is not None and not first.show(on_epoch)):
                 break
     return [trainee.close(step) for trainee in trainees]
 
@@ -216,8 +227,7 @@ def run_epoch(
     ahead = Ahead(epoch, feed, step, plan, outcomes)
     progress.begin(ahead, outcomes)
     feed.source.epoch = epoch
-    if isinstance(step.gradients, Compiled):
-        step.gradients.look_again()
+    step.gradients.look_again()
     for batch in feed.indices(ahead) if step.takes_index else feed.batches(ahead):
         step.set_lr(plan.factor(ahead.now()))
         # What Pyro's own checks can find they find at the first step; later they cost time, and hide what became NaN.

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pyro.infer
 import torch
+from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.data.feed import Feed, as_batch
@@ -23,6 +24,7 @@ from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import frames, latent
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.whole import Whole
+from pyrovae.evaluate.sharing import Sharing
 from pyrovae.evaluate.units import mean_draws
 from pyrovae.train.step import first_loss
 
@@ -127,21 +129,32 @@ class Validation:
         with evaluating(model, guide):
             seen = look_on(feed, model, guide)
         self.model, self.guide, self.modules, self.feed, self.objective = model, guide, seen.modules, feed, objective
-        self.full_size, self.joint = seen.full_size, seen.joint
+        self.full_size, self.joint, self.sharing = seen.full_size, seen.joint, Sharing({})
         self.data = feed.images if feed.loader is None else in_order(feed.loader)
 
     def __call__(self) -> float:
-        total = count = 0.0
+        total, count, team = 0.0, 0, self.sharing.ranks
         with torch.no_grad(), isolated_rng(0), evaluating(self.model, self.guide, *self.modules):
             batches: Iterable[Batch] = self.feed.watched(datasets.batches((self.data,), self.feed.batch_size))
             if self.joint:  # all data share latents, and come as one batch
                 batches = [tuple(map(torch.cat, zip(*batches, strict=True)))]
             for batch in batches:
-                with beside(batch):
-                    loss = float(first_loss(self.objective.loss(self.model, self.guide, *batch)))  # type: ignore[attr-defined]
-                total -= loss / (self.full_size or rows(batch)) * rows(batch)
+                mine, number = self.sharing.mine(batch), getattr(self.objective, "total_particles", 1)
+                with self.sharing.drawing(self.loss, mine, number, self.look):
+                    loss = float(self.loss(mine))
+                if mine is not batch or team.first:  # else each has the whole
+                    total -= loss / (self.full_size or rows(mine)) * rows(mine)
                 count += rows(batch)
-        return total / count
+        return team.sum_(torch.tensor(total, dtype=torch.float64)).item() / count
+
+    def look(self, batch: Batch) -> Look:
+        """A look at the pair."""
+        return look(self.model, self.guide, batch, validate=False)
+
+    def loss(self, batch: Batch) -> Tensor | float:
+        """The loss of a batch, summed over its data."""
+        with beside(batch):
+            return first_loss(self.objective.loss(self.model, self.guide, *batch))  # type: ignore[attr-defined]
 
 
 def look_on(feed: Feed, model: Program, guide: Program, *, validate: bool = True) -> Look:

@@ -19,6 +19,7 @@ from pyrovae.compile.precision import choose_precision
 from pyrovae.data.feed import Feed
 from pyrovae.engine.programs import warn
 from pyrovae.objectives.base import Objective
+from pyrovae.ranks import ranks
 from pyrovae.schedules import Schedule, make_schedule
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
@@ -132,7 +133,9 @@ class Setup:
         self.device = pick_device(device)
         self.rows = self.batch_size * max(plan.particles or (getattr(plan.objective, "total_particles", 1),))
         self.precision = choose_precision(precision, self.device, self.rows)
-        self.seed, self.progress, self.threads = check_seed(seed), progress, torch.get_num_threads()
+        self.ranks = ranks()
+        self.seed, self.threads = check_seed(seed), torch.get_num_threads()
+        self.progress = progress if self.ranks.first else False
         self.skips = one_of("on_nan", on_nan, ("raise", "skip")) == "skip"
 
     def place(self) -> AbstractContextManager[object]:
@@ -146,7 +149,8 @@ class Setup:
             "epochs": plan.epochs, "schedule": plan.schedule_name, "particles": plan.particles,
             "kl_warmup": plan.kl_warmup, "batch_size": self.batch_size, "clip_norm": self.clip_norm,
             "precision": self.precision, "device": str(self.device), "seed": self.seed,
-            "threads": torch.get_num_threads(), "num_data": feed.size, "on_nan": "skip" if self.skips else "raise",
+            "threads": torch.get_num_threads(), "processes": self.ranks.size, "num_data": feed.size,
+            "on_nan": "skip" if self.skips else "raise",
         }  # fmt: skip
 
     def advice(self, checkpoint: Path | None) -> str:

@@ -30,6 +30,7 @@ from pyrovae.data.feed import Feed
 from pyrovae.engine.programs import Batch, Program, in_modes, training_modes, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.objectives.base import Objective
+from pyrovae.ranks import require_alone
 from pyrovae.schedules import Schedule
 from pyrovae.train.checks import derivable
 from pyrovae.train.compiled import CHECK_SEED, Compiled, put, traceable
@@ -90,6 +91,7 @@ def fit_replicas(
     >>> [result.history[-1]["learning_rate"] for result in results]
     [0.001, 0.003, 0.01]
     """
+    require_alone("fit_replicas trains pairs side by side")
     replicas = replicas_of(pairs, lr, kl_weight, run_dirs)
     if not isinstance(objective, Objective):
         raise TypeError(f"replicas need one of pyrovae's objectives, got {type(objective).__name__}: pass one")
@@ -265,6 +267,9 @@ class Batched:
         for one, factor in zip(self.each, self.factors, strict=True):
             one.anneal(objective, factor)
         return self.functions[kind]
+
+    def look_again(self) -> None:
+        """Nothing: the pairs' tensors are the stacks' own."""
 
     def weighted(self, objective: pyro.infer.ELBO) -> list[Objective]:
         """Every pair's own objective; one object each, so that it looks at its pair only once."""

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import pyro.infer
+import torch
+from torch import Tensor
+
 from pyrovae import runs
+from pyrovae.compile.checked import tensors
 from pyrovae.data.feed import Feed
+from pyrovae.data.fingerprint import fingerprint
+from pyrovae.engine.probe import PairState
 from pyrovae.engine.programs import warn
-from pyrovae.errors import DataError
+from pyrovae.errors import CheckpointError, DataError
+from pyrovae.runs.reading import State
+from pyrovae.train.log import describe_objective
+from pyrovae.train.plan import Setup
 
 FINGERPRINTS = "fingerprints"  # in a config: of each part of the data
-MAY_CHANGE = ("threads", "device", "compile", "compiled", "on_nan", "epochs")  # between a run and its resumption
+#: Between a run and its resumption.
+MAY_CHANGE = ("threads", "processes", "device", "compile", "compiled", "on_nan", "epochs")
+Begun = tuple[Path, State, dict[str, Tensor], dict[str, Any] | None]  # place, state, weights, another config
 OF_DATA = ("num_data", "num_validation", "shape")  # which change with them
 
 
@@ -65,6 +79,24 @@ def check_resumable(run: runs.Run, config: Mapping[str, Any], done: int) -> dict
     return then | {part: config[part] for part in ("training", "settings", FINGERPRINTS) if part in config}
 
 
+def begun(run: runs.Run, config: Mapping[str, Any]) -> Begun | None:
+    """What a run holds to go on from, which may; None for one that begins here."""
+    saved = run.state() if run.exists else None
+    if saved is None:
+        if run.exists and len(run.history()) > 1:  # the first epoch is always saved
+            raise CheckpointError(
+                f'"{run.path / "last"}" is missing, the checkpoint of a run: restore it, or train again'
+            )
+        run.start(config)
+        return None
+    run.check_files()
+    run.history_until(saved["epoch"])
+    amended = check_resumable(run, config, saved["epoch"] + bool(saved.get("within")))
+    if amended is not None and amended.get(FINGERPRINTS) != run.config().get(FINGERPRINTS):
+        saved.pop("place", None)  # which was in other data
+    return run.path, saved, run.weights(), amended
+
+
 def check_same(
     run: runs.Run, then: Mapping[str, object], config: Mapping[str, object], but: tuple[str, ...] = MAY_CHANGE
 ) -> None:
@@ -86,3 +118,24 @@ def warn_of_total(training: Mapping[str, Any], before: object, done: int) -> Non
             f"the run goes on to {training['epochs']} epochs, it was begun with {before}: from epoch {done + 1} on "
             f"{' and '.join(spread)} will be as in a run of {training['epochs']}, unlike the epochs before"
         )
+
+
+def facts_of(setup: Setup, feed: Feed, state: PairState, objective: pyro.infer.ELBO) -> dict[str, object]:
+    """What processes that train together must have in common."""
+    settings = setup.describe(feed)
+    shapes = [(name, tuple(t.shape), str(t.dtype)) for name, t in state.tensors.items()]
+    return {
+        "versions": runs.versions(),
+        **{name: value for name, value in settings.items() if name not in ("device", "threads", "num_data")},
+        "objective": describe_objective(objective),
+        "data": (feed.size, feed.fingerprint or fingerprint(*tensors(feed.first()))),
+        "tensors of the pair": (len(shapes), hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]),
+    }  # fmt: skip
+
+
+def state_of(parameters: Iterable[Tensor]) -> dict[str, object]:
+    """What must be alike in all processes after each epoch, or they would go on with pairs of their own."""
+    said = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
+    for parameter in parameters:
+        said.update(str(float(parameter.detach().double().sum())).encode())
+    return {"noise and weights": said.hexdigest()[:8]}

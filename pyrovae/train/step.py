@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -63,6 +64,9 @@ class Gradients(Protocol):
     def static(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Outcome] | None:
         """The same for batches like the example, as operations on the device alone; None where there are none such."""
 
+    def look_again(self) -> None:
+        """Before an epoch: leave what was made of a pair that is another by now."""
+
 
 class Eager:
     """The gradients of one pair, by autograd or as one of Pyro's own objectives takes them.
@@ -84,6 +88,7 @@ class Eager:
         self.reached, self.parameters = [self.reach], self.reach.parameters
         self.steps, self.sizes = 0, set[int]()
         self.met: dict[str, int] = {}  # steps of a compiled job on batches of other sizes than the example, by kind
+        self.sharing: Callable[[], AbstractContextManager[object]] = nullcontext  # where batches are parts of others
         if not self.parameters:
             raise ValueError(
                 "the pair has no parameters to train: use modules, pyro.param or tensors that require grad"
@@ -100,7 +105,10 @@ class Eager:
             loss.backward()
             return Outcome(loss.detach(), left_out)
         size, loss_and_grads = self.size(batch), objective.loss_and_grads  # type: ignore[attr-defined]
-        with networks_in(self.precision), beside(batch), before_backward(partial(self.meet, batch)), Brief():
+        with (
+            networks_in(self.precision), beside(batch), before_backward(partial(self.meet, batch)), Brief(),
+            self.sharing(),
+        ):  # fmt: skip
             found = first_loss(loss_and_grads(self.announced, self.guide, *batch))
         if gradients := [p.grad for p in self.parameters if p.grad is not None]:
             torch._foreach_div_(gradients, size)
@@ -126,9 +134,12 @@ class Eager:
     def static(self, objective: pyro.infer.ELBO) -> None:
         """Nothing: Python runs at every step."""
 
+    def look_again(self) -> None:
+        """Nothing: Python sees what changes."""
+
     def loss(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
         """The loss per datum, to be differentiated."""
-        with networks_in(self.precision), beside(batch), leaving_out() as counts, Brief():
+        with networks_in(self.precision), beside(batch), leaving_out() as counts, Brief(), self.sharing():
             loss = objective.differentiable_loss(self.model, self.guide, *batch)  # type: ignore[attr-defined]
             left_out = counts[0] if counts else torch.zeros((), dtype=torch.long, device=loss.device)
             return Outcome(loss / self.size(batch), left_out)

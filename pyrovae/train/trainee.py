@@ -14,11 +14,11 @@ from torch import Tensor
 
 from pyrovae import runs
 from pyrovae.compile.recording import settle
+from pyrovae.compile.rows import cut
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import check_pair
-from pyrovae.engine.programs import Program, in_modes, modes_of, warn
+from pyrovae.engine.programs import Program, in_modes, modes_of, rows, warn
 from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
-from pyrovae.errors import CheckpointError
 from pyrovae.objectives.base import Objective
 from pyrovae.runs.reading import Within
 from pyrovae.train.checks import check_derivable, check_last_batch, check_memory, lone_datum_advice, warn_of_data
@@ -26,7 +26,8 @@ from pyrovae.train.log import Fit, describe_job
 from pyrovae.train.monitor import Monitor, Validation, look_on, warn_unlogged
 from pyrovae.train.optimizers import check_sparse
 from pyrovae.train.plan import MakeOptimizer, Setup
-from pyrovae.train.resuming import FINGERPRINTS, check_resumable
+from pyrovae.train.resuming import begun, state_of
+from pyrovae.train.shared import check_shareable
 from pyrovae.train.step import Eager, Recorded, Step
 from pyrovae.train.threads import threads
 
@@ -72,8 +73,11 @@ class Trainee:
                 own.meet(model, guide, seen)
         warn_of_data(seen, feed)
         seen.state.to(feed.device)
-        self.eager = Eager(model, guide, seen, feed.first(), precision=setup.precision)
-        check_memory(self.eager, setup.plan, feed.first())
+        if not setup.ranks.alone:
+            check_shareable(seen, own, feed.first(), setup.ranks)
+        example = cut(feed.first(), setup.ranks.share(rows(feed.first())))
+        self.eager = Eager(model, guide, seen, example, precision=setup.precision)
+        check_memory(self.eager, setup.plan, example)
         self.rate, self.make = maker
         self.optimizer = self.make(self.eager.parameters)
         check_sparse(self.optimizer, seen.modules)
@@ -85,45 +89,44 @@ class Trainee:
 
     def open(
         self,
-        run: runs.Run,
+        run: runs.Run | None,
         training: Mapping[str, object],
         more: Mapping[str, object],
         step: Step | Recorded,
     ) -> None:
-        """Start its run, or take up its last checkpoint; its config.json says ``training`` of that, and ``more``."""
-        self.run = run
+        """Start its run, or take up its last checkpoint; its config.json says ``training`` of that, and ``more``.
+
+        Processes without a run take up what the first one's holds.
+        """
+        self.run, team = run, self.setup.ranks
         own = {"lr": self.rate, "optimizer": type(self.optimizer).__name__}
         settings = {**self.setup.describe(self.feed), **own, **training}
         config = {**describe_job(self.model, self.guide, self.objective, settings), **more}
-        saved = run.state() if run.exists else None
-        if saved is None:
-            if run.exists and len(run.history()) > 1:  # the first epoch is always saved
-                raise CheckpointError(
-                    f'"{run.path / "last"}" is missing, the checkpoint of a run: restore it, or train again'
-                )
-            run.start(config)
+        with team.together():
+            found = None if run is None else begun(run, config)
+        found = team.same(found)
+        if found is None:
             return
-        run.check_files()
-        run.history_until(saved["epoch"])
-        amended = check_resumable(run, config, saved["epoch"] + bool(saved.get("within")))
-        changed = amended is not None and amended.get(FINGERPRINTS) != run.config().get(FINGERPRINTS)
-        weights = run.weights()
-        with runs.undamaged(run.path / "last" / runs.STATE):
+        place, saved, weights, amended = found
+        with team.together(), runs.undamaged(place / "last" / runs.STATE):
             self.eager.met.update(saved.get("met", {}))
             self.eager.reach.find(saved.get("examples", []), self.feed.device)
             step.join()
-            self.eager.reach.restore(weights, saved.get("late", []), run)
+            self.eager.reach.restore(weights, saved.get("late", []), run or runs.Run(place))
             self.eager.reach.load(self.optimizer, saved["optimizer"], saved.get("order"))
             settle(self.optimizer)
             restore_rng(saved["rng"])
-            if "place" in saved and not changed:
+            if "place" in saved:
                 self.within, self.feed.source.epoch = saved.get("within"), saved["epoch"]
-                self.feed.source.resume(saved["place"], self.within["data"] if self.within else 0, run.doubt)
-        self.result = Fit(run.rewind(saved["epoch"]), best_epoch=saved["best_epoch"], finished=saved["finished"])
+                behind = self.within["data"] if self.within else 0
+                self.feed.source.resume(saved["place"], behind, (run or runs.Run(place)).doubt)
+        history = team.same([] if run is None else run.rewind(saved["epoch"]))
+        self.result = Fit(history, best_epoch=saved["best_epoch"], finished=saved["finished"])
         if amended is not None:
-            run.amend(amended)
+            if run is not None:
+                run.amend(amended)
             if self.result.extend(self.setup.plan.epochs, self.patience, self.setup.plan.growing):
-                warn(f'"{run.path}" stopped early, {self.patience} epochs after its best: it has no more to train')
+                warn(f'"{place}" stopped early, {self.patience} epochs after its best: it has no more to train')
 
     def measured(self, metrics: Mapping[str, float], loss: float) -> dict[str, object]:
         """What is known of an epoch, once the pair as it is now was measured."""
@@ -139,13 +142,18 @@ class Trainee:
         """Take in an epoch: log and save it."""
         self.within = None
         self.result.add(row, self.patience, self.setup.plan.growing)
-        if self.run is None:
-            return
-        self.run.log(row)
+        team = self.setup.ranks
+        with team.together({} if team.alone else state_of(self.eager.parameters)):
+            if self.run is not None:
+                self.write(self.run, row)
+
+    def write(self, run: runs.Run, row: Mapping[str, object]) -> None:
+        """Log an epoch, and save it where that is due."""
+        run.log(row)
         if self.result.best_epoch == len(self.result.history):
             self.best = {name: tensor.detach().clone() for name, tensor in self.eager.reach.tensors.items()}
-        if self.run.due or self.result.finished:
-            self.save(self.run)
+        if run.due or self.result.finished:
+            self.save(run)
 
     def show(self, on_epoch: OnEpoch) -> bool:
         """Show what came of it so far, whatever is drawn or put in another mode there; whether to go on."""
@@ -169,7 +177,7 @@ class Trainee:
 
     def close(self, step: Step | Recorded) -> Fit:
         """What came of it; its run is marked as finished."""
-        self.result.finish(step, self.setup.precision, self.setup.device)
+        self.result.finish(step, self.setup)
         already, self.result.finished = self.result.finished, True
         if self.run is not None and not already:
             self.save(self.run)

@@ -150,6 +150,23 @@ def an_option_is_wrong(folder: Path, case: tuple[list[object], str]):
     assert not list(folder.iterdir())
 
 
+@fault("D", "train", 2, r"^error: WORLD_SIZE=2 says .*MASTER_PORT is not set.*start with torchrun")
+def other_processes_have_no_place_to_meet(folder: Path):
+    os.environ["WORLD_SIZE"] = "2"
+    yield "train", *QUICK
+    assert not list(folder.iterdir())
+
+
+@fault(
+    "D", "train", 6, "^error: the 2 processes did not find each other at 127.0.0.1:9 within 2 s .*: start all of them"
+)
+def other_processes_are_not_there(folder: Path):
+    there = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9", "PYROVAE_TIMEOUT": "2"}
+    os.environ |= there
+    yield "train", *QUICK
+    assert not list(folder.iterdir())
+
+
 @fault("D", "train", 0)
 def a_switch_is_written_as_in_python(folder: Path):
     yield "train", *QUICK, "--set", "vectorize_particles=False", "--run-dir", "run"

@@ -1,0 +1,154 @@
+"""Several processes: the numbers of one, or a refusal that says why; what is lost is named."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyrovae as pv
+from pyrovae import ranks
+from pyrovae.compile import rows
+from tests import ranked
+
+ENDS = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What jobs come to in one process, and in each of two."""
+    folder = tmp_path_factory.mktemp("ranked")
+    one = ranked.launch(1, folder, [*ranked.JOBS, *ranked.ALIKE])[0]
+    return one, ranked.launch(2, folder, [*ranked.JOBS, *ranked.ALIKE, *ranked.REFUSED])
+
+
+def close(got, expected):
+    """Whether results are equal to within rounding of float64."""
+    if isinstance(expected, dict):
+        return got.keys() == expected.keys() and all(close(got[k], expected[k]) for k in expected)
+    if isinstance(expected, list):
+        return len(got) == len(expected) and all(map(close, got, expected))
+    return torch.allclose(
+        torch.as_tensor(got).double(), torch.as_tensor(expected).double(), rtol=1e-9, atol=1e-10, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("name", ranked.JOBS)
+def test_two_processes_have_the_numbers_of_one(found, name):
+    one, two = found
+    for own in two:
+        assert close(own[name], one[name]), (one[name], own[name])
+
+
+@pytest.mark.parametrize("name", ranked.ALIKE)
+def test_all_processes_have_the_same_numbers(found, name):
+    one, two = found
+    assert isinstance(two[0][name], dict), two[0][name]
+    assert name == "resumed in one" or close(two[0][name], two[1][name])
+    assert name == "rejecting" or close(two[0][name], one[name])
+
+
+@pytest.mark.parametrize("name", ranked.REFUSED)
+def test_what_cannot_be_shared_is_refused_by_name(found, name):
+    _, two = found
+    told = ranked.REFUSED[name][1]
+    assert any(told in own[name] for own in two), two[0][name]
+    assert all(re.match(r"(Value|Data|Elsewhere)Error: ", own[name]) for own in two), two[1][name]
+
+
+def test_four_processes_have_the_numbers_of_one(found, tmp_path):
+    names = ["iwae, clipped", "few", "evaluated"]
+    for own in ranked.launch(4, tmp_path, names):
+        assert all(close(own[name], found[0][name]) for name in names)
+
+
+def test_torchs_own_data_parallel_training_agrees(found, tmp_path):
+    ranked.together(2, "tests.ddp", str(tmp_path))
+    theirs = torch.load(tmp_path / "ddp.pt")
+    for own in (found[0], *found[1]):
+        assert close(own["by hand"]["weights"], theirs)
+
+
+def test_rows_are_shared_out_once():
+    for number, size in ((7, 3), (2, 4), (9, 1)):
+        shares = [ranks.Ranks(r, size).share(number) for r in range(size)]
+        assert [i for own in shares for i in range(number)[own]] == list(range(number))
+        assert max(len(range(number)[own]) for own in shares) - min(len(range(number)[own]) for own in shares) <= 1
+
+
+def test_draws_that_cannot_be_told_apart_are_refused():
+    draws, _ = rows.learn(lambda batch: (torch.rand(len(batch[0]), 3), torch.rand(4, 3)), (torch.zeros(8),))
+    with pytest.raises(ValueError, match=r"draws of shape \[4, 3\] are of rows"):
+        rows.Rows(draws, 8, slice(0, 4))
+    with rows.Rows(draws, 8, slice(0, 3)), pytest.raises(ValueError, match="which the first batch did not"):
+        torch.rand(5)
+
+
+def test_no_rendezvous(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2 .* RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        pv.fit(*[lambda x: None] * 2, torch.zeros(3, 2), objective=pv.ELBO(), epochs=1)
+    with ranks.alone():
+        assert ranks.ranks().size == 1
+
+
+def started(folder: Path, *more: str, processes: int = 2, seconds: str = "20"):
+    """A job of the command line, started by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    command += ["--standalone", "-m", "pyrovae", "train", "vae", "--data", "digits", "--samples", "20"]
+    command += ["--set", "hidden=[8]", "--set", "compile=false", "--run-dir", str(folder), *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", ranks.TIMEOUT: seconds}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **ENDS)
+
+
+def workers(job: subprocess.Popen) -> list[int]:
+    """The processes that a torchrun has started."""
+    tasks = Path(f"/proc/{job.pid}/task").glob("*/children")
+    return [int(pid) for task in tasks for pid in task.read_text().split()]
+
+
+def test_a_killed_process_ends_the_job_which_goes_on_in_others(tmp_path):
+    """Killed with SIGKILL after its first checkpoint, then finished by one process, as if by one alone."""
+    settings = ("--epochs", "40", "--batch-size", "300")
+    job = started(tmp_path / "run", *settings)
+    while job.poll() is None and not (tmp_path / "run" / "last").exists():
+        time.sleep(0.05)
+    if job.poll() is None and (found := workers(job)):
+        os.kill(found[-1], signal.SIGKILL)
+    said = job.communicate(timeout=120)
+    assert job.returncode != 0, said
+    for folder, more in ((tmp_path / "run", ["--resume"]), (tmp_path / "whole", [])):
+        command = [sys.executable, "-m", "pyrovae", "train", "vae", "--data", "digits", "--samples", "20"]
+        command += ["--set", "hidden=[8]", "--set", "compile=false", "--run-dir", str(folder), *settings, *more]
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200, **ENDS)
+        assert done.returncode == 0, done.stderr
+    one, other = (pv.load(tmp_path / name).state_dict() for name in ("run", "whole"))
+    assert all(torch.allclose(one[name], other[name], atol=1e-2) for name in one)
+
+
+HANGS = """
+import sys, time, torch, pyrovae as pv
+from datetime import timedelta
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=15)
+)
+if rank == 1:
+    time.sleep(300)
+else:
+    vae = pv.models.VAE((2,), latent_dim=1, hidden=())
+    pv.fit(vae.model, vae.guide, torch.ones(8, 2), objective=pv.ELBO(), epochs=1)
+"""
+
+
+def test_a_process_that_hangs_is_named(tmp_path):
+    pair = [subprocess.Popen([sys.executable, "-c", HANGS, str(r), str(tmp_path)], **ENDS) for r in range(2)]
+    _, said = pair[0].communicate(timeout=280)
+    pair[1].kill()
+    pair[1].communicate()
+    assert "ResourceError: process 1 of 2 ended or does not answer" in said
