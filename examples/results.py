@@ -28,6 +28,7 @@ TITLES = {
 }
 DATA = {"mnist": "MNIST", "omniglot28": "OMNIGLOT", "digits": "Embedded digits"}
 OF_A_CELL = ("layers", "objective", "particles", "groups", "gradient", "beta", "continues", "variant", "growth")
+UNSTABLE = 2.0  # nats
 FIGURES = {"IWAE-64": "iwae_64", "log p-hat": "log_p", "-KL": "minus_kl"}
 KEPT = "\N{NO-BREAK SPACE}"
 HEAD = """# The lectures' tables
@@ -246,6 +247,16 @@ def conditions(shared, rows):
     yield f"Versions: {counted(', '.join(f'{k} {v}' for k, v in record['versions'].items()) for record in rows)}"
 
 
+def asides(cells, by_cell):
+    """What is to be known of single cells."""
+    for cell in cells:
+        record = by_cell.get(number_of(cell), {})
+        if (fell := record.get("fell", 0.0)) > UNSTABLE:
+            yield f"{cell} was unstable: on the way its bound in training fell {fell:.1f} nats below its best"
+        if "measured_on" in record:
+            yield f"{cell} was trained on {record['processor']}, and measured on {record['measured_on']}"
+
+
 def section(shared, by_cell, found):
     """One table beside the published one, and how it came about."""
     letter, dataset = shared["table"], shared["dataset"]
@@ -273,7 +284,7 @@ def section(shared, by_cell, found):
         said.append("The split of the drawings is a random one, and not the paper's: no difference is evidence")
     if not theirs:
         said.append("Nothing was published on these data")
-    said += [*ORDERINGS[letter](by_cell, theirs), *conditions(shared, ours)]
+    said += [*ORDERINGS[letter](by_cell, theirs), *asides(cells, by_cell), *conditions(shared, ours)]
     whole = {key: value for key, value in records.asked(ours[0]).items() if key not in SELECTORS}
     whole |= {"gradient": shared.get("gradient")}
     commands = [tables.command_of(whole), *(record["command"] for record in ours)]

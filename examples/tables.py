@@ -232,6 +232,7 @@ def measure(cell, settings, data, options):
             for site, units in sampled.items()
         },
         "epochs": len(fitted.history), "train_bound": fitted.history[-1]["bound"],
+        "fell": fall(row["bound"] for row in fitted.history),
         "num_train": config["training"]["num_data"],
         "minutes": fitted.timings["seconds"] / 60, "cpu_minutes": sum(h["cpu_seconds"] for h in fitted.history) / 60,
         "device": device, "processor": records.processor(device), "sharing": options.sharing,
@@ -243,6 +244,15 @@ def measure(cell, settings, data, options):
     if config["commit"] != options.commit:
         found["begun_at_commit"] = config["commit"]
     return found | {key: config[key] for key in ("continued",) if key in config}
+
+
+def fall(bounds):
+    """By how many nats a bound fell below its best until then, at most."""
+    best, most = -math.inf, 0.0
+    for bound in bounds:
+        best = max(best, bound)
+        most = max(most, best - bound)
+    return most
 
 
 @contextmanager
