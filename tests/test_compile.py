@@ -735,7 +735,7 @@ def test_arguments_may_hold_the_tensors(compile, interpreted):
 class Emulated(stepping.Recording):
     """A recording on the CPU: what it computes it writes into the tensors that it made while it was recorded."""
 
-    def __init__(self, step, states, optimizers):
+    def __init__(self, step, states, optimizers, beside=None):
         self.step, self.graph = step, SimpleNamespace(replay=self.again)
         parameters = [p for state in states for p in state.parameters.values()]
         with ExitStack() as stack:

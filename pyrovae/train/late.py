@@ -16,6 +16,7 @@ from pyrovae.data.feed import as_batch
 from pyrovae.engine.probe import Look, PairState, look
 from pyrovae.engine.programs import Batch, Program, warn_of_eval
 from pyrovae.engine.randomness import isolated_rng
+from pyrovae.errors import DataError
 from pyrovae.train.moments import load_moments
 from pyrovae.train.plan import MakeOptimizer
 
@@ -95,7 +96,10 @@ class Reach:
     def find(self, examples: Iterable[tuple[int, Batch]], device: torch.device) -> None:
         """Reach again what a run had reached."""
         for seed, batch in examples:
-            self.explore(seed, as_batch(batch, device))
+            try:
+                self.explore(seed, as_batch(batch, device))
+            except DataError as error:
+                raise ValueError(f"it holds examples that are no batches: {error}") from error
 
     def restore(self, weights: dict[str, Tensor], late: Iterable[str], run: runs.Run) -> None:
         """Take up the tensors of a checkpoint; what joined late and is not reached by now waits."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import pyro.infer
@@ -20,7 +20,7 @@ from pyrovae.engine.randomness import isolated_rng
 from pyrovae.errors import DataError
 from pyrovae.memory import memory_advice
 from pyrovae.progress import ProgressBar
-from pyrovae.ranks import ranks
+from pyrovae.ranks import Ranks, ranks
 from pyrovae.schedules import Schedule
 from pyrovae.signals import Signals
 from pyrovae.train.ahead import Ahead
@@ -150,12 +150,10 @@ def fit(
     team, facts = setup.ranks, dict[str, object]()
     run = None if run_dir is None or not team.first else runs.Run.of(run_dir, override=override)
     with (
-        isolated_rng(setup.seed), setup.place(), derivable(), in_modes(training_modes(model, guide)),
+        held(run, team), isolated_rng(setup.seed), setup.place(), derivable(), in_modes(training_modes(model, guide)),
         ExitStack() as inside, team.quiet(),
     ):  # fmt: skip
         with team.together(facts):
-            if run is not None:
-                inside.enter_context(run.writing())
             if run is not None and not resume:
                 run.check_absent()
             feed = Feed(data, setup.batch_size, setup.device, num_workers)
@@ -180,6 +178,16 @@ def fit(
             described = with_fingerprints(config or {}, train=feed, validation=held_out)
             trainee.open(run, training, described, step)
         return train([trainee], step, on_epoch)[0]
+
+
+@contextmanager
+def held(run: runs.Run | None, team: Ranks) -> Iterator[None]:
+    """Keep a run from other processes and threads, before this one waits for any of them."""
+    with ExitStack() as inside:
+        with team.together():
+            if run is not None:
+                inside.enter_context(run.writing())
+        yield
 
 
 def train(trainees: Sequence[Trainee], step: Step | Recorded, on_epoch: OnEpoch | None = None) -> list[Fit]:
