@@ -107,10 +107,10 @@ def channels_first(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def is_plain(content: object) -> bool:
+def is_storable(content: object) -> bool:
     """Whether ``torch.load(weights_only=True)`` reads something back."""
     if type(content) is dict:
-        return all(map(is_plain, content.items()))
+        return all(map(is_storable, content.items()))
     if isinstance(content, tuple | list):
-        return all(map(is_plain, content))
+        return all(map(is_storable, content))
     return content is None or isinstance(content, Tensor) or type(content) in (bool, int, float, str, bytes)

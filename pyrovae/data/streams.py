@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from pyrovae.data.arrays import is_plain
+from pyrovae.data.arrays import is_storable
 from pyrovae.data.loaders import alike, same_each_time
 from pyrovae.engine.programs import warn
 from pyrovae.engine.randomness import host_snapshot, isolated_rng, restore_rng, seed_everything
@@ -142,7 +142,7 @@ class Stream:
     def state(self) -> dict[str, Any] | None:
         """Where the loader says that it is, if it does, and a checkpoint can hold it."""
         said = self.loader.state_dict() if self.says and hasattr(self.loader, "state_dict") else None
-        if not is_plain(said):
+        if not is_storable(said):
             self.says = False
             warn(
                 f"what the {type(self.loader).__name__} says of where it is has more than tensors, numbers, text, lists"

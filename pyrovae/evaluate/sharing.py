@@ -61,10 +61,10 @@ class Sharing:
     @contextmanager
     def drawing(
         self,
-        run: Callable[[Batch], object],
+        run: Run,
         batch: Batch,
         particles: int,
-        look: Callable[[Batch], object] | None = None,
+        look: Run | None = None,
     ) -> Iterator[None]:
         """Programs inside draw for the whole batch; ``run`` shows what they draw, with so many particles.
 

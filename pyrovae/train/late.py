@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyrovae import runs
-from pyrovae.data.arrays import is_plain
+from pyrovae.data.arrays import is_storable
 from pyrovae.data.feed import as_batch
 from pyrovae.engine.probe import Look, PairState, look
 from pyrovae.engine.programs import Batch, Program, warn_of_eval
@@ -67,7 +67,7 @@ class Reach:
         """Take in what a batch reaches; ``leaves`` of another run, so that nothing is taken that a run makes itself."""
         leaves = self.seen(seed, batch).leaves() if leaves is None else leaves
         self.state.add(self.seen(seed, batch).state, leaves)
-        if self.register() and is_plain(batch):
+        if self.register() and is_storable(batch):
             self.examples.append((seed, tuple(a.cpu() if isinstance(a, Tensor) else a for a in batch)))
 
     def seen(self, seed: int, batch: Batch) -> Look:

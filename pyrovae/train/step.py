@@ -268,7 +268,7 @@ class Recorded:
         self.takes_index, example = images is not None, step.gradients.example
         self.whole = all(map(capturable, step.optimizers))
         self.recorded: dict[int, Recording | None] = {}
-        self.rows: dict[int, Replays | None] = {}
+        self.replays: dict[int, Replays | None] = {}
         self.joined = step.joined
         if images is None:
             self.slots: Batch = tree_map_only(Tensor, Tensor.clone, example)
@@ -313,23 +313,23 @@ class Recorded:
         recording, gradients = self.recorded.get(number), self.gradients.static(objective)
         if not (self.whole and recording and gradients and self.images and len(groups) == 1):
             return None
-        if number not in self.rows:
+        if number not in self.replays:
             try:
-                self.rows[number] = Replays(
+                self.replays[number] = Replays(
                     lambda index: self.body(gradients, (index,)),
                     lambda body: self.recording(body, recording), len(self.slots[0]), [groups[0]["lr"], *kl_weight],
                 )  # fmt: skip
             except CannotRecord:
-                self.rows[number] = None
-        return self.rows[number]
+                self.replays[number] = None
+        return self.replays[number]
 
     def follow(self) -> None:
         """Leave what was recorded under other options than the optimizers have now."""
-        known = [*self.recorded.values(), *(row.recording for row in self.rows.values() if row)]
+        known = [*self.recorded.values(), *(many.recording for many in self.replays.values() if many)]
         if self.whole and not all(recording.follows() for recording in known if recording):
             self.whole = False  # who changes options once may do so again
             self.recorded.clear()
-            self.rows.clear()
+            self.replays.clear()
 
     def join(self) -> None:
         """As the step does; what was recorded moves the former parameters only."""
@@ -337,7 +337,7 @@ class Recorded:
         if self.joined < self.step.joined:
             self.joined = self.step.joined
             self.recorded.clear()
-            self.rows.clear()
+            self.replays.clear()
 
     def body(self, gradients: Callable[[Batch], Outcome], given: Batch) -> Tensor:
         """The step to be recorded, without its optimizers where they read on the host or change options."""

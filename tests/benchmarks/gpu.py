@@ -168,7 +168,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines += ["", ", ".join(f"{name} {value}" for name, value in about.items()), ""]
     for part in found["parts"].values():
         for tables in part["sections"].values():
-            lines += [Table(**{**table, "columns": table["columns"]}).markdown() for table in tables]
+            lines += [Table(**table).markdown() for table in tables]
     return "\n".join([*lines, *(f"- {part}: {how}" for part, how in found["ended"].items() if how != "done")])
 
 
