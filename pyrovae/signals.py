@@ -78,8 +78,12 @@ class Signals:
         """Handle signals as before, but for those that another handles by now."""
         restore({n: then for n, then in self.before.items() if signal.getsignal(n) == self.hear})
 
-    def obey(self) -> None:
-        """Let the signal that waits do what it does; where a program goes on after it, keep those that follow."""
-        number, self.number = self.number, 0
+    def obey(self, number: int = 0) -> None:
+        """Let the signal that waits do what it does, or the one that another process has heard.
+
+        Where a program goes on after it, those that follow are kept.
+        """
+        self.release()
+        number, self.number = number or self.number, 0
         signal.raise_signal(number)
         self.before = install(self.hear)

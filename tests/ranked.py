@@ -6,6 +6,7 @@ What each comes to is written to FOLDER/NAME-SIZE-RANK.pt: its result, or the wo
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as torch_distributed
+from torch.utils.data import Dataset
 
 import pyrovae as pv
 from tests import ddp
@@ -210,6 +212,45 @@ def resumed(first: int, second: int) -> dict[str, Any]:
     return found if second > 1 or not rank else {}
 
 
+class Stopping(Dataset[Tensor]):
+    """Sends a signal to one process, where it reads the last batch but one of the second epoch."""
+
+    def __init__(self) -> None:
+        self.left = 9 + len(GREY) + 10  # of which the first batch is looked at
+
+    def __len__(self) -> int:
+        return len(GREY)
+
+    def __getitem__(self, i: int) -> Tensor:
+        self.left -= 1
+        if not self.left and ranks()[0] == ranks()[1] - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return GREY[i].round()
+
+
+class StoppedError(Exception):
+    """What a program makes of a signal."""
+
+
+def stopped() -> dict[str, Any]:
+    """A run of all processes that ends because one of them was told to, and goes on."""
+    folder = Path(os.environ[FOLDER]) / f"stopped-{ranks()[1]}"
+    train = partial(trained, vae, pv.IWAE(2), Stopping(), run_dir=folder, num_workers=0)
+
+    def stop(number: int, frame: object) -> None:
+        raise StoppedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        train()
+    except StoppedError:
+        state = pv.runs.Run(folder).state()
+        return train(resume=True) | {"steps": [state["epoch"], state["within"]["steps"]]}
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    raise AssertionError("it was not stopped")
+
+
 def likelihoods() -> dict[str, Any]:
     """What evaluations say of a pair."""
     torch.manual_seed(3)
@@ -253,6 +294,7 @@ JOBS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 ALIKE: dict[str, Callable[[], Any]] = {  # no one process's numbers, but the same in all
     "rejecting": partial(trained, Rejecting, pv.ELBO(2), GREY),
+    "stopped": stopped,
     "resumed in one": partial(resumed, 2, 1),
     "resumed in two": partial(resumed, 1, 2),
 }

@@ -197,7 +197,8 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded, on_epoch: OnEpoch 
     watched = team.any(on_epoch is not None)  # perhaps in one process alone
     modules = [module for state in step.gradients.states for module in state.modules]
     warn_of_eval(modules, *(program for trainee in trainees for program in (trainee.model, trainee.guide)))
-    kept = nullcontext(Signals()) if all(own.run is None for own in trainees) else Signals().kept()
+    saved = team.same(any(own.run is not None for own in trainees))
+    kept = Signals().kept() if saved else nullcontext(Signals())
     with ProgressBar("epoch", plan.epochs, setup.progress) as bar, kept as signals:
         watches = [
             Watch(own.eager, partial(getattr, own, "checkpoint"), setup.skips, "" if alone else f"replica {r}: ")

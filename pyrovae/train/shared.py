@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -25,7 +25,7 @@ from pyrovae.ranks import ElsewhereError, Ranks
 from pyrovae.train.compiled import Compiled
 from pyrovae.train.step import Eager, Outcome
 
-HEAD = 3  # numbers in front of a sum: the loss, the data left out, the processes that failed
+HEAD = 4  # numbers in front of a sum: the loss, the data left out, the processes that failed, those asked to end
 SEED = 21  # of the runs that tell whether a loss is a sum over data
 ALONE = "train it in one process"
 
@@ -40,6 +40,7 @@ class Shared:
 
     :param inner: the gradients of a process's own rows.
     :param first: a batch as they will be, whole.
+    :ivar asked: whether this process is asked to end, as one of many may be.
     """
 
     def __init__(self, inner: Eager | Compiled, eager: Eager, ranks: Ranks, first: Batch) -> None:
@@ -48,6 +49,7 @@ class Shared:
         self.example, self.states, self.reached = inner.example, inner.states, inner.reached
         self.kind, self.compile_seconds = inner.kind, 0.0
         self.parameters = list(eager.parameters)
+        self.asked: Callable[[], bool] = lambda: False
         self.draws: dict[int, list[Draw]] = {}
         self.modes: dict[tuple[int, int, int, int], Rows] = {}
         self.averages = [a for m in quantizers(eager) for a in m.averages()]
@@ -104,6 +106,11 @@ class Shared:
         finally:
             self.eager.sharing = nullcontext
 
+    @property
+    def any_asked(self) -> bool:
+        """Whether any process was asked to end when the last step was added up."""
+        return bool(self.head.flat[3])
+
     def check_reached(self) -> None:
         """Refuse what only some batches reach, and so only some processes."""
         if new := self.eager.parameters[len(self.parameters) :]:
@@ -133,6 +140,8 @@ class Shared:
             flags.copy_(torch.tensor([float(g is not None) for g in grads], dtype=flags.dtype), non_blocking=True)
         if failed:
             head[2] = 1.0
+        if self.asked():
+            head[3] = 1.0
         for part in self.sums.values():
             self.ranks.sum_(part.flat)
         for (average, decay), then in zip(self.averages, before, strict=True):

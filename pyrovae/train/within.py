@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from pyrovae.runs.reading import Within
 from pyrovae.signals import Signals
 from pyrovae.train.ahead import Ahead
-from pyrovae.train.outcomes import Outcomes, Watch
+from pyrovae.train.outcomes import STREAMED, Outcomes, Watch
+from pyrovae.train.shared import Shared
 from pyrovae.train.trainee import Trainee
 
 FIRST = 60.0  # seconds of training before one, as long as it is not known what one costs
@@ -24,12 +25,14 @@ class Progress:
     def __init__(self, trainees: Sequence[Trainee], watches: Sequence[Watch], signals: Signals) -> None:
         self.each = list(zip(trainees, watches, strict=True))
         self.runs = [run for trainee in trainees if (run := trainee.run) is not None]
-        self.signals, self.since = signals, time.monotonic()
+        self.signals, self.since, self.team = signals, time.monotonic(), trainees[0].setup.ranks
 
     def begin(self, ahead: Ahead, outcomes: Outcomes) -> None:
         """A new epoch, or what is left of the one that a checkpoint is of."""
         self.ahead, self.outcomes, self.spent = ahead, outcomes, (0.0, 0.0)
         ahead.pause = self
+        if isinstance(shared := outcomes.step.gradients, Shared):
+            shared.asked = lambda: bool(self.signals.number)
         for trainee, watch in self.each:
             if (then := trainee.within) is not None:
                 ahead.steps, ahead.data, self.spent = (
@@ -57,11 +60,21 @@ class Progress:
 
     def __call__(self) -> None:
         self.signals.waits = True
-        if self.signals.number or self.due():
+        if (number := self.signal()) or self.due():
             self.outcomes.read()
-            self.save()
-            if self.signals.number:
-                self.signals.obey()
+            with self.team.together() if number else nullcontext():
+                self.save()
+            if number:
+                self.signals.obey(number)
+
+    def signal(self) -> int:
+        """The signal that is to be obeyed now, or 0: of several processes all obey what one has heard, at one step."""
+        shared = self.outcomes.step.gradients
+        if not isinstance(shared, Shared):
+            return self.signals.number
+        if self.ahead.steps % min(self.outcomes.every, STREAMED) or not shared.any_asked:
+            return 0
+        return max(self.team.gather(self.signals.number))
 
     def due(self) -> bool:
         """Whether a run is to be saved."""
@@ -81,9 +94,12 @@ class Progress:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """What an epoch's end is measured in, which a signal may cut short, as it changes nothing."""
+        """What an epoch's end is measured in, which a signal may cut short, as it changes nothing.
+
+        Several processes wait for each other in it, so that what one hears waits for the next step.
+        """
         try:
-            with self.signals.at_once():
+            with self.signals.at_once() if self.team.alone else nullcontext():
                 yield
         except KeyboardInterrupt:
             self.save()
