@@ -1,5 +1,6 @@
 """Several processes: the numbers of one, or a refusal that says why; what is lost is named."""
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import torch
 
 import pyrovae as pv
 from pyrovae import ranks
+from pyrovae.app import several
 from pyrovae.compile import rows
 from tests import ranked
 
@@ -129,6 +131,25 @@ def test_a_killed_process_ends_the_job_which_goes_on_in_others(tmp_path):
         assert done.returncode == 0, done.stderr
     one, other = (pv.load(tmp_path / name).state_dict() for name in ("run", "whole"))
     assert all(torch.allclose(one[name], other[name], atol=1e-2) for name in one)
+
+
+def test_the_command_starts_processes_itself(tmp_path):
+    """They train together, and what fails in one ends all with its exit code."""
+    job = [sys.executable, "-m", "pyrovae", "train", "vae", "--processes", "2", "--epochs", "1", "--samples", "5"]
+    job += ["--set", "hidden=[8]", "--set", "compile=false", "--run-dir", str(tmp_path / "run")]
+    codes = []
+    for _ in range(2):
+        done = subprocess.run(job, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200, **ENDS)
+        codes.append(done.returncode)
+    assert codes == [0, 2], done.stderr
+    assert "holds a run already" in done.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["processes"] == 2
+
+
+def test_processes_in_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=4 .* --processes 2"):
+        several.several(2, ["list"])
 
 
 HANGS = """

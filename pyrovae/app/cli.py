@@ -7,6 +7,7 @@ complaints take no longer than they must.
 from __future__ import annotations
 
 import glob
+import os
 import re
 import sys
 import traceback
@@ -21,6 +22,7 @@ from rich.console import Console
 from pyrovae import __version__
 from pyrovae.app.process import Patient, Stop, at_once, keep_freed_memory
 from pyrovae.app.settings import Settings, parse_settings
+from pyrovae.app.several import several
 from pyrovae.arguments import MOST, one_line
 from pyrovae.data.names import DATASETS
 from pyrovae.errors import INTERRUPTED, exit_code
@@ -107,6 +109,9 @@ def train(
     ] = None,
     samples: Annotated[int, typer.Option(help="Samples per test datum of the final NLL.")] = 5000,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    processes: Annotated[
+        int, typer.Option(help="On this machine, which share every batch; torchrun starts them on many.", min=1)
+    ] = 1,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write every epoch into the run, for tensorboard --logdir runs.")
     ] = False,
@@ -124,11 +129,13 @@ def train(
     With neither model nor data named: a VAE on the embedded digits in whose samples one reads digits, with 4 latent
     units, hidden layers [64, 64] and a rate that falls from 0.01 (schedule "cosine") where nothing else is given.
     """
-    how = ("run_dir", "resume", "tensorboard", "trust", "override", "set_")
+    how = ("run_dir", "resume", "processes", "tensorboard", "trust", "override", "set_")
     given = {k: v for k, v in context.params.items() if k not in how}
     explicit = {k for k in given if getattr(context.get_parameter_source(k), "name", "DEFAULT") != "DEFAULT"}
     job = Settings(**given, settings=parse_settings(set_ or [])).by_default(explicit)
     job.check_names()
+    if processes > 1 and os.environ.get("WORLD_SIZE") != str(processes):
+        raise typer.Exit(several(processes, context.obj))
     explicit |= {"settings"} if set_ else set()
     with at_once():
         from pyrovae.app import train as work
@@ -276,7 +283,8 @@ def main(arguments: list[str] | None = None) -> None:
             with warnings.catch_warnings():
                 warnings.showwarning = print_warning
                 refuse_empty(arguments)
-                code = app(arguments, prog_name="pyrovae", standalone_mode=False) or 0
+                again = [*arguments, *["--debug"] * debug]
+                code = app(arguments, prog_name="pyrovae", standalone_mode=False, obj=again) or 0
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except Exception as error:
