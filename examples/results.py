@@ -29,6 +29,7 @@ TITLES = {
 DATA = {"mnist": "MNIST", "omniglot28": "OMNIGLOT", "digits": "Embedded digits"}
 OF_A_CELL = ("layers", "objective", "particles", "groups", "gradient", "beta", "continues", "variant", "growth")
 UNSTABLE = 2.0  # nats
+FEW = 10  # lines with a colour each
 FIGURES = {"IWAE-64": "iwae_64", "log p-hat": "log_p", "-KL": "minus_kl"}
 KEPT = "\N{NO-BREAK SPACE}"
 HEAD = """# The lectures' tables
@@ -69,7 +70,7 @@ def grouped(found):
     return sorted(groups.values(), key=lambda group: (-len(group[1]), group[0]["dataset"], str(group[0])))
 
 
-def table(columns, rows):
+def table(columns, *rows):
     """A table in Markdown; None is a dash, and a cell of a row breaks nowhere but after commas."""
     shown = [["–" if cell is None else str(cell).replace(" ", KEPT) for cell in row] for row in rows]
     lines = ["| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *shown)]
@@ -169,13 +170,13 @@ def orderings_a(by_cell, _):
     claims = {
         "IWAE is better than VAE": [((n, "IWAE", k), (n, "VAE", k)) for n in (1, 2) for k in (5, 50)],
         "IWAE is better with more particles": rising,
-        "two layers are better than one": [((2, *bound), (1, *bound)) for bound in BOUNDS],
+        "Two layers are better than one": [((2, *bound), (1, *bound)) for bound in BOUNDS],
         "IWAE has more active units in the first layer with more particles": rising,
     }
     for claim, pairs in claims.items():
         value = first_layer if "active" in claim else lambda record: -record["nll"]
         known = [(a, b) for a, b in pairs if a in of and b in of]
-        wrong = ["{1} k = {2}, {0} layer(s)".format(*a) for a, b in known if not value(of[a]) > value(of[b])]
+        wrong = [f"{a[1]} k = {a[2]}, {layers_of(a[0])}" for a, b in known if not value(of[a]) > value(of[b])]
         if known:
             yield f"{claim}: {len(known) - len(wrong)} of {len(known)}" + (f"; not {'; '.join(wrong)}" if wrong else "")
 
@@ -275,7 +276,11 @@ def section(shared, by_cell, found):
             rows.append([str(cell), "*not run*", *[None] * (len(columns) + len(COSTS) - 1)])
         else:
             rows.append([str(cell), *fill(cell, record, theirs, found), *costs(record)])
+    rows.insert(0, ["cell", *columns, *COSTS])
     ours = [by_cell[number_of(cell)] for cell in cells if number_of(cell) in by_cell]
+    if len({record["epochs"] for record in ours}) == 1:
+        at = rows[0].index("epochs")
+        rows = [row[:at] + row[at + 1 :] for row in rows]
     length = schedule(shared.get("continues", shared)).split(",")[0]
     gradients = f", {shared['gradient']} gradients" if "gradient" in shared else f", {ours[0]['processor']}"
     own = f"seed {shared['seed']}{gradients}, commit {shared['commit'][:7]}"
@@ -284,7 +289,7 @@ def section(shared, by_cell, found):
         said.append("The split of the drawings is a random one, and not the paper's: no difference is evidence")
     if not theirs:
         said.append("Nothing was published on these data")
-    said += [*ORDERINGS[letter](by_cell, theirs), *asides(cells, by_cell), *conditions(shared, ours)]
+    said += [*ORDERINGS[letter](by_cell, theirs), *asides(cells, by_cell)]
     whole = {key: value for key, value in records.asked(ours[0]).items() if key not in SELECTORS}
     whole |= {"gradient": shared.get("gradient")}
     commands = [tables.command_of(whole), *(record["command"] for record in ours)]
@@ -292,12 +297,19 @@ def section(shared, by_cell, found):
     besides = "" if letter == "C" else ", so that they lie above the table's NLL; minutes are those of training alone"
     return [
         f"### {DATA.get(dataset, dataset)}: {length}, {own}",
-        table(["cell", *columns, *COSTS], rows),
-        "\n".join(f"* {line}." for line in said),
+        table(*rows),
+        items(said),
         *([curves, CURVES.format(besides=besides, **ours[0]["curve"])] if letter in tables.CURVED else []),
-        "The whole table, and its cells one by one:",
+        "<details><summary>How it came about, and the commands: of the table, of each cell</summary>",
+        items(conditions(shared, ours)),
         "\n".join(["```text", *map(wrapped, commands), "```"]),
+        "</details>",
     ]
+
+
+def items(lines):
+    """A list in Markdown."""
+    return "\n".join(f"* {line}." for line in lines)
 
 
 def wrapped(command):
@@ -337,26 +349,32 @@ def layers_of(number):
 
 
 def panels(cells):
-    """What is drawn of a table along the training, as (title, x, what y is, cells)."""
+    """What is drawn of a table along the training, as (title, x, what y is, cells by name), the highest line first."""
     if cells[0][0].table == "C":
         values = (lambda p: p["iwae_64"], lambda p: p["log_p"], lambda p: p["iwae_64"] - p["log_p"])
-        return [(title, "epoch", value, cells) for title, value in zip(FIGURES, values, strict=True)]
-    split = {n: [(cell, record) for cell, record in cells if cell.layers == n] for n in (1, 2)}
+        named = {cell.stages: record for cell, record in cells}
+        return [(title, "epoch", value, named) for title, value in zip(FIGURES, values, strict=True)]
+    cells = sorted(cells, key=lambda cell: cell[1]["curve"]["points"][-1]["log_p"])
+    if len(cells) <= FEW:
+        return [("NLL", "minutes", lambda p: -p["log_p"], {str(cell): record for cell, record in cells})]
+    split = {n: {cell.stages: record for cell, record in cells if cell.layers == n} for n in (1, 2)}
     return [(f"NLL, {layers_of(n)}", "minutes", lambda p: -p["log_p"], own) for n, own in split.items() if own]
 
 
 def draw(by_cell, letter, path):
-    """A table's figures along the training: C's three side by side, D's NLL of one and of two layers."""
+    """A table's figures along the training: C's three side by side; D's NLL, of many cells by layers."""
     drawn = panels([(cell, by_cell[n]) for cell in TABLES[letter.lower()] if (n := number_of(cell)) in by_cell])
     rows, columns = (1, len(drawn)) if letter == "C" else (len(drawn), 1)
-    figure = charts.new_figure(10.8, rows * (3.4 if rows == 1 else 4.0))
-    for i, (title, x, value, cells) in enumerate(drawn):
+    figure, colours = charts.new_figure(10.8, rows * (3.4 if letter == "C" else 4.0)), charts.class_colours(FEW)
+    for i, (title, x, value, named) in enumerate(drawn):
         axes = charts.dress(figure.add_subplot(rows, columns, i + 1), title=title, x=x, y="nats" if i < rows else "")
-        axes.set_xscale("log" if x == "minutes" else "linear")
-        for (cell, record), colour in zip(cells, charts.class_colours(len(cells)), strict=True):
+        for j, (name, record) in enumerate(named.items()):
             points = record["curve"]["points"]
-            along = [point[x] for point in points], list(map(value, points))
-            axes.plot(*along, color=colour, label=cell.stages, linewidth=1.4, marker=".", markersize=3)
+            along, style = ([point[x] for point in points], list(map(value, points))), "--" if j >= FEW else "-"
+            axes.plot(*along, style, color=colours[j % FEW], label=name, linewidth=1.4, marker=".", markersize=3)
+        if x == "minutes":
+            axes.set_xscale("log")
+            charts.plain_ticks(axes.xaxis)
         if (i + 1) % columns == 0:
             charts.add_legend(axes, beside=True)
     return images.save(figure, path)

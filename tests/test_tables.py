@@ -342,7 +342,7 @@ def test_orderings_are_counted_and_those_that_fail_are_named(monkeypatch):
     five = trained(monkeypatch, *MNIST, "--particles", "5", "--objective", "IWAE", nll=86.0)
     fifty = trained(monkeypatch, *MNIST, "--particles", "50", "--objective", "IWAE", nll=86.5)
     page = results.page([vae, five, fifty])
-    assert "* IWAE is better with more particles: 1 of 2; not IWAE k = 50, 1 layer(s).\n" in page
+    assert "* IWAE is better with more particles: 1 of 2; not IWAE k = 50, 1 layer.\n" in page
 
 
 def test_the_other_tables_beside_the_published(monkeypatch):

@@ -182,7 +182,7 @@ def sample(
     temperature: Annotated[float, typer.Option(help="Of the latents; below 1 keeps to the prior's modes.")] = 1.0,
     output: Annotated[
         Path | None,
-        typer.Option(help="A .png, .npz or .csv; samples.png (of no images: .npz) in the run."),
+        typer.Option("--output", "-o", help="A .png, .npz or .csv; samples.png (of no images: .npz) in the run."),
     ] = None,
     checkpoint: Checkpoint = "last",
     seed: SampleSeed = 0,
@@ -202,7 +202,7 @@ def sample(
 @app.command()
 def report(
     run: RunFolder,
-    output: Annotated[Path | None, typer.Option(help="The page to write; report.html in the run.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; report.html in the run.")] = None,
     checkpoint: Checkpoint = "last",
     data_dir: DataDir = None,
     device: Device = "auto",
@@ -219,7 +219,7 @@ def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.", autocompletion=run_names)],
     html: Annotated[bool, typer.Option("--html", help="Write a page, with curves laid over each other.")] = False,
     output: Annotated[
-        Path | None, typer.Option(help="The page to write; compare.html in the folder that the runs lie in.")
+        Path | None, typer.Option("--output", "-o", help="The page; compare.html in the folder that the runs lie in.")
     ] = None,
     override: Override = False,
 ) -> None:
@@ -239,7 +239,7 @@ def compare(
 def export(
     run: RunFolder,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of encoder.onnx and decoder.onnx; that of the run.")
+        Path | None, typer.Option("--output", "-o", help="Folder of encoder.onnx and decoder.onnx; that of the run.")
     ] = None,
     checkpoint: Checkpoint = "last",
     trust: Trust = False,

@@ -57,7 +57,7 @@ class Settings:
     def check_names(self) -> None:
         """Refuse a name that nothing here has, before anything is imported that takes seconds."""
         if ":" not in self.model:
-            one_of("model", self.model, MODELS)
+            one_of("model", self.model, (*MODELS, "my_module:MyPair"))
         one_of("objective", self.objective.lower(), OBJECTIVES)
         if not self.data.startswith(CODES):
             source_of(self.data)

@@ -117,11 +117,19 @@ def perplexity(results: Results) -> str:
 
 COLUMNS = ("run", "data", "parameters", "s/epoch", "error", "test NLL", "in use")
 LEFT = {"run", "data", "in use"}  # the columns of text
-CAPTION = (
-    "error: squared, per datum; NLL: nats per datum, \N{LESS-THAN OR EQUAL TO} marks a bound, stale what is of "
-    "other weights than are there (pyrovae evaluate measures anew); in use: active units by layer, or the "
-    "perplexity of the codes; (best): of that checkpoint, all else of the last"
-)
+#: What is said below a table of runs of what stands in it.
+SAID = {
+    "": "error: squared, per datum; NLL: nats per datum; in use: active units by layer",
+    " codes": "codes: their perplexity",
+    "\N{LESS-THAN OR EQUAL TO} ": "\N{LESS-THAN OR EQUAL TO}: a bound",
+    "stale": "stale: of other weights than are there, pyrovae evaluate measures anew",
+    " (best)": "(best): of that checkpoint, all else of the last",
+}
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """What the figures of a table of runs mean."""
+    return "; ".join(said for mark, said in SAID.items() if any(mark in cell for row in rows for cell in row))
 
 
 def compare(compared: Sequence[runs.Run], out: Console, *, strict: bool = True) -> None:
@@ -131,11 +139,12 @@ def compare(compared: Sequence[runs.Run], out: Console, *, strict: bool = True) 
 
     :param strict: refuse a run that was not measured, instead of saying so in its row.
     """
-    table = Table(caption=CAPTION, caption_justify="left", box=None)
+    rows = compared_rows(compared, strict=strict)
+    table = Table(caption=caption(rows), caption_justify="left", box=None)
     for name in COLUMNS:
         left = name in LEFT
         table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
-    for row in compared_rows(compared, strict=strict):
+    for row in rows:
         table.add_row(*row)
     out.print(table)
 

@@ -32,7 +32,7 @@ class Options(TypedDict, total=False):
 
 
 class ConditionalVAE(OneLatent):
-    r"""Variational autoencoder of data given labels: :math:`\log p(x \mid y)`.
+    r"""Variational autoencoder of data given labels or attributes: log p(x | y).
 
     .. math:: z \sim N(0, I), \qquad x \mid z, y \sim p(x; f_\theta(z, c(y))), \qquad
               q_\phi(z \mid x, y) = N(\mu_\phi(x, c(y)), \mathrm{diag}\,\sigma_\phi^2(x, c(y)))

@@ -26,7 +26,7 @@ Draw = Callable[[int, TorchDistribution], Tensor]
 
 
 class HierarchicalVAE(Pair):
-    r"""Variational autoencoder with :math:`L` stochastic layers, :math:`z_1` next to the data.
+    r"""Variational autoencoder with several stochastic layers, z1 next to the data.
 
     .. math:: p(x, z) = p(x \mid z_1) \prod_{l < L} p(z_l \mid z_{l+1})\; p(z_L), \qquad p(z_L) = N(0, I)
 

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
@@ -151,9 +152,7 @@ def fit_axis(axes: Axes, title: str, lines: list[Line]) -> None:
     values = values[np.isfinite(values)]
     if title == "gradient norm" and (values > 0).any():
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        plain_ticks(axes.yaxis)
     if title == "active units":
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_ylim(bottom=0)
@@ -162,6 +161,13 @@ def fit_axis(axes: Axes, title: str, lines: list[Line]) -> None:
         low, high = np.quantile(values, 0.05), values.max()
         if high > low:
             axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+
+
+def plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10 ... along a logarithmic axis, as they are."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def scatter(axes: Axes, points: np.ndarray, classes: np.ndarray | None) -> None:

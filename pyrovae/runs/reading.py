@@ -132,10 +132,9 @@ class Reader(os.PathLike[str]):
         except PermissionError:
             raise
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f'"{self.path}" holds no run: {CONFIG} is absent or unreadable ({reason(error)}); pass the folder that '
-                "pyrovae train or pyrovae.fit(run_dir=...) wrote"
-            ) from error
+            absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+            why = f"{CONFIG} is {'absent' if absent else f'unreadable ({reason(error)})'}"
+            raise CheckpointError(f'"{self.path}" holds no run: {why}; pass the folder that training wrote') from error
         if by := newer(config):
             self.doubt(f'"{path}" is of {by}, which is newer than this pyrovae: update it')
         elif "format_version" in config and config.get("sha256") != digest(config):

@@ -1155,7 +1155,7 @@ def an_editor_puts_a_mark_in_front(folder: Path, file: str):
     yield "evaluate", run, "--samples", "5", "--device", "cpu"
 
 
-@fault("A4", "load", 4, "config.json is absent or unreadable")
+@fault("A4", "load", 4, "config.json is unreadable")
 def an_editor_writes_sixteen_bits(folder: Path):
     import pyrovae as pv
 

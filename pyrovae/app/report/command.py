@@ -17,7 +17,7 @@ from pyrovae.app.report.figures import Series, overlaid
 from pyrovae.app.report.gathered import Gathered, Notes
 from pyrovae.app.report.given import NOTHING, Given, Programs, as_images
 from pyrovae.app.report.pages import write
-from pyrovae.app.tables import CAPTION, COLUMNS, LEFT, compared_rows
+from pyrovae.app.tables import COLUMNS, LEFT, caption, compared_rows
 from pyrovae.arguments import one_of, pick_device, positive_int
 
 BOUNDS = {"bound": "Training bound", "validation_bound": "Validation bound"}  # in nats per datum
@@ -100,9 +100,9 @@ def compare(compared: Sequence[runs.Run], *, output: Path | None, out: Console) 
             if not any("bound" in row for row in histories[-1][1]):
                 notes.add(f'"{name}" has no bound by epoch')
     drawn = [overlaid(series(histories, key), title) for key, title in BOUNDS.items()]
-    base = Path(os.path.commonpath([run.path.absolute().parent for run in compared]))
-    path = output or base / "compare.html"
-    given = {"rows": rows, "columns": COLUMNS, "left": LEFT, "caption": CAPTION, "notes": notes}
+    base, here = Path(os.path.commonpath([run.path.absolute().parent for run in compared])), Path.cwd()
+    path = output or (base.relative_to(here) if base.is_relative_to(here) else base) / "compare.html"
+    given = {"rows": rows, "columns": COLUMNS, "left": LEFT, "caption": caption(rows), "notes": notes}
     write("compare.html", path, charts=drawn, differing=differing([run.config() for run in compared]), **given)
     out.print(f"wrote {path}")
     return path

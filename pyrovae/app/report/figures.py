@@ -71,7 +71,8 @@ def units(history: Sequence[Mapping[str, Any]], active: Mapping[str, Tensor]) ->
         axes = dress(figure.add_subplot(), x=f'unit of "{site}", by KL', y="nats", grid="y")
         on = active[site].flatten().numpy() if site in active and active[site].numel() == count else kl[-1] > 0.01
         axes.bar(np.arange(count), kl[-1][order], color=list(np.where(on[order], BLUE, IDLE)), width=0.8)
-        axes.set_xlim(-0.6, max(count, FEW) - 0.4)
+        middle, half = (count - 1) / 2, max(count, FEW / 2) / 2 + 0.1  # so that few bars are no walls
+        axes.set_xlim(middle - half, middle + half)
         axes.set_xticks(np.arange(count) if count <= 20 else [], [str(unit) for unit in order] if count <= 20 else [])
         said = f'KL of each unit of "{site}": {int(on.sum())} of {count} are active'
         drawn.append(Drawn(said, chart(figure, said)))

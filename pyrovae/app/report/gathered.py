@@ -41,7 +41,10 @@ class Notes(list[str]):
             except Exception as error:  # whatever a part of a run, or a user's own program, may raise
                 if is_out_of_memory(error):
                     raise
-                self.add(f"{what}: {one_line(error, longest=None) or type(error).__name__}")
+                reason = f": {one_line(error, longest=None) or type(error).__name__}"
+                others = [note.removesuffix(reason) for note in self if note.endswith(reason)]
+                self[:] = [note for note in self if not note.endswith(reason)]
+                self.add(" and ".join([*others, what]) + reason)
         for warning in heard:
             if issubclass(warning.category, UserWarning):
                 self.add(one_line(warning.message, longest=None))

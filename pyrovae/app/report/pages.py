@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pyrovae import __version__
 from pyrovae.app.report.decoder import PAGE
@@ -22,12 +23,18 @@ def write(template: str, path: Path, **given: Any) -> None:
         loader=FileSystemLoader(PAGE), autoescape=select_autoescape(["html"]), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["options"] = options
     now = datetime.now(UTC)
     page = environment.get_template(template).render(
         version=__version__, date=f"{now.day} {now:%B %Y}", inline=inline, **given
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
+
+
+def options(text: str) -> Markup:
+    """Text of which no option breaks: after the first of its dashes it would read as another word."""
+    return Markup(re.sub(r"(?<!\S)(\(?)(--[\w-]+)", r'\1<span class="option">\2</span>', escape(text)))
 
 
 def inline(name: str) -> Markup:
