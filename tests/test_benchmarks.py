@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.benchmarks import bound, contenders, epochs, gpu, images, likelihoods, rates, run
+from tests.benchmarks import ahead, bound, contenders, epochs, gpu, images, likelihoods, rates, run
 from tests.benchmarks.children import Child
 from tests.benchmarks.options import Options
 from tests.benchmarks.tables import Table, show
@@ -56,6 +56,14 @@ def test_likelihoods_and_time_to_a_bound_without_jax(tmp_path, monkeypatch, caps
     for table in (rate, time):
         assert table.notes[-1] == f'Left out: {NUMPYRO} (pip install "pyrovae[benchmarks]").'
     assert capsys.readouterr().err.count("left out") == 2
+
+
+def test_steps_of_both_kinds():
+    """Epochs go by turns, and both train."""
+    options = Options(networks=("mlp",), cells=((4, 1),), rounds=1, steps=3, contenders=("AdamW, clip_norm",))
+    row = ahead.run(replace(options, data_dir=Path("no-such-folder")))[0].rows[0]
+    assert row[ahead.CPP] > 0 < row[ahead.PYTHON]
+    assert row["C++ / Python"] == row[ahead.CPP] / row[ahead.PYTHON]
 
 
 @pytest.mark.parametrize(("other", "far"), [(-100.5, False), (-101.0, True), (math.nan, True)])

@@ -367,6 +367,24 @@ def test_the_monitor_changes_nothing(monkeypatch):
     assert all(torch.equal(weights[name], without[name]) for name in weights)
 
 
+def test_the_monitor_runs_a_pair_once():
+    """After each epoch the guide runs once for KL and active units together."""
+
+    class Counted(pv.models.VAE):
+        def guide(self, x):
+            runs.append(self.training)
+            super().guide(x)
+
+    numbers = {}
+    for epochs in (1, 3):
+        runs: list[bool] = []
+        vae, x = Counted((4,), latent_dim=2, hidden=(3,)), (torch.rand(50, 4) > 0.5).float()
+        row = pv.fit(vae.model, vae.guide, x, objective=pv.ELBO(), epochs=epochs, compile=False).history[-1]
+        assert row["active_units"]["z"] == pv.active_units(vae.guide, x)["z"].count
+        numbers[epochs] = runs.count(False)
+    assert numbers[3] == numbers[1] + 2
+
+
 @pytest.mark.parametrize("objective", [pv.ELBO(), pv.IWAE(3), infer.Trace_ELBO()])
 def test_pyros_own_checks_are_made_before_the_first_step(objective):
     scale = torch.nn.Parameter(torch.tensor(-1.0))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import PyDLL
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -89,6 +89,14 @@ class Graph:
         return Graph(module, self.constants, stacked_noise([self.noise] * number))
 
 
+class Library(NamedTuple):
+    """The C++ of a graph, what a run gives, and the numbers of the inputs that it changes."""
+
+    library: PyDLL
+    results: list[Tensor]
+    changed: list[int]
+
+
 @dataclass
 class Runnable:
     """A graph through Inductor; ``run`` takes its inputs, its constants and what ``noise`` draws."""
@@ -96,23 +104,26 @@ class Runnable:
     graph: Graph
     run: Callable[..., Sequence[Tensor]]
     noise: Callable[[], tuple[Tensor, ...]]
-    found: list[tuple[PyDLL, list[Tensor]] | None] = field(default_factory=list)
+    found: list[Library | None] = field(default_factory=list)
 
     def __call__(self, *inputs: Tensor, noise: Callable[[], tuple[Tensor, ...]] | None = None) -> list[Tensor]:
         """Run it on fresh noise, or on what ``noise`` draws."""
         with torch.no_grad():
             return list(self.run(*inputs, *self.graph.constants, *(noise or self.noise)()))
 
-    def library(self, inputs: Sequence[Tensor]) -> tuple[PyDLL, list[Tensor]] | None:
-        """The C++ that takes training steps by this graph, which then changes no input, and what a run gives."""
+    def library(self, inputs: Sequence[Tensor]) -> Library | None:
+        """The C++ that takes training steps by this graph, if there is such."""
         if not self.found:
+            changed = changed_inputs(self.graph.module)
+            own = [t.clone() if i in changed else t for i, t in enumerate(inputs)]
             with isolated_rng():
                 noise = self.noise()
-            given, results = [*inputs, *self.graph.constants, *noise], list[Tensor]()
-            own = None
-            if not changes_inputs(self.graph.module):
-                own = library_of(lambda: results.extend(self(*inputs, noise=lambda: noise)), given)
-            self.found.append(None if own is None else (own, [empty_like_of(result) for result in results]))
+            results = list[Tensor]()
+            library = library_of(
+                lambda: results.extend(self(*own, noise=lambda: noise)), [*own, *self.graph.constants, *noise]
+            )
+            kinds = [empty_like_of(result) for result in results]
+            self.found.append(None if library is None else Library(library, kinds, changed))
         return self.found[0]
 
 
@@ -191,15 +202,28 @@ def is_mutable(target: object) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def changes_inputs(module: fx.GraphModule) -> bool:
-    """Whether a graph changes any of its inputs in place."""
+def changed_inputs(module: fx.GraphModule) -> list[int]:
+    """The numbers of the inputs that a graph changes in place."""
+    found = set[fx.Node]()
     for node in module.graph.nodes:
-        changed = node.args[0] if is_mutable(node.target) and node.args else None
-        while isinstance(changed, fx.Node) and changed.op != "placeholder":
-            changed = changed.args[0] if is_view(changed.target) and changed.args else None
-        if changed is not None:
-            return True
-    return False
+        for changed in written(node):
+            while changed.op != "placeholder" and is_view(changed.target) and changed.all_input_nodes:
+                changed = changed.all_input_nodes[0]
+            found.add(changed)
+    return [i for i, node in enumerate(module.graph.find_nodes(op="placeholder")) if node in found]
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """What an operation changes in place."""
+    given: list[Any] = []
+    if node.target is aten.native_batch_norm.default and node.args[5]:
+        given += node.args[3:5]  # running averages, which its schema keeps silent about
+    elif is_mutable(node.target):
+        arguments = node.target._schema.arguments  # type: ignore[union-attr]
+        named = ((a, node.kwargs.get(a.name)) for a in arguments)
+        pairs = (*zip(arguments, node.args, strict=False), *named)
+        given += [value for a, value in pairs if a.alias_info is not None and a.alias_info.is_write]
+    return [n for value in given for n in (value if isinstance(value, list | tuple) else [value]) if n is not None]
 
 
 def fold_masks(module: fx.GraphModule) -> None:

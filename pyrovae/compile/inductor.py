@@ -7,6 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -133,10 +134,17 @@ def channels_last(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphM
 
 
 class ChannelsLast(fx.Transformer):
-    """Copies what is convolved, in that order, for all who read it."""
+    """Copies what is convolved, in that order, for all who read it; what the graph gives lies as it did."""
 
     def run_node(self, n: fx.Node) -> object:
-        result = super().run_node(n)
+        result: Any = super().run_node(n)
+        if n.op == "output":
+            return [
+                aten.clone.default(value, memory_format=torch.contiguous_format)
+                if node.meta["val"].dim() == 4 and node.meta["val"].is_contiguous()
+                else value
+                for node, value in zip(cast(Any, n.args[0]), result, strict=True)
+            ]
         convolved = any(user.target is aten.convolution.default and user.args[0] is n for user in n.users)
         if not convolved or n.op == "placeholder" or n.meta["val"].dim() != 4:
             return result

@@ -145,10 +145,12 @@ class Replays:
         self.number.add_(1)
         return outcome
 
-    def __call__(self, order: Tensor, rates: Sequence[float], kl_weights: Sequence[float]) -> list[tuple[float, int]]:
+    def __call__(
+        self, order: Tensor, rates: Sequence[Sequence[float]], kl_weights: Sequence[float]
+    ) -> list[tuple[float, int]]:
         """Steps on the data of these indices, as many as there are rates: their losses, and how many were left out."""
-        number, size = len(rates), self.order.shape[1]
-        own = torch.tensor([rates, kl_weights][: len(self.inputs)], dtype=torch.float64)
+        number, size = len(kl_weights), self.order.shape[1]
+        own = torch.tensor([*rates, kl_weights][: len(self.inputs)], dtype=torch.float64)
         self.order[:number].copy_(order[: number * size].unflatten(0, (number, size)))
         self.values[:number].copy_(own.mT)
         self.number.zero_()

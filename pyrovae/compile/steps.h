@@ -1,5 +1,5 @@
 // Training steps one after the other with no Python between them: a batch, its noise, the graph of this file, the
-// verdict on what it gives, Adam.
+// verdict on what it gives, clipping, Adam or SGD.
 #include <ATen/core/MT19937RNGEngine.h>
 #include <ATen/cpu/vec/functional.h>
 #include <chrono>
@@ -21,9 +21,6 @@ using V = at::vec::Vectorized<float>;
 constexpr int64_t W = V::size();
 
 inline V fused(V a, V b, V c) { return at::vec::fmadd(a, b, c); }
-inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
-inline V root(V x) { return x.sqrt(); }
-inline float root(float x) { return std::sqrt(x); }
 
 // A column of the data: its rows, those of a batch, and whether a batch has bits of which the data are probabilities
 struct Column {
@@ -38,10 +35,22 @@ struct Draw {
   const int64_t* sizes;
 };
 
-// A parameter, what its optimizer keeps of it, its gradient, and which output of the graph that is
+// A parameter, where its gradient is left, what its optimizer keeps of it (Adam counts steps), which output of the graph
+// its gradient is, and its group
 struct Moved {
-  float *at, *mean, *square, *steps, *gradient;
-  int64_t size, output;
+  float *at, *gradient, *steps, *kept[3];
+  int64_t size, output, group;
+};
+
+// Options of a group of parameters, as torch calls them; 0 where its optimizer has no such
+struct Group {
+  double beta1, beta2, eps, decoupled_weight_decay, momentum, dampening, nesterov, weight_decay, maximize;
+};
+
+// An input that the graph changes, and what it was before a step; size in bytes
+struct Changed {
+  char *at, *before;
+  int64_t size;
 };
 
 struct Steps {
@@ -49,8 +58,10 @@ struct Steps {
   const Column* columns;
   const Draw* draws;
   const Moved* moved;
-  int64_t num_inputs, num_outputs, num_columns, num_draws, num_moved, batch_size;
-  double beta1, beta2, eps;
+  const Changed* changed;
+  const Group* groups;
+  int64_t num_inputs, num_outputs, num_columns, num_draws, num_moved, num_changed, batch_size;
+  double clip_norm;  // 0 for none
   float* kl_weight;  // the input that it is, if any
   at::CPUGeneratorImpl* generator;
 };
@@ -153,41 +164,73 @@ inline void gather(const Steps& s, const int64_t* index) {
   }
 }
 
-inline bool finite(const float* x, int64_t size) {
-  V zeros(0.f);
-  int64_t i = 0;
-  for (; i + W <= size; i += W) zeros = fused(V::loadu(x + i), V(0.f), zeros);
-  float sum = at::vec::vec_reduce_all<float>([](V a, V b) { return a + b; }, zeros);
-  for (; i < size; i++) sum += x[i] * 0;
-  return sum == 0;
-}
-
-// Adam with one division for torch's two, of a vector or of one number
-template <typename V>
-inline void move(V& x, V& m, V& v, V d, const V* by) {
-  m = fused(by[0], d - m, m);
-  v = fused(by[1] * d, d, v * by[2]);
-  x = x + by[3] * m / (root(v) + by[4]);
-}
-
-inline void move(const Moved& p, const float* g, double rate, const Steps& s, int threads) {
-  double step = ++*p.steps, scale = std::sqrt(1 - std::pow(s.beta2, step));
-  const float by[] = {float(1 - s.beta1), float(1 - s.beta2), float(s.beta2),
-                      float(-rate * scale / (1 - std::pow(s.beta1, step))), float(s.eps * scale)};
-  const V all[] = {V(by[0]), V(by[1]), V(by[2]), V(by[3]), V(by[4])};
-  int64_t whole = p.size / W * W;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && p.size > (1 << 15))
-  for (int64_t i = 0; i < whole; i += W) {
-    V x = V::loadu(p.at + i), m = V::loadu(p.mean + i), v = V::loadu(p.square + i);
-    move(x, m, v, V::loadu(g + i), all);
-    x.store(p.at + i), m.store(p.mean + i), v.store(p.square + i);
+// The sum of squares, or of zeros: no finite number where one of them is none
+inline double total(const float* x, int64_t size, bool squares) {
+  double sum = 0;
+  for (int64_t i = 0; i < size;) {
+    V part(0.f);
+    for (int64_t end = std::min(size, i + 256 * W); i < end; i += W) {
+      V some = V::loadu(x + i, std::min(W, size - i));
+      part = fused(some, squares ? some : V(0.f), part);
+    }
+    sum += at::vec::vec_reduce_all<float>([](V a, V b) { return a + b; }, part);
   }
-  for (int64_t i = whole; i < p.size; i++) move(p.at[i], p.mean[i], p.square[i], g[i], by);
+  return sum;
+}
+
+// The numbers that a step multiplies by
+enum { SCALE, DECAY, KEEP, RATE, FIRST, SECOND, PAST, EPS, NEW, ALONG, DIRECT, NUMBERS };
+
+// Some numbers by Adam, with one division for torch's two (3 kept: AMSGrad), or by SGD (1 kept: momentum)
+template <int KEPT>
+inline void update(const Moved& p, const float* gradient, int64_t i, int64_t count, const V* by, bool decays) {
+  V x = V::loadu(p.at + i, count), d = by[SCALE] * V::loadu(gradient + i, count), kept[KEPT + 1];
+  for (int k = 0; k < KEPT; k++) kept[k] = V::loadu(p.kept[k] + i, count);
+  if (decays) d = fused(by[DECAY], x, d);
+  if constexpr (KEPT > 1) {
+    kept[0] = fused(by[FIRST], d - kept[0], kept[0]);
+    kept[1] = fused(by[SECOND] * d, d, kept[1] * by[PAST]);
+    if constexpr (KEPT > 2) kept[2] = at::vec::maximum(kept[2], kept[1]);
+    d = kept[0] / (kept[KEPT - 1].sqrt() + by[EPS]);
+  } else if constexpr (KEPT) {
+    kept[0] = fused(by[PAST], kept[0], by[NEW] * d);
+    d = fused(by[ALONG], kept[0], by[DIRECT] * d);
+  }
+  fused(by[RATE], d, by[KEEP] * x).store(p.at + i, count);
+  for (int k = 0; k < KEPT; k++) kept[k].store(p.kept[k] + i, count);
+}
+
+template <int KEPT>
+void move(const Moved& p, const float* gradient, const float* numbers, int threads) {
+  V by[NUMBERS];
+  std::copy(numbers, numbers + NUMBERS, by);
+  int64_t whole = p.size / W * W;
+  bool decays = numbers[DECAY] != 0;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && p.size > (1 << 15))
+  for (int64_t i = 0; i < whole; i += W) update<KEPT>(p, gradient, i, W, by, decays);
+  if (whole < p.size) update<KEPT>(p, gradient, whole, p.size - whole, by, decays);
+}
+
+inline void move(const Moved& p, const float* gradient, double rate, double clip, const Group& o, int threads) {
+  float by[NUMBERS] = {};
+  double loss = o.decoupled_weight_decay ? rate * o.weight_decay : 0;
+  by[SCALE] = o.maximize ? -clip : clip, by[KEEP] = 1 - loss;
+  by[DECAY] = o.decoupled_weight_decay ? 0 : o.weight_decay;
+  if (p.steps) {
+    double step = ++*p.steps, scale = std::sqrt(1 - std::pow(o.beta2, step));
+    by[RATE] = -rate * scale / (1 - std::pow(o.beta1, step)), by[EPS] = o.eps * scale;
+    by[FIRST] = 1 - o.beta1, by[SECOND] = 1 - o.beta2, by[PAST] = o.beta2;
+    p.kept[2] ? move<3>(p, gradient, by, threads) : move<2>(p, gradient, by, threads);
+  } else {
+    by[RATE] = -rate, by[PAST] = o.momentum, by[NEW] = 1 - o.dampening;
+    by[ALONG] = o.nesterov ? o.momentum : 1, by[DIRECT] = o.nesterov;
+    p.kept[0] ? move<1>(p, gradient, by, threads) : move<0>(p, gradient, by, threads);
+  }
 }
 }  // namespace pyrovae
 
 // Steps until one is withheld (its loss is NaN), leaves data out or fails, or the time is over: how many were gone
-// through. The last one's batch and gradients stay, unless one failed.
+// through. The last one's batch and (clipped) gradients stay, unless one failed. Rates are of all steps, group by group.
 extern "C" int64_t pyrovae_steps(const pyrovae::Steps* steps, int64_t number, const int64_t* index, const double* rates,
                                  const double* kl_weights, double* losses, int64_t* left_out, double seconds) {
   using namespace pyrovae;
@@ -196,7 +239,10 @@ extern "C" int64_t pyrovae_steps(const pyrovae::Steps* steps, int64_t number, co
   int threads = omp_get_max_threads();
   bool last = false;
   int64_t n = 0;
+  auto changed = [&](auto copy) { std::for_each(s.changed, s.changed + s.num_changed, copy); };
+  auto restored = [](const Changed& c) { std::memcpy(c.at, c.before, c.size); };
   for (; !last; n++) try {
+      changed([](const Changed& c) { std::memcpy(c.before, c.at, c.size); });
       gather(s, index + n * s.batch_size);
       if (s.kl_weight) *s.kl_weight = kl_weights[n];
       std::fill(s.given, s.given + s.num_inputs, nullptr);
@@ -208,17 +254,26 @@ extern "C" int64_t pyrovae_steps(const pyrovae::Steps* steps, int64_t number, co
       float loss = *values<float>(s.outputs[0]);
       left_out[n] = *values<int64_t>(s.outputs[1]);
       auto gradient = [&](const Moved& p) { return values<float>(s.outputs[p.output]); };
-      bool good = std::isfinite(loss);
-      for (int64_t i = 0; good && i < s.num_moved; i++) good = finite(gradient(s.moved[i]), s.moved[i].size);
+      double sum = 0;
+      for (int64_t i = 0; i < s.num_moved; i++) sum += total(gradient(s.moved[i]), s.moved[i].size, s.clip_norm > 0);
+      bool good = std::isfinite(loss) && std::isfinite(float(sum));
       losses[n] = good ? loss : NAN;
+      if (!good) changed(restored);
+      float clip = good && s.clip_norm > 0 ? std::min(1., s.clip_norm / (std::sqrt(sum) + 1e-6)) : 1.;
       // the last gradient that was judged lies near
-      for (int64_t i = s.num_moved; good && i--;) move(s.moved[i], gradient(s.moved[i]), rates[n], s, threads);
+      for (int64_t i = s.num_moved; good && i--;) {
+        const Moved& p = s.moved[i];
+        move(p, gradient(p), rates[p.group * number + n], clip, s.groups[p.group], threads);
+      }
       std::chrono::duration<double> passed = std::chrono::steady_clock::now() - began;
       last = !good || left_out[n] || n + 1 == number || passed.count() > seconds;
-      for (int64_t i = 0; last && i < s.num_moved; i++)
-        std::memcpy(s.moved[i].gradient, gradient(s.moved[i]), s.moved[i].size * sizeof(float));
+      for (int64_t i = 0; last && i < s.num_moved; i++) {
+        const Moved& p = s.moved[i];
+        std::transform(gradient(p), gradient(p) + p.size, p.gradient, [=](float g) { return clip * g; });
+      }
       for (int64_t i = 0; i < s.num_outputs; i++) aoti_torch_delete_tensor_object(s.outputs[i]);
     } catch (const std::exception&) {
+      changed(restored);
       break;
     }
   return n;

@@ -62,10 +62,14 @@ class Update:
     @property
     def plain(self) -> bool:
         """Whether the optimizer is Adam as torch made it, and nothing is to happen before or after its steps."""
+        return type(self.optimizer) in (Adam, AdamW) and self.alone
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing is to happen before or after the optimizer's steps."""
         optimizer = self.optimizer
         return (
-            type(optimizer) in (Adam, AdamW)
-            and "step" not in vars(optimizer)  # schedulers of torch put their own there
+            "step" not in vars(optimizer)  # schedulers of torch put their own there
             and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
             and not (registered._global_optimizer_pre_hooks or registered._global_optimizer_post_hooks)
         )

@@ -14,7 +14,7 @@ from pyrovae.engine.convert import exactly
 from pyrovae.engine.kl import kl_in_place, sides
 from pyrovae.engine.programs import Batch, Program, rows
 from pyrovae.engine.runner import Runner
-from pyrovae.engine.sites import frames, latent, masked, record
+from pyrovae.engine.sites import Sites, frames, latent, masked, record
 from pyrovae.engine.support import first_outside
 from pyrovae.engine.unwrap import finite_mean, point_mass
 from pyrovae.errors import NumericalError
@@ -96,9 +96,12 @@ def active_units(
     return {name: ActiveUnits(v, int((v > threshold).sum())) for name, v in variances.items()}
 
 
-def mean_draws(guide: Program, batch: Batch, samples: int = 1) -> dict[str, RunningMean]:
-    """By latent site the average of its means over draws, ``[B, *other plates, *event]``; see :func:`active_units`."""
-    sites = latent(record(guide, batch, {}))
+def mean_draws(guide: Program, batch: Batch, samples: int = 1, *, first: Sites | None = None) -> dict[str, RunningMean]:
+    """By latent site the average of its means over draws, ``[B, *other plates, *event]``; see :func:`active_units`.
+
+    :param first: the sites of a run of the guide that was made already.
+    """
+    sites = latent(record(guide, batch, {}) if first is None else first)
     auxiliary = {name for name, site in sites.items() if site["infer"].get("is_auxiliary")}
     names = [n for n in sites if n not in auxiliary and any(dim == -1 for _, dim, _ in frames(sites[n]))]
     # the mean of a Delta that transforms another draw is not the site's own

@@ -81,8 +81,9 @@ class Monitor:
 
     def watched(self) -> dict[str, object]:
         """What one run shows."""
-        found = self.terms(self.runner(self.batch, {}, scaled=False))
-        means = mean_draws(self.runner.guide, self.batch) if rows(self.batch) > 1 else {}
+        particles = self.runner(self.batch, {}, scaled=False)
+        found, first = self.terms(particles), particles.guide | particles.noise
+        means = mean_draws(self.runner.guide, self.batch, first=first) if rows(self.batch) > 1 else {}
         variances = {name: average.mean.var(0) - average.noise.mean(0) for name, average in means.items()}
         found["active_units"] = {name: int((variance > 0.01).sum()) for name, variance in variances.items()}
         for module in roots(self.runner.model, self.runner.guide):

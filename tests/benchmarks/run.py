@@ -31,6 +31,7 @@ from tests.benchmarks.tables import Table
 
 SECTIONS = (
     "epochs",
+    "ahead",
     "steps",
     "likelihoods",
     "bound",
