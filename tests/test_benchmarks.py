@@ -111,6 +111,9 @@ open(where, "w").write(json.dumps({"environment": {"device": "none"}, "sections"
 """
 
 
+OTHERS = ("replicas, 20x1", "epochs, 20x1")
+
+
 def asked(monkeypatch, folder, seconds, minutes=0.2):
     """The command for a card, whose parts wait for so many seconds each."""
     command = [sys.executable, "-c", FIRST]
@@ -119,33 +122,43 @@ def asked(monkeypatch, folder, seconds, minutes=0.2):
         return [*command, str(seconds.get(part, 0)), "--json", str(card.path(part, ".json"))]
 
     monkeypatch.setattr(gpu.Card, "command", instead)
-    words = f"gpu.py --minutes {minutes} --folder {folder} --device cpu --only memory replicas epochs"
+    words = f"gpu.py --minutes {minutes} --folder {folder} --device cpu --quick --only memory replicas epochs"
     monkeypatch.setattr(sys, "argv", words.split(" "))
     gpu.main()
     return json.loads((folder / "found.json").read_text())
 
 
 def test_a_card_that_is_cut_off_keeps_what_it_answered_and_goes_on(monkeypatch, tmp_path):
-    found = asked(monkeypatch, tmp_path, {"replicas": 60}, minutes=0.05)
-    assert found["ended"] == {"memory": "done", "replicas": "out of minutes", "epochs": "out of minutes"}
-    assert list(found["parts"]) == ["memory"]
-    before = (tmp_path / "memory.json").stat().st_mtime_ns
+    found = asked(monkeypatch, tmp_path, {"replicas, 20x1": 60}, minutes=0.05)
+    assert found["ended"] == {"memory, 100x50": "done", **dict.fromkeys(OTHERS, "out of minutes")}
+    assert list(found["parts"]) == ["memory, 100x50"]
+    before = (tmp_path / "memory-100x50.json").stat().st_mtime_ns
     found = asked(monkeypatch, tmp_path, {})
-    assert found["ended"] == {"replicas": "done", "epochs": "done"}
-    assert set(found["parts"]) == {"memory", "replicas", "epochs"}
-    assert (tmp_path / "memory.json").stat().st_mtime_ns == before
+    assert found["ended"] == dict.fromkeys(OTHERS, "done")
+    assert set(found["parts"]) == {"memory, 100x50", *OTHERS}
+    assert (tmp_path / "memory-100x50.json").stat().st_mtime_ns == before
     text = (tmp_path / "found.md").read_text()
     assert text.count("### T") == 3
     assert "Tests on the card: not run." in text
 
 
+def test_an_answer_that_was_cut_off_is_none(tmp_path):
+    card = gpu.Card(tmp_path, "cpu", True, 0.0)
+    card.path("likelihoods", ".json").write_text('{"sections": {"likeli')
+    assert not card.answered("likelihoods")
+    card.write({})
+    assert json.loads((tmp_path / "found.json").read_text())["parts"] == {}
+
+
 def test_a_part_that_fails_says_why_and_is_asked_again(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.Card, "command", lambda *_: [sys.executable, "-c", "raise OSError('no card')"])
-    monkeypatch.setattr(sys, "argv", f"gpu.py --folder {tmp_path} --only memory".split(" "))
+    monkeypatch.setattr(sys, "argv", f"gpu.py --folder {tmp_path} --quick --only memory".split(" "))
     gpu.main()
-    assert json.loads((tmp_path / "found.json").read_text())["ended"] == {"memory": "failed (1): OSError: no card"}
-    assert "- memory: failed (1): OSError: no card" in (tmp_path / "found.md").read_text()
-    assert not gpu.Card(tmp_path, "cuda", False, 0.0).answered("memory")
+    assert json.loads((tmp_path / "found.json").read_text())["ended"] == {
+        "memory, 100x50": "failed (1): OSError: no card"
+    }
+    assert "- memory, 100x50: failed (1): OSError: no card" in (tmp_path / "found.md").read_text()
+    assert not gpu.Card(tmp_path, "cuda", False, 0.0).answered("memory, 100x50")
 
 
 def test_the_outcomes_of_tests_are_known_when_they_are_cut_off(tmp_path):

@@ -5,7 +5,7 @@ memory.
 
 Every answer stands in ``found.json`` and ``found.md`` of the folder as soon as it is there, what was said on the way in
 a log beside them. Cut off, or out of minutes, the same command goes on with what is missing. ``--device cpu --quick``
-shows without a card that the command works.
+shows without a card that the command works, by one small part of each kind.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,23 +34,28 @@ from tests.benchmarks.tables import Table
 KNOWN = "PYROVAE_OUTCOMES"  # the variable with the file of the tests' outcomes, a line each
 RUN, RESUME = [sys.executable, "tests/benchmarks/run.py"], [sys.executable, "-m", "tests.benchmarks.resume"]
 CELLS = ("mlp 20x1", "mlp 100x1", "mlp 100x50", "mlp 1000x50", "conv 100x1", "conv 100x50")
-EPOCHS = ("--cells", "20x1", "100x1", "100x5", "100x50", "--rounds", "3", "--epoch-steps", "600")
+EPOCHS, STEPS = ("--rounds", "3", "--epoch-steps", "600"), ("--compile-mode", "reduce-overhead")
+PEAKS = ("--contenders", "pyrovae compiled", "hand-written, torch.compile")
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "epochs": ("epochs", *EPOCHS),
-    "likelihoods": ("likelihoods", "--networks", "mlp", "--images", "500"),
-    "replicas": ("replicas",),
-    "memory": ("memory",),
+    **{f"epochs, {cell}": ("epochs", "--cells", cell, *EPOCHS) for cell in ("100x1", "20x1", "100x5", "100x50")},
     **{
-        f"steps, {cell}": ("steps", "--networks", network, "--cells", size, "--compile-mode", "reduce-overhead")
+        f"steps, {cell}": ("steps", "--networks", network, "--cells", size, *STEPS)
         for cell in CELLS
         for network, size in [cell.split()]
     },
+    "likelihoods": ("likelihoods", "--networks", "mlp", "--images", "500"),
+    **{f"replicas, {cell}": ("replicas", "--cells", cell) for cell in ("20x1", "100x5")},
+    **{f"memory, {cell}": ("memory", "--cells", cell, *PEAKS) for cell in ("100x50", "1000x50")},
 }
 QUICK = (
     *("--seconds", "0.05", "--warmup", "2", "--samples", "3", "--images", "2"),
-    *("--rounds", "1", "--epoch-steps", "3", "--contenders", "pyrovae"),
+    *("--rounds", "1", "--epoch-steps", "3", "--cells", "4x2"),
 )
+FEW = {"epochs": ("--contenders", "pyrovae"), "memory": ("--contenders", "hand-written")}
+TRIED = ("tests", "resume", "epochs, 20x1", "steps, mlp 20x1", "steps, conv 100x1", "likelihoods", "replicas, 20x1",
+         "memory, 100x50")  # fmt: skip
 PARTS = ("tests", "resume", *SECTIONS)
+KINDS = list(dict.fromkeys(part.partition(",")[0] for part in PARTS))
 
 
 class Outcomes:
@@ -103,8 +109,9 @@ class Card:
             child = subprocess.Popen(
                 self.command(part), cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
             )
+            left = self.ends - time.monotonic()  # a test that hangs leaves the other parts half of it
             try:
-                status = child.wait(max(1.0, self.ends - time.monotonic()))
+                status = child.wait(max(1.0, left / 2 if part == "tests" else left))
             except subprocess.TimeoutExpired:
                 return "out of minutes"
             finally:
@@ -124,7 +131,7 @@ class Card:
             return [sys.executable, "-m", "pytest", file, "--tb=short", *marks, *several, *plugin]
         if part == "resume":
             return [*RESUME, self.device, *found, *(["--quick"] if self.quick else [])]
-        quick = [*QUICK, "--cells", "4x2"] if self.quick else []
+        quick = [*QUICK, *FEW.get(part.partition(",")[0], ())] if self.quick else []
         return [*RUN, "--only", *SECTIONS[part], "--device", self.device, *found, *quick]
 
     def path(self, part: str, suffix: str) -> Path:
@@ -135,13 +142,17 @@ class Card:
         """Whether all of a part is known."""
         if part == "tests":
             return self.path(part, ".ended").exists()
-        file = self.path(part, ".json")
-        return file.exists() and bool(json.loads(file.read_text())["sections"])
+        return bool(self.answer(part).get("sections"))
+
+    def answer(self, part: str) -> dict[str, Any]:
+        """What a part has written; nothing where that was cut off."""
+        with suppress(FileNotFoundError, json.JSONDecodeError):
+            return json.loads(self.path(part, ".json").read_text())
+        return {}
 
     def found(self) -> dict[str, Any]:
         """All answers, the tests' outcomes among them."""
-        files = {part: self.path(part, ".json") for part in PARTS if part != "tests"}
-        known = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
+        known = {part: found for part in PARTS if part != "tests" and (found := self.answer(part))}
         return {"tests": list(outcomes(self.path("tests", ".jsonl")).values()), "parts": known}
 
     def write(self, ended: dict[str, str]) -> None:
@@ -180,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it")
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="of the answers")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts, in this order", metavar="PART")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="kinds of parts, in this order")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to try the command")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     asked = parser.parse_args()
@@ -188,7 +199,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     card = Card(folder, asked.device, asked.quick, time.monotonic() + 60 * asked.minutes)
     ended: dict[str, str] = {}
-    for part in asked.only:
+    parts = TRIED if asked.quick else PARTS
+    for part in (part for kind in asked.only for part in parts if part.partition(",")[0] == kind):
         if card.answered(part):
             continue
         began = time.monotonic()

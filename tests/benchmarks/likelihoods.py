@@ -64,7 +64,7 @@ def make(samples: int, images: int) -> dict[str, tuple[Evaluate, int]]:
 def run(options: Options) -> list[Table]:
     """Two tables: ours beside NumPyro's rate; all rates in one process, and log p(x) of the first images from each."""
     _, test, data = images.load(options.data_dir)
-    x = test.subset(slice(max(options.images, FEW))).unlabelled().x.to(options.device)
+    x = test.subset(slice(max(options.images, FEW))).unlabelled().fixed().x.to(options.device)
     rows: list[Row] = []
     absent: dict[str, str] = {}
     for network in options.networks:

@@ -110,13 +110,13 @@ def training(options: Options) -> Table:
     from tests.benchmarks.contenders import COMPILED, HAND, HAND_COMPILED, OURS, PYTHAE, SVI_FAST
 
     rows: list[Row] = []
-    names = (OURS, COMPILED, SVI_FAST, HAND, HAND_COMPILED, PYTHAE)
+    names = options.contenders or (OURS, COMPILED, SVI_FAST, HAND, HAND_COMPILED, PYTHAE)
     start = run_child("memory", "step", options.device, HAND, 0, 1)
-    for batch, k in CELLS:
+    for batch, k in options.cells or CELLS:
         print(f"memory: steps, batch {batch}, k {k}", file=sys.stderr)
         found = {name: run_child("memory", "step", options.device, name, batch, k) for name in names}
         peaks = {name: _above(result, start)["peak above start, MiB"] for name, result in found.items()}
-        rows.append({"batch": batch, "k": k, "predicted": found[OURS].get("predicted"), **peaks, "details": found})
+        rows.append({"batch": batch, "k": k, "predicted": found[names[0]].get("predicted"), **peaks, "details": found})
     notes = ["MiB above a process that builds the model. Compiled: with the compiler itself, which batch 1, k 1 shows."]
     return Table("Memory of training steps (the MLP)", ["batch", "k", "predicted", *names], rows, notes)
 

@@ -21,7 +21,7 @@ class Options:
     device: str = "cpu"
     data_dir: Path | None = None
     compile_mode: str | None = None
-    contenders: tuple[str, ...] = ()  # all of the section
+    contenders: tuple[str, ...] = ()  # all of the section, if it takes some
     cores: tuple[int, ...] = (1, 2)
     rounds: int = 6
     steps: int = 0  # of an epoch; the section's own

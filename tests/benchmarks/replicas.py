@@ -20,8 +20,9 @@ def run(options: Options) -> list[Table]:
     """One table: milliseconds per step of R replicas of the MLP, and how many times one they are."""
     train, _, data = images.load(options.data_dir)
     rows: list[Row] = []
-    for batch, k in CELLS:
-        some = train.subset(slice(batch * BATCHES))
+    batches = options.steps or BATCHES
+    for batch, k in options.cells or CELLS:
+        some = train.subset(slice(batch * batches))
         for number in NUMBERS:
             print(f"replicas: batch {batch}, k {k}, {number} at once", file=sys.stderr)
             pairs = [Setting(batch=batch, k=k).vae() for _ in range(number)]
@@ -31,5 +32,5 @@ def run(options: Options) -> list[Table]:
             ms = 1e3 * min(row["seconds"] / row["steps"] for row in results[0].history)
             rows.append({"batch": batch, "k": k, "replicas": number, "ms": ms})
             rows[-1]["times one"] = ms / rows[-number.bit_length()]["ms"]
-    notes = [f"Data: {data}. The quickest of {EPOCHS} epochs of {BATCHES} steps, gather and binarisation included."]
+    notes = [f"Data: {data}. The quickest of {EPOCHS} epochs of {batches} steps, gather and binarisation included."]
     return [Table("Replicas", ["batch", "k", "replicas", "ms", "times one"], rows, notes)]

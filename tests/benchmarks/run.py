@@ -90,7 +90,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=default.warmup, help="training steps before all timing")
     parser.add_argument("--networks", default=",".join(default.networks), help="mlp, conv or both")
     parser.add_argument("--cells", type=_cell, nargs="+", default=(), help="batch x k, such as 20x5 100x50")
-    parser.add_argument("--contenders", nargs="+", default=(), help="of epochs; all by default")
+    parser.add_argument("--contenders", nargs="+", default=(), help="of epochs and memory; all by default")
     parser.add_argument("--on", type=int, nargs="+", default=default.cores, help="numbers of cores, for epochs")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="epochs of each that are timed")
     parser.add_argument("--epoch-steps", type=int, default=default.steps, help="steps of an epoch; 2 to 5 seconds")

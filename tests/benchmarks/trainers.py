@@ -58,9 +58,10 @@ def loop(name: str) -> Train:
         graphs = {"mode": "reduce-overhead"} if name == HAND_COMPILED and images.x.is_cuda else {}
         step = CONTENDERS[name](vae, k, images.batch(torch.arange(batch, device=images.x.device)), **graphs)
         data = batch if name == SVI else 1  # whose loss is of the batch
+        kept = torch.clone if graphs else torch.as_tensor  # a graph's next run writes over its loss
         while True:
             order = torch.randperm(len(images), device=images.x.device)
-            losses = [torch.as_tensor(step(images.batch(index))) for index in order.split(batch)]  # type: ignore[arg-type]
+            losses = [kept(step(images.batch(index))) for index in order.split(batch)]  # type: ignore[arg-type]
             tell(float(torch.stack(losses).mean()) / data)
 
     return train

@@ -58,13 +58,13 @@ def in_turns(
             for name in _rotated(tuple(runs), turn):
                 try:
                     runs[name].turn()
-                except RuntimeError as error:
+                except (RuntimeError, BrokenPipeError) as error:
                     leave_out(name, error, absent)
                     del runs[name]
     return runs
 
 
-def leave_out(name: str, error: RuntimeError, absent: dict[str, str]) -> None:
+def leave_out(name: str, error: Exception, absent: dict[str, str]) -> None:
     """Say once why a contender is absent; where a package is, say what brings it."""
     reason = EXTRA if name in NEEDS and "ModuleNotFoundError" in str(error) else str(error)
     if absent.get(name) != reason:
