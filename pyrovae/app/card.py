@@ -73,7 +73,7 @@ def measured(results: Results) -> dict[str, str]:
         by = about.get(kind, f"{results.get('num_samples', 0):,} importance samples, standard error {error:.2g}")
         rows["test NLL, nats per datum"] = f"{results['nll']:.2f} ({by}; {results.get('num_images', 0):,} data)"
     if "bits_per_dim" in results:
-        rows["bits/dim"] = f"{results['bits_per_dim']:.4f}"
+        rows["bits/dim"] = f"{results['bits_per_dim']:z.4f}"
     if results.get("reconstruction_error") is not None:
         rows["squared error of reconstructions"] = f"{results['reconstruction_error']:.3g} per datum"
     if results.get("accuracy") is not None:

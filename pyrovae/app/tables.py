@@ -63,7 +63,7 @@ def likelihood_rows(results: Results) -> list[Row]:
         return [("test NLL", "none: not a generative model, it has no log p(x)")]
     error, number = results["nll_data_std_error"], f"{results['num_images']:,} {counted(results)}"
     over = f"± {'n/a' if error is None or math.isnan(error) else f'{error:.2g}'} over {counted(results)}"
-    bits = f"{results['bits_per_dim']:.4f} bits/dim; " if "bits_per_dim" in results else ""
+    bits = f"{results['bits_per_dim']:z.4f} bits/dim; " if "bits_per_dim" in results else ""
     rows = [("test NLL", f"{nll(results)} nats per {datum(results)}"), ("", f"{bits}{over}")]
     if kind in KINDS:
         return [*rows, ("measured", f"{KINDS[kind]}, {number}")]
@@ -104,9 +104,9 @@ def nll(results: Results) -> str:
     if results["likelihood_is"] is None:
         return "none"
     if results["likelihood_is"] == "bound":
-        return f"≤ {results['nll']:.2f}"
+        return f"≤ {results['nll']:z.2f}"
     error = f" ± {results['nll_std_error']:.2g}" if results["nll_std_error"] else ""
-    return f"{results['nll']:.2f}{error}"
+    return f"{results['nll']:z.2f}{error}"
 
 
 def perplexity(results: Results) -> str:

@@ -117,7 +117,8 @@ def test_a_page_does_not_tell_where_ones_data_lie(copied):
 )
 def test_every_kind_of_model_has_a_page(written, kind, shown, absent):
     page = Page(written(kind)[0])
-    assert all(words in page.said for words in shown)
+    assert all(words in page.said for words in [*shown, "pyrovae train "])
+    assert "<span" not in page.said, "markup of ours is none to read"
     assert not any(words in page.said for words in absent)
 
 
@@ -159,7 +160,7 @@ def test_a_run_that_has_not_begun_shows_its_config(copied):
         os.rename(run / name, run.parent / name)
     page, printed = report(run)
     assert "no checkpoint yet" in page.said
-    assert "note: The model" in printed
+    assert "note: The test data and the model: " in printed
     assert "IWAE" not in page.said
     assert "ELBO(num_particles=1)" in page.said
 

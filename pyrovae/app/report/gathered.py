@@ -68,6 +68,7 @@ class Gathered:
     results: Results | None = None
     epoch: int | None = None  # of the last checkpoint
     finished: bool = False
+    trained: bool = True  # by itself, and not put together from other runs
     pair: Pair | None = None
     seed: int = 0
     shape: tuple[int, ...] = ()  # of a datum
@@ -93,11 +94,14 @@ class Gathered:
         with self.notes.missing("the config"):
             self.run.config()
         with self.notes.missing("the state of training"):
-            if (state := self.run.state()) is not None:
+            last = self.run.checkpoint()
+            kept = None if last is None else self.run.manifest(last)
+            self.trained = kept is None or runs.STATE in kept["files"]
+            if self.trained and (state := self.run.state()) is not None:
                 self.epoch, self.finished = state["epoch"], state["finished"]
         with self.notes.missing("the curves"):
             self.history = self.run.history()
-            if self.epoch != 0 and (last := self.run.checkpoint()) is not None:
+            if self.trained and self.epoch != 0 and (last := self.run.checkpoint()) is not None:
                 self.run.check_file(last, runs.METRICS)
         self.read_results(checkpoint)
         with self.notes.missing("the model") if given.pair is None else nullcontext():

@@ -34,7 +34,7 @@ def write(template: str, path: Path, **given: Any) -> None:
 
 def options(text: str) -> Markup:
     """Text of which no option breaks: after the first of its dashes it would read as another word."""
-    return Markup(re.sub(r"(?<!\S)(\(?)(--[\w-]+)", r'\1<span class="option">\2</span>', escape(text)))
+    return Markup(re.sub(r"(?<!\S)(\(?)(--[\w-]+)", r'\1<span class="option">\2</span>', str(escape(text))))
 
 
 def inline(name: str) -> Markup:

@@ -92,6 +92,8 @@ def lead(found: Gathered) -> str:
 def status(found: Gathered) -> str:
     """How far training came."""
     planned = found.config.get("training", {}).get("epochs") or found.config.get("settings", {}).get("epochs")
+    if not found.trained:
+        return ""
     if found.epoch is None:
         return "no checkpoint yet"
     if found.finished:
@@ -106,7 +108,7 @@ def cards(found: Gathered) -> list[tuple[str, str, str]]:
         value, _, error = nll_of(results).partition(" ± ")
         shown.append(("test NLL", value, f"± {error} nats" if error else "nats"))
         if "bits_per_dim" in results:
-            shown.append(("bits per dimension", f"{results['bits_per_dim']:.3f}", ""))
+            shown.append(("bits per dimension", f"{results['bits_per_dim']:z.3f}", ""))
     if results is not None:
         if results.get("accuracy") is not None:
             shown.append(("accuracy", f"{results['accuracy']:.1%}", ""))

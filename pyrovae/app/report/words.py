@@ -41,7 +41,7 @@ def likelihood(results: Results, noun: str) -> Verdict:
     kind = results["likelihood_is"]
     if kind is None:
         return Verdict(True, "This model has no log p(x)", ["It is not a generative model: it has no likelihood."])
-    bits = f", or {results['bits_per_dim']:.4f} bits per dimension" if "bits_per_dim" in results else ""
+    bits = f", or {results['bits_per_dim']:z.4f} bits per dimension" if "bits_per_dim" in results else ""
     said = [
         f"The negative log-likelihood (NLL) of the test {noun} is {nll_of(results)} nats on average{bits}; lower is "
         "better."
