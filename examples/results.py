@@ -300,7 +300,7 @@ def section(shared, by_cell, found):
         table(*rows),
         items(said),
         *([curves, CURVES.format(besides=besides, **ours[0]["curve"])] if letter in tables.CURVED else []),
-        "<details><summary>How it came about, and the commands: of the table, of each cell</summary>",
+        "<details><summary>How the table came about, with the command of each cell</summary>",
         items(conditions(shared, ours)),
         "\n".join(["```text", *map(wrapped, commands), "```"]),
         "</details>",

@@ -123,7 +123,7 @@ class Gathered:
         with self.notes.missing("what was measured"):
             found = kept_results(self.run)
             if found is None:
-                if self.given.data is None:
+                if self.given.data is None and self.run.checkpoint() is not None:
                     self.notes.add(f"the run was never evaluated: {self.fuller} does it")
             elif found.get("checkpoint", "last") != checkpoint or not belongs(found, self.run):
                 self.notes.add(

@@ -118,8 +118,8 @@ def cards(found: Gathered) -> list[tuple[str, str, str]]:
             active, of = ("+".join(str(units[key]) for units in sites[:MOST]) for key in ("active", "of"))
             more = "" if len(sites) <= MOST else f", by the first {MOST} of {len(sites)} layers"
             shown.append(("active units", active, f"of {of}{more}"))
-    if found.pair is not None:
-        shown.append(("parameters", f"{sum(p.numel() for p in found.pair.parameters()):,}", ""))
+    if found.pair is not None and (count := sum(p.numel() for p in found.pair.parameters())):
+        shown.append(("parameters", f"{count:,}", ""))
     if found.history and all("seconds" in row for row in found.history):
         spent = words.seconds(sum(float(row["seconds"]) for row in found.history))
         shown.append(("training", spent, f"{len(found.history):,} epoch{'s' * (len(found.history) > 1)}"))
