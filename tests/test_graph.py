@@ -5,6 +5,7 @@ import os
 import random
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyro
@@ -732,9 +733,11 @@ RECURRENT["relu"] = nn.RNN(3, 2, nonlinearity="relu").double()
 
 @pytest.mark.parametrize("name", [*RECURRENT, "linear"])
 def test_recurrent_layers_are_composed_where_a_function_is_captured(name, monkeypatch):
-    """Without cuDNN, that is, whose operations count as random; nothing else is without it."""
+    """Without cuDNN, that is, whose operations count as random; nothing else is without it. Its flags may be frozen."""
     monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
-    with Composed(), Seeing() as seeing:
+    flags, allowed = torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag"
+    with mock.patch.dict(flags, {allowed: False}), Composed(), Seeing() as seeing:
+        assert torch.backends.flags_frozen()
         (RECURRENT | {"linear": nn.Linear(3, 2).double()})[name](X)
     assert (False in seeing.seen) == (name in RECURRENT)
     assert torch.backends.cudnn.enabled

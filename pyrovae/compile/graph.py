@@ -292,13 +292,12 @@ class Composed(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., object], types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
-        cudnn: Any = torch.backends.cudnn
-        enabled = cudnn.enabled
-        cudnn.enabled = enabled and func not in self.RECURRENT
+        enabled = torch._C._get_cudnn_enabled()  # torch.backends.cudnn may be frozen, as torch's own tests have it
+        torch._C._set_cudnn_enabled(enabled and func not in self.RECURRENT)
         try:
             return func(*args, **(kwargs or {}))
         finally:
-            cudnn.enabled = enabled
+            torch._C._set_cudnn_enabled(enabled)
 
 
 class Traceable(Composed):
