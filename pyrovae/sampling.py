@@ -111,6 +111,7 @@ def sample(
     parts: dict[str, list[Tensor]] = defaultdict(list)
     with torch.no_grad(), evaluating(program), nullcontext() if seed is None else isolated_rng(seed):
         while not parts or sum(map(len, next(iter(parts.values())))) < n:
+            x.zero_()
             sites, found = generate(program, (x, *args), kwargs, redraw)
             if not found:
                 return redraw.rows(returns)
@@ -139,7 +140,13 @@ def blank(program: Program, n: int, like: object, args: Batch, kwargs: Mapping[s
     else:
         source = as_dataset(like)
         item = next(iter(source)) if isinstance(source, DataLoader) else source[0]
-        x = torch.as_tensor(item[0] if isinstance(item, tuple | list) else item)
+        first = item[0] if isinstance(item, tuple | list) else item
+        if isinstance(first, Mapping):
+            raise ValueError(
+                "what is drawn must be the model's first argument, a tensor, got a dict: pass a function of it, "
+                f"lambda x: model({{{next(iter(first), 'x')!r}: x}}), and such data as like="
+            )
+        x = torch.as_tensor(first)
         example = x[0] if isinstance(source, DataLoader) else x
     x = example.new_zeros((n, *example.shape))
     return x.to(home_of(program, args=(x, *args), kwargs=kwargs) or x.device)

@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_map
 
 from pyrovae.compile.noise import REWRITES, aten, dropout, is_random, rewritten
-from pyrovae.engine.programs import Batch, rows
+from pyrovae.engine.programs import Batch, cut, rows
 from pyrovae.engine.randomness import isolated_rng
 
 FEW = 5  # rows on which draws are looked at, of a batch that has so many
@@ -199,12 +198,6 @@ class Seen(rewritten):
         if is_random(func):
             self.draws.append((func, drawn_shape(func, args, kwargs or {})))
         return func(*args, **(kwargs or {}))
-
-
-def cut(batch: Batch, own: slice | list[int]) -> Batch:
-    """Some rows of a batch; what has no rows, or others, is for all."""
-    number = rows(batch, {})
-    return tree_map(lambda a: a[own] if isinstance(a, Tensor) and a.dim() and len(a) == number else a, batch)
 
 
 def learn(run: Callable[[Batch], object], batch: Batch) -> tuple[list[Draw], bool]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, StackDataset, Subset, TensorDataset
 
 from pyrovae.arguments import positive_int
 from pyrovae.data.arrays import NUMBER_THEM, as_tensor, is_integer
@@ -21,7 +21,7 @@ from pyrovae.data.loaders import from_workers, in_order, length, loader_of, refu
 from pyrovae.data.streams import Order, Stream, stream_of
 from pyrovae.engine.convert import Taken, exactly, listed
 from pyrovae.engine.observed import Observed
-from pyrovae.engine.programs import Batch, leaves, rows
+from pyrovae.engine.programs import Batch, cut, leaves, rows
 from pyrovae.engine.support import rows_at_a_time
 from pyrovae.errors import DataError
 
@@ -33,8 +33,8 @@ def as_dataset(data: object, *, name: str = "data", raw: bool = False) -> Source
 
     A tensor ``[N, ...]``, a tuple ``(x, y)`` of tensors, and a TensorDataset of one or two become :class:`Images` with
     ``y`` as labels (a TensorDataset, where ``y`` is not a vector of integers or there are more than two). Integers
-    and booleans become the default float type, unscaled; so do the values of NumPy arrays and of lists of numbers. The
-    rest is returned as it is.
+    and booleans become the default float type, unscaled; so do the values of NumPy arrays and of lists of numbers. A
+    dict of tensors becomes a StackDataset, whose batches are dicts. The rest is returned as it is.
 
     :param raw: keep integers as they are, and NaN, as :class:`Images` does with ``raw=True``.
     :raises DataError: as :class:`Images`; arrays of objects; lengths that differ.
@@ -49,6 +49,11 @@ def as_dataset(data: object, *, name: str = "data", raw: bool = False) -> Source
         data = data.tensors
     if isinstance(data, (Dataset, DataLoader)):
         return data
+    if isinstance(data, Mapping):
+        named: Any = exactly(data)
+        if named and all(isinstance(column, Tensor) and column.dim() for column in named.values()):
+            refuse_lengths(named.values(), name)
+            return StackDataset(**named)
     columns = [listed(column) for column in (data if isinstance(data, tuple) else (data,))]
     arrays = [column for column in columns if isinstance(column, (Tensor, np.ndarray))]
     if not arrays or len(arrays) < len(columns):
@@ -58,12 +63,17 @@ def as_dataset(data: object, *, name: str = "data", raw: bool = False) -> Source
             f"received {kinds}: {conversion(data)}"
         )
     x, *rest = (as_tensor(array, name) for array in arrays)
-    if any(c.shape[:1] != x.shape[:1] for c in rest):
-        lengths = ", ".join(str(list(c.shape)) for c in (x, *rest))
-        raise DataError(f"the tensors of {name!r} must have one length, received shapes {lengths}: make them equal")
+    refuse_lengths((x, *rest), name)
     labels = rest[0] if len(rest) == 1 and rest[0].dim() == 1 and is_integer(rest[0]) else None
     images = Images(x, labels, name=name, raw=raw)
     return TensorDataset(images.x, *rest) if rest and labels is None else images
+
+
+def refuse_lengths(columns: Iterable[Tensor], name: str) -> None:
+    """Refuse tensors of which some have other lengths than others."""
+    if len({c.shape[:1] for c in columns}) > 1:
+        lengths = ", ".join(str(list(c.shape)) for c in columns)
+        raise DataError(f"the tensors of {name!r} must have one length, received shapes {lengths}: make them equal")
 
 
 def conversion(data: object) -> str:
@@ -71,7 +81,7 @@ def conversion(data: object) -> str:
     if isinstance(data, str):
         return f"read it, pyrovae.data.load({data!r}).train"
     if isinstance(data, Mapping):
-        return "pass a tuple of its tensors in the order in which model and guide take them, tuple(data.values())"
+        return "let its columns be tensors or arrays of numbers of one length, for batches that are dicts of them"
     if isinstance(data, Iterator):
         return "it ends after one epoch; collect it, torch.cat(list(data)), or write an IterableDataset"
     if isinstance(data, tuple) and any(
@@ -87,7 +97,8 @@ def batches(
     """What an evaluation passes to the programs, batch by batch, in order.
 
     One Dataset or DataLoader is batched (by 100, unless ``batch_size`` says otherwise) and moved to ``device``; a
-    dynamic set is drawn once, by ``seed``. Tensors go whole, or are cut along their first axis into ``batch_size``.
+    dynamic set is drawn once, by ``seed``. Tensors go whole, or are cut along their first axis into ``batch_size``,
+    those within dicts, lists and tuples too.
 
     >>> [x.shape[0] for (x,) in batches((torch.zeros(5, 2),), batch_size=2)]
     [2, 2, 1]
@@ -100,24 +111,21 @@ def batches(
             fixed = source.fixed(seed)
             given = map(fixed.batch, torch.arange(len(fixed), device=fixed.x.device).split(size))
         yield from (as_batch(batch, device) for batch in given)
-    elif batch_size is None or not any(isinstance(a, Tensor) and a.dim() for a in args):
+    elif batch_size is None:
         yield tuple(args)
     else:
-        size = next((len(a) for a in args if isinstance(a, Tensor) and a.dim()), 0)
-        for i in range(0, size, batch_size):
-            cut = slice(i, i + batch_size)
-            yield tuple(a[cut] if isinstance(a, Tensor) and a.dim() and len(a) == size else a for a in args)
+        whole = as_batch(tuple(args))
+        for i in range(0, rows(whole), batch_size):
+            yield cut(whole, slice(i, i + batch_size))
 
 
 def as_batch(batch: object, device: torch.device | None = None, *, non_blocking: bool = False) -> Batch:
-    """What a data set gives, as arguments of the programs, its tensors on the device if one is named."""
-    if isinstance(batch, Mapping):
-        names = ", ".join(f'row["{name}"]' for name in batch)
-        raise TypeError(
-            "batches must be tensors or tuples of them, in the order in which model and guide take them, received a "
-            f"{type(batch).__name__}: let the data set, or a collate_fn, give ({names},)"
-        )
-    arguments = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    """What a data set gives, as arguments of the programs, its tensors on the device if one is named.
+
+    A mapping is one argument, and a dict whatever it was.
+    """
+    given = batch if isinstance(batch, tuple | list) else (batch,)
+    arguments = tuple(dict(a) if isinstance(a, Mapping) else a for a in given)
     if device is None:
         return arguments
     move = partial(Tensor.to, device=device, non_blocking=non_blocking)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from pyrovae.engine.programs import Batch, rows
 from pyrovae.engine.sites import Site, Sites, counts, log_prob
@@ -72,13 +73,13 @@ def worth(site: Site, dead: bool, *, in_guide: bool) -> tuple[str, float, Tensor
 
 def data_at_fault(batch: Batch, size: int, which: Tensor | None, numbers: Tensor | None) -> Cause | None:
     """The argument that is not finite in some of the rows ``which``, if there is one."""
-    for position, argument in enumerate(batch):
+    for path, argument in tree_leaves_with_path(batch):
         if isinstance(argument, Tensor) and argument.is_floating_point() and argument.shape[:1] == (size,):
             bad = ~argument.isfinite()
             own = bad.reshape(size, -1).any(-1)
             if (own if which is None else own & which).any():
-                first = argument[bad][0].item()
-                return Cause(f"the data (argument {position}) are {first} {in_words(own, numbers)}", "data")
+                name, first = keystr(path).replace("[", "", 1).replace("]", "", 1), argument[bad][0].item()
+                return Cause(f"the data (argument {name}) are {first} {in_words(own, numbers)}", "data")
     return None
 
 

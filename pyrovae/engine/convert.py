@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyrovae.engine.programs import Batch, Program, held_by, leaves
 from pyrovae.errors import is_out_of_memory
@@ -36,11 +35,9 @@ class Taken:
     integers: torch.dtype | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        within = partial(self.matched, first=False)
-        return tuple(
-            self.matched(a, first=i == 0) if isinstance(a, Tensor) else tree_map_only(Tensor, within, a)
-            for i, a in enumerate(batch)
-        )
+        given, structure = (batch, None) if all(type(a) is Tensor for a in batch) else tree_flatten(batch)
+        taken = [self.matched(a, first=i == 0) if isinstance(a, Tensor) else a for i, a in enumerate(given)]
+        return tuple(taken) if structure is None else tree_unflatten(taken, structure)
 
     def matched(self, a: Tensor, *, first: bool = True) -> Tensor:
         """One argument, as it is taken."""
@@ -95,9 +92,11 @@ def listed(data: object) -> object:
 
 
 def exactly(data: object) -> object:
-    """Arrays and lists of numbers as tensors that hold the same numbers; anything else as it is."""
+    """Arrays and lists of numbers as tensors that hold the same numbers, columns of those too; the rest as it is."""
     if type(data) is tuple:
         return tuple(map(exactly, data))
+    if isinstance(data, Mapping):
+        return {name: exactly(a) if isinstance(a, np.ndarray | Tensor) else a for name, a in data.items()}
     array = listed(data)
     if isinstance(array, Tensor) and array.is_inference():  # through which no derivative may go
         return array.clone()

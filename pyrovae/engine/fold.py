@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
-from pyrovae.engine.programs import Batch
+from pyrovae.engine.programs import Batch, leaves
 from pyrovae.engine.sites import counted, frames, oversampling, quoted
 
 Fold = bool | Sequence[int | str]  # whether, or which arguments have a row for each datum, by position or name
@@ -19,9 +19,12 @@ def fold_arguments(
 ) -> tuple[Batch, dict[str, object]]:
     """Repeat the data along their first axis, particles major: the arguments said, or the first and its labels ``[B]``.
 
+    What a dict holds goes by its name there.
+
     :raises ValueError: where other arguments have as many rows, and nothing is said of them.
     """
-    known: dict[int | str, object] = {**dict(enumerate(args)), **dict(kwargs)}  # type: ignore[dict-item]
+    named: dict[int | str, object] = {**dict(enumerate(args)), **dict(kwargs)}  # type: ignore[dict-item]
+    known = {**named, **{key: a for held in named.values() if isinstance(held, dict) for key, a in held.items()}}
     tensors = {key: a for key, a in known.items() if isinstance(a, Tensor) and a.dim()}
     along = list(tensors)[:1] if isinstance(fold, bool) else list(fold)
     if unknown := [key for key in along if key not in tensors]:
@@ -39,12 +42,14 @@ def fold_arguments(
             along.append(key)
     for key in along:
         known[key] = tensors[key].repeat(num_particles, *[1] * (tensors[key].dim() - 1))
-    return tuple(known[i] for i in range(len(args))), {key: known[key] for key in kwargs}
+    folded = {k: {n: known[n] for n in a} if isinstance(a, dict) else known[k] for k, a in named.items()}
+    return tuple(folded[i] for i in range(len(args))), {key: folded[key] for key in kwargs}
 
 
 def check_folded(particles: Particles, before: Batch, after: Batch) -> None:
     """What was repeated must be what the data plate is made of."""
-    rows = next((len(new) for old, new in zip(before, after, strict=True) if new is not old), 0)
+    pairs = zip(leaves(before), leaves(after), strict=True)
+    rows = next((len(new) for old, new in pairs if isinstance(new, Tensor) and new is not old), 0)
     if (sizes := particles.layout.sizes) not in ([rows], []):
         raise ValueError(
             f"what was folded has {rows} rows, but its data plate has size {sizes[0]}: name the arguments that have a "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyrovae.engine.auxiliary import Origins
 from pyrovae.engine.devices import beside
+from pyrovae.engine.places import Places, storage
 from pyrovae.engine.programs import Batch, Program, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import (
@@ -50,21 +51,20 @@ class Redraw(Messenger):
     ) -> None:
         super().__init__()
         self.x, self.site, self.temperature, self.others = x, site, temperature, others
-        self.whole = False  # whether several sites draw all of x, each a part of every datum
         self.names: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         self.names = {}
         return super().__enter__()
 
+    @property
+    def whole(self) -> bool:
+        """Whether several sites have drawn each row of x, or parts of it."""
+        return False
+
     def is_view(self, value: object) -> bool:
-        """Whether an observation is x, or shares its memory (which the tensors of torch.func do not show)."""
-        if value is self.x or not isinstance(value, Tensor):
-            return value is self.x
-        try:
-            return value.untyped_storage().data_ptr() == self.x.untyped_storage().data_ptr() != 0
-        except NotImplementedError:
-            return False
+        """Whether an observation is x, or shares its memory."""
+        return isinstance(value, Tensor) and storage(value) == storage(self.x)
 
     def _pyro_sample(self, msg: Site) -> None:  # type: ignore[override]
         named = msg["name"] == self.site or msg["name"] in self.others
@@ -78,45 +78,70 @@ class Redraw(Messenger):
 class Written(Redraw):
     """Writes what is drawn where the site would observe it in ``x``, so that all that reads x later reads the draws.
 
-    Means go to the same places of a tensor like x, and what a mask leaves out stays 0.
+    What a mask leaves out stays as it is.
+
+    :param also: other tensors that sites observe.
+    :ivar places: what each site observes of x or of these, by its name, with its distribution and its mask.
     """
 
+    def __init__(
+        self,
+        x: Tensor,
+        site: str | None = None,
+        temperature: float = 1.0,
+        others: Collection[str] = (),
+        also: Iterable[Tensor] = (),
+    ) -> None:
+        super().__init__(x, site, temperature, others)
+        self.within, self.places = Places((*also, x)), dict[str, tuple[Tensor, Any, Any]]()
+
     def __enter__(self) -> Self:
-        self.x.zero_()
-        self.means, self.meant = torch.zeros_like(self.x), True
-        self.places: dict[str, Tensor] = {}
+        self.places = {}
+        self.within.__enter__()
         return super().__enter__()
 
-    def _pyro_sample(self, msg: Site) -> None:  # type: ignore[override]
-        place = msg["value"] if msg["is_observed"] else None
-        super()._pyro_sample(msg)
-        if place is not None and not msg["is_observed"] and self.is_view(place):
-            self.places[msg["name"]] = place
+    def is_view(self, value: object) -> bool:
+        return self.within.root(value) is self.x
 
     def _pyro_post_sample(self, msg: Site) -> None:  # type: ignore[override]
-        if (place := self.places.get(msg["name"])) is None:
+        place = self.names.get(msg["name"])
+        if not isinstance(place, Tensor) or self.within.root(place) is None:
             return
-        if place.shape != msg["value"].shape or 0 in place.stride() or len(place) != len(self.x):
-            del self.places[msg["name"]]  # nothing of which x is made
-            return
-        mask, value, mean = msg["mask"], msg["value"], finite_mean(msg["fn"])
-        self.meant = self.meant and mean is not None
-        if mask is not None:
-            counted = torch.as_tensor(mask, device=place.device)[(..., *[None] * msg["fn"].event_dim)]
-            value, mean = (None if t is None else torch.where(counted, t, 0) for t in (value, mean))
-        place.copy_(value)
-        if mean is not None:
-            self.means.as_strided(place.shape, place.stride(), place.storage_offset()).copy_(mean)
+        if place.shape != msg["value"].shape or 0 in place.stride():
+            return  # nothing of which x is made
+        self.places[msg["name"]] = place, msg["fn"], msg["mask"]
+        self.within.write(place, self.unmasked(msg["name"], msg["value"]))
+
+    def unmasked(self, name: str, value: Tensor) -> Tensor:
+        """A value for a place; where a mask leaves it out, what stands there."""
+        place, fn, mask = self.places[name]
+        if mask is None:
+            return value
+        return torch.where(torch.as_tensor(mask, device=place.device)[(..., *[None] * fn.event_dim)], value, place)
 
     def __exit__(self, *error: Any) -> None:
-        self.whole = len(self.places) > 1
         super().__exit__(*error)
+        self.within.__exit__(*error)
+
+    @property
+    def whole(self) -> bool:
+        if len(self.places) < 2 or all(place.dim() and len(place) == len(self.x) for place, *_ in self.places.values()):
+            return len(self.places) > 1
+        drawn = self.x.clone()
+        self.x.zero_()
+        for place, *_ in self.places.values():
+            self.within.write(place, torch.ones_like(place))
+        found = self.x.reshape(len(self.x), -1).any(1).all()
+        self.x.copy_(drawn)
+        return bool(found)
 
     def rows(self, returns: str) -> Tensor:
         """All of x, its draws or means."""
-        if returns == "means" and not self.meant:
-            raise ValueError(f'{quoted(self.places)} have no finite means, or not all: ask for returns="draws"')
-        return self.x.clone() if returns == "draws" else self.means
+        for name, (place, fn, _) in self.places.items() if returns == "means" else ():
+            if (mean := finite_mean(fn)) is None:
+                raise ValueError(f'{quoted(self.places)} have no finite means, or not all: ask for returns="draws"')
+            self.within.write(place, self.unmasked(name, mean))
+        return self.x.clone()
 
 
 def tempered(fn: Any, temperature: float, name: str) -> Any:
@@ -156,6 +181,18 @@ def generate(program: Program, args: Batch, kwargs: Mapping[str, object], redraw
 
     Where several sites draw all of x together there is no such one.
     """
+    sites = dreamt(program, args, kwargs, redraw)
+    if redraw.site is None:
+        if redraw.whole:
+            return sites, {}
+        redraw.site = observing_site(sites, redraw.names)
+        if redraw.site not in redraw.names:  # it observes a copy of x, which is not followed: now known by its name
+            return generate(program, args, kwargs, redraw)
+    return sites, named(sites, redraw.site)
+
+
+def dreamt(program: Program, args: Batch, kwargs: Mapping[str, object], redraw: Redraw) -> Sites:
+    """The sites of one run of the model that draws what ``redraw`` says."""
     with beside(args, kwargs), Record() as record, redraw:
         try:
             program(*args, **kwargs)
@@ -166,13 +203,7 @@ def generate(program: Program, args: Batch, kwargs: Mapping[str, object], redraw
                 f"({' '.join(str(error).split())}): give it one, or leave it observed"
             ) from error
     refuse_untraced(record.sites, "generate")
-    if redraw.site is None:
-        if redraw.whole:
-            return record.sites, {}
-        redraw.site = observing_site(record.sites, redraw.names)
-        if redraw.site not in redraw.names:  # it observes a copy of x, as of x[index]: now known by its name
-            return generate(program, args, kwargs, redraw)
-    return record.sites, named(record.sites, redraw.site)
+    return record.sites
 
 
 def named(sites: Sites, name: str) -> Site:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 import pyro
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Beta, Categorical, Dirichlet, Distribution, Gamma, Multinomial, constraints
 from torch.distributions.constraints import Constraint
 
-from pyrovae.engine.programs import Batch, Program, protected_buffers
+from pyrovae.engine.programs import Batch, Program, leaves, protected_buffers
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import Site, Sites, log_prob, masks, observed, record_pair
 from pyrovae.engine.support import BOUNDS, Shares, Within, all_inside, inside, refusal
@@ -135,9 +136,9 @@ def has_any_total(fn: Distribution) -> bool:
 
 @dataclass(frozen=True)
 class Column:
-    """What a site observes, where that is an argument or a view of it.
+    """What a site observes, where that is an argument, or held by one, or a view of it.
 
-    :ivar position: of the argument, which had ``rows`` rows, ``stride`` apart.
+    :ivar position: of the tensor among those that the arguments are or hold, which had ``rows`` rows, ``stride`` apart.
     :ivar view: size, strides and offset of the value in it.
     :ivar skips_nan: whether NaN counts as missing everywhere.
     """
@@ -153,7 +154,7 @@ class Column:
     def of(cls, site: Site, batch: Batch) -> Column | None:
         """None for values that a program computes, and supports that may differ between data."""
         value, fn = site["value"], site["fn"]
-        for position, own in enumerate(batch):
+        for position, own in enumerate(leaves(batch)):
             if not (isinstance(own, Tensor) and own.dim() and own.is_contiguous() and own.dtype == value.dtype):
                 continue
             if own.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() and not bounds(fn):
@@ -163,7 +164,7 @@ class Column:
 
     def values(self, batch: Batch) -> Tensor:
         """What the site observes of a batch, of whatever length."""
-        own = batch[self.position].detach().contiguous()
+        own = cast(Tensor, leaves(batch)[self.position]).detach().contiguous()
         size, strides, offset = self.view
         long = [len(own) if (n, s) == (self.rows, self.stride) else n for n, s in zip(size, strides, strict=True)]
         x = own.as_strided(long, strides, own.storage_offset() + offset)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyrovae.arguments import shown
 from pyrovae.engine.randomness import isolated_rng, one_thread, restore_rng, rng_snapshot
@@ -57,6 +57,12 @@ def rows(batch: Batch, kwargs: Mapping[str, object] | None = None) -> int:
     given = (*batch, *(kwargs or {}).values())
     number = next((len(a) for a in given if isinstance(a, Tensor) and a.dim()), None)
     return next((len(a) for a in leaves(given) if isinstance(a, Tensor) and a.dim()), 1) if number is None else number
+
+
+def cut(batch: Batch, own: slice | list[int]) -> Batch:
+    """Some rows of a batch, within its arguments too; what has no rows, or others, is for all."""
+    number = rows(batch)
+    return tree_map(lambda a: a[own] if isinstance(a, Tensor) and a.dim() and len(a) == number else a, batch)
 
 
 def leaves(batch: Batch) -> Sequence[object]:

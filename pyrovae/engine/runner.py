@@ -38,6 +38,8 @@ class Runner:
         self.proven = False  # that particles can run together
         self.known: dict[object, set[tuple[object, ...]]] = {}
         self.nesting, self.noise, self.sums, self.marked = 0, frozenset[str](), False, False
+        self.dreams: dict[str, bool] = {}  # the observed sites, and whether dreams of the data must draw them
+        self.dreams_whole = True  # whether one site dreams all of an argument
 
     @property
     def structures(self) -> set[tuple[object, ...]]:

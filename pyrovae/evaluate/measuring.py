@@ -83,11 +83,11 @@ class Batches:
 
     def cut(self, size: int | None) -> Iterator[Batch]:
         """The data, so many at a time, where the programs live."""
-        home = None
+        home, loaded = None, isinstance(next(iter(self.args), None), Dataset | DataLoader)
         for first, batch in enumerate(datasets.batches(self.args, size, seed=self.seed or 0)):
             if first == 0:
                 home = home_of(*self.programs, args=batch, kwargs=self.kwargs)
-                if isinstance(next(iter(self.args), None), Tensor) and batch_device(batch, {}) == home:
+                if not loaded and batch_device(batch, {}) == home:
                     home = None  # what one passes as tensors beside the pair's may well be on the CPU
             yield as_batch(batch, home)
 

@@ -9,9 +9,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from pyrovae.compile.rows import Draw, Rows, cut, learn
+from pyrovae.compile.rows import Draw, Rows, learn
 from pyrovae.engine.probe import Look
-from pyrovae.engine.programs import Batch, rows
+from pyrovae.engine.programs import Batch, cut, rows
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.ranks import ALONE, ranks
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.arguments import in_range, positive_int
+from pyrovae.compile.checked import tensors
 from pyrovae.engine.convert import exactly
 from pyrovae.engine.kl import kl_in_place, sides
-from pyrovae.engine.programs import Batch, Program, rows
+from pyrovae.engine.programs import Batch, Program, cut, rows
 from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import Sites, frames, latent, masked, record
 from pyrovae.engine.support import first_outside
@@ -82,14 +83,14 @@ def active_units(
             for name, average in mean_draws(guide, batch, samples).items():
                 bad = first_outside(average.mean)
                 if bad is not None:
-                    fine = bool(batch[0][bad[0]].isfinite().all())
+                    fine = all(a.isfinite().all() for a in tensors(cut(batch, [bad[0]])))
                     raise (NumericalError if fine else datasets.DataError)(
                         f'the posterior mean of site "{name}" at data[{size + bad[0]}] is {average.mean[bad]:g}: data '
                         "and parameters must be finite; drop or replace such data"
                     )
                 means.setdefault(name, []).append(average.mean)
                 noise[name] = noise.get(name, 0.0) + average.noise.sum(0)
-            size += len(batch[0])
+            size += rows(batch)
     if size < 2:
         raise datasets.DataError(f"a variance over data needs two of them at least, got {size}: pass more")
     variances = {name: torch.cat(parts).var(0) - noise[name] / size for name, parts in means.items()}

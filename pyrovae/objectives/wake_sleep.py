@@ -8,20 +8,21 @@ from typing import Any, Unpack
 import torch
 from pyro.distributions import Delta, Unit
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyrovae.engine.fixed import refuse_live_point_mass
-from pyrovae.engine.generate import Redraw, generate, ties
+from pyrovae.engine.generate import ties
 from pyrovae.engine.gradient import Needs, ParticleWeights, finite_weights
 from pyrovae.engine.particles import Particles
 from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import Batch, Program
+from pyrovae.engine.runner import Runner
 from pyrovae.engine.scores import score_function
-from pyrovae.engine.sites import Site, Sites, drawn, latent, observed, oversampling, proposed, quoted, record
+from pyrovae.engine.sites import drawn, latent, observed, proposed, quoted, record
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.weights import log_mean_exp
 from pyrovae.errors import is_out_of_memory
 from pyrovae.objectives.base import Objective, Options
+from pyrovae.objectives.dreams import dreamt_data, sources
 
 
 class RWS(Objective):
@@ -73,10 +74,12 @@ class SleepPhi(Objective):
 
     .. math:: \phi:\; \nabla_\phi\, \mathbb E_{p(x, z)} \log q(z \mid x)
 
-    The mean over K dreams of the batch, one after the other; the data give only its shape, what follows them (labels)
-    is kept, and so is what a subsample leaves out. The model gets no gradient. Reported is :math:`\log q(z \mid x)` of
-    the dreams in nats, no bound on log p(x), and no function of log-weights: :meth:`bound` refuses. Train the model by
-    :class:`RWS` in turn.
+    The mean over K dreams of the batch, one after the other. A dream draws all that observes the first argument, or
+    parts of it, and whatever else is observed and depends on latents, each in the argument that it observes: what the
+    guide reads of data beside these (a series turned around) it should compute itself. Labels that no latent leads to
+    are kept, and so is what a mask or a subsample leaves out. The model gets no gradient. Reported is
+    :math:`\log q(z \mid x)` of the dreams in nats, no bound on log p(x), and no function of log-weights:
+    :meth:`bound` refuses. Train the model by :class:`RWS` in turn.
 
     Of a guide that draws noise u besides, it is :math:`\mathbb E_u \log q(z \mid x, u)`, which is below. Of an
     autoguide's Deltas, the unconstrained values of the dream are found, and their density.
@@ -93,7 +96,7 @@ class SleepPhi(Objective):
     True
 
     :raises ValueError: for Deltas of the guide that are no autoguide's, for parts of a datum that are subsampled, for
-        factors and observations beside the data that depend on latents.
+        factors that depend on latents, and for sites that do so and observe what the program computes or holds.
 
     Hinton et al. (1995), *The wake-sleep algorithm for unsupervised neural networks*.
     """
@@ -114,12 +117,14 @@ class SleepPhi(Objective):
         """As of any objective; what a guide's Deltas are computed from must follow from their values."""
         super().check(seen)
         kinds = {name: point_mass(site["fn"]) for name, site in observed(seen.model).items()}
-        tied = [name for name in (ties(seen.again) if len(kinds) > 1 else ()) if not isinstance(kinds[name], Delta)]
-        if len(tied) > 1 or any(isinstance(kinds[name], Unit) for name in tied):
+        tied = [name for name in (ties(seen.again) if len(kinds) > 1 else kinds) if not isinstance(kinds[name], Delta)]
+        if units := [name for name in tied if isinstance(kinds[name], Unit)]:
             raise ValueError(
-                f"SleepPhi dreams what one site observes, but {quoted(tied)} depend on latents, and dreams do not "
-                "follow factors, nor what stays observed: leave factors out, and observe the data at one site"
+                f"SleepPhi dreams what is observed, but factors {quoted(units)} depend on latents, and dreams do not "
+                "follow factors: leave them out"
             )
+        if self._known is not None:
+            self._known[1].dreams.update({name: name in tied for name in kinds})
         for name, value in sources(seen.guide, seen.model).items():
             if not torch.allclose(value, seen.guide[name]["value"], rtol=1e-3, atol=1e-3):
                 raise ValueError(
@@ -132,29 +137,26 @@ class SleepPhi(Objective):
         runner = self.runner(model, guide)
         if not runner.structures:
             runner.look(args, kwargs, self.check)
-        dreams = [self.dream_loss(model, guide, args, kwargs) for _ in range(self.num_particles)]
-        return torch.stack(dreams).mean()
+        return torch.stack([self.dream_loss(runner, args, kwargs) for _ in range(self.num_particles)]).mean()
 
-    def dream_loss(self, model: Program, guide: Program, args: Batch, kwargs: Mapping[str, object]) -> Tensor:
+    def dream_loss(self, runner: Runner, args: Batch, kwargs: Mapping[str, object]) -> Tensor:
         """Minus log q(z | x) of one dream of the data, summed over them."""
-        if not (args and isinstance(args[0], Tensor)):
-            got = type(args[0]).__name__ if args else "none"
-            raise ValueError(f"SleepPhi dreams the programs' first argument, a tensor, got {got}: pass the data first")
-        with torch.no_grad():
-            dreamt, data = generate(model, args, kwargs, redraw := Redraw(args[0]))
-        values = {name: value for name, value in drawn(dreamt).items() if name != data["name"]}
-        args = (written(args[0], data, dreamt, redraw.names[data["name"]]), *args[1:])
+        dream = dreamt_data(runner, args, kwargs)
+        if not observed(dream.sites).keys() | dream.drawn <= runner.dreams.keys():  # a longer series, say
+            runner.look(args, kwargs, self.check)
+            dream = dreamt_data(runner, args, kwargs)
+        values = {name: value for name, value in drawn(dream.sites).items() if name not in dream.drawn}
         try:
-            run = proposed(record(guide, args, kwargs, values), dreamt)
+            run = proposed(record(runner.guide, dream.args, dream.kwargs, values), dream.sites)
         except (RuntimeError, ValueError, IndexError) as error:
             if is_out_of_memory(error):
                 raise
             raise ValueError(
-                f'the guide fails on what the model dreams at site "{data["name"]}" ({" ".join(str(error).split())}): '
+                f"the guide fails on what the model dreams at {quoted(dream.drawn)} ({' '.join(str(error).split())}): "
                 "let it take all that the model may draw, in plates like the model's"
             ) from error
-        if found := sources(run, dreamt):
-            run = proposed(record(guide, args, kwargs, values | found), dreamt)
+        if found := sources(run, dream.sites):
+            run = proposed(record(runner.guide, dream.args, dream.kwargs, values | found), dream.sites)
         noise = latent(run).keys() - values.keys() - found.keys()
         particles = Particles.of(run, {}, noise=noise, scaled=True)
         for site in particles.guide.values():
@@ -169,49 +171,3 @@ class SleepPhi(Objective):
             return loss
         carried = -(log_q.detach() * particles.scale * score).sum()
         return loss + carried - carried.detach()
-
-
-def sources(guide: Sites, model: Sites) -> dict[str, Tensor]:
-    """What a guide's Deltas are computed from, by site, if the model has drawn their values, as autoguides do it.
-
-    That is the unconstrained values, put together, of the Deltas that follow the site in the guide.
-    """
-    wanted, parts = latent(model), dict[str, list[Tensor]]()
-    for name, site in latent(guide).items():
-        is_delta = isinstance(point_mass(site["fn"]), Delta)
-        if name not in wanted and not is_delta:
-            parts[name] = []
-        elif name in wanted and is_delta and parts:
-            transform, value = biject_to(wanted[name]["fn"].support), wanted[name]["value"]
-            parts[next(reversed(parts))].append(transform.inv(value).flatten())
-    joined = {name: torch.cat(values) for name, values in parts.items() if values}
-    shapes = {name: guide[name]["value"].shape for name in joined}
-    return {name: u.reshape(shapes[name]) for name, u in joined.items() if u.numel() == shapes[name].numel()}
-
-
-def written(x: Tensor, data: Site, dreamt: Sites, observed: Tensor) -> Tensor:
-    """What was dreamt of x: all of it, or the rows that a plate took of it, in their places.
-
-    :param observed: what the site observes where nothing is dreamt.
-    """
-    value = data["value"]
-    for frame in data["cond_indep_stack"]:
-        if frame.name in dreamt and oversampling(frame) != 1 and value.shape != x.shape:
-            if frame.full_size != len(x) or frame.size != len(value):
-                raise ValueError(
-                    f'SleepPhi dreams whole data, but plate "{frame.name}" takes {frame.size} of {frame.full_size} '
-                    "within a datum: pass the whole of them"
-                )
-            if value.shape[1:] == x.shape[1:]:
-                return x.index_copy(0, dreamt[frame.name]["value"], value)
-    if value.shape != x.shape and not (value.shape == observed.shape and is_reshaped(observed, x)):
-        raise ValueError(
-            f'SleepPhi dreams the programs\' first argument, {list(x.shape)}, but site "{data["name"]}" observes '
-            f"{list(observed.shape)} and draws {list(value.shape)}: let it observe that argument, all of it"
-        )
-    return value.reshape(x.shape)
-
-
-def is_reshaped(other: Tensor, x: Tensor) -> bool:
-    """Whether a tensor is all of x, in the same order."""
-    return other.numel() == x.numel() and torch.equal(other.reshape(x.shape), x)

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 
 import torch
-from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from pyrovae.compile.checked import tensors
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import Look, look, warn_of_strays
-from pyrovae.engine.programs import Batch, Program, held_by, protected_buffers, rows, warn
+from pyrovae.engine.programs import Batch, Program, cut, held_by, protected_buffers, rows, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import counted
 from pyrovae.memory import bytes_at_peak, free_memory, require_memory
@@ -41,10 +40,8 @@ def check_last_batch(model: Program, guide: Program, seen: Look, feed: Feed) -> 
     """Try the last batch of an epoch, if that is one datum, and something normalises batches."""
     children = (child for module in seen.modules for child in module.modules())
     if feed.last == 1 and any(isinstance(child, _BatchNorm) and child.training for child in children):
-        first = feed.first()
-        one = tuple(a[:1] if isinstance(a, Tensor) and a.dim() and len(a) == rows(first) else a for a in first)
         with lone_datum_advice(f" (the last of {feed.size})"):
-            look(model, guide, one, validate=False)
+            look(model, guide, cut(feed.first(), slice(1)), validate=False)
 
 
 def warn_of_data(seen: Look, feed: Feed) -> None:
@@ -93,8 +90,8 @@ def check_memory(eager: Eager, plan: Plan, batch: Batch) -> None:
         return
 
     def step(n: int) -> object:
-        part = tuple(a[:n] if isinstance(a, Tensor) and a.shape[:1] == (number,) else a for a in batch)
-        return torch.autograd.grad(eager.loss(objective, part).losses, eager.parameters, allow_unused=True)
+        losses = eager.loss(objective, cut(batch, slice(n))).losses
+        return torch.autograd.grad(losses, eager.parameters, allow_unused=True)
 
     needed = 2.0 * sum(p.nbytes for p in eager.parameters)  # Adam's moments
     with suppress(Exception), isolated_rng(), protected_buffers(eager.model, eager.guide):  # the first step says why

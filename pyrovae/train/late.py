@@ -68,7 +68,7 @@ class Reach:
         leaves = self.seen(seed, batch).leaves() if leaves is None else leaves
         self.state.add(self.seen(seed, batch).state, leaves)
         if self.register() and is_storable(batch):
-            self.examples.append((seed, tuple(a.cpu() if isinstance(a, Tensor) else a for a in batch)))
+            self.examples.append((seed, as_batch(batch, torch.device("cpu"))))
 
     def seen(self, seed: int, batch: Batch) -> Look:
         """A look at the pair."""

@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyrovae.compile.checked import untouched
 from pyrovae.compile.noise import CannotCompile
-from pyrovae.compile.rows import FEW, Draw, Rows, cut, learn
+from pyrovae.compile.rows import FEW, Draw, Rows, learn
 from pyrovae.engine.probe import Look, look
-from pyrovae.engine.programs import Batch, rows
+from pyrovae.engine.programs import Batch, cut, rows
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.sites import latent, quoted
 from pyrovae.objectives.base import Objective

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from pyrovae import runs
 from pyrovae.compile.recording import settle
-from pyrovae.compile.rows import cut
 from pyrovae.data.feed import Feed
 from pyrovae.engine.probe import check_pair
-from pyrovae.engine.programs import Program, in_modes, modes_of, rows, warn
+from pyrovae.engine.programs import Program, cut, in_modes, modes_of, rows, warn
 from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
 from pyrovae.objectives.base import Objective
 from pyrovae.runs.reading import Within

@@ -353,7 +353,8 @@ def test_sleep_refuses_what_its_dreams_do_not_follow(beside):
     if beside in ("label", "factor of none"):
         pv.SleepPhi().loss(model, guide, torch.zeros(3))
     else:
-        with pytest.raises(ValueError, match="depend on latents, and dreams do not follow"):
+        why = "dreams do not follow factors" if beside == "factor" else 'sites "y" depend on latents and observe'
+        with pytest.raises(ValueError, match=why):
             pv.SleepPhi().loss(model, guide, torch.zeros(3))
 
 
@@ -380,10 +381,6 @@ class Unsampled(dist.Normal):
 def test_sleep_dreams_what_a_site_observes_in_another_shape():
     objective, x = pv.SleepPhi(), torch.randn(5, 2, 2)
     assert math.isfinite(objective.loss_and_grads(flat, of_images, x))
-    with pytest.raises(ValueError, match=r'\[5, 2, 2\], but site "x" observes \[5, 2\] and draws'):
-        objective.loss(partial(flat, index=slice(2)), of_images, x)
-    with pytest.raises(ValueError, match=r'\[5, 2, 2\], but site "x" observes \[5, 4\]'):
-        objective.loss(partial(flat, index=torch.tensor([0, 2, 1, 3])), of_images, x)
     with pytest.raises(ValueError, match='site "x", or after it, from a distribution that has no sampler'):
         objective.loss(partial(flat, noise=Unsampled), of_images, x)
 
@@ -399,7 +396,7 @@ def test_sleep_says_that_a_guide_fails_on_dreams():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.LogNormal(table[x.long()], 1.0))
 
-    with pytest.raises(ValueError, match=r'the guide fails on what the model dreams at site "x" \(index'):
+    with pytest.raises(ValueError, match=r'the guide fails on what the model dreams at "x" \(index'):
         pv.SleepPhi().loss(counts, guide, torch.ones(5))
 
 
@@ -436,7 +433,7 @@ def refused(match, make):
         refused("RWS has no kl_weight to warm up", lambda: Plan.make(pv.RWS(2), 3, "constant", None, 2)),
         refused("it has no bound", lambda: pv.SleepPhi().bound(torch.zeros(2))),
         refused(
-            "pass the data first",
+            "pass what they observe as an argument",
             lambda: pv.SleepPhi().loss(*(partial(program, torch.zeros(5, 3)) for program in pixels())),
         ),
         refused('plate "pixels" takes 2 of 3 within a datum', lambda: pv.SleepPhi().loss(*pixels(), torch.zeros(5, 3))),

@@ -1,5 +1,7 @@
 """Each of Pyro's programs with two objectives, eagerly; ``table.py`` has all objectives and all checks."""
 
+import math
+
 import pyro
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyrovae as pv
 from tests.programs import ALL, checks
 from tests.programs.hierarchies import Line
-from tests.programs.registry import FILES
+from tests.programs.registry import FILES, make
 
 #: What no objective but the ELBO takes, by the sentence it is refused with.
 REFUSED = {
@@ -31,6 +33,25 @@ def test_a_program_of_pyros(program, objective):
         assert REFUSED[program] in came["gradient"]
     else:
         assert {what for what in came.values() if what not in ("ok", "-")} == set()
+
+
+#: What the sleep phase says of programs with several observed sites; None: it trains them.
+PROGRAMS = {
+    "svi_part_i": None, "dmm": None, "dmm_iaf": None, "capture_recapture_1": None, "capture_recapture_5": None,
+    "csis": None, "smcfilter": None, "ar2": None, "inclined_plane": None,
+    "hmm_1": "a Delta that carries parameters", "hmm_6": "this one draws nothing",
+    "mixed_hmm_continuous_discrete": 'sites "still_0"', "tracking_1d_drawn": 'sites "is_real", "is_spurious"',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_that_observe_several_parts_sleep(name):
+    pair, why = make(name), PROGRAMS[name]
+    if why is None:
+        assert math.isfinite(pv.SleepPhi().loss_and_grads(pair.model, pair.guide, *pair.args))
+    else:
+        with pytest.raises(ValueError, match=why):
+            pv.SleepPhi().loss_and_grads(pair.model, pair.guide, *pair.args)
 
 
 def test_an_objective_is_the_loss_of_a_training_module():
