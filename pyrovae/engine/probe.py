@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
+from itertools import count
 from operator import or_
 from types import SimpleNamespace
 
@@ -133,6 +134,13 @@ class Look:
         guide = {n: s for n, s in self.unscaled.guide.items() if n in self.model or s["is_observed"]}
         meant = [*factors.items(), *guide.items()]
         return [name for name, site in meant if place not in {key[1:] for key in frames(site)}]
+
+    @property
+    def sizes(self) -> set[int]:
+        """The sizes of all plates, and how many values each site has that is summed out."""
+        summed = [site["fn"] for site in self.model.values() if site.get("summed")]
+        plates = [f.size for run in (self.guide, self.model) for s in run.values() for f in s["cond_indep_stack"]]
+        return {*plates, *(len(fn.enumerate_support(expand=False)) for fn in summed)}
 
     @property
     def full_size(self) -> int | None:
@@ -300,6 +308,11 @@ def module_state(modules: list[nn.Module], prefix: str = "") -> dict[str, Tensor
         for name, tensor in module.state_dict(keep_vars=True).items()
         if not is_lazy(tensor)
     }
+
+
+def unlike(number: int, sizes: Collection[int]) -> int:
+    """This number of particles or a few more, where so many in the place of a plate or of values would not fail."""
+    return next(n for n in count(number) if n not in sizes)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from pyrovae.arguments import positive_int
 from pyrovae.engine.auxiliary import auxiliary_of
 from pyrovae.engine.fold import Fold, check_fold
 from pyrovae.engine.particles import Particles, measure
-from pyrovae.engine.probe import Look, check_pair, checked_look, warn_of_strays
-from pyrovae.engine.programs import Batch, Program, roots, warn
-from pyrovae.engine.randomness import restore_rng, rng_snapshot
+from pyrovae.engine.probe import Look, check_pair, checked_look, unlike, warn_of_strays
+from pyrovae.engine.programs import Batch, Program, protected_buffers, roots, warn
+from pyrovae.engine.randomness import isolated_rng, restore_rng, rng_snapshot
 from pyrovae.engine.run import Copies, run
 from pyrovae.engine.separate import Deeper
 from pyrovae.engine.sites import Sites, record
@@ -38,6 +38,7 @@ class Runner:
         self.proven = False  # that particles can run together
         self.known: dict[object, set[tuple[object, ...]]] = {}
         self.nesting, self.noise, self.sums, self.marked = 0, frozenset[str](), False, False
+        self.sizes: set[int] = set()  # of plates, and of what is summed out
         self.dreams: dict[str, bool] = {}  # the observed sites, and whether dreams of the data must draw them
         self.dreams_whole = True  # whether one site dreams all of an argument
 
@@ -63,6 +64,7 @@ class Runner:
         self.structures.add(seen.unscaled.structure)
         self.nesting, self.noise = max(self.nesting, seen.nesting), self.noise | seen.noise
         self.sums, self.marked = self.sums or seen.sums, self.marked or bool(seen.marked)
+        self.sizes |= seen.sizes
 
     def __call__(
         self,
@@ -79,6 +81,10 @@ class Runner:
         known = self.structures
         if not known:
             self.look(args, kwargs, check)
+        if 1 < num_particles in self.sizes and not (self.proven or self.separate or self.fold is not False):
+            other = unlike(num_particles, self.sizes)
+            with isolated_rng(), protected_buffers(self.model, self.guide):
+                self(args, kwargs, other, check=check, scaled=scaled)
         start = None if self.proven or num_particles == 1 else rng_snapshot()
         while True:
             assumed = self.nesting, self.noise, self.sums
@@ -88,6 +94,8 @@ class Runner:
                     fold=self.fold, copies=copies, rerun=rerun, scaled=scaled, noise=self.noise, separate=self.separate,
                     sums=self.sums,
                 )  # fmt: skip
+                if num_particles > 1 and not (self.proven or found.runs):
+                    found.check_dims()
             except Deeper as deeper:
                 self.nesting = deeper.nesting
                 continue

@@ -16,7 +16,7 @@ from pyrovae.compile.checked import SAVED, Checked, check_compile, tensors_of, w
 from pyrovae.engine.enumerate import summed_out
 from pyrovae.engine.generate import Written, generate, program_of, refuse_tied
 from pyrovae.engine.particles import Layout, Particles
-from pyrovae.engine.probe import Look
+from pyrovae.engine.probe import Look, unlike
 from pyrovae.engine.programs import Batch, Program, nothing, rows, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.run import run_at, run_each_at
@@ -215,7 +215,8 @@ class Annealer:
         each = HANDLERS + SAVED * self.num_chains * rows(batch, kwargs) * sum(t.numel() for t in state)
         evaluations = (self.last + 1) * (self.leapfrog_steps + 1) * -(-number // rows(batch, kwargs))
         self.slope = Checked(self.evaluated, state, wanted=wanted(self.compile, evaluations * each))
-        self.apart = not self.runs_together(batch)
+        numbers = {self.num_chains, unlike(self.num_chains, seen.sizes)}
+        self.apart = not all(self.runs_together(batch, number) for number in numbers)
 
     def run(self, program: Program, batch: Batch, values: State) -> Sites:
         """The sites of a program with all chains at these latents, after sums, or at fresh ones."""
@@ -224,11 +225,14 @@ class Annealer:
             return run_each_at(program, batch, self.kwargs, values, self.like, *chains, sums=sums)
         return summed_out(*run_at(program, batch, self.kwargs, values, *chains, sums=sums))
 
-    def runs_together(self, batch: Batch) -> bool:
-        """Whether the programs take all chains at once; after a warning, those that do not take one at a time."""
+    def runs_together(self, batch: Batch, number: int) -> bool:
+        """Whether the programs take so many chains at once; after a warning, those that do not take one at a time."""
+        trial = copy.copy(self)
+        trial.num_chains = number
         try:
             with isolated_rng():
-                self.ends(batch, self.start(batch))
+                trial.ends(batch, u := trial.start(batch))
+                trial.particles(batch, trial.valued(u)).check_dims()
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise
@@ -248,11 +252,18 @@ class Annealer:
         """Latents that are moved, in unconstrained space."""
         return {n: self.maps[n].inv(values[n]) if n in self.maps else values[n].clone() for n in self.event_dims}
 
+    def valued(self, u: State) -> State:
+        """Latents of chains in unconstrained space."""
+        return {name: self.maps[name](point) if name in self.maps else point for name, point in u.items()}
+
+    def particles(self, batch: Batch, values: State) -> Particles:
+        """A run of the pair with all chains at these latents."""
+        drawn, sites = (unmasked_latents(self.run(own, batch, values)) for own in (self.guide, self.model))
+        return Particles.of(drawn, sites, self.num_chains, -1 - self.nesting)
+
     def ends(self, batch: Batch, u: State) -> tuple[Tensor, Tensor, Tensor | float]:
         """log q_0, log p(x, z) and log |dz / du|, each ``[C, *plates]``."""
-        values = {name: self.maps[name](point) if name in self.maps else point for name, point in u.items()}
-        drawn, sites = (unmasked_latents(self.run(own, batch, values)) for own in (self.guide, self.model))
-        particles = Particles.of(drawn, sites, self.num_chains, -1 - self.nesting)
+        particles = self.particles(batch, values := self.valued(u))
         guide, prior, likelihood = particles.log_guide(), particles.log_prior(), particles.log_likelihood()
         assert prior is not None
         joint = prior if likelihood is None else prior + likelihood

@@ -436,7 +436,7 @@ def refused(match, make):
             "pass what they observe as an argument",
             lambda: pv.SleepPhi().loss(*(partial(program, torch.zeros(5, 3)) for program in pixels())),
         ),
-        refused('plate "pixels" takes 2 of 3 within a datum', lambda: pv.SleepPhi().loss(*pixels(), torch.zeros(5, 3))),
+        refused('plate "pixels" of site "x" takes 2 of', lambda: pv.SleepPhi().loss(*pixels(), torch.zeros(5, 3))),
     ],
 )
 def test_refusals(make, match):

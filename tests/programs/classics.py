@@ -141,7 +141,7 @@ def layers(x, y, width=3):
     """A Bayesian network of one hidden layer, by hand."""
     w1 = pyro.sample("w1", dist.Normal(torch.zeros(x.shape[1], width), 1.0).to_event(2))
     w2 = pyro.sample("w2", dist.Normal(torch.zeros(width, 1), 1.0).to_event(2))
-    loc = ((x @ w1).tanh() @ w2).squeeze(-1)
+    loc = ((x.unsqueeze(-2) @ w1).tanh() @ w2)[..., 0, 0]
     prec = pyro.sample("prec", dist.Gamma(3.0, 1.0))
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Normal(loc, prec.rsqrt()), obs=y)
@@ -155,7 +155,7 @@ def bnn():
 
 def inflated(x, y):
     b1, b2 = (pyro.sample(n, dist.Normal(torch.zeros(2), 1.0).to_event(1)) for n in ("b1", "b2"))
-    gate, rate = (x @ b1.unsqueeze(-1)).squeeze(-1), (x @ b2.unsqueeze(-1)).squeeze(-1).exp()
+    gate, rate = (x * b1).sum(-1), (x * b2).sum(-1).exp()
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.ZeroInflatedPoisson(rate, gate_logits=gate), obs=y)
 
@@ -461,8 +461,9 @@ class Volatile(nn.Module):
             s = sigma.unsqueeze(-1) * steps.cumsum(-1)
         else:
             s = pyro.sample("s", walk)
+        s = s.reshape(*nu.shape[:-1], -1)
         with pyro.plate("time", len(returns)):
-            pyro.sample("r", dist.StudentT(nu.unsqueeze(-1) + 2, 0.0, s.exp()), obs=returns)
+            pyro.sample("r", dist.StudentT(nu + 2, 0.0, s.exp()), obs=returns)
 
 
 @program()
