@@ -104,7 +104,8 @@ def mean_draws(guide: Program, batch: Batch, samples: int = 1, *, first: Sites |
     """
     sites = latent(record(guide, batch, {}) if first is None else first)
     auxiliary = {name for name, site in sites.items() if site["infer"].get("is_auxiliary")}
-    names = [n for n in sites if n not in auxiliary and any(dim == -1 for _, dim, _ in frames(sites[n]))]
+    data = -1, rows(batch)  # dim and size of the plate of data
+    names = [n for n in sites if n not in auxiliary and any(plate[1:] == data for plate in frames(sites[n]))]
     # the mean of a Delta that transforms another draw is not the site's own
     moved = [name for name in names if auxiliary and isinstance(point_mass(sites[name]["fn"]), Delta)]
     unknown = [name for name in names if name in moved or finite_mean(sites[name]["fn"]) is None]

@@ -152,6 +152,8 @@ def test_autoguides_are_seen_through_and_their_auxiliary_sites_left_out():
 def test_global_latents_are_no_units_of_the_data():
     def guide(x):
         pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("components", 3):
+            pyro.sample("centre", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Delta(x))
 
