@@ -263,6 +263,15 @@ def bound_against_k(out):
     assert slope == pytest.approx(-1, abs=0.15)
 
 
+def galaxies(out):
+    ((components, evidence, error, published, its_error, off),) = figures(
+        out, r"(?m)^ +(\d)  one +(-\S+) ± (\S+)  (-\S+) ± (\S+)  ([+-]\S+)$"
+    )
+    assert (components, published, its_error) == (2, -239.764, 0.005)  # Neal (1999), by 100 million draws
+    assert evidence - published == pytest.approx(off, abs=1e-6)
+    assert abs(off) < 5 * (error + its_error) < 0.5
+
+
 def signal_to_noise(out):
     rows = figures(out, r"(?:model|guide), .*?(\d\S+) +(\S+) +(\S+)   ([+-]\S+)\n")
     assert len(rows) == 3
@@ -288,6 +297,7 @@ EXAMPLES = [  # what is run, with which arguments, and who checks what it prints
     (priors, [*SMALL, *DRAWN]),
     (hierarchical, ["--epochs", "2", "--samples", "10"]),
     (agreement, ["--epochs", "1", "--images", "3", "--samples", "50", "--temperatures", "5", "--repetitions", "20"]),
+    (galaxies, ["--epochs", "150", "--components", "2"]),
     (binary_latents, SMALL),
     (zoo, ["--epochs", "1", "--samples", "5", *DRAWN, "--only", "pca", "autoencoder", "vae"]),
     (tables, ["a", *SMALL, "--particles", "1", "5", "--runs", "{tmp}", "--records", "{tmp}"]),

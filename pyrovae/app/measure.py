@@ -137,8 +137,9 @@ def anneal(pair: Pair, few: Images, *, samples: int, seed: int) -> dict[str, flo
     annealed = ais_log_likelihood(pair.model, few, seed=seed, progress=None)
     sampled = log_likelihood(pair.model, pair.guide, few, num_samples=samples, seed=seed)
     return {
-        "nll": annealed.nll, "nll_std_error": annealed.nll_std_error, "acceptance": annealed.acceptance.mean().item(),
-        "num_chains": annealed.num_chains, "num_temperatures": annealed.num_temperatures, "num_images": len(few),
+        "nll": annealed.nll, "nll_std_error": annealed.nll_std_error, "median_ess": annealed.ess.median().item(),
+        "acceptance": annealed.acceptance.mean().item(), "num_chains": annealed.num_chains,
+        "num_temperatures": annealed.num_temperatures, "num_images": len(few),
         "importance_nll": sampled.nll, "importance_nll_std_error": sampled.nll_std_error,
     }  # fmt: skip
 

@@ -45,7 +45,8 @@ def print_results(results: Results, out: Console) -> None:
         rows += diagnosed_rows(results["diagnostics"], counted(results))
     if "ais" in results:
         found = results["ais"]
-        chains = f"{found['num_images']} {counted(results)}, {found['num_chains']} chains"
+        effective = f", median ESS {found['median_ess']:.0f}" if "median_ess" in found else ""
+        chains = f"{found['num_images']} {counted(results)}, {found['num_chains']} chains{effective}"
         importance = f"by importance sampling {found['importance_nll']:.2f} ± {found['importance_nll_std_error']:.2g}"
         rows.append(("NLL by AIS", f"{found['nll']:.2f} ± {found['nll_std_error']:.2g}; {importance}"))
         rows.append(("", f"{chains}, {found['num_temperatures']:,} temperatures, acceptance {found['acceptance']:.2f}"))

@@ -209,8 +209,9 @@ class AISEstimate(Estimate):
 
     def __str__(self) -> str:
         return (
-            f"NLL {self.nll:.2f} ± {self.nll_std_error:.2g} nats by AIS, {self.num_chains} chains, "
-            f"{self.num_temperatures} temperatures, acceptance {self.acceptance.mean():.2f}"
+            f"NLL {self.nll:.2f} ± {self.nll_std_error:.2g} nats by AIS, {self.num_chains} chains, median ESS "
+            f"{self.ess.median().item():.0f}, {self.num_temperatures} temperatures, acceptance "
+            f"{self.acceptance.mean():.2f}"
         )
 
 
