@@ -97,10 +97,13 @@ def active_units(
     return {name: ActiveUnits(v, int((v > threshold).sum())) for name, v in variances.items()}
 
 
-def mean_draws(guide: Program, batch: Batch, samples: int = 1, *, first: Sites | None = None) -> dict[str, RunningMean]:
+def mean_draws(
+    guide: Program, batch: Batch, samples: int = 1, *, first: Sites | None = None, draws: int = DRAWS
+) -> dict[str, RunningMean]:
     """By latent site the average of its means over draws, ``[B, *other plates, *event]``; see :func:`active_units`.
 
     :param first: the sites of a run of the guide that was made already.
+    :param draws: of sites whose mean has no closed form.
     """
     sites = latent(record(guide, batch, {}) if first is None else first)
     auxiliary = {name for name, site in sites.items() if site["infer"].get("is_auxiliary")}
@@ -110,7 +113,7 @@ def mean_draws(guide: Program, batch: Batch, samples: int = 1, *, first: Sites |
     moved = [name for name in names if auxiliary and isinstance(point_mass(sites[name]["fn"]), Delta)]
     unknown = [name for name in names if name in moved or finite_mean(sites[name]["fn"]) is None]
     averages = {name: RunningMean() for name in names}
-    for draw in range(max(samples, DRAWS) if unknown else samples):
+    for draw in range(max(samples, draws) if unknown else samples):
         sites = latent(record(guide, batch, {})) if draw else sites
         for name in names if draw < samples else unknown:
             value, fn = sites[name]["value"], sites[name]["fn"]

@@ -25,10 +25,11 @@ from pyrovae.engine.sites import frames, latent
 from pyrovae.engine.unwrap import point_mass
 from pyrovae.engine.whole import Whole
 from pyrovae.evaluate.sharing import Sharing
-from pyrovae.evaluate.units import mean_draws
+from pyrovae.evaluate.units import DRAWS, mean_draws
 from pyrovae.train.step import first_loss
 
 MONITORED = 1000  # data on which units are watched, at most
+FEW_DRAWS = 4  # at least, of sites whose mean has no closed form: their noise is subtracted
 
 
 class Monitor:
@@ -41,6 +42,7 @@ class Monitor:
         watched = None if feed.steps == 1 else min(MONITORED, max(100, (feed.size or 0) // 10))
         self.runner, self.modules, self.batch = Runner(model, guide), seen.modules, feed.first(watched)
         self.size, self.joint = feed.size or rows(self.batch), seen.joint
+        self.draws = max(FEW_DRAWS, min(feed.steps or DRAWS, DRAWS))  # more of them would outlast a short epoch
         # What was seen of a pair holds for its batch; of another size it is looked at when it is first measured.
         partly = not seen.joint and seen.unscaled.uncommon_subsampled
         self.known, self.usable = not partly and rows(self.batch) == rows(feed.first()), True
@@ -83,7 +85,7 @@ class Monitor:
         """What one run shows."""
         particles = self.runner(self.batch, {}, scaled=False)
         found, first = self.terms(particles), particles.guide | particles.noise
-        means = mean_draws(self.runner.guide, self.batch, first=first) if rows(self.batch) > 1 else {}
+        means = mean_draws(self.runner.guide, self.batch, first=first, draws=self.draws) if rows(self.batch) > 1 else {}
         variances = {name: average.mean.var(0) - average.noise.mean(0) for name, average in means.items()}
         found["active_units"] = {name: int((variance > 0.01).sum()) for name, variance in variances.items()}
         for module in roots(self.runner.model, self.runner.guide):
