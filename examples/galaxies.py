@@ -60,7 +60,7 @@ def main():
         components={"nargs": "+", "type": int, "default": [2, 3], "choices": [2, 3], "help": "mixtures of how many"},
     )  # fmt: skip
     x = torch.tensor([float(word) for word in VELOCITIES.split()])
-    print("components  variances      log p(x)      published       off by")
+    print("components  variances      log p(x)      published       off by     ESS")
     for (components, variances), (published, error) in NEAL.items():
         if components not in options.components:
             continue
@@ -77,7 +77,7 @@ def main():
         found = pv.log_likelihood(model, guide, x, num_samples=options.samples, seed=0)
         evidence = found.log_prob.item() + math.lgamma(components + 1)
         ours, theirs = f"{evidence:.3f} ± {found.nll_std_error:.3f}", f"{published:.3f} ± {error:.3f}"
-        print(f"{components:10}  {variances:9}  {ours}  {theirs}  {evidence - published:+.3f}")
+        print(f"{components:10}  {variances:9}  {ours}  {theirs}  {evidence - published:+.3f}  {found.ess:6.0f}")
 
 
 if __name__ == "__main__":
