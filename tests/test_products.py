@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not pages.multiplies(), reason="no processor of 
 # rows, columns, depth: on both sides of a vector, of a tile, of a panel and of what pays for a copy
 SHAPES = [
     (1, 16, 1), (3, 17, 2), (5, 80, 7), (20, 200, 784), (63, 96, 33), (64, 97, 512), (65, 31, 513), (200, 83, 1030),
-    (2, 15, 40),
+    (530, 40, 300), (2, 15, 40),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""C++ of our own that stands in front of a graph's: training steps, and matrix products where ours are the faster."""
+"""C++ of our own that stands in front of a graph's: training steps, functions of vectors, and matrix products."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx
+
+OURS = ("exp", "sigmoid", "tanh")  # functions of vectors that elementary.h has
 
 
 @cache
@@ -34,13 +37,14 @@ def multiplies() -> bool:
 
 def source() -> str:
     """What stands in front of a graph."""
-    return "\n".join(map(page, ["steps.h", *(["products.h"] if multiplies() else [])]))
+    return "\n".join(map(page, ["steps.h", "elementary.h", *(["products.h"] if multiplies() else [])]))
 
 
 @contextmanager
 def our_pages() -> Iterator[None]:
     """Let graphs that are lowered to one file of C++ begin with :func:`source`."""
     import torch._inductor.config
+    from torch._inductor.codegen.cpp import CppVecOverrides
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -54,16 +58,18 @@ def our_pages() -> Iterator[None]:
             """What the source says."""
             return hashlib.sha256(source().encode()).hexdigest()
 
-    wrapper: Any = CppWrapperCpu
-    write = wrapper.write_header
+    write: Any = CppWrapperCpu.write_header
 
     def write_header(self: Any) -> None:
         write(self)
         self.header.splice(source())
 
-    wrapper.write_header = write_header
-    try:
-        with torch._inductor.config.patch(post_grad_custom_post_pass=Named()):
-            yield
-    finally:
-        wrapper.write_header = write
+    def written(name: str) -> Any:
+        return staticmethod(lambda x: f"pyrovae::{name}({x})")
+
+    with (
+        patch.object(CppWrapperCpu, "write_header", write_header),
+        patch.multiple(CppVecOverrides, **{name: written(name) for name in OURS}),
+        torch._inductor.config.patch(post_grad_custom_post_pass=Named()),
+    ):
+        yield

@@ -11,6 +11,7 @@ constexpr int ROWS = W == 16 ? 5 : 4, VECTORS = W == 16 ? 5 : 3;  // of a tile: 
 constexpr int FEWEST = VECTORS - 2;  // vectors of a panel, where there are as many columns
 constexpr int64_t FAR = VECTORS * W;  // from row to row of a panel
 constexpr int64_t DEPTH = 512;  // of a panel: so much lies near
+constexpr int64_t NEAR = 1 << 17;  // numbers of a that lie near until the next panel
 constexpr int64_t MANY = 64;  // rows that pay for the copy of a panel
 constexpr int64_t WORTH = 1 << 17;  // multiplications that pay for a thread
 
@@ -31,6 +32,10 @@ template <int R, int C>
   for (int i = 0; i < R; i++)
 #pragma GCC unroll 8
     for (int j = 0; j < C; j++) sums[i][j] = start.at ? V::loadu(start.place(i, at(j))) : V(0.f);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; j++) __builtin_prefetch(c + i * stride + at(j), 1);
   for (int64_t k = 0; k < depth; k++) {
     V row[C];
 #pragma GCC unroll 8
@@ -86,13 +91,17 @@ void panel(int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, flo
   copy.resize(FAR * DEPTH);
   int64_t panels = (columns + FAR - 1) / FAR, least = W, each = W;
   if (columns >= FEWEST * W) least = FEWEST * W, each = (columns / panels + W - 1) / W * W;
-  for (int64_t j = 0; j < columns; j += each) {
-    int64_t at = std::min(j, columns - least), wide = std::min(each, columns - at);  // some twice, where they overlap
-    for (int64_t k = 0; k < depth; k += DEPTH) {
-      Matrix first = k ? Matrix{c + at, stride, 1} : Matrix{start ? start + at : start, 0, 1};
-      panel(rows, wide, std::min(DEPTH, depth - k), a.from(0, k), b.from(k, at), c + at, stride, first, copy.data());
+  int64_t some = NEAR / std::min(depth, DEPTH) / ROWS * ROWS;
+  for (int64_t i = 0; i < rows; i += some)
+    for (int64_t j = 0; j < columns; j += each) {
+      int64_t at = std::min(j, columns - least), wide = std::min(each, columns - at);  // some twice, where they overlap
+      for (int64_t k = 0; k < depth; k += DEPTH) {
+        float* to = c + i * stride + at;
+        Matrix first = k ? Matrix{to, stride, 1} : Matrix{start ? start + at : start, 0, 1};
+        panel(std::min(some, rows - i), wide, std::min(DEPTH, depth - k), a.from(i, k), b.from(k, at), to, stride, first,
+              copy.data());
+      }
     }
-  }
 }
 
 // The same, by as many threads as have work in it: of rows where there are more of them, else of columns
