@@ -36,6 +36,7 @@ SECTIONS = (
     "likelihoods",
     "bound",
     "replicas",
+    "first",
     "startup",
     "growth",
     "memory",
