@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as torch_distributed
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pyrovae as pv
 from tests import ddp
@@ -212,20 +212,34 @@ def resumed(first: int, second: int) -> dict[str, Any]:
     return found if second > 1 or not rank else {}
 
 
-class Stopping(Dataset[Tensor]):
-    """Sends a signal to one process, where it reads the last batch but one of the second epoch."""
+class Bits(Dataset[Tensor]):
+    """Bits, its own if it draws; it counts what is read, and may send a signal to the last process at some number.
 
-    def __init__(self) -> None:
-        self.left = 9 + len(GREY) + 10  # of which the first batch is looked at
+    :ivar own: what this process reads of the batches of an epoch.
+    """
+
+    def __init__(self, *, stops: bool = False, draws: bool = False) -> None:
+        self.draws, (rank, size) = draws, ranks()
+        self.own = [len(range(n)[pv.ranks.Ranks(rank, size).share(n)]) for n in (9, 9, 5)]
+        self.read, self.looked = 0, 9 * min(size, 2)  # all of the first batch, and again where there are several
+        self.stops = self.looked + sum(self.own) + self.own[0] + 1 if stops and rank == size - 1 else -1
 
     def __len__(self) -> int:
         return len(GREY)
 
     def __getitem__(self, i: int) -> Tensor:
-        self.left -= 1
-        if not self.left and ranks()[0] == ranks()[1] - 1:
+        self.read += 1
+        if self.read == self.stops:  # in the second batch of the second epoch
             signal.raise_signal(signal.SIGTERM)
-        return GREY[i].round()
+        return torch.bernoulli(GREY[i]) if self.draws else GREY[i].round()
+
+
+def read_by_rows() -> dict[str, Any]:
+    """Each process reads its own rows, after all of the first batch."""
+    data = Bits()
+    found = trained(vae, pv.IWAE(2), data, num_workers=0)
+    assert data.read == data.looked + 2 * sum(data.own)
+    return found
 
 
 class StoppedError(Exception):
@@ -235,17 +249,17 @@ class StoppedError(Exception):
 def stopped() -> dict[str, Any]:
     """A run of all processes that ends because one of them was told to, and goes on."""
     folder = Path(os.environ[FOLDER]) / f"stopped-{ranks()[1]}"
-    train = partial(trained, vae, pv.IWAE(2), Stopping(), run_dir=folder, num_workers=0)
+    train = partial(trained, vae, pv.IWAE(2), run_dir=folder, num_workers=0)
 
     def stop(number: int, frame: object) -> None:
         raise StoppedError
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        train()
+        train(data=Bits(stops=True))
     except StoppedError:
         state = pv.runs.Run(folder).state()
-        return train(resume=True) | {"steps": [state["epoch"], state["within"]["steps"]]}
+        return train(data=Bits(), resume=True) | {"steps": [state["epoch"], state["within"]["steps"]]}
     finally:
         signal.signal(signal.SIGTERM, before)
     raise AssertionError("it was not stopped")
@@ -290,6 +304,11 @@ JOBS: dict[str, Callable[[], Any]] = {
     "few": partial(trained, vae, pv.ELBO(), pv.data.Images(GREY[:10], binarization="dynamic")),  # the last of one datum
     "left out": partial(trained, Dead, pv.ELBO(), SCALARS, batch_size=4),
     "skipped": partial(trained, Breaking, pv.ELBO(), SCALARS, batch_size=4, on_nan="skip"),
+    "read by rows": read_by_rows,
+    "drawn by rows": lambda: trained(vae, pv.IWAE(2), Bits(draws=True), num_workers=2),
+    "skipped, read by rows": lambda: trained(
+        Breaking, pv.ELBO(), DataLoader(TensorDataset(SCALARS), 4, shuffle=True, num_workers=1), on_nan="skip"
+    ),
     "evaluated": likelihoods,
 }  # fmt: skip
 ALIKE: dict[str, Callable[[], Any]] = {  # no one process's numbers, but the same in all

@@ -132,6 +132,11 @@ def as_batch(batch: object, device: torch.device | None = None, *, non_blocking:
     return tuple(move(a) if isinstance(a, Tensor) else tree_map_only(Tensor, move, a) for a in arguments)
 
 
+def number_in(feed: Feed, batch: Batch) -> int:
+    """How many data the batch has that was given last, of which this process may have read its rows alone."""
+    return feed.source.whole or rows(batch)
+
+
 class Feed:
     """Batches of a data set, as tuples of tensors on ``device``; of ``()``, one batch of no arguments.
 
@@ -263,7 +268,7 @@ class Feed:
                     doubtful = doubtful.to(fine.device) | ~fine
                 elif not (fine or (fine is None and not self.unseen)):
                     self.refuse(batch, first)
-                first += rows(batch)
+                first += number_in(self, batch)
             yield batch
         if doubtful:
             self.refuse()
@@ -279,7 +284,7 @@ class Feed:
                 self.observed(batch, first)
                 return
         except DataError as error:
-            if (ordered := in_order(self.loader)) is self.loader:
+            if (ordered := in_order(self.loader)) is self.loader and self.source.whole is None:
                 raise
             found = error
         place = 0

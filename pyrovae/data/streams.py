@@ -12,20 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate, get_worker_info
 
 from pyrovae.data.arrays import is_storable
 from pyrovae.data.loaders import alike, same_each_time
 from pyrovae.engine.programs import warn
-from pyrovae.engine.randomness import host_snapshot, isolated_rng, restore_rng, seed_everything
+from pyrovae.engine.randomness import drawn, host_snapshot, isolated_rng, restore_rng, seed_everything
 from pyrovae.errors import DataError
 
 Doubt = Callable[[str, type[ValueError]], None]  # refuses, or warns a user who goes on knowingly
+PLACES = 1_000_003  # in a batch, which have seeds of their own
+Share = Callable[[int], slice]  # which of so many rows are this process's
 END = object()
 
 
 class Order:
     """The order of data in memory, drawn anew for each epoch, which is begun, or gone on with from a place in it."""
+
+    whole: int | None = None
 
     def __init__(self, number: int, batch_size: int) -> None:
         # A batch of everything stays in order: then a guide may hold parameters for each datum, as autoguides do.
@@ -67,7 +71,10 @@ class Stream:
 
     :ivar epoch: its number.
     :ivar given: the batches of the epoch so far.
+    :ivar whole: the number of data of the batch of which the last that it gave are rows; None where it gave all.
     """
+
+    whole: int | None = None
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.loader, self.epoch, self.given, self.last = loader, 0, 0, END
@@ -222,11 +229,14 @@ class Stream:
 class Indexed(Stream):
     """The batches of a loader that finds data by their indices: what is before a place is not read again.
 
-    What workers draw follows a seed for each batch, so that neither their number nor the place changes it.
+    What workers draw for data follows a seed for each, so that neither their number nor the place changes it.
+
+    :ivar share: of a batch's indices, where this process may read its own rows alone.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         super().__init__(loader)
+        self.share: Share | None = None
         self.sent: deque[object] = deque()  # indices whose batches did not come yet
         self.order: Iterator[object] = iter(())
         own = {"dataset": Seeded(loader.dataset), "worker_init_fn": Started(loader.worker_init_fn)}
@@ -239,8 +249,29 @@ class Indexed(Stream):
     def peek(self) -> Iterator[object]:
         return self.fresh()
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows of a batch are the same without the others: collated as they are, with seeds of their own."""
+        if self.loader.collate_fn is not default_collate or at_once(self.loader.dataset) is not None:
+            return False
+        return self.loader.num_workers > 0 or not self.draws()
+
+    def draws(self) -> bool:
+        """Whether the data that an epoch begins with are drawn in this process."""
+        with isolated_rng():
+            before = drawn()
+            for index in next(iter(self.sent)):  # type: ignore[attr-defined]
+                self.loader.dataset[index]
+            return drawn() != before
+
+    def read_own(self, share: Share) -> None:
+        """Read rows of batches alone from now on, where those are the same without the others."""
+        self.share = share if self.by_rows else None
+
     def known(self, batch: object) -> object:
-        return self.sent.popleft()
+        indices = self.sent.popleft()
+        self.whole = len(indices) if self.share and isinstance(indices, list) else None
+        return indices
 
     def start(self, place: dict[str, Any] | None = None) -> Iterator[object]:
         seed, inner = int(torch.randint(2**62, ())) if self.seeded else 0, iter(self.loader.batch_sampler)  # type: ignore[arg-type]
@@ -257,20 +288,44 @@ class Indexed(Stream):
         """Indices as the loader takes them."""
         for number, indices in enumerate(inner):
             self.sent.append(indices)
-            yield (seed + number, indices) if self.seeded else indices
+            own = self.share(len(indices)) if self.share and isinstance(indices, list) else slice(None)
+            mine = indices if own == slice(None) else indices[own] or indices[:1]  # of none, one that does not count
+            yield (seed + number, own.start or 0, mine) if self.seeded else mine
 
 
 class Seeded(Dataset[Any]):
-    """A data set that gives whole batches, which come with seeds of what it draws for them."""
+    """A data set that gives rows of batches, from a place in one on, by the seed of what it draws for that.
+
+    A data set that reads many data at once has one seed for all of them.
+    """
 
     def __init__(self, data: Dataset[Any]) -> None:
-        self.data = data
+        self.data, self.draws = data, False
 
-    def __getitems__(self, given: tuple[int, list[Any]]) -> list[Any]:
-        seed, indices = given
-        seed_everything(seed)
-        together = getattr(self.data, "__getitems__", None)
-        return together(indices) if together else [self.data[i] for i in indices]
+    def __getitems__(self, given: tuple[int, int, list[Any]]) -> list[Any]:
+        seed, first, indices = given
+        if (together := at_once(self.data)) is not None:
+            seed_everything(seed)
+            return together(indices)
+        found: list[Any] = []
+        for place, index in enumerate(indices, first):
+            if self.draws or not found:
+                seed_everything((seed * PLACES + place) % 2**62)
+                before = drawn()
+            found.append(self.data[index])
+            if not self.draws and (place == first or len(found) == len(indices)) and drawn() != before:
+                self.draws = True
+                if place > first:  # some data draw, though the first does not
+                    return self.__getitems__(given)
+        return found
+
+
+def at_once(data: Dataset[Any]) -> Callable[[list[Any]], list[Any]] | None:
+    """What reads many data of a set at once, where that has something of the kind; a subset of one that has, too."""
+    inner = data
+    while type(inner) is Subset:
+        inner = inner.dataset
+    return getattr(data, "__getitems__", None) if hasattr(inner, "__getitems__") else None
 
 
 class Started:

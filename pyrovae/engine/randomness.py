@@ -58,6 +58,13 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
+def drawn() -> tuple[object, ...]:
+    """What differs once anything was drawn on the host."""
+    numpy = np.random.get_state(legacy=False)
+    place = numpy["state"]["pos"], int(numpy["state"]["key"][0]), numpy["has_gauss"]  # type: ignore[call-overload]
+    return torch.get_rng_state().numpy().tobytes(), place, random.getstate()
+
+
 @contextmanager
 def replayed_rng(state: Tensor, cuda_states: list[Tensor]) -> Iterator[None]:
     """Draw again what was drawn from ``state`` on, then go on as if nothing had been drawn."""

@@ -14,13 +14,14 @@ from pyro.optim import PyroOptim
 from pyrovae import runs
 from pyrovae.arguments import positive_int
 from pyrovae.compile.checked import check_compile
-from pyrovae.data.feed import Feed
-from pyrovae.engine.programs import Program, in_modes, rows, training_modes, warn_of_eval
+from pyrovae.data.feed import Feed, number_in
+from pyrovae.data.streams import Indexed
+from pyrovae.engine.programs import Program, in_modes, training_modes, warn_of_eval
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.errors import DataError
 from pyrovae.memory import memory_advice
 from pyrovae.progress import ProgressBar
-from pyrovae.ranks import Ranks, ranks
+from pyrovae.ranks import ALONE, Ranks, ranks
 from pyrovae.schedules import Schedule
 from pyrovae.signals import Signals
 from pyrovae.train.ahead import Ahead
@@ -160,12 +161,14 @@ def fit(
             trainee = Trainee(model, guide, objective, setup, feed, maker)
             facts |= {} if team.alone else facts_of(setup, feed, trainee.eager.state, objective)
         own = trainee.eager
+        if not team.alone and isinstance(feed.source, Indexed):
+            feed.source.read_own(team.share)
         inside.enter_context(threads(threads_for(own.state.modules, setup.rows // team.size, team.here())))
         team.copy_(list(own.state.tensors.values()))
         if (compiled := team.same(begun_with(run, "compiled") if compile == "auto" else compile)) is None:
             compiled = team.same(worthwhile(setup.plan, own.parameters, feed, own))
         whole = Compiled(own, anneals=bool(setup.plan.kl_warmup)) if compiled else own
-        gradients: Gradients = whole if team.alone else Shared(whole, own, team, feed.first())
+        gradients: Gradients = whole if team.alone else Shared(whole, own, team, feed)
         plain = Step(gradients, [trainee.optimizer], setup.clip_norm, [trainee.make], lasting=not setup.skips)
         step = on_device(plain, feed) if team.alone else plain
         training = {"patience": patience, "compile": compile, "compiled": bool(compiled), "num_validation": None}
@@ -200,8 +203,11 @@ def train(trainees: Sequence[Trainee], step: Step | Recorded, on_epoch: OnEpoch 
     saved = team.same(any(own.run is not None for own in trainees))
     kept = Signals().kept() if saved else nullcontext(Signals())
     with ProgressBar("epoch", plan.epochs, setup.progress) as bar, kept as signals:
+        at_once = team if first.feed.device.type == "cpu" else ALONE  # a device is asked now and then
         watches = [
-            Watch(own.eager, partial(getattr, own, "checkpoint"), setup.skips, "" if alone else f"replica {r}: ")
+            Watch(
+                own.eager, partial(getattr, own, "checkpoint"), setup.skips, "" if alone else f"replica {r}: ", at_once
+            )
             for r, own in enumerate(trainees)
         ]
         progress = Progress(trainees, watches, signals)
@@ -242,7 +248,7 @@ def run_epoch(
         # What Pyro's own checks can find they find at the first step; later they cost time, and hide what became NaN.
         with nullcontext() if epoch == ahead.steps == 0 else pyro.validation_enabled(False):
             outcomes.take(plan.at(ahead.now()), batch, epoch, ahead.steps)
-        ahead.steps, ahead.data = ahead.steps + 1, ahead.data + rows(batch)
+        ahead.steps, ahead.data = ahead.steps + 1, ahead.data + number_in(feed, batch)
         progress()
     if not ahead.data:
         raise DataError(f"epoch {epoch + 1} had no data: pass a data set that gives them in every epoch")

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyrovae.data.feed import Feed
+from pyrovae.data.feed import Feed, number_in
 from pyrovae.engine.blame import ADVICE, Cause
 from pyrovae.engine.guard import last_good
 from pyrovae.engine.programs import Batch, protected_buffers, rows, warn
 from pyrovae.engine.randomness import isolated_rng
 from pyrovae.errors import DataError, NumericalError, is_out_of_memory
+from pyrovae.ranks import ALONE, Ranks
 from pyrovae.train.blame import Moment, cause_of, gradient_at_fault, site_at_fault
 from pyrovae.train.step import Eager, Outcome, Recorded, Step
 
+UNKNOWN = Cause("the loss is no number, though it is one on other noise", "gradient")
 MOST = 10  # steps in a row that may be skipped
 EVERY, STREAMED = 100, 10  # steps after which a device is asked; of a stream, whose batches are held until then
 
@@ -32,10 +34,13 @@ class Watch:
     :param checkpoint: where the last one is, if there is one.
     :param skips: whether steps that are withheld are counted; else the first one is an error.
     :param called: which pair it is, where there are several.
+    :param ranks: processes that hear of a step at once, of which one alone may have the data that are at fault.
     """
 
-    def __init__(self, eager: Eager, checkpoint: Callable[[], Path | None], skips: bool, called: str) -> None:
-        self.eager, self.checkpoint, self.skips, self.called = eager, checkpoint, skips, called
+    def __init__(
+        self, eager: Eager, checkpoint: Callable[[], Path | None], skips: bool, called: str, ranks: Ranks = ALONE
+    ) -> None:
+        self.eager, self.checkpoint, self.skips, self.called, self.ranks = eager, checkpoint, skips, called, ranks
         self.streak, self.warned = 0, set[str]()
 
     @contextmanager
@@ -67,7 +72,8 @@ class Watch:
 
     def withheld(self, moment: Moment, cause: Cause | None = None) -> None:
         """A step that was not: an error, or counted, which the first is told of."""
-        said, kind = cause or self.cause(moment)
+        found = [cause] if cause else self.ranks.gather(self.cause(moment))
+        said, kind = min(found, key=lambda c: (c.kind == "gradient", c == UNKNOWN))
         self.streak += 1
         if not self.skips:
             skip = "" if kind == "state" else ', or pass on_nan="skip"'
@@ -77,12 +83,12 @@ class Watch:
         self.counts["skipped"] += 1
         self.warn(f'{at(moment)} was skipped, because {said}; the history counts such steps as "skipped"', "skipped")
 
-    def left_out(self, moment: Moment, number: int) -> None:
+    def left_out(self, moment: Moment, number: int, size: int) -> None:
         """Tell of the first data that were left out of a step."""
         if "left out" not in self.warned:
             found = site_at_fault(self.eager.model, self.eager.guide, moment, dead=True)
             self.warn(
-                f"{number} of {rows(moment.batch)} data have a bound of -inf in {at(moment)}"
+                f"{number} of {size} data have a bound of -inf in {at(moment)}"
                 f"{'' if found is None else f' ({found.said})'}: such data are left out of loss, gradient and bound, "
                 'and the history counts them as "left_out"',
                 "left out",
@@ -102,8 +108,7 @@ class Watch:
         gradient, dead = gradient_at_fault(self.eager.state), site_at_fault(*pair, moment, dead=True)
         if gradient is not None and dead is not None:
             return Cause(f"{gradient.said}, where {dead.said}", "site")
-        unknown = "the loss is no number, though it is one on other noise"
-        return gradient or dead or Cause(unknown, "gradient")
+        return gradient or dead or UNKNOWN
 
     def mean(self, epoch: int) -> float:
         """The mean loss of an epoch's data, but of those left out."""
@@ -135,7 +140,7 @@ class Outcomes:
     def __init__(self, watches: Sequence[Watch], step: Step | Recorded, feed: Feed) -> None:
         self.watches, self.step, self.feed = watches, step, feed
         self.every = 1 if step.guard.waits else STREAMED if feed.images is None else EVERY
-        self.pending: list[tuple[int, int, Batch, Tensor | None, Outcome]] = []
+        self.pending: list[tuple[int, int, Batch, Tensor | None, int, Outcome]] = []
 
     def take(self, objective: pyro.infer.ELBO, batch: Batch, epoch: int, step: int) -> None:
         """Take a step."""
@@ -148,7 +153,8 @@ class Outcomes:
             self.read()
             self.step.guard.undo()
             moment = self.moment(epoch, step, batch, self.feed.index)
-            causes = [watch.known(moment) for watch in self.watches]
+            found = self.watches[0].ranks.gather([watch.known(moment) for watch in self.watches])
+            causes = next((each for each in found if any(each)), found[0])
             if not any(causes):
                 raise
             of_all = next(Cause(f"{w.called}{c.said}", c.kind) for w, c in zip(self.watches, causes, strict=True) if c)
@@ -156,7 +162,7 @@ class Outcomes:
             for watch, cause in sorted(zip(self.watches, causes, strict=True), key=lambda found: found[1] is None):
                 watch.withheld(moment, cause or of_all)
             return
-        self.pending.append((epoch, step, batch, self.feed.index, outcome))
+        self.pending.append((epoch, step, batch, self.feed.index, number_in(self.feed, batch), outcome))
         if len(self.pending) >= self.every:
             self.read()
 
@@ -172,26 +178,28 @@ class Outcomes:
         self.read()
         self.objective = objective
         for number, ((loss, left_out), (batch, index)) in enumerate(zip(came, given, strict=True)):
-            self.count(self.watches[0], loss, left_out, (epoch, step + number, batch, index))
+            self.count(self.watches[0], loss, left_out, rows(batch), (epoch, step + number, batch, index))
 
     def read(self) -> None:
         """Read back what was taken in since."""
         pending, self.pending = self.pending, []
         read = [t for *_, outcome in pending for t in outcome]
         numbers = [t.tolist() for t in read] if self.every == 1 else torch.stack(read).tolist() if read else []
-        for number, (epoch, step, batch, index, _) in enumerate(pending):
+        for number, (epoch, step, batch, index, size, _) in enumerate(pending):
             losses, left_out = (row if isinstance(row, list) else [row] for row in numbers[2 * number : 2 * number + 2])
             for watch, loss, left in zip(self.watches, losses, left_out, strict=True):
-                self.count(watch, loss, left, (epoch, step, batch, index))
+                self.count(watch, loss, left, size, (epoch, step, batch, index))
 
-    def count(self, watch: Watch, loss: float, left_out: float, taken: tuple[int, int, Batch, Tensor | None]) -> None:
-        """Take in what a step of one pair came to, by its loss per datum."""
+    def count(
+        self, watch: Watch, loss: float, left_out: float, size: int, taken: tuple[int, int, Batch, Tensor | None]
+    ) -> None:
+        """Take in what a step of one pair on so many data came to, by its loss per datum."""
         if math.isnan(loss):
             watch.withheld(self.moment(*taken, watch))
             return
-        watch.take(rows(taken[2]), loss, left_out)
+        watch.take(size, loss, left_out)
         if left_out:
-            watch.left_out(self.moment(*taken), int(left_out))
+            watch.left_out(self.moment(*taken), int(left_out), size)
 
     def moment(self, epoch: int, step: int, batch: Batch, index: Tensor | None, again: Watch | None = None) -> Moment:
         """A step with its data; on a device, its gradients too are found again."""

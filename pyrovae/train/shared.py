@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyrovae.compile.checked import untouched
 from pyrovae.compile.noise import CannotCompile
 from pyrovae.compile.rows import FEW, Draw, Rows, learn
+from pyrovae.data.feed import Feed, number_in
 from pyrovae.engine.probe import Look, look
 from pyrovae.engine.programs import Batch, cut, rows
 from pyrovae.engine.randomness import isolated_rng
@@ -39,13 +40,13 @@ class Shared:
     optimizer. All processes then have the same numbers to the bit, judge, clip and move alike, and stay alike.
 
     :param inner: the gradients of a process's own rows.
-    :param first: a batch as they will be, whole.
+    :param feed: of batches, whole or a process's own rows alone.
     :ivar asked: whether this process is asked to end, as one of many may be.
     """
 
-    def __init__(self, inner: Eager | Compiled, eager: Eager, ranks: Ranks, first: Batch) -> None:
-        self.inner, self.eager, self.ranks, self.first = inner, eager, ranks, first
-        self.totals = {rows(inner.example): rows(first)}
+    def __init__(self, inner: Eager | Compiled, eager: Eager, ranks: Ranks, feed: Feed) -> None:
+        self.inner, self.eager, self.ranks, self.feed = inner, eager, ranks, feed
+        self.totals = {rows(inner.example): rows(feed.first())}
         self.example, self.states, self.reached = inner.example, inner.states, inner.reached
         self.kind, self.compile_seconds = inner.kind, 0.0
         self.parameters = list(eager.parameters)
@@ -69,14 +70,14 @@ class Shared:
         self.inner.look_again()
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
-        number, state = rows(batch), torch.get_rng_state()
+        number, state = number_in(self.feed, batch), torch.get_rng_state()
         share = self.ranks.share(number)
         own, failed, outcome = share.stop - share.start, None, None
         before = [average.clone() for average, _ in self.averages]
         try:
             with self.sharing(objective, number, share if own else slice(0, 1)):
                 # who has no rows runs on one that does not count, so that all draw alike
-                mine = cut(batch, share if own else slice(0, 1))
+                mine = batch if self.feed.source.whole else cut(batch, share if own else slice(0, 1))
                 graphs = self.totals.setdefault(rows(mine), number) == number  # which are of batches of one size
                 outcome = (self.inner if graphs else self.eager)(objective, mine)
             self.check_reached()
@@ -96,7 +97,7 @@ class Shared:
         """Losses inside are of so many rows of a batch."""
         particles = getattr(objective, "total_particles", getattr(objective, "num_particles", 1))
         if particles not in self.draws:
-            self.draws[particles] = check_sum(self.eager, objective, self.first, particles)
+            self.draws[particles] = check_sum(self.eager, objective, self.feed.first(), particles)
         known = particles, total, own.start, own.stop
         if known not in self.modes:
             self.modes[known] = Rows(self.draws[particles], total, own, particles)
