@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +162,24 @@ def test_a_part_that_fails_says_why_and_is_asked_again(monkeypatch, tmp_path):
     }
     assert "- memory, 100x50: failed (1): OSError: no card" in (tmp_path / "found.md").read_text()
     assert not gpu.Card(tmp_path, "cuda", False, 0.0).answered("memory, 100x50")
+
+
+def test_a_card_that_is_told_to_end_takes_what_it_started_with_it(tmp_path):
+    started = tmp_path / "started"
+    part = [
+        sys.executable,
+        "-c",
+        f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)",
+    ]
+    words = f"from tests.benchmarks import gpu; gpu.Card.command = lambda *_: {part!r}; gpu.main()"
+    asked = ["--folder", str(tmp_path), "--quick", "--only", "memory"]
+    job = subprocess.Popen([sys.executable, "-c", words, *asked], cwd=gpu.ROOT)
+    while not (started.exists() and started.read_text()):
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 def test_the_outcomes_of_tests_are_known_when_they_are_cut_off(tmp_path):

@@ -197,6 +197,7 @@ def main() -> None:
     asked = parser.parse_args()
     folder = asked.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what a part has started ends with it
     card = Card(folder, asked.device, asked.quick, time.monotonic() + 60 * asked.minutes)
     ended: dict[str, str] = {}
     parts = TRIED if asked.quick else PARTS
