@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import torch
 
 
 @contextmanager
@@ -14,14 +17,18 @@ def found_quickly() -> Iterator[None]:
     """Take the processor's word for its vector units, and no library that is not whole.
 
     Inductor compiles a program for each unit. Every compiler that knows the C++ of torch's headers knows the units,
-    except for the youngest (AMX): these it tries as ever.
+    except for the youngest (AMX): these it tries as ever. Without CUDA it also reads all of Triton, for a key that does
+    not have it.
     """
+    from torch._inductor import codecache
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.cpu_vec_isa import VecISA
 
     units: Any = VecISA
     libraries: Any = CppCodeCache
-    if not (hasattr(units, "check_build") and hasattr(libraries, "_load_library")):  # another release of torch
+    if not all(
+        map(hasattr, (units, libraries, codecache), ("check_build", "_load_library", "triton_key"))
+    ):  # another release of torch
         yield
         return
     tried, load = units.check_build, libraries._load_library.__func__
@@ -34,11 +41,15 @@ def found_quickly() -> Iterator[None]:
             raise OSError(f'"{path}" is half-written')
         return load(cache, path, key)
 
-    units.check_build, libraries._load_library = known, classmethod(load_whole)
-    try:
+    no_key = nullcontext() if torch.cuda.is_available() else patch.object(codecache, "triton_key", lambda: None)
+    with (
+        patch.object(units, "check_build", known),
+        patch.object(libraries, "_load_library", classmethod(load_whole)),
+        nullcontext()
+        if torch.cuda.is_available()
+        else patch.object(codecache, "triton_key", lambda: None, create=True),
+    ):
         yield
-    finally:
-        units.check_build, libraries._load_library = tried, classmethod(load)
 
 
 def is_whole(path: Path) -> bool:
