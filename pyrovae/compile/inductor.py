@@ -21,9 +21,12 @@ from pyrovae.compile.pages import our_pages
 COMPILATION = 12.0  # seconds that one takes at most, between an AMD EPYC with AVX-512 and processors half as fast
 FROM_CACHE = 4.0  # where it was compiled before; the imports of Inductor are most of it
 OPTIONS = {"cpp.use_decompose_tanh": True}  # by one exp: three times as fast, and off by at most 1e-7
-#: All of a graph in one file of C++. To compile its header for others takes as long as four such files, line tables a
-#: tenth of one.
-ONE_FILE = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False, "aot_inductor.enable_line_tables": False}
+#: All of a graph in one file of C++, for which no other processes are started. To compile its header for others takes
+#: as long as four such files, line tables a tenth of one.
+ONE_FILE = {
+    "cpp_wrapper": True, "compile_threads": 1, "cpp_cache_precompile_headers": False,
+    "aot_inductor.enable_line_tables": False,
+}  # fmt: skip
 REMEMBERED = 32  # compiled functions that a process keeps
 
 _compiled: OrderedDict[Hashable, Callable[..., Sequence[Tensor]]] = OrderedDict()
@@ -63,7 +66,7 @@ def through_inductor(module: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
     from torch._inductor.utils import fresh_cache
 
     on_cpu = all(v.device.type == "cpu" for v in placeholders(module))
-    ways: list[tuple[dict[str, bool], Callable[[], AbstractContextManager[None]]]] = []
+    ways: list[tuple[dict[str, int], Callable[[], AbstractContextManager[None]]]] = []
     for options in (ONE_FILE, {}) if on_cpu else ({},):
         ways += [(options, nullcontext), (options, fresh_cache)]
     for options, cache in ways:
@@ -79,7 +82,7 @@ def through_inductor(module: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
     raise CannotCompile(f"Inductor failed with {type(failed).__name__}: {str(failed).splitlines()[0]}") from failed
 
 
-def lowered(module: fx.GraphModule, options: dict[str, bool]) -> Callable[..., Sequence[Tensor]]:
+def lowered(module: fx.GraphModule, options: dict[str, int]) -> Callable[..., Sequence[Tensor]]:
     """A graph through Inductor, under options besides :data:`OPTIONS`."""
     import torch._inductor.config
 
