@@ -192,7 +192,8 @@ class Pair(Hooks, Configured, nn.Module):
     def check(self, x: Tensor) -> None:
         """A DataError for data of another shape."""
         if not isinstance(x, Tensor):
-            raise DataError(f"data must be a tensor [batch, *input_shape], got a {type(x).__name__}: pass one")
+            fix = "let a collate_fn give tuples of its tensors" if isinstance(x, dict) else "pass one"
+            raise DataError(f"data must be a tensor [batch, *input_shape], got a {type(x).__name__}: {fix}")
         if x.shape[1:] != self.input_shape:
             raise DataError(
                 f"data must be [batch, *input_shape] with input_shape={self.input_shape}, got {tuple(x.shape)}: "

@@ -620,11 +620,11 @@ def a_frozen_batchnorm_takes_one_datum(folder: Path):
     assert outcome.value.timings["steps"] == 6
 
 
-DICT = r"was called with \(dict\): missing a required argument: 'y'; pass a tuple of all that it takes, \(x, y\)"
+DICT = r"data must be a tensor \[batch, \*input_shape\], got a dict: let a collate_fn give tuples of its tensors"
 
 
 @fault(
-    "C", "fit", 2, DICT,
+    "C", "fit", 3, DICT,
     each={
         "a loader": lambda rows: fit(conditional(), DataLoader(rows, 10)),
         "a data set": lambda rows: fit(conditional(), rows, num_workers=0),
