@@ -11,7 +11,10 @@ import pyrovae as pv
 from pyrovae.app.cli import app
 from tests.house import ROOT
 
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+DOCS = ROOT / "docs"
+PLACES = {"README.md": ROOT / "README.md"} | {str(p.relative_to(DOCS)): p for p in DOCS.glob("*.md")}
+PLACES |= {str(p.relative_to(DOCS)): p for p in DOCS.glob("api/*.md")}
+PAGES = {name: path.read_text(encoding="utf-8") for name, path in PLACES.items()}
 FACES = (pv, pv.models, pv.parts, pv.nn, pv.data, pv.plots, pv.objectives, pv.evaluate)
 
 
@@ -28,7 +31,8 @@ def resolve(dotted):
 def documented():
     """Every path that the reference describes, in full."""
     module, paths = "pyrovae", []
-    for directive, name in re.findall(r"^\.\. ([\w:]+):: ([\w.]+)$", PAGES["api.md"], re.MULTILINE):
+    reference = "".join(text for page, text in PAGES.items() if page.startswith("api/"))
+    for directive, name in re.findall(r"^\.\. ([\w:]+):: ([\w.]+)$", reference, re.MULTILINE):
         if directive == "currentmodule":
             module = name
         else:
@@ -52,10 +56,10 @@ def anchors(path):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_links_of_a_page_lead_somewhere(page):
-    folder = ROOT if page == "README.md" else ROOT / "docs"
+    folder = PLACES[page].parent
     for link, place in re.findall(r"\]\(((?!https?:)[^)#]*)#?([^)]*)\)", re.sub("`[^`\n]*`", "", PAGES[page])):
-        assert (folder / (link or page)).exists(), link
-        assert not place or place in anchors(folder / (link or page)), f"{link}#{place}"
+        assert (folder / (link or PLACES[page].name)).exists(), link
+        assert not place or place in anchors(folder / (link or PLACES[page].name)), f"{link}#{place}"
     for path in re.findall(r"(?<![\w/])(?:tests|examples|pyrovae|docs)/[\w/]+\.(?:py|md|png)", PAGES[page]):
         assert (ROOT / path).exists(), path
 
