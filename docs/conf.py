@@ -52,7 +52,7 @@ def show_math(translator, node):
     if block and ("&" in tex or r"\\" in tex) and r"\begin" not in tex:
         tex = rf"\begin{{split}}{tex}\end{{split}}"
     formula = mathml(tex, display="block" if block else "inline")
-    translator.body.append(f'<div class="math">{formula}</div>' if block else formula)
+    translator.body.append(f'<div class="math">{formula}</div>' if block else f'<span class="math">{formula}</span>')
     raise nodes.SkipNode
 
 
