@@ -776,7 +776,7 @@ def test_as_dataset_reads_subsets_of_images_at_once(grey):
 
 
 def test_as_dataset_refuses(grey):
-    for given in ([grey], {"x": grey}, None, 3, (), (grey, "y"), "mnist", load()):
+    for given in ([grey], {"x": [grey]}, None, 3, (), (grey, "y"), "mnist", load()):
         refused(as_dataset, given, says=("DataLoader", f"received {type(given).__name__}"), error=TypeError)
     for given in ((grey, torch.arange(49)), (grey, torch.tensor(1))):
         refused(as_dataset, given, says=("one length", "[50, 1, 4, 4]", str(list(given[1].shape))))

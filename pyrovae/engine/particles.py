@@ -160,15 +160,17 @@ class Particles:
         scale, tempering = scales(layout, own, model) if scaled else (1.0, {})
         return cls(layout, own, model, scale, tempering, noise=apart)
 
-    @torch.no_grad()
     def check_dims(self) -> None:
         """Refuse a log-probability with dims left of the particles and plates: there a program took what is not theirs.
 
-        With one particle it may not show, as where z[..., 0:1] gives a number for each.
+        With one particle it may not show, as where z[..., 0:1] gives a number for each. Only shapes are looked at, for
+        a flow may keep what its density computed for the next.
         """
         sites = *self.guide.values(), *self.noise.values(), *self.model.values()
         for site in (s for s in sites if "sum" not in s and counts(s)):
-            shape, dims = log_prob(site).shape, [f.dim for f in site["cond_indep_stack"] if f.dim is not None]
+            fn, value = site["fn"], site["value"]
+            shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+            dims = [f.dim for f in site["cond_indep_stack"] if f.dim is not None]
             if any(size > 1 for size in shape[: max(0, len(shape) + min(dims, default=0))]):
                 raise ValueError(
                     f'site "{site["name"]}" has log-probabilities {list(shape)}, with dims besides those of '

@@ -40,7 +40,7 @@ class Runner:
         self.nesting, self.noise, self.sums, self.marked = 0, frozenset[str](), False, False
         self.sizes: set[int] = set()  # of plates, and of what is summed out
         self.dreams: dict[str, bool] = {}  # the observed sites, and whether dreams of the data must draw them
-        self.dreams_whole = True  # whether one site dreams all of an argument
+        self.dreams_whole: bool | None = None  # whether one site dreams all of an argument; None before the first
 
     @property
     def structures(self) -> set[tuple[object, ...]]:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from pyrovae.engine.generate import Redraw, Written, dreamt
 from pyrovae.engine.places import storage
 from pyrovae.engine.programs import Batch, leaves
+from pyrovae.engine.randomness import isolated_rng
 from pyrovae.engine.runner import Runner
 from pyrovae.engine.sites import Sites, latent, oversampling, quoted
 from pyrovae.engine.unwrap import point_mass
@@ -37,6 +38,10 @@ def dreamt_data(runner: Runner, args: Batch, kwargs: Mapping[str, object]) -> Dr
     held = {id(t): t for t in leaves(given) if isinstance(t, Tensor)}
     x = args[0] if args and isinstance(args[0], Tensor) else torch.empty(0)
     with torch.no_grad():
+        if runner.dreams_whole is None:
+            with isolated_rng():  # the first step draws no more than others
+                sites = dreamt(runner.model, *given, redraw := Redraw(x, others=tied))
+            runner.dreams_whole = bool(whole(sites, redraw.names, held.values()))
         if runner.dreams_whole:
             sites = dreamt(runner.model, *given, redraw := Redraw(x, others=tied))
             new = whole(sites, redraw.names, held.values())

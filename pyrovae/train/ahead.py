@@ -104,7 +104,7 @@ class Ahead:
         run, moves = graph.run.func, known_moves(step, graph)
         if moves is None or not isinstance(run, Runnable):
             return None
-        batch = [torch.empty_like(t) for t in tensors(gradients.example)]
+        batch = [t.clone() for t in tensors(gradients.example)]  # of values that a program takes
         if [(t.dtype, t.shape[1:]) for t in batch] != [(c.dtype, c.shape[1:]) for c in images.columns]:
             return None
         noise, found = plain_draws(run.graph.noise), run.library([*graph.run.args, *batch])

@@ -184,7 +184,7 @@ def test_data_sets_come_in_batches_and_agree_with_quadrature():
     assert found.log_prob.shape == (30,)
     assert ((found.log_prob - exact).abs() < LIMIT * found.std_error).all()
     assert found.std_error.max() < 0.2
-    assert "AIS, 32 chains, 20 temperatures" in str(found)
+    assert "AIS, 32 chains, median ESS" in str(found)
 
 
 @pytest.mark.parametrize("schedule", ["sigmoid", "linear"])

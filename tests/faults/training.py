@@ -811,7 +811,7 @@ def data_of_a_step_are_of_another_type(folder: Path, dtype: torch.dtype):
     assert outcome.value == losses(other, bits)
 
 
-@fault("C", "log_likelihood", 2, "received dict: pass a tuple of its tensors")
+@fault("C", "log_likelihood", 3, "got a dict: let a collate_fn give tuples of its tensors")
 def a_batch_is_a_dict(folder: Path):
     yield lambda: measured(vae(), {"x": X})
 
