@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,18 +198,27 @@ def main() -> None:
     asked = parser.parse_args()
     folder = asked.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what a part has started ends with it
     card = Card(folder, asked.device, asked.quick, time.monotonic() + 60 * asked.minutes)
+    # what a part has started ends with it
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        ask(card, asked.only)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print((folder / "found.md").read_text() if (folder / "found.md").exists() else "nothing was missing")
+
+
+def ask(card: Card, kinds: Sequence[str]) -> None:
+    """Ask the card all that it has not answered."""
     ended: dict[str, str] = {}
-    parts = TRIED if asked.quick else PARTS
-    for part in (part for kind in asked.only for part in parts if part.partition(",")[0] == kind):
+    parts = TRIED if card.quick else PARTS
+    for part in (part for kind in kinds for part in parts if part.partition(",")[0] == kind):
         if card.answered(part):
             continue
         began = time.monotonic()
         ended[part] = card.ask(part) if began < card.ends else "out of minutes"
         card.write(ended)
         print(f"{part}: {ended[part]}, {time.monotonic() - began:.0f} s", flush=True)
-    print((folder / "found.md").read_text() if (folder / "found.md").exists() else "nothing was missing")
 
 
 if __name__ == "__main__":
