@@ -1,5 +1,5 @@
 // Functions of vectors of float32 that stay in registers, where a library is called with all of them put away. Off by
-// at most 2e-7 of an exponential or sigmoid, 1e-7 of a tanh; infinities, NaN and what underflows are as they are there.
+// at most 3e-7 of an exponential or sigmoid, and by 2e-7 for tanh; infinities and NaN are as they are there.
 namespace pyrovae {
 template <typename T>
 T exp(T x) {
