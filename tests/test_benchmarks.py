@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+import signal
 import subprocess
 import sys
 import time
@@ -164,22 +164,29 @@ def test_a_part_that_fails_says_why_and_is_asked_again(monkeypatch, tmp_path):
     assert not gpu.Card(tmp_path, "cuda", False, 0.0).answered("memory, 100x50")
 
 
-def test_a_card_that_is_told_to_end_takes_what_it_started_with_it(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_card_has_started_ends_with_it(tmp_path, number):
     started = tmp_path / "started"
-    part = [
-        sys.executable,
-        "-c",
-        f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)",
-    ]
+    waits = f"import os, time; open({str(started)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(60)"
+    starts = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {waits!r}]); {waits}"
+    part = [sys.executable, "-c", starts]
     words = f"from tests.benchmarks import gpu; gpu.Card.command = lambda *_: {part!r}; gpu.main()"
     asked = ["--folder", str(tmp_path), "--quick", "--only", "memory"]
     job = subprocess.Popen([sys.executable, "-c", words, *asked], cwd=gpu.ROOT)
-    while not (started.exists() and started.read_text()):
+    while not started.exists() or started.read_text().count(" ") < 2:
         time.sleep(0.05)
-    job.terminate()
-    assert job.wait(60) == 143
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(started.read_text()), 0)
+    job.send_signal(number)
+    assert job.wait(60) == -number
+    until = time.monotonic() + 20
+    while any(map(runs, started.read_text().split())):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def runs(pid):
+    """Whether a process is there, and no zombie that nobody has waited for."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_the_outcomes_of_tests_are_known_when_they_are_cut_off(tmp_path):
@@ -191,3 +198,5 @@ def test_the_outcomes_of_tests_are_known_when_they_are_cut_off(tmp_path):
     items = [SimpleNamespace(nodeid="a.py::one"), SimpleNamespace(nodeid="a.py::two")]
     outcomes.pytest_collection_modifyitems(items)
     assert [item.nodeid for item in items] == ["a.py::two"]
+    outcomes.pytest_runtest_logreport(SimpleNamespace(**vars(report) | {"nodeid": "a.py::two"}))
+    assert list(gpu.outcomes(outcomes.file)) == ["a.py::one", "a.py::two"]

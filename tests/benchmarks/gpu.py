@@ -4,8 +4,9 @@ memory.
     python tests/benchmarks/gpu.py --minutes 9 [--folder runs/gpu] [--only tests resume]
 
 Every answer stands in ``found.json`` and ``found.md`` of the folder as soon as it is there, what was said on the way in
-a log beside them. Cut off, or out of minutes, the same command goes on with what is missing. ``--device cpu --quick``
-shows without a card that the command works, by one small part of each kind.
+a log beside them. Cut off, or out of minutes, the same command goes on with what is missing, and nothing that it has
+started goes on without it. ``--device cpu --quick`` shows without a card that the command works, by one small part of
+each kind.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +34,7 @@ if not __package__:  # run as a file
 from tests.benchmarks.options import ROOT
 from tests.benchmarks.tables import Table
 
+HELD = "--held"  # in front of a command that ends with this one
 KNOWN = "PYROVAE_OUTCOMES"  # the variable with the file of the tests' outcomes, a line each
 RUN, RESUME = [sys.executable, "tests/benchmarks/run.py"], [sys.executable, "-m", "tests.benchmarks.resume"]
 CELLS = ("mlp 20x1", "mlp 100x1", "mlp 100x50", "mlp 1000x50", "conv 100x1", "conv 100x50")
@@ -73,7 +76,8 @@ class Outcomes:
         if self.writes and (report.when == "call" or not report.passed):
             with self.file.open("a") as file:
                 reason = "" if report.passed else str(report.longrepr)[-2000:]
-                file.write(json.dumps({"test": report.nodeid, "outcome": report.outcome, "reason": reason}) + "\n")
+                row = {"test": report.nodeid, "outcome": report.outcome, "reason": reason}
+                file.write(f"\n{json.dumps(row)}\n")  # behind a line that may have been cut off
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         if self.writes and exitstatus in (0, 1, 5):  # all were run, some failed, none was left
@@ -87,8 +91,28 @@ def pytest_configure(config: Any) -> None:
 
 def outcomes(file: Path) -> dict[str, dict[str, str]]:
     """Of the tests, so far; a line that was cut off is none."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return {row["test"]: row for row in map(json.loads, (line for line in lines if line.endswith("\n")))}
+    rows: list[dict[str, str]] = []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return {row["test"]: row for row in rows}
+
+
+def held(command: Sequence[str]) -> int:
+    """Run a command, with what it starts, no longer than standard input is held open: its exit status."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def end() -> None:
+        os.read(0, 1)  # nothing comes before whoever holds it lets go, or is no more
+        os.killpg(child.pid, signal.SIGKILL)
+
+    threading.Thread(target=end, daemon=True).start()
+    try:
+        status = child.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    return status if status >= 0 else 128 - status
 
 
 @dataclass
@@ -106,19 +130,17 @@ class Card:
         log, environment = self.path(part, ".log"), {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
         if part == "tests":
             environment[KNOWN] = str(self.path(part, ".jsonl"))
-        with log.open("a") as said:
-            child = subprocess.Popen(
-                self.command(part), cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
-            )
-            left = self.ends - time.monotonic()  # a test that hangs leaves the other parts half of it
-            try:
+        command, left = [sys.executable, __file__, HELD, *self.command(part)], self.ends - time.monotonic()
+        with (
+            log.open("a") as said,
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=said, stderr=said
+            ) as child,
+        ):
+            try:  # a test that hangs leaves the other parts half of what is left
                 status = child.wait(max(1.0, left / 2 if part == "tests" else left))
             except subprocess.TimeoutExpired:
                 return "out of minutes"
-            finally:
-                if child.poll() is None:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
         return "done" if self.answered(part) else f"failed ({status}): {last_line(log)}"
 
     def command(self, part: str) -> list[str]:
@@ -189,6 +211,8 @@ def last(text: str) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:2] == [HELD]:
+        sys.exit(held(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it")
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="of the answers")
@@ -199,12 +223,7 @@ def main() -> None:
     folder = asked.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     card = Card(folder, asked.device, asked.quick, time.monotonic() + 60 * asked.minutes)
-    # what a part has started ends with it
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        ask(card, asked.only)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    ask(card, asked.only)
     print((folder / "found.md").read_text() if (folder / "found.md").exists() else "nothing was missing")
 
 
