@@ -457,7 +457,7 @@ def test_a_new_model_of_a_table_trains_and_gives_rows(run, tmp_path):
     sys.path.append(str(folder))
     try:
         run("sample", folder / "t", "-n", 7, "--trust", "--draws", "--output", "rows.csv")
-        assert f"wrote {folder / 't' / 'samples.npz'}" in run("sample", folder / "t", "-n", 7, "--trust").out
+        assert f"wrote {folder / 't' / 'samples-0.npz'}" in run("sample", folder / "t", "-n", 7, "--trust").out
     finally:
         sys.path.remove(str(folder))
     rows = np.loadtxt(tmp_path / "rows.csv", delimiter=",", skiprows=1)

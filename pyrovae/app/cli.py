@@ -182,7 +182,7 @@ def sample(
     temperature: Annotated[float, typer.Option(help="Of the latents; below 1 keeps to the prior's modes.")] = 1.0,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="A .png, .npz or .csv; samples.png (of no images: .npz) in the run."),
+        typer.Option("--output", "-o", help="A .png, .npz or .csv; samples-SEED.png (of no images: .npz) in the run."),
     ] = None,
     checkpoint: Checkpoint = "last",
     seed: SampleSeed = 0,

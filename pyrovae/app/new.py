@@ -25,7 +25,7 @@ def new(path: Path, *, table: bool, out: Console) -> None:
             file.write(starter.format(module=path.stem))
     except FileExistsError as error:
         raise ValueError(f'"{path}" is there already, and is left as it is: name another file') from error
-    out.print(f"wrote {path}, a pair of programs for {'a table' if table else 'images'}")
+    out.print(f"wrote {path}, a pair of programs for {'a table' if table else 'images (--table: for a table)'}")
     where = "" if path.parent == Path() else f"cd {path.parent} && "
     first = f"python {path.name} && " if table else ""
     out.print(f"train it: {where}{first}pyrovae train {path.stem}:MyPair{' --data npz:table.npz' if table else ''}")

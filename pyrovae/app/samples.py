@@ -35,20 +35,20 @@ def sample(
     if output is None:
         run.check_files()
     like, columns = example(run), columns_for(pair, label)
-    path = place_of(output, folder, like.shape[1:], number, columns)
+    path = place_of(output, folder / f"samples-{seed}", like.shape[1:], number, columns)
     labels, returns = labels_for(pair, number, label), "draws" if draws else "means"
     x = drawn(pair.module, number, labels, returns=returns, temperature=temperature, seed=seed, like=like)
     write(x, labels, path, columns)
     out.print(f"wrote {path}")
 
 
-def place_of(output: Path | None, run: Path, shape: Sequence[int], number: int, columns: int | None) -> Path:
+def place_of(output: Path | None, stem: Path, shape: Sequence[int], number: int, columns: int | None) -> Path:
     """The file to write samples of a shape to, before any is drawn: what cannot be written is refused.
 
-    By default a picture of images in the run, an archive of anything else.
+    By default under the stem: a picture of images, an archive of anything else.
     """
     shown = plots.is_image(shape)
-    path = output or run / ("samples.png" if shown else "samples.npz")
+    path = output or stem.with_suffix(".png" if shown else ".npz")
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f'samples go to {", ".join(SUFFIXES)} files, got "{path}": name one of these')
     if path.suffix.lower() == ".png" and not shown:

@@ -788,13 +788,13 @@ def a_file_is_in_the_folders_place(folder, name):
 
 @fault(
     "B4", "evaluate or sample", 2, "no run made",
-    each={"results": ("results.json", ("evaluate",)), "samples": ("samples.png", ("sample", "-n", "4"))},
+    each={"results": ("results.json", ("evaluate",)), "samples": ("samples-0.png", ("sample", "-n", "4"))},
 )  # fmt: skip
 def what_a_run_would_replace_is_a_link_to_something_precious(folder, case):
     name, (verb, *options) = case
     run = small_run(folder / "run")
     (folder / "precious").write_text("mine")
-    (run / name).unlink()
+    (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(folder / "precious")
     yield verb, run, *options
     assert (folder / "precious").read_text() == "mine"
