@@ -226,8 +226,10 @@ def compare(
     """Put the results of several runs side by side in one table, and their curves on one page."""
     with at_once():
         from pyrovae.app import tables as work
-        from pyrovae.runs import Run
-    compared = [Run(folder, override=override) for folder in folders]
+        from pyrovae.runs import COMPARED, Run
+    # where runs/* is written, the page of an earlier call is named as well
+    named = [folder for folder in folders if folder.name != COMPARED or folder.is_dir()] or folders
+    compared = [Run(folder, override=override) for folder in named]
     work.compare(compared, out, strict=not (html or output))
     if html or output:
         with at_once():

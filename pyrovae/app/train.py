@@ -93,7 +93,8 @@ def train_in(
     if (t := result.timings).get("steps"):
         speed = f"{t['ms_per_step']:.2f} ms a step, {t['path']}"
         several = "" if team.alone else f", {team.size} processes"
-        out.print(f"trained {len(result.history)} epoch{'s' * (len(result.history) != 1)} in {t['seconds']:.1f} s ({speed}{several})")
+        epochs = f"{len(result.history)} epoch{'s' * (len(result.history) != 1)}"
+        out.print(f"trained {epochs} in {t['seconds']:.1f} s ({speed}{several})")
     results = measure(pair, test, samples=job.samples, seed=job.seed)
     with alone():
         if run is not None:

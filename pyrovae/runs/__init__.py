@@ -3,6 +3,7 @@
 from pyrovae.runs.classes import class_path, describe, find_class, public_path
 from pyrovae.runs.files import (
     CHECKPOINTS,
+    COMPARED,
     CONFIG,
     MANIFEST,
     METRICS,
@@ -20,7 +21,7 @@ from pyrovae.runs.manifest import versions
 from pyrovae.runs.run import Run
 
 __all__ = [
-    "CHECKPOINTS", "CONFIG", "MANIFEST", "METRICS", "REPORT", "RESULTS", "STATE", "WEIGHTS", "Run", "as_json",
-    "class_path", "describe", "find_class", "load", "opening", "public_path", "restore", "undamaged", "versions",
-    "write_json", "write_text",
+    "CHECKPOINTS", "COMPARED", "CONFIG", "MANIFEST", "METRICS", "REPORT", "RESULTS", "STATE", "WEIGHTS", "Run",
+    "as_json", "class_path", "describe", "find_class", "load", "opening", "public_path", "restore", "undamaged",
+    "versions", "write_json", "write_text",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from pyrovae.errors import CheckpointError, DataError, exit_code
 from pyrovae.files import replacing
 
 CONFIG, METRICS, RESULTS, LOCK = "config.json", "metrics.jsonl", "results.json", "pyrovae.lock"
-REPORT = "report.html"
+REPORT, COMPARED = "report.html", "compare.html"  # the second in the folder of several runs
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"  # of a checkpoint
 CHECKPOINTS = ("last", "best")
 FOLDERS = (*CHECKPOINTS, *(f"{name}.{suffix}" for name in CHECKPOINTS for suffix in ("new", "old")), "vqvae")

@@ -677,7 +677,7 @@ def an_interrupted_run_goes_on_to_more_epochs(folder: Path):
     assert weights_of(run) == weights_of(whole)
 
 
-@fault("D", "train --resume", 0, r"trained 1 epochs.*test NLL +\d")
+@fault("D", "train --resume", 0, r"trained 1 epoch in.*test NLL +\d")
 def an_interrupted_run_ends_where_it_is(folder: Path):
     run, whole = cut(folder, *STEADY), small_run(folder / "whole", *STEADY, epochs=1)
     yield "train", "--resume", "--epochs", "1", "--run-dir", run

@@ -428,8 +428,10 @@ def test_a_comparison_takes_runs_that_were_not_measured(copied, made):
     run = copied("plane", "young")
     (run / "results.json").unlink()
     pyrovae("compare", run, made("plane"), "--html")
-    page = Page(next(p for p in (run.parent, *run.parents) if (p / "compare.html").exists()) / "compare.html")
+    path = next(p for p in (run.parent, *run.parents) if (p / "compare.html").exists()) / "compare.html"
+    page = Page(path)
     assert "not measured" in page.said
+    pyrovae("compare", path, run, "--html")  # runs/* names the page, too
 
 
 def test_help_imports_no_page_and_no_plot(tmp_path):

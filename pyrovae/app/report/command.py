@@ -101,7 +101,7 @@ def compare(compared: Sequence[runs.Run], *, output: Path | None, out: Console) 
                 notes.add(f'"{name}" has no bound by epoch')
     drawn = [overlaid(series(histories, key), title) for key, title in BOUNDS.items()]
     base, here = Path(os.path.commonpath([run.path.absolute().parent for run in compared])), Path.cwd()
-    path = output or (base.relative_to(here) if base.is_relative_to(here) else base) / "compare.html"
+    path = output or (base.relative_to(here) if base.is_relative_to(here) else base) / runs.COMPARED
     given = {"rows": rows, "columns": COLUMNS, "left": LEFT, "caption": caption(rows), "notes": notes}
     write("compare.html", path, charts=drawn, differing=differing([run.config() for run in compared]), **given)
     out.print(f"wrote {path}")
