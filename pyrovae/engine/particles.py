@@ -34,7 +34,7 @@ from pyrovae.engine.sites import (
     same,
     structure,
 )
-from pyrovae.engine.unwrap import point_mass
+from pyrovae.engine.unwrap import of_libraries, point_mass
 
 Role = Literal["guide", "model"]
 
@@ -163,13 +163,15 @@ class Particles:
     def check_dims(self) -> None:
         """Refuse a log-probability with dims left of the particles and plates: there a program took what is not theirs.
 
-        With one particle it may not show, as where z[..., 0:1] gives a number for each. Only shapes are looked at, for
-        a flow may keep what its density computed for the next.
+        With one particle it may not show, as where z[..., 0:1] gives a number for each. Of the libraries' distributions
+        only shapes are looked at, for a flow may keep what its density computed for the next; a density of the user's
+        own is computed, which may know no particles.
         """
         sites = *self.guide.values(), *self.noise.values(), *self.model.values()
         for site in (s for s in sites if "sum" not in s and counts(s)):
             fn, value = site["fn"], site["value"]
-            shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+            own = () if of_libraries(fn) else log_prob(site).shape
+            shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim], own)
             dims = [f.dim for f in site["cond_indep_stack"] if f.dim is not None]
             if any(size > 1 for size in shape[: max(0, len(shape) + min(dims, default=0))]):
                 raise ValueError(

@@ -42,6 +42,11 @@ def point_mass(fn: Distribution) -> Delta | Unit | None:
     return inner if isinstance(inner, Delta | Unit) else None
 
 
+def of_libraries(fn: Distribution) -> bool:
+    """Whether a distribution and all inside it are torch's, Pyro's or of this library, and none is its user's."""
+    return all(type(layer).__module__.partition(".")[0] in ("torch", "pyro", "pyrovae") for layer in layers(fn))
+
+
 def is_masked(fn: Distribution) -> bool:
     """Whether a mask is among a distribution's wrappers."""
     return any(isinstance(layer, MaskedDistribution) for layer in layers(fn))

@@ -3,6 +3,7 @@
 import math
 import warnings
 from functools import partial
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -314,3 +315,42 @@ def test_particles_never_lie_where_data_or_values_do(how, number, summed):
     with pytest.warns(UserWarning, match="chains run one after the other"):
         apart = pv.ais_log_likelihood(model, x, num_chains=number, num_temperatures=2, leapfrog_steps=1, seed=0)
     assert apart.log_prob.isfinite().all()
+
+
+class Gained(dist.TorchDistribution):
+    """A density of the user's own, N(x; loc, 1)^gain, which is lined up rightly where its gain is one number."""
+
+    arg_constraints: ClassVar[dict[str, object]] = {}
+
+    def __init__(self, loc, gain, rightly):
+        super().__init__(loc.shape, (2,), validate_args=False)
+        self.loc, self.gain, self.rightly = loc, gain, rightly
+
+    def log_prob(self, x):
+        each = dist.Normal(self.loc.unsqueeze(-1), 1.0).log_prob(x).unsqueeze(-1)
+        return (each * self.gain[(..., None, None) if self.rightly else (..., None)]).sum((-1, -2))
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_a_density_that_knows_no_particles_is_computed_for_one_at_a_time(number):
+    """It fails, or with as many particles as data would be wrong without a word."""
+
+    def model(x, rightly):
+        e = pyro.sample("e", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", Gained(z, e, rightly), obs=x)
+
+    def guide(x, rightly):
+        pyro.sample("e", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    x = torch.tensor([[0.3, 1.0], [-1.0, 0.5], [2.0, 0.1]])
+    pyro.set_rng_seed(0)
+    with pytest.warns(UserWarning, match="one after the other"):
+        apart = pv.log_weights(model, guide, x, False, num_particles=number)
+    pyro.set_rng_seed(0)
+    torch.testing.assert_close(apart, pv.log_weights(model, guide, x, True, num_particles=number, **APART))
+    with pytest.warns(UserWarning, match="one after the other"):
+        assert pv.log_likelihood(model, guide, x, False, num_samples=5, seed=0).log_prob.isfinite()
