@@ -60,6 +60,7 @@ class Case:
     """A program with an objective, made anew; ``quick`` checks take few steps, and compare no means."""
 
     def __init__(self, name: str, objective: str, *, quick: bool = False) -> None:
+        self.known_as = name, objective
         self.steps, self.seeds = (5, 4) if quick else (30, 40)
         self.quick = quick
         self.pair: Pair = make(name)
@@ -67,6 +68,10 @@ class Case:
         self.name, self.objective = objective, made(**self.pair.options)
         self.marked = any(s["infer"].get("enumerate") for s in guide_sites(self))
         self.first: float = self.objective.loss(self.pair.model, self.pair.guide, *self.pair.args)  # makes parameters
+
+    def anew(self) -> "Case":
+        """The same, untrained."""
+        return Case(*self.known_as, quick=self.quick)
 
     def parameters(self) -> dict[str, Tensor]:
         """All that is trained, by name: Pyro's store was empty before the program ran."""
@@ -295,7 +300,7 @@ def lowered(case: Case) -> str:
     """The same through Inductor."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        came = trained(case, compile=True)
+        came = trained(case.anew(), compile=True)
     why = next((str(w.message) for w in said if "cannot compile" in str(w.message)), None)
     return came if came != "ok" or why is None else f"eager: {why}"
 

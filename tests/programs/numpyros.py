@@ -260,7 +260,7 @@ def completed_bits(smokes, known, ill):
 
 def completed_bits_guide(smokes, known, ill):
     a, b = (pyro.param(n, torch.tensor(2.0), constraint=constraints.positive) for n in ("a", "b"))
-    loc, scale = pyro.param("loc", torch.zeros(2)), pyro.param("scale", torch.ones(2), constraint=constraints.positive)
+    loc, scale = pyro.param("loc", torch.ones(2)), pyro.param("scale", torch.ones(2), constraint=constraints.positive)
     pyro.sample("share", dist.Beta(a, b))
     pyro.sample("effects", dist.Normal(loc, scale).to_event(1))
 
