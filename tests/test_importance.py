@@ -370,3 +370,18 @@ def test_folding_refuses_data_that_do_not_come_first():
     )  # fmt: skip
     by_name = pv.IWAE(2, fold_particles=(1,)).loss(turned(plain_model), turned(plain_guide), torch.ones(4), X)
     assert math.isfinite(by_name)
+
+
+def test_pyros_own_check_of_a_program_is_heard():
+    """Without Pyro's checks such a program fails otherwise, further on."""
+
+    def model():
+        with pyro.plate("rows", 10, 5):
+            pyro.sample("x", dist.Bernoulli(0.5))
+
+    def guide():
+        with pyro.plate("rows", 10, 5):
+            pyro.param("p", torch.ones(3), event_dim=0)
+            pyro.sample("x", dist.Bernoulli(0.5))
+
+    refused(ValueError, "invalid shape of pyro.param", pv.ELBO().loss, model, guide)

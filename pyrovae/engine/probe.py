@@ -262,7 +262,7 @@ def look(
                 raise
     except ValueError as error:  # by Pyro's checks; where the data are at fault, they are told of in plainer words
         if validate:
-            with suppress(RuntimeError, TypeError):
+            with suppress(RuntimeError, TypeError, LookupError, AssertionError):
                 seen = look(model, guide, args, kwargs, validate=False)
                 seen.check_data()
                 if "nan" in str(error):
