@@ -77,10 +77,11 @@ def main():
         vae = pv.models.VAE((1, 8, 8), latent_dim=units, hidden=(64,)).initialise(digits.train.x)
         pv.fit(vae.model, vae.guide, digits.train, objective=pv.IWAE(5), epochs=options.epochs)
         vae.cpu()  # where the data are
-        table(f"VAE, {units} latent units", vae.model, vae.guide, x, quadrature(vae, x), options)
+        table(f"VAE, {units} latent unit{'s' * (units > 1)}", vae.model, vae.guide, x, quadrature(vae, x), options)
         bracket = anneal(pv.bdmc, vae, options.images, options=options)
         ends = (bracket.lower.log_prob.mean(), bracket.upper.log_prob.mean())
-        print(f"  simulated data lie between {ends[0]:.4f} and {ends[1]:.4f}, gap {bracket.gap:.4f}")
+        error = (bracket.upper.log_prob - bracket.lower.log_prob).std() / options.images**0.5
+        print(f"  simulated data lie between {ends[0]:.4f} and {ends[1]:.4f}, gap {bracket.gap:.4f} ± {error:.4f}")
 
     torch.manual_seed(0)
     model, guide, marginal = linear_pair()

@@ -82,7 +82,7 @@ def main():
         print(f"{name}: {bits:.3f} bits/dim after {length}; {estimate}")
         if options.output:
             stem = options.output / name.replace(" ", "_")
-            pv.plots.image_grid(pv.sample(pair, 64, seed=0), stem.with_name(f"{stem.name}_samples.png"))
+            pv.plots.image_grid(pv.sample(pair, 64, seed=0), stem.with_name(f"{stem.name}_samples.png"), smooth=True)
             with torch.no_grad():
                 again = pair.reconstruct(test.x[:32].to(next(pair.parameters()).device)).cpu()
             pv.plots.reconstructions(test.x[:32], again, stem.with_name(f"{stem.name}_reconstructions.png"))

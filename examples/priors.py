@@ -45,11 +45,11 @@ def main():
         found = pv.log_likelihood(vae.model, vae.guide, test, num_samples=options.samples, batch_size=500, seed=0)
         row, seconds = result.history[-1], result.timings["seconds"] / options.epochs
         print(
-            f"{name:15} NLL {found.nll:7.2f} +- {found.nll_std_error:.2f} nats, reconstruction "
+            f"{name:15} NLL {found.nll:7.2f} ± {found.nll_std_error:.2g} nats, reconstruction "
             f"{-row['reconstruction']:.1f}, KL {row['kl']:.1f}; {seconds:.2f} s an epoch, {result.timings['path']}"
         )
         picture = options.output / f"{name.replace(' ', '-')}.png"
-        pv.plots.image_grid(pv.sample(vae, 64, seed=0), picture)
+        pv.plots.image_grid(pv.sample(vae, 64, seed=0), picture, smooth=True)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main():
         history = rbm.fit(data.train, epochs=size["epochs"], lr=size["lr"], **WAYS[name])
         seconds = sum(row["seconds"] for row in history)
         print(f"{name}: {len(history)} epochs in {seconds:.0f} s, {describe(rbm, data.test)}")
-        pv.plots.image_grid(pv.sample(rbm, 100, seed=0), picture := options.output / f"{name}.png")
+        pv.plots.image_grid(pv.sample(rbm, 100, seed=0), picture := options.output / f"{name}.png", smooth=True)
         print("draws in", picture)
 
 

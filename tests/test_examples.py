@@ -144,7 +144,7 @@ def attributes(out):
 
 
 def priors(out):
-    rows = figures(out, r"NLL +(\S+) \+- (\S+) nats, reconstruction (\S+), KL (\S+); (\S+) s an epoch")
+    rows = figures(out, r"NLL +(\S+) ± (\S+) nats, reconstruction (\S+), KL (\S+); (\S+) s an epoch")
     assert len(rows) == 8
     assert (rows[:, 0] < rows[:, 2] + rows[:, 3] + 0.3).all()  # the bound, of the epoch that led there
     assert (rows[:, 1] < 0.1).all()
