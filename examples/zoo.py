@@ -23,7 +23,8 @@ SYSTEMS = {
     "pca": {"model": "pca", "latent_dim": 50},
     "rbm": {"model": "rbm", "settings": {"num_hidden": 200, "persistent": True}},
     "autoencoder": {"model": "autoencoder"},
-    "sparse autoencoder": {"model": "sparse_autoencoder"},
+    # on bits a weight of 1 silences every unit
+    "sparse autoencoder": {"model": "sparse_autoencoder", "settings": {"weight": 0.1}},
     "denoising autoencoder": {"model": "denoising_autoencoder"},
     "vae": {"model": "vae"},
     "beta-vae": {"model": "vae", "settings": {"kl_weight": 4.0}},
