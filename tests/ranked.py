@@ -5,12 +5,13 @@ What each comes to is written to FOLDER/NAME-SIZE-RANK.pt: its result, or the wo
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as torch_distributed
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyrovae as pv
 from tests import ddp
@@ -190,48 +191,76 @@ def interpreted(job: Callable[[], Any]) -> Any:
         return job()
 
 
-def resumed(first: int, second: int) -> dict[str, Any]:
-    """A run of so many processes that stops after an epoch, and goes on in others; the others of these wait."""
-    folder, (rank, _) = Path(os.environ[FOLDER]) / f"run-{first}-{second}-{ranks()[1]}", ranks()
-    common = {"validation": pv.data.Images(GREY[:7], binarization="static"), "run_dir": folder, "epochs": 3}
+class StoppedError(Exception):
+    """What a program makes of a signal."""
 
-    def stop(fit: pv.Fit) -> bool:
-        raise KeyboardInterrupt
 
-    for number, options in ((first, {"on_epoch": stop}), (second, {"resume": True})):
-        if number == 1 and rank:
+def stop(number: int, frame: object) -> None:
+    raise StoppedError
+
+
+def stopping(parameters: Any) -> torch.optim.Optimizer:
+    """An optimizer by which the last process hears a signal in its fourth step."""
+    adam, taken, team = torch.optim.Adam(parameters, 1e-2), itertools.count(1), pv.ranks.ranks()
+
+    def after(*_: object) -> None:
+        if next(taken) == 4 and team.rank == team.size - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    adam.register_step_post_hook(after)
+    return adam
+
+
+def resumed(first: int, second: int, data: Callable[[], Any]) -> dict[str, Any]:
+    """A run of so many processes that is stopped within its second epoch, and goes on in others; those left wait."""
+    folder, (rank, size) = Path(os.environ[FOLDER]) / f"run-{first}-{second}-{data.__name__}-{ranks()[1]}", ranks()
+    held_out = pv.data.Images(GREY[:7], binarization="static")
+    common = {"validation": held_out, "run_dir": folder, "epochs": 3, "num_workers": 0, "lr": None}
+    before, found = signal.signal(signal.SIGTERM, stop), {}
+    for number, more in (
+        (first, {"optimizer": stopping}),
+        (second, {"optimizer": partial(torch.optim.Adam, lr=1e-2), "resume": True}),
+    ):
+        if number > 1 or not rank:
+            with nullcontext() if number > 1 else pv.ranks.alone(), suppress(StoppedError):
+                found = trained(vae, pv.IWAE(3), data(), **common, **more)
+        if size > 1:
             torch_distributed.barrier()
-            continue
-        with nullcontext() if number > 1 else pv.ranks.alone():
-            try:
-                found = trained(vae, pv.IWAE(3), **common, **options)
-            except KeyboardInterrupt:
-                found = {}
-        if number == 1 and ranks()[1] > 1:
-            torch_distributed.barrier()
+        if "resume" not in more:
+            place = pv.runs.Run(folder).state()
+            assert (place["epoch"], place["within"]["steps"]) == (1, 1 if min(first, size) == 1 else 2)
+    signal.signal(signal.SIGTERM, before)
     return found if second > 1 or not rank else {}
 
 
 class Bits(Dataset[Tensor]):
-    """Bits, its own if it draws; it counts what is read, and may send a signal to the last process at some number.
+    """Bits, its own if it draws; it counts what is read.
 
     :ivar own: what this process reads of the batches of an epoch.
     """
 
-    def __init__(self, *, stops: bool = False, draws: bool = False) -> None:
+    def __init__(self, *, draws: bool = False) -> None:
         self.draws, (rank, size) = draws, ranks()
         self.own = [len(range(n)[pv.ranks.Ranks(rank, size).share(n)]) for n in (9, 9, 5)]
         self.read, self.looked = 0, 9 * min(size, 2)  # all of the first batch, and again where there are several
-        self.stops = self.looked + sum(self.own) + self.own[0] + 1 if stops and rank == size - 1 else -1
 
     def __len__(self) -> int:
         return len(GREY)
 
     def __getitem__(self, i: int) -> Tensor:
         self.read += 1
-        if self.read == self.stops:  # in the second batch of the second epoch
-            signal.raise_signal(signal.SIGTERM)
         return torch.bernoulli(GREY[i]) if self.draws else GREY[i].round()
+
+
+class Flow(IterableDataset[Tensor]):
+    """Bits that are drawn as they come."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(torch.bernoulli, GREY)
+
+
+def memory() -> pv.data.Images:
+    return pv.data.Images(GREY, binarization="dynamic")
 
 
 def read_by_rows() -> dict[str, Any]:
@@ -240,29 +269,6 @@ def read_by_rows() -> dict[str, Any]:
     found = trained(vae, pv.IWAE(2), data, num_workers=0)
     assert data.read == data.looked + 2 * sum(data.own)
     return found
-
-
-class StoppedError(Exception):
-    """What a program makes of a signal."""
-
-
-def stopped() -> dict[str, Any]:
-    """A run of all processes that ends because one of them was told to, and goes on."""
-    folder = Path(os.environ[FOLDER]) / f"stopped-{ranks()[1]}"
-    train = partial(trained, vae, pv.IWAE(2), run_dir=folder, num_workers=0)
-
-    def stop(number: int, frame: object) -> None:
-        raise StoppedError
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        train(data=Bits(stops=True))
-    except StoppedError:
-        state = pv.runs.Run(folder).state()
-        return train(data=Bits(), resume=True) | {"steps": [state["epoch"], state["within"]["steps"]]}
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    raise AssertionError("it was not stopped")
 
 
 def likelihoods() -> dict[str, Any]:
@@ -313,9 +319,11 @@ JOBS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 ALIKE: dict[str, Callable[[], Any]] = {  # no one process's numbers, but the same in all
     "rejecting": partial(trained, Rejecting, pv.ELBO(2), GREY),
-    "stopped": stopped,
-    "resumed in one": partial(resumed, 2, 1),
-    "resumed in two": partial(resumed, 1, 2),
+    **{
+        f"resumed in {second} of {first}, {data.__name__}": partial(resumed, first, second, data)
+        for data in (memory, Bits, Flow)
+        for first, second in ((2, 1), (1, 2), (2, 2))
+    },
 }
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "free bits": (partial(trained, vae, pv.ELBO(free_bits=0.1)), "free_bits"),
