@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from pyrovae.errors import DataError, ResourceError
 
@@ -214,13 +216,42 @@ def begin() -> None:
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
     seconds = float(os.environ.get(TIMEOUT) or 600)
+    waits = timedelta(seconds=seconds)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        store, rank, world = next(rendezvous("env://", timeout=waits))
+        dist.init_process_group(
+            backend, store=emptied(store, rank, world, seconds), rank=rank, world_size=world, timeout=waits
+        )
     except (RuntimeError, ValueError) as error:
         raise ResourceError(
             f"the {size} processes did not find each other at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
             f"within {seconds:g} s ({' '.join(str(error).split())[:200]}): start all of them, and let that port through"
         ) from error
+
+
+def emptied(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
+    """A store without what former processes have left: those that torchrun starts again get the one that these had.
+
+    Each process says a word of its own, which the first answers with the name that their store has. As a word may be a
+    former process's, it answers until all have heard the name.
+
+    :raises RuntimeError: after so many seconds.
+    """
+    mine, until = uuid.uuid4().hex, time.monotonic() + seconds
+    if rank:
+        store.set(f"pyrovae/{rank}", mine)
+        name = store.get(mine).decode()
+        store.set(f"{name}/{rank}", "heard")
+        return dist.PrefixStore(name, store)
+    absent = list(range(1, size))
+    while absent := [other for other in absent if not store.check([f"{mine}/{other}"])]:
+        if time.monotonic() > until:
+            raise RuntimeError(f"process {', '.join(map(str, absent))} did not come")
+        for other in absent:
+            if store.check([f"pyrovae/{other}"]):
+                store.set(store.get(f"pyrovae/{other}").decode(), mine)
+        time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
 
 
 def require_alone(what: str) -> None:

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed as dist
 
 import pyrovae as pv
 from pyrovae import ranks
@@ -99,10 +101,29 @@ def test_no_rendezvous(monkeypatch):
         assert ranks.ranks().size == 1
 
 
+def test_processes_that_are_started_again_find_nothing_of_the_former():
+    kept = dist.HashStore()
+
+    def found(number: int, rank: int, late: float) -> bytes:
+        time.sleep(late)
+        store = ranks.emptied(kept, rank, 3, 20.0)
+        if rank == 0:
+            time.sleep(0.1)  # until then a former process's would be found
+            store.set("number", str(number))
+        return store.get("number")
+
+    for number, late in enumerate([(0.0, 0.0, 0.0), (0.0, 0.1, 0.2), (0.2, 0.0, 0.0)]):
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(found, [number] * 3, range(3), late)) == [str(number).encode()] * 3
+    with pytest.raises(RuntimeError, match="process 1, 2 did not come"):
+        ranks.emptied(kept, 0, 3, 0.1)
+
+
 def started(folder: Path, *more: str, processes: int = 2, seconds: str = "20"):
     """A job of the command line, started by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
-    command += ["--standalone", "-m", "pyrovae", "train", "vae", "--data", "digits", "--samples", "20"]
+    command += ["--standalone", "--max-restarts", "1", "-m", "pyrovae", "train", "vae"]
+    command += ["--data", "digits", "--samples", "20"]
     command += ["--set", "hidden=[8]", "--set", "compile=false", "--run-dir", str(folder), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", ranks.TIMEOUT: seconds}
     return subprocess.Popen(command, env=environment, start_new_session=True, **ENDS)
@@ -114,14 +135,23 @@ def workers(job: subprocess.Popen) -> list[int]:
     return [int(pid) for task in tasks for pid in task.read_text().split()]
 
 
-def test_a_killed_process_ends_the_job_which_goes_on_in_others(tmp_path):
-    """Killed with SIGKILL after its first checkpoint, then finished by one process, as if by one alone."""
-    settings = ("--epochs", "40", "--batch-size", "300")
-    job = started(tmp_path / "run", *settings)
-    while job.poll() is None and not (tmp_path / "run" / "last").exists():
-        time.sleep(0.05)
-    if job.poll() is None and (found := workers(job)):
+def kill_one(job: subprocess.Popen, log: Path) -> None:
+    """Kill a process of a job that has logged something more, and wait until its processes are others."""
+    before = log.stat().st_mtime_ns if log.exists() else None
+    while job.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before):
+        time.sleep(0.02)
+    if found := workers(job):
         os.kill(found[-1], signal.SIGKILL)
+    while job.poll() is None and set(found) & set(workers(job)):
+        time.sleep(0.02)
+
+
+def test_a_killed_process_ends_the_job_which_goes_on_in_others(tmp_path):
+    """Killed with SIGKILL twice: torchrun starts it again, then one process finishes it, as if by one alone."""
+    settings = ("--epochs", "40", "--batch-size", "300")
+    job = started(tmp_path / "run", "--resume", *settings)
+    for _ in range(2):
+        kill_one(job, tmp_path / "run" / "metrics.jsonl")
     said = job.communicate(timeout=120)
     assert job.returncode != 0, said
     for folder, more in ((tmp_path / "run", ["--resume"]), (tmp_path / "whole", [])):
