@@ -99,7 +99,7 @@ def silent() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("torch.utils.cpp_extension", "torch._inductor", "torch._functorch")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+        logger.setLevel(logging.CRITICAL + 1)  # Inductor tells of the first way thus, where the second works
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
