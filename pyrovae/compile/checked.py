@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_structure
 
 from pyrovae.arguments import shown
 from pyrovae.compile.graph import Composed, Graph, capture
+from pyrovae.compile.hoisting import Hoisted
 from pyrovae.compile.inductor import COMPILATION
 from pyrovae.compile.noise import CannotCompile, rewritten
 from pyrovae.compile.precision import full_float32
@@ -49,6 +50,7 @@ class Checked:
     :param untouched: a context that undoes what the function does to its state while it is tried out.
     :param precision: "bfloat16" where its networks multiply in that: then more is explained by rounding.
     :param seed: of the noise that both are compared on.
+    :param hoists: compute once, until :meth:`begin`, what no noise reaches; the inputs stay the same in between.
     :param wanted: False for a function that is to run eagerly.
     :param reason: why it cannot be compiled, where that is known beforehand.
     """
@@ -60,6 +62,7 @@ class Checked:
     untouched: Callable[[], AbstractContextManager[None]] = nullcontext
     precision: str = "float32"
     seed: int = 0
+    hoists: bool = False
     wanted: InitVar[bool] = True
     reason: str | None = None
 
@@ -67,6 +70,12 @@ class Checked:
         self.kind = "compiled" if wanted else "eager"
         self.compiled: Callable[..., list[Tensor]] | None = None
         self.signature: tuple[object, ...] = ()
+        self.hoisted: Hoisted | None = None
+
+    def begin(self) -> None:
+        """Other inputs follow."""
+        if self.hoisted is not None:
+            self.hoisted.begin()
 
     def __call__(self, *inputs: object) -> list[Tensor]:
         if self.kind == "compiled" and self.compiled is None:
@@ -88,7 +97,8 @@ class Checked:
         if self.reason is not None:
             raise CannotCompile(self.reason)
         graph, expected, changed = self.capture(inputs)
-        compiled = partial(graph.compiled() if lowered else graph, *self.state)
+        self.hoisted = Hoisted(graph, len(self.state) + len(tensors(inputs))) if self.hoists else None
+        compiled = partial(self.hoisted or (graph.compiled() if lowered else graph), *self.state)
         with isolated_rng(self.seed), self.untouched(), full_float32():
             compare(expected, compiled(*tensors(inputs)), self.precision)
             compare(changed, self.changes, self.precision)

@@ -12,6 +12,7 @@ constexpr int FEWEST = VECTORS - 2;  // vectors of a panel, where there are as m
 constexpr int64_t FAR = VECTORS * W;  // from row to row of a panel
 constexpr int64_t DEPTH = 512;  // of a panel: so much lies near
 constexpr int64_t NEAR = 1 << 17;  // numbers of a that lie near until the next panel
+constexpr int64_t FEW = 1 << 18;  // numbers of b whose copy is kept for all of a
 constexpr int64_t MANY = 64;  // rows that pay for the copy of a panel
 constexpr int64_t WORTH = 1 << 17;  // multiplications that pay for a thread
 
@@ -61,12 +62,14 @@ template <int R, int C>
 // All rows of so many columns, from a copy of those columns of b where that pays, or where they lie as rows
 template <int C = VECTORS>
 void panel(int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, float* c, int64_t stride, Matrix start,
-           float* copy) {
+           float* copy, bool copied) {
   constexpr int FEWER = C > FEWEST ? C - 1 : 1;
   if constexpr (C > 1)
-    if (columns <= FEWER * W) return panel<FEWER>(rows, columns, depth, a, b, c, stride, start, copy);
+    if (columns <= FEWER * W) return panel<FEWER>(rows, columns, depth, a, b, c, stride, start, copy, copied);
   int64_t last = columns - W;
-  if (b.column != 1) {
+  if (copied) {
+    b = {copy, FAR, 1};
+  } else if (b.column != 1) {
     turn(b.at, b.column, copy, columns, depth);
     b = {copy, FAR, 1};
   } else if (rows >= MANY) {
@@ -88,18 +91,20 @@ void panel(int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, flo
 [[gnu::noinline]] inline void product(
     int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, float* c, int64_t stride, const float* start) {
   thread_local std::vector<float> copy;
-  copy.resize(FAR * DEPTH);
   int64_t panels = (columns + FAR - 1) / FAR, least = W, each = W;
   if (columns >= FEWEST * W) least = FEWEST * W, each = (columns / panels + W - 1) / W * W;
   int64_t some = NEAR / std::min(depth, DEPTH) / ROWS * ROWS;
+  bool kept = rows > some && columns * depth <= FEW;
+  copy.resize(FAR * std::max(DEPTH, kept ? (columns / each + 1) * depth : 0));
   for (int64_t i = 0; i < rows; i += some)
     for (int64_t j = 0; j < columns; j += each) {
       int64_t at = std::min(j, columns - least), wide = std::min(each, columns - at);  // some twice, where they overlap
       for (int64_t k = 0; k < depth; k += DEPTH) {
         float* to = c + i * stride + at;
         Matrix first = k ? Matrix{to, stride, 1} : Matrix{start ? start + at : start, 0, 1};
+        float* mine = copy.data() + (kept ? (j / each * depth + k) * FAR : 0);
         panel(std::min(some, rows - i), wide, std::min(DEPTH, depth - k), a.from(i, k), b.from(k, at), to, stride, first,
-              copy.data());
+              mine, kept && i);
       }
     }
 }

@@ -168,7 +168,7 @@ class Sampler:
             refuse_without_density(self.run(batch, 2), seen.auxiliary.lacking)
         self.dtype = measure(seen.particles).dtype
         saved = 0.0 if self.exact else SAVED * number * self.num_samples * sum(t.numel() for t in state)
-        self.weigh = Checked(self.weights, state, wanted=wanted(compile, saved))
+        self.weigh = Checked(self.weights, state, hoists=True, wanted=wanted(compile, saved))
         size = chunk_size or fitting_chunk(used.peak / 2, self.memory, batch, self.num_samples)
         self.passes = Passes(size, on_halving=self.weigh.forget)
 
@@ -195,6 +195,7 @@ class Sampler:
         """log_prob, std_error, ess, pareto_k and carrying_draws of one batch, which begins with datum ``first``."""
         tally = Tally(self.num_samples, discrete=self.discrete)
         self.resampler.begin(signature(batch))
+        self.weigh.begin()
         weigh = self.weigh if self.sharing.graphs else self.weights
         for log_w, *values in self.passes(self.num_samples, lambda size: weigh(size, *batch)):
             tally.add(log_w)

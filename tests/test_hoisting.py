@@ -1,0 +1,70 @@
+"""What no noise reaches is computed once, and the rest gives what the whole gives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import pyrovae as pv
+from pyrovae.compile.graph import Graph, capture
+from pyrovae.compile.hoisting import parts
+from pyrovae.compile.noise import aten
+
+X, ENCODER, DECODER = torch.randn(4, 3), torch.randn(3, 2), torch.randn(2, 3)
+
+
+def products(graph: Graph) -> int:
+    return sum(node.target is aten.mm.default for node in graph.module.graph.nodes)
+
+
+def autoencoder() -> list[Tensor]:
+    """An encoder of two layers, whose result is drawn around twice, and a decoder; the batch is read at both ends."""
+    loc = (X @ ENCODER).tanh_() @ DECODER @ ENCODER
+    z = loc.exp() + torch.randn(5, 4, 2)
+    return [((z.flatten(0, 1) @ DECODER).view(5, 4, 3) - X).square_().sum(-1), loc]
+
+
+def test_what_no_noise_reaches_is_cut_off() -> None:
+    whole = capture(autoencoder, [X, ENCODER, DECODER])
+    first, rest = parts(whole, 3)
+    assert (products(whole), products(first), products(rest)) == (4, 3, 1)
+    once = first(X, ENCODER, DECODER)
+    assert len(once) == 1  # the last product leads to all that the rest needs
+    noise = whole.noise()
+    for given in (X, 2 * X):
+        once = first(given, ENCODER, DECODER)
+        found = rest(given, ENCODER, DECODER, *once, noise=lambda: noise)
+        for one, other in zip(found, whole(given, ENCODER, DECODER, noise=lambda: noise), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_what_is_changed_in_place_stays_with_the_change() -> None:
+    total = torch.zeros(4, 2)
+
+    def counting() -> list[Tensor]:
+        total.add_(X @ ENCODER)
+        return [total @ DECODER + torch.randn(4, 3)]
+
+    first, rest = parts(capture(counting, [X, ENCODER, DECODER, total]), 4)
+    assert (products(first), products(rest)) == (1, 1)
+    total.zero_()
+    for calls in (1, 2):
+        rest(X, ENCODER, DECODER, total, *first(X, ENCODER, DECODER, total))
+        torch.testing.assert_close(total, calls * X @ ENCODER)
+
+
+def test_a_batch_in_the_memory_of_the_last_is_another_batch() -> None:
+    vae = pv.models.VAE((3,), latent_dim=2, hidden=(4,))
+    buffer = torch.empty(2, 3)
+
+    def refill(rows: list[Tensor]) -> Tensor:
+        return buffer.copy_(torch.stack(rows))
+
+    loader = DataLoader(list((torch.rand(6, 3) > 0.5).float()), batch_size=2, collate_fn=refill)
+    eager, compiled = (
+        pv.log_likelihood(vae.model, vae.guide, loader, num_samples=20, chunk_size=5, seed=0, compile=compile)
+        for compile in (False, True)
+    )
+    assert compiled.path == "compiled"
+    torch.testing.assert_close(compiled.log_prob, eager.log_prob, rtol=1e-5, atol=1e-5)
