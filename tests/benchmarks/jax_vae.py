@@ -98,8 +98,8 @@ def epochs(
         yield float(loss), float("nan") if held_out is None else -float(evaluate(state, held_out)) / len(held_out)
 
 
-def likelihoods(start: Weights, samples: int) -> Callable[[np.ndarray], np.ndarray]:
-    """log p(x) of each image; called again with as many images, it is not compiled again."""
+def likelihoods(start: Weights, samples: int, together: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """log p(x) of each image, of one after the other or of all by vmap; compiled once for as many images."""
     import jax
 
     model, guide = programs(start)
@@ -108,7 +108,7 @@ def likelihoods(start: Weights, samples: int) -> Callable[[np.ndarray], np.ndarr
     def one(key: Any, x: Any) -> Any:
         return -of.loss(key, {}, model, guide, x[None])
 
-    mapped = jax.jit(lambda keys, x: jax.lax.map(lambda pair: one(*pair), (keys, x)))
+    mapped = jax.jit(jax.vmap(one) if together else lambda *all: jax.lax.map(lambda pair: one(*pair), all))
 
     def run(x: np.ndarray) -> np.ndarray:
         return np.asarray(mapped(jax.random.split(jax.random.PRNGKey(0), len(x)), x))

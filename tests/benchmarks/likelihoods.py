@@ -24,7 +24,7 @@ from tests.benchmarks.turns import Run, in_turns, numbers_of_cores
 
 FEW = 2  # images for Pythae, which goes through them one by one: its time is proportional to them
 COST = {"mlp": 1, "conv": 10}  # what divides the number of images
-FIT, NUMPYRO = rates.FIT, rates.NUMPYRO
+FIT, NUMPYRO, VMAP = rates.FIT, rates.NUMPYRO, rates.VMAP
 FAR = 7.0  # standard errors between two estimates
 NLL = f"NLL of the first {FEW}"
 
@@ -99,7 +99,7 @@ def beside_numpyro(options: Options) -> Table:
             rows.append({"cores": cores, "images": len(x), "samples": options.samples})
             rows[-1] |= {name: draws / run.best for name, run in found.items()}
             rows[-1]["cpu"] = {name: draws / min(run.cpu[1:]) for name, run in found.items()}
-            rows[-1] |= {f"/ {name}": ratio(rows[-1].get(FIT), rows[-1].get(name)) for name in (NUMPYRO, HAND)}
+            rows[-1] |= {f"/ {name}": ratio(rows[-1].get(FIT), rows[-1].get(name)) for name in (NUMPYRO, VMAP, HAND)}
             rows[-1] |= {f"log p(x), {name}": run.losses[-1] for name, run in found.items()}
             notes += [f"!! {cores} cores: {why}." for why in unequal(found)]
     notes += [f"Left out: {name} ({why})." for name, why in absent.items()]

@@ -12,7 +12,8 @@ from tests.benchmarks.children import Child
 
 EXTRA = 'pip install "pyrovae[benchmarks]"'
 SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # JAX takes a card's memory for itself, all at once
-NEEDS = {"NumPyro": ("jax", "numpyro"), "Pythae": ("pythae.models",)}
+NUMPYROS = ("NumPyro", "NumPyro by vmap")
+NEEDS = dict.fromkeys(NUMPYROS, ("jax", "numpyro")) | {"Pythae": ("pythae.models",)}
 
 
 @dataclass
