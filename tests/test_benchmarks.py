@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.benchmarks import ahead, bound, contenders, epochs, gpu, images, likelihoods, rates, run
+from tests.benchmarks import ahead, bound, contenders, epochs, first, gpu, images, likelihoods, rates, run
 from tests.benchmarks.children import Child
 from tests.benchmarks.options import Options
 from tests.benchmarks.tables import Table, show
-from tests.benchmarks.trainers import FLOOR, HAND, NUMPYRO
+from tests.benchmarks.trainers import FIT, FLOOR, HAND, NUMPYRO
 from tests.benchmarks.turns import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +59,15 @@ def test_likelihoods_and_time_to_a_bound_without_jax(tmp_path, monkeypatch, caps
     for table in (rate, time):
         assert table.notes[-1] == f'Left out: {NUMPYRO} (pip install "pyrovae[benchmarks]").'
     assert capsys.readouterr().err.count("left out") == 2
+
+
+def test_the_first_step_finds_the_compiler_once():
+    """The second process has the graph from the cache that the first one filled."""
+    (table,) = first.run(Options(cores=(1,), cells=((2, 1),), contenders=(FIT,)))
+    empty, filled = table.rows
+    assert (empty["cache"], filled["cache"]) == first.CACHES
+    assert empty["of it the C++ compiler"] > filled["of it the C++ compiler"]
+    assert min(row[figure] for row in table.rows for figure in ("imports", "seconds", "CPU")) > 0
 
 
 def test_steps_of_both_kinds():
