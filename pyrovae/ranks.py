@@ -128,7 +128,7 @@ class Ranks:
         for name, mine in found[0][1].items():
             for rank, (_, own) in enumerate(found):
                 if own.get(name) != mine:
-                    raise (DataError if name == "data" else ValueError)(
+                    raise (DataError if name.endswith("data") else ValueError)(
                         f"processes must work on the same {name}, but process 0 has {mine}, and process {rank} "
                         f"{own.get(name)}: start all with the same arguments, files and versions"
                     )

@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as torch_distributed
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 import pyrovae as pv
 from tests import ddp
@@ -265,9 +265,9 @@ def memory() -> pv.data.Images:
 
 def read_by_rows() -> dict[str, Any]:
     """Each process reads its own rows, after all of the first batch."""
-    data = Bits()
-    found = trained(vae, pv.IWAE(2), data, num_workers=0)
-    assert data.read == data.looked + 2 * sum(data.own)
+    data, held_out = Bits(), Bits()
+    found = trained(vae, pv.IWAE(2), data, num_workers=0, validation=held_out)
+    assert [data.read, held_out.read] == 2 * [data.looked + 2 * sum(data.own)]
     return found
 
 
@@ -282,6 +282,15 @@ def likelihoods() -> dict[str, Any]:
         "log_prob": found.log_prob, "std_error": found.std_error, "ess": found.ess, "pareto": found.pareto_k,
         "ais": annealed.log_prob, "acceptance": annealed.acceptance, **known._asdict(),
     }  # fmt: skip
+
+
+def programs(pair: Any) -> tuple[Any, Any]:
+    return pair.model, pair.guide
+
+
+def split(data: Tensor) -> Any:
+    """A sampler that gives each process data of its own."""
+    return DistributedSampler(data, num_replicas=2, rank=ranks()[0] % 2)
 
 
 def differing(**options: Any) -> dict[str, Any]:
@@ -307,11 +316,16 @@ JOBS: dict[str, Callable[[], Any]] = {
     "by hand": partial(
         trained, Linear, pv.ELBO(), ddp.data(), seed=ddp.SEED, batch_size=ddp.BATCH, epochs=ddp.EPOCHS, lr=ddp.RATE
     ),
-    "few": partial(trained, vae, pv.ELBO(), pv.data.Images(GREY[:10], binarization="dynamic")),  # the last of one datum
+    "few": lambda: trained(  # the last batch has one datum, and that of validation three
+        vae, pv.ELBO(), pv.data.Images(GREY[:10], binarization="dynamic"),
+        validation=DataLoader(TensorDataset(GREY.round()), 4, shuffle=True),
+    ),
     "left out": partial(trained, Dead, pv.ELBO(), SCALARS, batch_size=4),
     "skipped": partial(trained, Breaking, pv.ELBO(), SCALARS, batch_size=4, on_nan="skip"),
     "read by rows": read_by_rows,
-    "drawn by rows": lambda: trained(vae, pv.IWAE(2), Bits(draws=True), num_workers=2),
+    "drawn by rows": lambda: trained(
+        vae, pv.IWAE(2), Bits(draws=True), num_workers=2, validation=Bits(draws=True)
+    ),
     "skipped, read by rows": lambda: trained(
         Breaking, pv.ELBO(), DataLoader(TensorDataset(SCALARS), 4, shuffle=True, num_workers=1), on_nan="skip"
     ),
@@ -341,6 +355,24 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "small": (partial(trained, vae, pv.ELBO(), batch_size=1), "a batch of 1 data is not enough for 2 processes"),
     "other data": (
         lambda: trained(vae, pv.ELBO(), (0.5 + 0.1 * ranks()[0] < GREY).double()),
+        "processes must work on the same data",
+    ),
+    "other rows": (
+        lambda: trained(vae, pv.ELBO(), DataLoader(TensorDataset(GREY.round()), 9, sampler=split(GREY))),
+        "a DistributedSampler gives each process data of its own",
+    ),
+    "other batches": (
+        lambda: trained(
+            vae, pv.ELBO(), DataLoader(TensorDataset(GREY.round()), batch_sampler=BatchSampler(split(GREY), 9, False))
+        ),
+        "processes must work on the same data",
+    ),
+    "other validation": (
+        lambda: trained(vae, pv.ELBO(), validation=GREY[ranks()[0] :: 2].round()),
+        "processes must work on the same validation data",
+    ),
+    "other data measured": (
+        lambda: pv.log_likelihood(*programs(vae()), GREY[ranks()[0] : 8 + ranks()[0]].round(), num_samples=4),
         "processes must work on the same data",
     ),
     "other settings": (partial(differing, lr=lambda r: 1e-2, batch_size=lambda r: 9 + r), "the same batch_size"),

@@ -206,7 +206,10 @@ def learn(run: Callable[[Batch], object], batch: Batch) -> tuple[list[Draw], boo
     :raises ValueError: where draws do not follow the number of rows, or come from elsewhere than torch's generators.
     """
     number, many = rows(batch, {}), FEW
-    first, last = (noted(run, cut(batch, [i % number for i in range(n)])) for n in (many, many - 1))
+    few, fewer = (cut(batch, [i % number for i in range(n)]) for n in (many, many - 1))
+    with isolated_rng():
+        run(few)  # which may look at programs that it has not met
+    first, last = noted(run, few), noted(run, fewer)
     if [f for f, _ in first.draws] != [f for f, _ in last.draws]:
         raise ValueError(f"{CANNOT}: it draws other noise on {many - 1} data than on {many}")
     draws: dict[Draw, None] = {}

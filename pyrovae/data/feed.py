@@ -18,7 +18,7 @@ from pyrovae.data.arrays import NUMBER_THEM, as_tensor, is_integer
 from pyrovae.data.fingerprint import fingerprint, held
 from pyrovae.data.images import Images
 from pyrovae.data.loaders import from_workers, in_order, length, loader_of, refuse_one_pass, same_each_time
-from pyrovae.data.streams import Order, Stream, stream_of
+from pyrovae.data.streams import Indexed, Order, Share, Stream, stream_of
 from pyrovae.engine.convert import Taken, exactly, listed
 from pyrovae.engine.observed import Observed
 from pyrovae.engine.programs import Batch, cut, leaves, rows
@@ -174,6 +174,16 @@ class Feed:
         self.index: Tensor | None = None  # of the batch given last, where it is known
         self.size = length(self.images if self.loader is None else self.loader.dataset)
         self.steps = length(range(0, len(self.images), batch_size) if self.images is not None else self.loader)
+
+    def keep_order(self, share: Share | None = None) -> None:
+        """Let a loader give all data in the order of their data set from now on, to an evaluation.
+
+        :param share: of a batch, where this process may read its own rows alone.
+        """
+        if self.loader is not None:
+            self.source = stream_of(in_order(self.loader))
+            if share is not None and isinstance(self.source, Indexed):
+                self.source.read_own(share)
 
     @cached_property
     def fingerprint(self) -> str | None:

@@ -260,7 +260,8 @@ class Indexed(Stream):
         """Whether the data that an epoch begins with are drawn in this process."""
         with isolated_rng():
             before = drawn()
-            for index in next(iter(self.sent)):  # type: ignore[attr-defined]
+            first = self.sent[0] if self.sent else next(iter(self.loader.batch_sampler))  # type: ignore[arg-type]
+            for index in first:  # type: ignore[attr-defined]
                 self.loader.dataset[index]
             return drawn() != before
 

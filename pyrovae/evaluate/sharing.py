@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pyrovae.compile.rows import Draw, Rows, learn
+from pyrovae.data.streams import digest
 from pyrovae.engine.probe import Look
 from pyrovae.engine.programs import Batch, cut, rows
-from pyrovae.engine.randomness import isolated_rng
 from pyrovae.ranks import ALONE, ranks
 
 Found = tuple[Tensor, ...]
@@ -42,16 +42,27 @@ class Sharing:
         mine = self.mine(batch)
         if mine is batch:
             return work(batch, 0)
-        with self.ranks.together():
+        with self.ranks.together({"data": digest(batch)}):
             found = work(mine, self.own.start)
         return tuple(torch.cat(parts, -1) for parts in zip(*self.ranks.gather(found), strict=True))
 
-    def mine(self, batch: Batch) -> Batch:
-        """This process's rows of a batch; the batch itself where that is not shared."""
-        self.total, team = rows(batch), self.ranks
-        shared = not team.alone and self.total >= team.size
-        self.own = team.share(self.total) if shared else slice(0, self.total)
-        return cut(batch, self.own) if shared else batch
+    def mine(self, batch: Batch, total: int | None = None) -> Batch:
+        """This process's rows of a batch; the batch itself where that is not shared.
+
+        :param total: the number of data of the batch of which these are its rows already.
+        """
+        self.total = total or rows(batch)
+        self.own = self.share(self.total)
+        return cut(batch, self.own) if self.parted and total is None else batch
+
+    def share(self, number: int) -> slice:
+        """Which of so many data are this process's: all where there are too few to share."""
+        return self.ranks.share(number) if number >= self.ranks.size else slice(0, number)
+
+    @property
+    def parted(self) -> bool:
+        """Whether this process has a part of the batch."""
+        return self.own.stop - self.own.start < self.total
 
     @property
     def graphs(self) -> bool:
@@ -70,12 +81,10 @@ class Sharing:
 
         :param look: what they may do besides, at a batch of one datum, say.
         """
-        if self.own.stop - self.own.start == self.total:
+        if not self.parted:
             yield
             return
         if particles not in self.draws:
-            with isolated_rng():
-                run(batch)  # which may look at the programs first
             found = [learn(each, batch)[0] for each in (run, look) if each is not None]
             self.draws[particles] = list(dict.fromkeys(chain.from_iterable(found)))
         with Rows(self.draws[particles], self.total, self.own, particles):

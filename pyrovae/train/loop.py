@@ -32,7 +32,7 @@ from pyrovae.train.monitor import Validation
 from pyrovae.train.optimizers import optimizer_maker
 from pyrovae.train.outcomes import Outcomes, Watch
 from pyrovae.train.plan import MakeOptimizer, Plan, Setup
-from pyrovae.train.resuming import begun_with, facts_of, with_fingerprints
+from pyrovae.train.resuming import begun_with, facts_of, known_by, with_fingerprints
 from pyrovae.train.shared import Shared
 from pyrovae.train.step import Gradients, Recorded, Step, on_device
 from pyrovae.train.threads import threads, threads_for
@@ -174,8 +174,11 @@ def fit(
         training = {"patience": patience, "compile": compile, "compiled": bool(compiled), "num_validation": None}
         held_out = None
         if validation is not None:
-            held_out = Feed(validation, setup.batch_size, setup.device, num_workers)
-            trainee.validation, trainee.patience = Validation(model, guide, held_out, setup.plan.final), patience
+            told = dict[str, object]()
+            with team.together(told):
+                held_out = Feed(validation, setup.batch_size, setup.device, num_workers)
+                trainee.validation, trainee.patience = Validation(model, guide, held_out, setup.plan.final), patience
+                told |= {} if team.alone else {"validation data": known_by(held_out)}
             training["num_validation"] = held_out.size
         if run_dir is not None:
             described = with_fingerprints(config or {}, train=feed, validation=held_out)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyrovae import data as datasets
 from pyrovae.data.feed import Feed, as_batch
-from pyrovae.data.loaders import in_order
 from pyrovae.engine.convert import first_way
 from pyrovae.engine.devices import beside, home_of
 from pyrovae.engine.kl import site_kl
@@ -133,21 +132,27 @@ class Validation:
             seen = look_on(feed, model, guide)
         self.model, self.guide, self.modules, self.feed, self.objective = model, guide, seen.modules, feed, objective
         self.full_size, self.joint, self.sharing = seen.full_size, seen.joint, Sharing({})
-        self.data = feed.images if feed.loader is None else in_order(feed.loader)
+        feed.keep_order(None if self.joint or self.sharing.ranks.alone else self.sharing.share)
 
     def __call__(self) -> float:
         total, count, team = 0.0, 0, self.sharing.ranks
         with torch.no_grad(), isolated_rng(0), evaluating(self.model, self.guide, *self.modules):
-            batches: Iterable[Batch] = self.feed.watched(datasets.batches((self.data,), self.feed.batch_size))
+            feed, images = self.feed, self.feed.images
+            batches: Iterable[Batch] = (
+                feed.batches() if images is None else feed.watched(datasets.batches((images,), feed.batch_size))
+            )
             if self.joint:  # all data share latents, and come as one batch
                 batches = [tuple(map(torch.cat, zip(*batches, strict=True)))]
             for batch in batches:
-                mine, number = self.sharing.mine(batch), getattr(self.objective, "total_particles", 1)
+                mine, number = (
+                    self.sharing.mine(batch, feed.source.whole),
+                    getattr(self.objective, "total_particles", 1),
+                )
                 with self.sharing.drawing(self.loss, mine, number, self.look):
                     loss = float(self.loss(mine))
-                if mine is not batch or team.first:  # else each has the whole
+                if self.sharing.parted or team.first:  # else each has the whole
                     total -= loss / (self.full_size or rows(mine)) * rows(mine)
-                count += rows(batch)
+                count += self.sharing.total
         return team.sum_(torch.tensor(total, dtype=torch.float64)).item() / count
 
     def look(self, batch: Batch) -> Look:

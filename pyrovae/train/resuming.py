@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from pyrovae import runs
-from pyrovae.compile.checked import tensors
 from pyrovae.data.feed import Feed
-from pyrovae.data.fingerprint import fingerprint
+from pyrovae.data.streams import digest
 from pyrovae.engine.probe import PairState
 from pyrovae.engine.programs import warn
 from pyrovae.errors import CheckpointError, DataError
@@ -128,9 +127,14 @@ def facts_of(setup: Setup, feed: Feed, state: PairState, objective: pyro.infer.E
         "versions": runs.versions(),
         **{name: value for name, value in settings.items() if name not in ("device", "threads", "num_data")},
         "objective": describe_objective(objective),
-        "data": (feed.size, feed.fingerprint or fingerprint(*tensors(feed.first()))),
+        "data": known_by(feed),
         "tensors of the pair": (len(shapes), hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]),
     }  # fmt: skip
+
+
+def known_by(feed: Feed) -> tuple[object, ...]:
+    """What data are told from others by: also where a sampler or a stream gives each process some of its own."""
+    return feed.size, feed.fingerprint, digest(feed.first())
 
 
 def state_of(parameters: Iterable[Tensor]) -> dict[str, object]:

@@ -180,11 +180,17 @@ def quantizers(eager: Eager) -> list[VectorQuantizer]:
     return [m for root in eager.state.modules for m in root.modules() if isinstance(m, VectorQuantizer)]
 
 
-def check_shareable(seen: Look, objective: pyro.infer.ELBO, batch: Batch, ranks: Ranks) -> None:
+def check_shareable(seen: Look, objective: pyro.infer.ELBO, feed: Feed, ranks: Ranks) -> None:
     """Refuse by name what is known not to be a sum over data.
 
     :raises ValueError: saying what to do instead.
     """
+    batch = feed.first()
+    if getattr(sampler := getattr(feed.loader, "sampler", None), "num_replicas", 1) > 1:
+        raise ValueError(
+            f"a {type(sampler).__name__} gives each process data of its own, but all take parts of the same batches: "
+            "pass the data set, or a DataLoader that is the same in all"
+        )
     if not batch:
         raise ValueError(f"a program that holds its data cannot share them out: pass them as data, or {ALONE}")
     if (number := rows(batch)) < ranks.size:
@@ -233,8 +239,6 @@ def check_sum(eager: Eager, objective: pyro.infer.ELBO, example: Batch, particle
             run = eager.loss if hasattr(objective, "differentiable_loss") else eager
             return run(objective, batch)
 
-    with isolated_rng():
-        value(few)  # an objective may look at a pair that it has not met
     draws, again = learn(value, few)
     looks, _ = learn(lambda batch: look(eager.model, eager.guide, batch, validate=False), few)
     draws = list(dict.fromkeys([*draws, *looks]))  # as an objective looks again at a batch of one datum

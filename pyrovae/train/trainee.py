@@ -73,7 +73,7 @@ class Trainee:
         warn_of_data(seen, feed)
         seen.state.to(feed.device)
         if not setup.ranks.alone:
-            check_shareable(seen, own, feed.first(), setup.ranks)
+            check_shareable(seen, own, feed, setup.ranks)
         example = cut(feed.first(), setup.ranks.share(rows(feed.first())))
         self.eager = Eager(model, guide, seen, example, precision=setup.precision)
         check_memory(self.eager, setup.plan, example)
