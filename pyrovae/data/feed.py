@@ -137,6 +137,17 @@ def number_in(feed: Feed, batch: Batch) -> int:
     return feed.source.whole or rows(batch)
 
 
+def keep_order(feed: Feed, share: Share | None = None) -> None:
+    """Let a loader give all data in the order of their data set from now on, to an evaluation.
+
+    :param share: of a batch, where this process may read its own rows alone.
+    """
+    if feed.loader is not None:
+        feed.source = stream_of(in_order(feed.loader))
+        if share is not None and isinstance(feed.source, Indexed):
+            feed.source.read_own(share)
+
+
 class Feed:
     """Batches of a data set, as tuples of tensors on ``device``; of ``()``, one batch of no arguments.
 
@@ -174,16 +185,6 @@ class Feed:
         self.index: Tensor | None = None  # of the batch given last, where it is known
         self.size = length(self.images if self.loader is None else self.loader.dataset)
         self.steps = length(range(0, len(self.images), batch_size) if self.images is not None else self.loader)
-
-    def keep_order(self, share: Share | None = None) -> None:
-        """Let a loader give all data in the order of their data set from now on, to an evaluation.
-
-        :param share: of a batch, where this process may read its own rows alone.
-        """
-        if self.loader is not None:
-            self.source = stream_of(in_order(self.loader))
-            if share is not None and isinstance(self.source, Indexed):
-                self.source.read_own(share)
 
     @cached_property
     def fingerprint(self) -> str | None:

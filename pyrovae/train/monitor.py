@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import data as datasets
-from pyrovae.data.feed import Feed, as_batch
+from pyrovae.data.feed import Feed, as_batch, keep_order
 from pyrovae.engine.convert import first_way
 from pyrovae.engine.devices import beside, home_of
 from pyrovae.engine.kl import site_kl
@@ -132,7 +132,7 @@ class Validation:
             seen = look_on(feed, model, guide)
         self.model, self.guide, self.modules, self.feed, self.objective = model, guide, seen.modules, feed, objective
         self.full_size, self.joint, self.sharing = seen.full_size, seen.joint, Sharing({})
-        feed.keep_order(None if self.joint or self.sharing.ranks.alone else self.sharing.share)
+        keep_order(feed, None if self.joint or self.sharing.ranks.alone else self.sharing.share)
 
     def __call__(self) -> float:
         total, count, team = 0.0, 0, self.sharing.ranks
@@ -144,10 +144,8 @@ class Validation:
             if self.joint:  # all data share latents, and come as one batch
                 batches = [tuple(map(torch.cat, zip(*batches, strict=True)))]
             for batch in batches:
-                mine, number = (
-                    self.sharing.mine(batch, feed.source.whole),
-                    getattr(self.objective, "total_particles", 1),
-                )
+                mine = self.sharing.mine(batch, feed.source.whole)
+                number = getattr(self.objective, "total_particles", 1)
                 with self.sharing.drawing(self.loss, mine, number, self.look):
                     loss = float(self.loss(mine))
                 if self.sharing.parted or team.first:  # else each has the whole
