@@ -54,6 +54,17 @@ def test_what_is_changed_in_place_stays_with_the_change() -> None:
         torch.testing.assert_close(total, calls * X @ ENCODER)
 
 
+def test_a_factor_of_a_covariance_is_found_once() -> None:
+    """Of the several results of an operation each that is read (here, also whether there is a factor)."""
+
+    def correlated() -> list[Tensor]:
+        return [torch.randn(3) @ torch.linalg.cholesky(X.mT @ X)]
+
+    first, rest = parts(capture(correlated, [X]), 1)
+    torch.testing.assert_close(first(X)[0], torch.linalg.cholesky(X.mT @ X))
+    assert rest.compiled()(X, *first(X))[0].shape == (3,)
+
+
 def test_a_batch_in_the_memory_of_the_last_is_another_batch() -> None:
     vae = pv.models.VAE((3,), latent_dim=2, hidden=(4,))
     buffer = torch.empty(2, 3)

@@ -7,6 +7,9 @@ its own it would be written to memory and read again, where a compiled graph kee
 
 from __future__ import annotations
 
+from operator import getitem
+from typing import Any
+
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
@@ -50,7 +53,7 @@ def parts(graph: Graph, number: int) -> tuple[Graph, Graph]:
     for node in nodes:
         if is_mutable(node.target) or is_changed(node) or not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
-    once = [node for node in nodes if node.target in COSTLY and node not in reached]
+    once = [node for node in nodes if is_costly(node) and node not in reached]
 
     rest, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in inputs[:number]:
@@ -77,6 +80,12 @@ def parts(graph: Graph, number: int) -> tuple[Graph, Graph]:
         Graph(fx.GraphModule({}, first), graph.constants, tuple),
         Graph(fx.GraphModule({}, rest), graph.constants, graph.noise),
     )
+
+
+def is_costly(node: fx.Node) -> bool:
+    """Whether a node gives what a costly operation computes, or one of its results."""
+    source: Any = node.args[0] if node.target is getitem else node
+    return getattr(source, "target", None) in COSTLY and isinstance(node.meta["val"], Tensor)
 
 
 def out_of_place(graph: fx.Graph) -> None:
