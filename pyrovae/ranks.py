@@ -220,7 +220,7 @@ def begin() -> None:
     try:
         store, rank, world = next(rendezvous("env://", timeout=waits))
         dist.init_process_group(
-            backend, store=emptied(store, rank, world, seconds), rank=rank, world_size=world, timeout=waits
+            backend, store=fresh_store(store, rank, world, seconds), rank=rank, world_size=world, timeout=waits
         )
     except (RuntimeError, ValueError) as error:
         raise ResourceError(
@@ -229,7 +229,7 @@ def begin() -> None:
         ) from error
 
 
-def emptied(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
+def fresh_store(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
     """A store without what former processes have left: those that torchrun starts again get the one that these had.
 
     Each process says a word of its own, which the first answers with the name that their store has. As a word may be a

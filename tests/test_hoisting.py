@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -37,6 +40,29 @@ def test_what_no_noise_reaches_is_cut_off() -> None:
         found = rest(given, ENCODER, DECODER, *once, noise=lambda: noise)
         for one, other in zip(found, whole(given, ENCODER, DECODER, noise=lambda: noise), strict=True):
             torch.testing.assert_close(one, other)
+
+
+def viewed() -> Tensor:
+    """A view is made before its tensor is changed."""
+    first = X @ ENCODER
+    seen = first.view(2, 4)
+    first.tanh_()
+    return seen.view(4, 2)
+
+
+def promoted() -> Tensor:
+    """A change in place keeps single precision, where a result of its own would be double."""
+    return (X @ ENCODER).mul_(torch.full((4, 2), 1 / 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("made", [viewed, promoted])
+def test_a_change_in_place_that_is_more_than_its_result_stays_one(made: Callable[[], Tensor]) -> None:
+    whole = capture(lambda: [made() @ DECODER + torch.randn(4, 3)], [X, ENCODER, DECODER])
+    noise = whole.noise()
+    expected = made() @ DECODER + noise[0]
+    first, rest = parts(whole, 3)
+    found = rest(X, ENCODER, DECODER, *first(X, ENCODER, DECODER), noise=lambda: noise)
+    torch.testing.assert_close(found, [expected])
 
 
 def test_what_is_changed_in_place_stays_with_the_change() -> None:

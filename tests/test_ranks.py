@@ -106,7 +106,7 @@ def test_processes_that_are_started_again_find_nothing_of_the_former():
 
     def found(number: int, rank: int, late: float) -> bytes:
         time.sleep(late)
-        store = ranks.emptied(kept, rank, 3, 20.0)
+        store = ranks.fresh_store(kept, rank, 3, 20.0)
         if rank == 0:
             time.sleep(0.1)  # until then a former process's would be found
             store.set("number", str(number))
@@ -116,7 +116,7 @@ def test_processes_that_are_started_again_find_nothing_of_the_former():
         with ThreadPoolExecutor(3) as pool:
             assert list(pool.map(found, [number] * 3, range(3), late)) == [str(number).encode()] * 3
     with pytest.raises(RuntimeError, match="process 1, 2 did not come"):
-        ranks.emptied(kept, 0, 3, 0.1)
+        ranks.fresh_store(kept, 0, 3, 0.1)
 
 
 def started(folder: Path, *more: str, processes: int = 2, seconds: str = "20"):

@@ -44,7 +44,10 @@ class Hoisted:
 
 
 def parts(graph: Graph, number: int) -> tuple[Graph, Graph]:
-    """What is computed once, and the rest, which takes that after the ``number`` inputs of the graph."""
+    """What is computed once, and the rest, which takes that after the ``number`` inputs of the graph.
+
+    The graph itself is rewritten where it changes its own results in place.
+    """
     out_of_place(graph.module.graph)
     nodes = graph.module.graph.nodes
     inputs = graph.module.graph.find_nodes(op="placeholder")
@@ -85,7 +88,7 @@ def parts(graph: Graph, number: int) -> tuple[Graph, Graph]:
 def is_costly(node: fx.Node) -> bool:
     """Whether a node gives what a costly operation computes, or one of its results."""
     source: Any = node.args[0] if node.target is getitem else node
-    return getattr(source, "target", None) in COSTLY and isinstance(node.meta["val"], Tensor)
+    return getattr(source, "target", None) in COSTLY
 
 
 def out_of_place(graph: fx.Graph) -> None:

@@ -95,7 +95,8 @@ void panel(int64_t rows, int64_t columns, int64_t depth, Matrix a, Matrix b, flo
   if (columns >= FEWEST * W) least = FEWEST * W, each = (columns / panels + W - 1) / W * W;
   int64_t some = NEAR / std::min(depth, DEPTH) / ROWS * ROWS;
   bool kept = rows > some && columns * depth <= FEW;
-  copy.resize(FAR * std::max(DEPTH, kept ? (columns / each + 1) * depth : 0));
+  size_t place = FAR * (kept ? (columns + each - 1) / each * depth : DEPTH);
+  if (copy.size() < place) copy.resize(place);
   for (int64_t i = 0; i < rows; i += some)
     for (int64_t j = 0; j < columns; j += each) {
       int64_t at = std::min(j, columns - least), wide = std::min(each, columns - at);  // some twice, where they overlap
