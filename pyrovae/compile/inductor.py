@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Argument, Target
 
-from pyrovae.compile.libraries import found_quickly
+from pyrovae.compile.libraries import found_quickly, without_attention
 from pyrovae.compile.noise import CannotCompile, aten
 from pyrovae.compile.pages import our_pages
 
@@ -88,7 +88,7 @@ def lowered(module: fx.GraphModule, options: dict[str, int]) -> Callable[..., Se
 
     example = [empty_like_of(v) for v in placeholders(module)]
     ours = our_pages() if options == ONE_FILE else nullcontext()  # another way lasts if another torch takes none
-    with torch._inductor.config.patch(OPTIONS | options), found_quickly(), ours:
+    with torch._inductor.config.patch(OPTIONS | options), found_quickly(), without_attention(module), ours:
         module = channels_last(module, example)
         return torch._inductor.standalone_compile(module, list(example), dynamic_shapes="from_example_inputs")
 

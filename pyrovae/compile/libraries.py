@@ -1,15 +1,16 @@
-"""What Inductor asks of the machine: which vector units it has, and the libraries that lie in its cache."""
+"""What Inductor does before and after a graph, and need not: units asked for, libraries read, forms traced."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import fx
 
 
 @contextmanager
@@ -47,6 +48,20 @@ def found_quickly() -> Iterator[None]:
         no_key,
     ):
         yield
+
+
+def without_attention(module: fx.GraphModule) -> AbstractContextManager[object]:
+    """Spare Inductor .6 s of tracing the forms of attention that it looks for, where a graph on a CPU has no softmax.
+
+    It traces them once a process, before its first graph: the first one that is lowered otherwise.
+    """
+    from torch._inductor.fx_passes import joint_graph
+
+    on_cpu = all(n.meta["val"].device.type == "cpu" for n in module.graph.nodes if n.op == "placeholder")
+    softmax = any(node.target is torch.ops.aten._softmax.default for node in module.graph.nodes)
+    if softmax or not on_cpu or not hasattr(joint_graph, "lazy_init"):  # or another release of torch
+        return nullcontext()
+    return patch.object(joint_graph, "lazy_init", lambda *of: None)
 
 
 def is_whole(path: Path) -> bool:
