@@ -21,13 +21,13 @@ LABELS = 10  # per class, for the semi-supervised system
 
 SYSTEMS = {
     "pca": {"model": "pca", "latent_dim": 50},
-    "rbm": {"model": "rbm", "settings": {"num_hidden": 200, "persistent": True}},
+    "rbm": {"model": "rbm", "lr": 0.05, "settings": {"num_hidden": 200, "persistent": True}},
     "autoencoder": {"model": "autoencoder"},
     # on bits a weight of 1 silences every unit
     "sparse autoencoder": {"model": "sparse_autoencoder", "settings": {"weight": 0.1}},
     "denoising autoencoder": {"model": "denoising_autoencoder"},
     "vae": {"model": "vae"},
-    "beta-vae": {"model": "vae", "settings": {"kl_weight": 4.0}},
+    "beta-vae": {"model": "vae", "settings": {"kl_weight": 2.0}},  # 4 silences every unit of small images
     "iwae": {"model": "vae", "objective": "iwae", "particles": 5},
     "iwae, 2 layers": {"model": "hierarchical", "objective": "iwae", "particles": 5},
     "ladder": {"model": "hierarchical", "settings": {"guide": "top_down"}},
