@@ -15,6 +15,8 @@ from unittest.mock import patch
 import torch
 from torch import fx
 
+from pyrovae.compile.libraries import older_cpp
+
 OURS = ("exp", "sigmoid", "tanh")  # functions of vectors that elementary.h has
 
 
@@ -42,7 +44,7 @@ def source() -> str:
 
 @contextmanager
 def our_pages() -> Iterator[None]:
-    """Let graphs that are lowered to one file of C++ begin with :func:`source`."""
+    """Let graphs that are lowered to one file of C++ begin with :func:`source`, and be C++17 where that is quicker."""
     import torch._inductor.config
     from torch._inductor.codegen.cpp import CppVecOverrides
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
@@ -68,6 +70,7 @@ def our_pages() -> Iterator[None]:
         return staticmethod(lambda x: f"pyrovae::{name}({x})")
 
     with (
+        older_cpp(),
         patch.object(CppWrapperCpu, "write_header", write_header),
         patch.multiple(CppVecOverrides, **{name: written(name) for name in OURS}),
         torch._inductor.config.patch(post_grad_custom_post_pass=Named()),
