@@ -7,9 +7,10 @@ import math
 import os
 import re
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pyro
 import pyro.distributions as dist
@@ -701,6 +702,44 @@ def test_numbers_are_held_to_those_of_the_first_graph(interpreted):
         assert compiled.static(pv.ELBO(2)) is None
     assert compiled.static(pv.ELBO(1)) is None
     assert compiled.kind == "eager"
+
+
+class Listed(pv.models.VAE):
+    """Tempers its likelihood by a number in a list, where no look at modules finds it."""
+
+    def __init__(self):
+        super().__init__((6,), latent_dim=2, hidden=())
+        self.numbers = [1.0]
+
+    def model(self, x):
+        with pyro.poutine.scale(scale=self.numbers[0]):
+            super().model(x)
+
+
+def test_what_a_program_reads_anywhere_is_seen_after_the_first_epoch(interpreted):
+    """Training goes on as if nothing had been compiled."""
+    bounds = []
+    for compile, told in ((False, nullcontext()), (True, pytest.warns(UserWarning, match="program has changed since"))):
+        torch.manual_seed(0)
+        pair = Listed()
+        with told:
+            found = pv.fit(
+                pair.model, pair.guide, GREY.round(), objective=pv.IWAE(2), epochs=3, batch_size=20, progress=False,
+                compile=compile, on_epoch=lambda _, numbers=pair.numbers: numbers.__setitem__(0, 0.5),
+            )  # fmt: skip
+        bounds.append([row["bound"] for row in found.history])
+        assert found.timings["path"] == "eager"
+    assert bounds[0] == pytest.approx(bounds[1])
+
+
+def test_rounding_that_grows_while_training_is_no_change(interpreted, monkeypatch):
+    compiled, objective = Compiled(eager_of("vae")), pv.IWAE(2)
+    compiled.look_again()
+    function = compiled.static(objective)
+    monkeypatch.setattr(checked, "compare", differ := Mock(side_effect=CannotCompile("they differ")))
+    compiled.look_again()
+    assert compiled.static(objective) is function
+    assert differ.call_count == 1
 
 
 class Holding(Noisy):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -69,6 +69,7 @@ class Checked:
     def __post_init__(self, wanted: bool) -> None:
         self.kind = "compiled" if wanted else "eager"
         self.compiled: Callable[..., list[Tensor]] | None = None
+        self.graph: Graph | None = None
         self.signature: tuple[object, ...] = ()
         self.hoisted: Hoisted | None = None
 
@@ -96,14 +97,35 @@ class Checked:
         """
         if self.reason is not None:
             raise CannotCompile(self.reason)
-        graph, expected, changed = self.capture(inputs)
+        graph, *found = self.capture(inputs)
         self.hoisted = Hoisted(graph, len(self.state) + len(tensors(inputs))) if self.hoists else None
         compiled = partial(self.hoisted or (graph.compiled() if lowered else graph), *self.state)
-        with isolated_rng(self.seed), self.untouched(), full_float32():
-            compare(expected, compiled(*tensors(inputs)), self.precision)
-            compare(changed, self.changes, self.precision)
-        self.compiled, self.signature = compiled, signature(inputs)
+        self.check(compiled, inputs, *found)
+        self.compiled, self.graph, self.signature = compiled, graph, signature(inputs)
         return compiled
+
+    def check(self, compiled: Callable[..., list[Tensor]], inputs: Batch, *found: list[Tensor]) -> None:
+        """Refuse what does not give, and change, what the function does (as :meth:`expected`)."""
+        with isolated_rng(self.seed), self.untouched(), full_float32():
+            for expected, got in zip(found, (compiled(*tensors(inputs)), self.changes), strict=True):
+                compare(expected, got, self.precision)
+
+    def holds(self, inputs: Batch) -> bool:
+        """Whether the function still does what it did when it was compiled, for such inputs.
+
+        Where results differ, it is captured once more: rounding, too, may have grown with the values.
+        """
+        if self.compiled is None or self.graph is None:
+            return True
+        with pyro.validation_enabled(False), suppress(torch.OutOfMemoryError):  # there may be room for the graph alone
+            try:
+                self.check(self.compiled, inputs, *self.expected(inputs))
+            except CannotCompile:
+                try:
+                    return self.graph.same(self.captured(inputs))
+                except CannotCompile:
+                    return False
+        return True
 
     def expected(self, inputs: Batch) -> tuple[list[Tensor], list[Tensor]]:
         """What the function gives on the noise of the check, and what it changes, as it leaves it."""
@@ -115,10 +137,13 @@ class Checked:
 
         The function runs eagerly first, so that whatever is wrong with it is said in plain words.
         """
-        function, (expected, changed) = partial(self.function, *inputs), self.expected(inputs)
+        expected, changed = self.expected(inputs)
+        return Captured(self.captured(inputs), expected, changed)
+
+    def captured(self, inputs: Batch) -> Graph:
+        """The graph alone."""
         with self.untouched(), pyro.validation_enabled(False):
-            graph = capture(function, [*self.state, *tensors(inputs)])
-        return Captured(graph, expected, changed)
+            return capture(partial(self.function, *inputs), [*self.state, *tensors(inputs)])
 
     def forget(self) -> None:
         """Make another graph, for the next inputs."""
@@ -141,6 +166,8 @@ def compare(expected: list[Tensor], got: list[Tensor], precision: str = "float32
 
     The first result is a loss (or the only result); the norm of all the others sets the scale on which each counts.
     """
+    if len(expected) != len(got):
+        raise CannotCompile(f"compiled and eager results differ: {len(got)} and {len(expected)} tensors")
     total = math.sqrt(sum(float(e.double().square().sum()) for e in expected[1:]))
     for e, g in zip(expected, got, strict=True):
         if not e.is_floating_point():

@@ -57,6 +57,13 @@ class Graph:
         takes = tuple((v.shape, v.stride(), v.dtype, v.device) for v in placeholders(self.module))
         return self.module.code, getattr(self.noise, "code", None), takes
 
+    def same(self, other: Graph) -> bool:
+        """Whether both compute the same, of constants of the same values."""
+        if self.key != other.key:
+            return False
+        pairs = zip(self.constants, other.constants, strict=True)
+        return all(a is b or (a.dtype == b.dtype and torch.equal(a, b)) for a, b in pairs)
+
     def __call__(self, *inputs: Tensor, noise: Callable[[], tuple[Tensor, ...]] | None = None) -> list[Tensor]:
         """Run the graph, operation by operation, on fresh noise or on what ``noise`` draws."""
         with torch.no_grad():
@@ -137,8 +144,7 @@ def capture(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) 
         reparameterisation, or the two runs differ.
     """
     first, second = (capture_once(function, inputs) for _ in range(2))
-    pairs = zip(first.constants, second.constants, strict=True)
-    if first.key != second.key or any(a is not b and (a.dtype != b.dtype or not torch.equal(a, b)) for a, b in pairs):
+    if not first.same(second):
         raise CannotCompile("the program does something else at every call (it changes Python state as it runs)")
     return first
 

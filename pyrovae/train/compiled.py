@@ -4,8 +4,8 @@ Pyro's handlers are Python over tensor operations. :func:`pyrovae.compile.graph.
 once and keeps the operations alone; Inductor compiles them. On CUDA the whole step (gather, binarisation, loss,
 gradients, clipping, optimizer) is recorded as one CUDA graph and replayed without work on the host.
 
-A compiled step is never silently wrong. Before its first use its loss and gradients are compared with the eager
-program's on the same noise, leaving generators, parameters and buffers untouched. What cannot be compiled runs eagerly,
+A compiled step is never silently wrong. Before its first use, and after 1, 2, 4, 8, ... epochs, its loss and gradients
+are compared with the eager program's on the same noise, leaving generators, parameters and buffers untouched. What cannot be compiled runs eagerly,
 after one warning that says why. Batches of another size than the first run eagerly until there were so many that a
 graph of their own pays: operation by operation first, compiled where they go on.
 """
@@ -84,6 +84,9 @@ class Compiled:
         first = eager.parameters[0]
         self.kl_weight = torch.ones((), dtype=first.dtype, device=first.device)
         self.functions: dict[object, Callable[[Batch], Outcome] | None] = {}
+        self.checked: dict[object, Checked] = {}
+        self.due: set[object] = set()  # those of them that are to be compared again
+        self.epochs = 0
         self.graphs: dict[int, CompiledGraph] = {}
         self.numbers: dict[tuple[int, str], float] = {}
 
@@ -113,19 +116,23 @@ class Compiled:
         """What :meth:`compile` gives, made once; None, after a warning, where it cannot be made."""
         if key not in self.functions:
             began = time.perf_counter()
-            self.look_again()
+            self.look_at_numbers()
             try:
-                self.functions[key] = self.compile(objective, example, lowered=lowered)
+                self.functions[key] = self.compile(objective, example, lowered=lowered, key=key)
             except CannotCompile as error:
                 if self.kind == "compiled":
                     warn(f"cannot compile: {error}; running eagerly")
                 self.functions[key], self.kind = None, "eager" if example is self.example else self.kind
             self.compile_seconds += time.perf_counter() - began
         self.anneal(objective)
+        if key in self.due:
+            self.due.remove(key)
+            if not self.checked[key].holds(example):
+                self.leave("the program has changed since the step was compiled", "the number that did")
         return self.functions[key]
 
     def compile(
-        self, objective: pyro.infer.ELBO, example: Batch, *, lowered: bool = True
+        self, objective: pyro.infer.ELBO, example: Batch, *, lowered: bool = True, key: object = None
     ) -> Callable[[Batch], Outcome]:
         """The graph of an objective, compiled or not; a :class:`CannotCompile` says why it cannot be made."""
         before = numbers_in(self.eager.state.modules)
@@ -133,6 +140,7 @@ class Compiled:
             raise CannotCompile(f'"{name}" has changed since the step was compiled: keep it in a buffer')
         function, reached = self.differentiated(objective, example)
         run = function.compile(example, lowered=lowered)
+        self.checked[key] = function
         self.numbers = numbers_in(self.eager.state.modules)
         if name := differing(before, self.numbers):
             raise CannotCompile(
@@ -151,10 +159,22 @@ class Compiled:
         return gradients
 
     def look_again(self) -> None:
+        """Leave graphs of modules that have other numbers by now; after 1, 2, 4, 8, ... epochs compare all others."""
+        self.look_at_numbers()
+        if self.epochs.bit_count() == 1:
+            self.due = {key for key, function in self.functions.items() if function is not None}
+        self.epochs += 1
+
+    def look_at_numbers(self) -> None:
         """Leave graphs that were made while modules had other numbers than they have now."""
         if any(self.functions.values()) and (name := differing(self.numbers, numbers_in(self.eager.state.modules))):
-            warn(f'"{name}" has changed since the step was compiled, running eagerly: keep it in a buffer')
-            self.functions, self.kind = dict.fromkeys(self.functions), "eager"
+            self.leave(f'"{name}" has changed since the step was compiled', "it")
+
+    def leave(self, why: str, what: str) -> None:
+        """Run eagerly from now on."""
+        warn(f"{why}, running eagerly: keep {what} in a buffer")
+        self.functions, self.kind = dict.fromkeys(self.functions), "eager"
+        self.due.clear()
 
     def differentiated(self, objective: pyro.infer.ELBO, example: Batch | None = None) -> tuple[Checked, list[Tensor]]:
         """Loss and gradients as a function of a batch; once it ran, the parameters whose gradients follow the loss."""
