@@ -13,17 +13,21 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 import pyrovae as pv
 from pyrovae.app.cli import main
-from pyrovae.app.job import as_bits, load_data
+from pyrovae.app.job import as_bits, load_data, observes_bits
 from pyrovae.app.parts import Parts
 from pyrovae.app.pictures import beside
 from pyrovae.app.settings import Settings
+from pyrovae.models.base import as_pair
 
 SMALL = ["--epochs", "2", "--samples", "20", "--set", "hidden=[16]", "--latent-dim", "3", "--device", "cpu"]
 
@@ -625,6 +629,20 @@ def test_freed_memory_is_kept(keeps):
     root = Path(pv.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
     assert (int(done.stdout) < 100) == keeps
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_data_become_bits_where_bits_are_all_that_is_observed(columns):
+    """Not where one column of a table is of bits, be the others between 0 and 1 as well."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("bit", dist.Bernoulli(x.new_full((), 0.5)), obs=x[:, 0])
+            if columns == 2:
+                pyro.sample("real", dist.Normal(x.new_zeros(()), 1.0), obs=x[:, 1])
+
+    pair = as_pair(SimpleNamespace(model=model, guide=lambda x: None))
+    assert observes_bits(pair, pv.data.Images(torch.full((3, columns), 0.5))) == (columns == 1)
 
 
 @pytest.mark.parametrize("settings", [{}, {"validation": 0.2}, {"labels_per_class": 3}])

@@ -180,12 +180,15 @@ def check_parts(splits: Splits, parts: Parts) -> None:
 
 
 def observes_bits(pair: Pair, images: Images) -> bool:
-    """Whether the pair's observed site is boolean and the data are not."""
+    """Whether the pair observes bits, as all that it observes or all of a datum, and the data are no bits."""
     if pair.observes_bits is False or first_outside(images.x, constraints.boolean) is None:
         return False
     if pair.observes_bits:
         return True
-    return any(is_boolean(site["fn"].support) for site in observed_sites(pair, images) if site["value"].numel())
+    sites = [site for site in observed_sites(pair, images) if site["value"].numel()]
+    bits = [site for site in sites if is_boolean(site["fn"].support)]
+    whole = sum(site["value"].numel() for site in bits) >= images.event_shape.numel()  # and not a column of a table
+    return bool(bits) and (whole or len(bits) == len(sites))
 
 
 def observed_sites(pair: Pair, images: Images) -> list[Site]:

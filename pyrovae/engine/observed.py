@@ -125,7 +125,8 @@ def refuse_misread(name: str, fn: Distribution, value: Tensor) -> None:
     if (totals := value.sum(-1)).max() > inner.total_count:
         raise DataError(
             f'data of site "{name}" sum to as much as {totals.max():g}, but its Multinomial has '
-            f"total_count={inner.total_count}: pass a total_count of at least that (each datum counts with its own sum)"
+            f"total_count={inner.total_count}: pass one that no datum exceeds (each counts with its own sum), or leave "
+            "it out, with validate_args=False, for data of any sum"
         )
 
 

@@ -77,6 +77,8 @@ CALLS = {
     "unexpected": "leave that out, as it is no option of this function either",
 }
 
+ONE_BY_ONE = "pass what the tuple holds one after the other: model, guide, x, y"
+
 
 def refuse_call(program: Program, args: Batch, kwargs: Mapping[str, object]) -> None:
     """A TypeError in plain words for a program that cannot be called so; nothing for one that can."""
@@ -90,7 +92,8 @@ def refuse_call(program: Program, args: Batch, kwargs: Mapping[str, object]) -> 
         return
     except TypeError as error:
         takes = f"{getattr(run, '__name__', type(run).__name__)}({', '.join(signature.parameters)})"
-        fix = next(fix for how, fix in CALLS.items() if how in str(error))
+        whole = "missing" in str(error) and list(map(type, args)) == [tuple]
+        fix = ONE_BY_ONE if whole else next(fix for how, fix in CALLS.items() if how in str(error))
         given = [*(type(a).__name__ for a in args), *(f"{k}={type(a).__name__}" for k, a in kwargs.items())]
         raise TypeError(f"{takes} was called with ({', '.join(given)}): {error}; {fix}") from error
 

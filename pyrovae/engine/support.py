@@ -22,6 +22,7 @@ INTEGERS = type(constraints.boolean), constraints.integer_interval, type(constra
 UNORDERED = torch.uint16, torch.uint32, torch.uint64  # of which torch knows no extremes
 DROP = "drop or replace such data, for instance with torch.nan_to_num"
 BY_255 = "divide values from 0 to 255 by 255"
+BITS_8 = "8-bit numbers of a file are grey values and divided by 255: write counts in a wider type, as int32"
 BINARIZATION = (
     "binarization='dynamic' (or 'static', 'threshold'), or a likelihood for them such as 'continuous_bernoulli'"
 )
@@ -34,12 +35,18 @@ class Within(constraints.interval):
     def check(self, value: Tensor) -> Tensor:
         return (value > self.lower_bound) & (value < self.upper_bound)
 
+    def __repr__(self) -> str:
+        return f"above {self.lower_bound:g} and below {self.upper_bound:g}"
+
 
 class Shares(type(constraints.simplex)):  # type: ignore[misc]
     """Numbers above 0 whose sum is 1."""
 
     def check(self, value: Tensor) -> Tensor:
         return super().check(value) & (value > 0).all(-1)
+
+    def __repr__(self) -> str:
+        return "shares above 0"
 
 
 def check_support(x: Tensor, support: Constraint | None, *, site: str = "x", likelihood: str | None = None) -> None:
@@ -161,15 +168,18 @@ def advice(support: Constraint, low: float, high: float, pixels: bool = True) ->
         return f"{'grey values' if pixels else 'values in between'} need {BINARIZATION}"
     if isinstance(support, INTEGERS) and not boolean and low >= getattr(support, "lower_bound", low):
         most = getattr(support, "upper_bound", high)
+        grey = f" ({BITS_8})" if high <= 1 else ""
         return (
             f"it takes integers up to {most:g}; count from 0, or give it more classes or trials"
             if high > most
-            else "it counts in integers: pass counts, or use a likelihood for real values, such as 'gaussian'"
+            else f"it counts in integers: pass counts{grey}, or use a likelihood for real values, such as 'gaussian'"
         )
     if not (boolean or getattr(support, "upper_bound", None) == 1):
         return "transform them into the support, or use a likelihood whose support holds them, such as 'gaussian'"
     if low < 0:
         return "rescale negative values to [0, 1], or use a likelihood for any real value such as 'gaussian'"
+    if boolean and not pixels:
+        return "write them as 0 and 1, or use a likelihood that holds them, such as 'gaussian'"
     how = BY_255 if pixels and 1 < high <= 255 else "rescale them to [0, 1]"
     return how + (", then binarise" if boolean else "")
 

@@ -5,9 +5,9 @@ once and keeps the operations alone; Inductor compiles them. On CUDA the whole s
 gradients, clipping, optimizer) is recorded as one CUDA graph and replayed without work on the host.
 
 A compiled step is never silently wrong. Before its first use, and after 1, 2, 4, 8, ... epochs, its loss and gradients
-are compared with the eager program's on the same noise, leaving generators, parameters and buffers untouched. What cannot be compiled runs eagerly,
-after one warning that says why. Batches of another size than the first run eagerly until there were so many that a
-graph of their own pays: operation by operation first, compiled where they go on.
+are compared with the eager program's on the same noise, leaving generators, parameters and buffers untouched. What
+cannot be compiled runs eagerly, after one warning that says why. Batches of another size than the first run eagerly
+until there were so many that a graph of their own pays: operation by operation first, compiled where they go on.
 """
 
 from __future__ import annotations

@@ -667,10 +667,10 @@ FAMILIES = {
     "zero": (lambda a: dist.LogNormal(a, 1.0).to_event(1), [[1.0, 0.0, 1.0, 1.0]], r"data\[0, 1\] = 0.0 is outside"),
     "no simplex": (lambda a: dist.Dirichlet(a.exp()), [[0.5, 0.2, 0.2, 0.2]], r"data\[0\] = \[0.5, .*its sum is 1.1 "),
     "rounded shares": (lambda a: dist.Dirichlet(a.exp()), SHARES, r"data\[1\] = .*its sum is 0.9999.*x / x.sum"),
-    "no share": (lambda a: dist.Dirichlet(a.exp()), [[0.5, 0.0, 0.25, 0.25]], r"data\[0\] = .*holds a 0, where"),
+    "no share": (lambda a: dist.Dirichlet(a.exp()), [[0.5, 0.0, 0.25, 0.25]], r"data\[0\] = .*\(shares above 0\): it"),
     "less than none": (lambda a: dist.Dirichlet(a.exp()), [[0.5, -0.5, 0.5, 0.5]], r"data\[0\] = .*holds -0.5, but"),
     "gamma's end": (gammas, [[1.0, 2.0, 0.0, 1.0]], r"data\[0, 2\] = 0.0 .*density is 0 or infinite.*clamp"),
-    "beta's end": (betas, [[0.2, 0.5, 0.5, 1.0]], r"data\[0, 3\] = 1.0 .*density is 0 or infinite.*clamp"),
+    "beta's end": (betas, [[0.2, 0.5, 0.5, 1.0]], r"data\[0, 3\] = 1.0 .*\(above 0 and below 1\).*clamp"),
 }
 LIKELIHOODS = {f"{verb}-{name}": (verb, name) for name in FAMILIES for verb in ("log_likelihood", "fit")}
 

@@ -693,6 +693,11 @@ def data_are_forgotten(folder: Path):
     yield lambda: pv.log_likelihood(*programs(vae()))
 
 
+@fault("C", "log_likelihood", 2, r"\(x, y\) was called with \(tuple\): missing .*what the tuple holds")
+def data_are_given_as_a_tuple(folder: Path):
+    yield lambda: pv.log_likelihood(lambda x, y: None, lambda x, y: None, (X, LABELS), num_samples=1)
+
+
 @fault("C", "fit", 2, "a program must be callable, got None: pass such as vae.model", each={"fit": fit, "step": step})
 def a_program_is_none(folder: Path, train: Any):
     yield lambda: train((vae().model, None)) if train is fit else step((vae().model, None), SGD([X], 0.1))
