@@ -134,7 +134,7 @@ def asked(monkeypatch, folder, seconds, minutes=0.2):
         return [*command, str(seconds.get(part, 0)), "--json", str(card.path(part, ".json"))]
 
     monkeypatch.setattr(gpu.Card, "command", instead)
-    words = f"gpu.py --minutes {minutes} --folder {folder} --device cpu --quick --only memory replicas epochs"
+    words = f"gpu.py --minutes {minutes} --folder {folder} --device cpu --only memory replicas epochs"
     monkeypatch.setattr(sys, "argv", words.split(" "))
     gpu.main()
     return json.loads((folder / "found.json").read_text())
@@ -164,13 +164,36 @@ def test_an_answer_that_was_cut_off_is_none(tmp_path):
 
 def test_a_part_that_fails_says_why_and_is_asked_again(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.Card, "command", lambda *_: [sys.executable, "-c", "raise OSError('no card')"])
-    monkeypatch.setattr(sys, "argv", f"gpu.py --folder {tmp_path} --quick --only memory".split(" "))
+    monkeypatch.setattr(sys, "argv", f"gpu.py --folder {tmp_path} --device cpu --only memory".split(" "))
     gpu.main()
     assert json.loads((tmp_path / "found.json").read_text())["ended"] == {
         "memory, 100x50": "failed (1): OSError: no card"
     }
     assert "- memory, 100x50: failed (1): OSError: no card" in (tmp_path / "found.md").read_text()
     assert not gpu.Card(tmp_path, "cuda", False, 0.0).answered("memory, 100x50")
+
+
+@pytest.mark.parametrize(("device", "rate", "dry"), [("cuda", 30.0, False), ("cuda", 0.1, True), ("cpu", 2.0, True)])
+def test_a_dry_run_is_of_tiny_sizes_and_never_a_cards_answer(device, rate, dry, monkeypatch, tmp_path):
+    """Where a processor works, under its own name or as a card."""
+    cards = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "run_child", lambda *_: {"device": device, "rate": rate})
+    monkeypatch.setattr(gpu, "ask", lambda card, _: cards.append(card))
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    gpu.main()
+    (card,) = cards
+    assert (card.device, card.quick) == (device, dry)
+    assert card.folder.name == (f"dry-{device}" if dry else "gpu")
+    assert ("4x2" in card.command("replicas, 20x1")) == dry
+
+
+def test_a_card_that_is_absent_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "run_child", lambda *_: {"error": "no devices"})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "no card answers as cuda: no devices" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -180,7 +203,7 @@ def test_what_a_card_has_started_ends_with_it(tmp_path, number):
     starts = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {waits!r}]); {waits}"
     part = [sys.executable, "-c", starts]
     words = f"from tests.benchmarks import gpu; gpu.Card.command = lambda *_: {part!r}; gpu.main()"
-    asked = ["--folder", str(tmp_path), "--quick", "--only", "memory"]
+    asked = ["--folder", str(tmp_path), "--device", "cpu", "--only", "memory"]
     job = subprocess.Popen([sys.executable, "-c", words, *asked], cwd=gpu.ROOT)
     while not started.exists() or started.read_text().count(" ") < 2:
         time.sleep(0.05)

@@ -5,8 +5,8 @@ memory.
 
 Every answer stands in ``found.json`` and ``found.md`` of the folder as soon as it is there, what was said on the way in
 a log beside them. Cut off, or out of minutes, the same command goes on with what is missing, and nothing that it has
-started goes on without it. ``--device cpu --quick`` shows without a card that the command works, by one small part of
-each kind.
+started goes on without it. On a processor, and on a device as slow as one, it is a dry run: one part of each kind, of
+tiny sizes, shows that the command works, in a folder of its own.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from typing import Any
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.benchmarks.children import run_child
 from tests.benchmarks.options import ROOT
 from tests.benchmarks.tables import Table
 
 HELD = "--held"  # in front of a command that ends with this one
+RATE, LEAST = "--rate", 0.5  # what measures a device, and the TFLOP/s of the slowest card
 KNOWN = "PYROVAE_OUTCOMES"  # the variable with the file of the tests' outcomes, a line each
 RUN, RESUME = [sys.executable, "tests/benchmarks/run.py"], [sys.executable, "-m", "tests.benchmarks.resume"]
 CELLS = ("mlp 20x1", "mlp 100x1", "mlp 100x50", "mlp 1000x50", "conv 100x1", "conv 100x50")
@@ -53,7 +55,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 }
 QUICK = (
     *("--seconds", "0.05", "--warmup", "2", "--samples", "3", "--images", "2"),
-    *("--rounds", "1", "--epoch-steps", "3", "--cells", "4x2"),
+    *("--rounds", "1", "--epoch-steps", "3", "--cells", "4x2", "--replicas", "1", "2"),
 )
 FEW = {"epochs": ("--contenders", "pyrovae"), "memory": ("--contenders", "hand-written")}
 TRIED = ("tests", "resume", "epochs, 20x1", "steps, mlp 20x1", "steps, conv 100x1", "likelihoods", "replicas, 20x1",
@@ -149,6 +151,7 @@ class Card:
         if part == "tests":
             marks = [] if self.device == "cpu" else ["-m", "cuda"]
             file = f"tests/test_{'schedules' if self.device == 'cpu' else 'cuda'}.py"
+            marks += ["-k", "every_replay"] if self.quick and marks else []
             several = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
             plugin = ["-p", "tests.benchmarks.gpu", "-p", "no:cacheprovider"]
             return [sys.executable, "-m", "pytest", file, "--tb=short", *marks, *several, *plugin]
@@ -187,6 +190,23 @@ class Card:
             aside.replace(self.folder / name)
 
 
+def rate(device: str) -> None:
+    """Print where "auto" is, and the TFLOP/s of its products in float32.
+
+    One thread asks for them: so no device that a processor stands for comes near what a card does.
+    """
+    import torch
+
+    from tests.benchmarks.timing import block
+
+    torch.set_num_threads(1)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.rand(1024, 1024, device=device)
+    seconds = min(block(lambda: x @ x, 1, device) for _ in range(5))
+    print(json.dumps({"device": device, "rate": 2e-12 * len(x) ** 3 / seconds}))
+
+
 def last_line(log: Path) -> str:
     return (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
 
@@ -213,17 +233,24 @@ def last(text: str) -> str:
 def main() -> None:
     if sys.argv[1:2] == [HELD]:
         sys.exit(held(sys.argv[2:]))
+    if sys.argv[1:2] == [RATE]:
+        return rate(sys.argv[2])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it")
-    parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="of the answers")
+    parser.add_argument("--folder", type=Path, help="of the answers; runs/gpu, or runs/dry-DEVICE")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="kinds of parts, in this order")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to try the command")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, or cpu; a card, where there is one")
     asked = parser.parse_args()
-    folder = asked.folder.resolve()
+    ends = time.monotonic() + 60 * asked.minutes
+    place = {"device": "cpu"} if asked.device == "cpu" else run_child("gpu", RATE, asked.device)
+    if "error" in place:
+        parser.error(f"no card answers as {asked.device}: {place['error']}")
+    dry = place.get("rate", 0.0) < LEAST or place["device"] == "cpu"
+    folder = (asked.folder or Path("runs", f"dry-{place['device']}".replace(":", "-") if dry else "gpu")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    card = Card(folder, asked.device, asked.quick, time.monotonic() + 60 * asked.minutes)
-    ask(card, asked.only)
+    if dry:
+        print(f"a dry run, of tiny sizes: {place['device']} is no card", flush=True)
+    ask(Card(folder, place["device"], dry, ends), asked.only)
     print((folder / "found.md").read_text() if (folder / "found.md").exists() else "nothing was missing")
 
 

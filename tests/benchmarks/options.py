@@ -27,3 +27,4 @@ class Options:
     steps: int = 0  # of an epoch; the section's own
     target: float = -120.0  # nats per image, for the time to a bound
     epochs: int = 30  # at most, on the way there
+    replicas: tuple[int, ...] = (1, 2, 4, 8)  # at once; one first, then powers of two

@@ -10,7 +10,6 @@ from tests.benchmarks.contenders import Setting, objective
 from tests.benchmarks.options import Options
 from tests.benchmarks.tables import Row, Table
 
-NUMBERS = (1, 2, 4, 8)
 BATCHES = 100  # per epoch
 EPOCHS = 3
 CELLS = ((20, 1), (100, 5))
@@ -23,7 +22,7 @@ def run(options: Options) -> list[Table]:
     batches = options.steps or BATCHES
     for batch, k in options.cells or CELLS:
         some = train.subset(slice(batch * batches))
-        for number in NUMBERS:
+        for number in options.replicas:
             print(f"replicas: batch {batch}, k {k}, {number} at once", file=sys.stderr)
             pairs = [Setting(batch=batch, k=k).vae() for _ in range(number)]
             results = pv.fit_replicas(

@@ -97,6 +97,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epoch-steps", type=int, default=default.steps, help="steps of an epoch; 2 to 5 seconds")
     parser.add_argument("--target", type=float, default=default.target, help="bound to train to, nats per image")
     parser.add_argument("--epochs", type=int, default=default.epochs, help="at most, on the way to that bound")
+    parser.add_argument("--replicas", type=int, nargs="+", default=default.replicas, help="numbers at once: 1 2 4 ...")
     parser.add_argument("--samples", type=int, default=default.samples, help="of log p(x)")
     parser.add_argument("--images", type=int, default=default.images, help="for log p(x)")
     parser.add_argument("--device", default=default.device, help="cpu or cuda")
@@ -127,7 +128,7 @@ def main() -> None:
     options = Options(
         asked.seconds, asked.warmup, tuple(asked.networks.split(",")), tuple(asked.cells), asked.samples, asked.images,
         asked.device, asked.data_dir and asked.data_dir.resolve(), asked.compile_mode, tuple(asked.contenders),
-        tuple(asked.on), asked.rounds, asked.epoch_steps, asked.target, asked.epochs,
+        tuple(asked.on), asked.rounds, asked.epoch_steps, asked.target, asked.epochs, tuple(asked.replicas),
     )  # fmt: skip
     tables: dict[str, list[Table]] = {}
     with ExitStack() as stack:
