@@ -26,6 +26,23 @@ def restore(before: dict[signal.Signals, object]) -> None:
         signal.signal(number, handler)  # type: ignore[arg-type]
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Let processes that are started inside never hear the signals.
+
+    A terminal and torchrun send them to all processes of a group, and torch would have it that a worker was lost, at
+    any line of ours. Workers leave when they are told to.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # as on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal came, which will do once it is obeyed what it does where nothing keeps it."""
 

@@ -180,6 +180,34 @@ def test_a_signal_saves_and_then_does_what_it_does(tmp_path: Path) -> None:
     assert same(trained(Bits(), run_dir=tmp_path, resume=True), whole)
 
 
+class Grouped(Marked):
+    """Sends a signal to all processes of its group in the middle of its rows."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for i, row in enumerate(super().__iter__()):
+            if i == len(GREY) // 2:
+                os.killpg(os.getpgrp(), self.number)
+            yield row
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+def test_a_signal_to_workers_too(tmp_path: Path, kind: type[DataLoader[Tensor]], number: int) -> None:
+    """They live on until the process that asks them has left."""
+
+    def run() -> None:
+        os.setpgrp()
+        trained(kind(Grouped(number), 8, num_workers=1, prefetch_factor=1), run_dir=tmp_path)
+
+    whole = trained(kind(Marked(), 8, num_workers=1))
+    assert process(run) == {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 130}[number]
+    assert 0 < runs.Run(tmp_path).state()["within"]["data"] <= len(GREY)
+    assert same(trained(kind(Marked(), 8, num_workers=1), run_dir=tmp_path, resume=True), whole)
+
+
 def test_a_signal_while_an_epoch_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes at once, and nothing of the epoch is lost."""
     measured, whole = monitor.Validation.__call__, trained(DATA["rows"]())

@@ -19,6 +19,7 @@ from pyrovae.data.loaders import alike, same_each_time
 from pyrovae.engine.programs import warn
 from pyrovae.engine.randomness import drawn, host_snapshot, isolated_rng, restore_rng, seed_everything
 from pyrovae.errors import DataError
+from pyrovae.signals import unheard
 
 Doubt = Callable[[str, type[ValueError]], None]  # refuses, or warns a user who goes on knowingly
 PLACES = 1_000_003  # in a batch, which have seeds of their own
@@ -199,7 +200,7 @@ class Stream:
         """What the loader gives."""
         told, self.told = self.told, False
         try:
-            return iter(self.loader)
+            return begun(self.loader)
         except Exception as error:
             if not told:
                 raise
@@ -283,7 +284,7 @@ class Indexed(Stream):
         head = () if self.given or (first := next(inner, END)) is END else (first,)
         self.sent.clear()
         self.order = self.sending(chain(head, inner), seed + self.given)
-        return iter(self.made)
+        return begun(self.made)
 
     def sending(self, inner: Iterator[Any], seed: int) -> Iterator[object]:
         """Indices as the loader takes them."""
@@ -292,6 +293,12 @@ class Indexed(Stream):
             own = self.share(len(indices)) if self.share and isinstance(indices, list) else slice(None)
             mine = indices if own == slice(None) else indices[own] or indices[:1]  # of none, one that does not count
             yield (seed + number, own.start or 0, mine) if self.seeded else mine
+
+
+def begun(loader: DataLoader[Any]) -> Iterator[object]:
+    """An epoch of a loader, whose workers leave when they are told to alone."""
+    with unheard():
+        return iter(loader)
 
 
 class Seeded(Dataset[Any]):

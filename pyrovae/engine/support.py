@@ -179,7 +179,7 @@ def advice(support: Constraint, low: float, high: float, pixels: bool = True) ->
     if low < 0:
         return "rescale negative values to [0, 1], or use a likelihood for any real value such as 'gaussian'"
     if boolean and not pixels:
-        return "write them as 0 and 1, or use a likelihood that holds them, such as 'gaussian'"
+        return "rescale them to 0 and 1, or use a likelihood that holds them, such as 'gaussian'"
     how = BY_255 if pixels and 1 < high <= 255 else "rescale them to [0, 1]"
     return how + (", then binarise" if boolean else "")
 
