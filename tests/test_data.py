@@ -822,7 +822,7 @@ def test_grey_values_under_bernoulli():
         ([0] * 63 + [255], constraints.boolean, ("[0, 63] = 255", "by 255")),
         ([0.0] * 63 + [128.0], constraints.unit_interval, ("= 128.0", "by 255")),
         ([0.0, 128.0], constraints.unit_interval, ("= 128.0", "rescale them")),  # a table's, and no pixels
-        ([0.0, 2.0], constraints.boolean, ("= 2.0", "write them as 0 and 1")),
+        ([0.0, 2.0], constraints.boolean, ("= 2.0", "rescale them to 0 and 1")),
         ([0.0, 2 / 255], constraints.nonnegative_integer, ("counts in integers", "8-bit numbers of a file")),
         ([0.0, 0.5], constraints.boolean, ("= 0.5", "values in between need binarization")),
         ([0.0, 4000.0], constraints.unit_interval, ("= 4000.0", "rescale")),
