@@ -139,6 +139,14 @@ def test_to_the_same_bits(tmp_path: Path, often: None, kind: str, compile: bool)
     assert same(make(DATA[kind]()), whole)
 
 
+@pytest.mark.parametrize(("workers", "at"), [(1, 7), (1, 8), (2, 7), (2, 8), (2, 9)])
+def test_at_the_end_of_an_epoch(tmp_path: Path, often: None, workers: int, at: int) -> None:
+    """After the last batch of a worker, of which torchdata says as of one that has not begun, and between epochs."""
+    make = partial(StatefulDataLoader, Marked(), 8, num_workers=workers)
+    killed(tmp_path, at, lambda: trained(make(), run_dir=tmp_path))
+    assert same(trained(make(), run_dir=tmp_path, resume=True), trained(make()))
+
+
 class Stopping(Bits):
     """Sends a signal to its process where it is asked for a datum for so many times."""
 
@@ -181,14 +189,14 @@ def test_a_signal_saves_and_then_does_what_it_does(tmp_path: Path) -> None:
 
 
 class Grouped(Marked):
-    """Sends a signal to all processes of its group in the middle of its rows."""
+    """Sends a signal to all processes of its group before the last of its rows."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
     def __iter__(self) -> Iterator[Tensor]:
         for i, row in enumerate(super().__iter__()):
-            if i == len(GREY) // 2:
+            if i == len(GREY) - 1:
                 os.killpg(os.getpgrp(), self.number)
             yield row
 

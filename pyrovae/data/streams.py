@@ -76,6 +76,7 @@ class Stream:
     """
 
     whole: int | None = None
+    ending = False  # whether a worker came to its end, which torchdata says as if it had not begun
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self.loader, self.epoch, self.given, self.last = loader, 0, 0, END
@@ -149,7 +150,8 @@ class Stream:
 
     def state(self) -> dict[str, Any] | None:
         """Where the loader says that it is, if it does, and a checkpoint can hold it."""
-        said = self.loader.state_dict() if self.says and hasattr(self.loader, "state_dict") else None
+        told = self.says and not self.ending and hasattr(self.loader, "state_dict")
+        said = self.loader.state_dict() if told else None  # type: ignore[attr-defined]
         if not is_storable(said):
             self.says = False
             warn(
@@ -183,7 +185,9 @@ class Stream:
         if place is not None and place["state"] is not None:
             first = self.given
             self.tell(place["state"])
-        batches = self.drawing(self.iterator(), count(seed + first))
+        self.ending = False
+        with isolated_rng(seed):  # how often a loader that was told draws before it begins differs
+            batches = self.drawing(self.iterator(), count(seed + first))
         if first and place is not None:
             self.set(place["now"])  # which what was told leaves elsewhere
         for _ in range(self.given - first):
@@ -215,6 +219,7 @@ class Stream:
             apart: AbstractContextManager[object] = nullcontext() if self.loader.num_workers else isolated_rng(seed)
             with apart:
                 batch = next(batches, END)
+            self.ending = batch is not END and (self.ending or is_last(batch, self.loader))
             if batch is END:
                 return
             yield batch
@@ -293,6 +298,12 @@ class Indexed(Stream):
             own = self.share(len(indices)) if self.share and isinstance(indices, list) else slice(None)
             mine = indices if own == slice(None) else indices[own] or indices[:1]  # of none, one that does not count
             yield (seed + number, own.start or 0, mine) if self.seeded else mine
+
+
+def is_last(batch: object, loader: DataLoader[Any]) -> bool:
+    """Whether a worker gave its last batch of an epoch, as its size shows."""
+    rows = next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), loader.batch_size)
+    return loader.num_workers > 0 and loader.batch_size is not None and rows is not None and rows < loader.batch_size
 
 
 def begun(loader: DataLoader[Any]) -> Iterator[object]:
