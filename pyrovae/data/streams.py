@@ -192,7 +192,7 @@ class Stream:
             self.set(place["now"])  # which what was told leaves elsewhere
         for _ in range(self.given - first):
             self.last = next(batches, END)
-            self.missing(self.last is END)
+            refuse_end(self.last, self.given)
         return batches
 
     def tell(self, state: dict[str, Any]) -> None:
@@ -223,13 +223,6 @@ class Stream:
             if batch is END:
                 return
             yield batch
-
-    def missing(self, ended: bool) -> None:
-        """Refuse data that end before the place that is looked for."""
-        if ended:
-            raise DataError(
-                f"the data end before batch {self.given} of the epoch, up to which the run has come: restore them"
-            )
 
 
 class Indexed(Stream):
@@ -284,7 +277,7 @@ class Indexed(Stream):
         seed, inner = int(torch.randint(2**62, ())) if self.seeded else 0, iter(self.loader.batch_sampler)  # type: ignore[arg-type]
         for _ in range(self.given):
             self.last = next(inner, END)
-            self.missing(self.last is END)
+            refuse_end(self.last, self.given)
         # most samplers draw an order with their first indices: here, not when a worker asks for them
         head = () if self.given or (first := next(inner, END)) is END else (first,)
         self.sent.clear()
@@ -298,6 +291,12 @@ class Indexed(Stream):
             own = self.share(len(indices)) if self.share and isinstance(indices, list) else slice(None)
             mine = indices if own == slice(None) else indices[own] or indices[:1]  # of none, one that does not count
             yield (seed + number, own.start or 0, mine) if self.seeded else mine
+
+
+def refuse_end(batch: object, given: int) -> None:
+    """Refuse data that end before the place that is looked for."""
+    if batch is END:
+        raise DataError(f"the data end before batch {given} of the epoch, up to which the run has come: restore them")
 
 
 def is_last(batch: object, loader: DataLoader[Any]) -> bool:
