@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing import active_children
 from types import FrameType
 
 SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -27,20 +29,19 @@ def restore(before: dict[signal.Signals, object]) -> None:
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
-    """Let processes that are started inside never hear the signals.
+def apart() -> Iterator[None]:
+    """Let processes that are started inside not hear signals to the group of this one.
 
     A terminal and torchrun send them to all processes of a group, and torch would have it that a worker was lost, at
-    any line of ours. Workers leave when they are told to.
+    any line of ours. What is sent to a worker alone, as when it is told to leave, it hears. Where workers are not
+    forked, or groups are unknown, as on Windows, they stay in this one's.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # as on Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    before = active_children()
+    yield
+    for worker in active_children():
+        if worker not in before and worker.pid is not None:
+            with suppress(AttributeError, OSError):
+                os.setpgid(worker.pid, 0)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -19,7 +19,7 @@ from pyrovae.data.loaders import alike, same_each_time
 from pyrovae.engine.programs import warn
 from pyrovae.engine.randomness import drawn, host_snapshot, isolated_rng, restore_rng, seed_everything
 from pyrovae.errors import DataError
-from pyrovae.signals import unheard
+from pyrovae.signals import apart
 
 Doubt = Callable[[str, type[ValueError]], None]  # refuses, or warns a user who goes on knowingly
 PLACES = 1_000_003  # in a batch, which have seeds of their own
@@ -306,8 +306,8 @@ def is_last(batch: object, loader: DataLoader[Any]) -> bool:
 
 
 def begun(loader: DataLoader[Any]) -> Iterator[object]:
-    """An epoch of a loader, whose workers leave when they are told to alone."""
-    with unheard():
+    """An epoch of a loader, whose workers leave when this process tells them to."""
+    with apart():
         return iter(loader)
 
 
