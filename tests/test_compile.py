@@ -1005,6 +1005,17 @@ def test_training_step_learns_and_follows_an_annealed_weight(interpreted):
     assert step(X) > losses[-1] + 1
 
 
+def test_training_step_sees_a_program_that_has_changed(interpreted, monkeypatch):
+    monkeypatch.setattr(compiling, "LOOKED_AT", 3)
+    pair, x = Listed(), GREY[:20].round()
+    step = pv.training_step(pair.model, pair.guide, pv.ELBO(), torch.optim.SGD(pair.parameters(), lr=0.0), x)
+    before = step(x)
+    pair.numbers[0] = 5.0
+    with pytest.warns(UserWarning, match="program has changed since"):
+        losses = torch.stack([step(x) for _ in range(3)])
+    assert losses[1] < 2 * before < losses[2]
+
+
 @pytest.mark.parametrize(
     ("make", "objective", "reason"),
     [(Branching, pv.ELBO(), "reads a tensor's value"), (Pair, infer.Trace_ELBO(), r"pyrovae\.ELBO can be")],

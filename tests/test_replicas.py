@@ -1,6 +1,7 @@
 """Replicas: several pairs trained at once, each as it would be alone."""
 
 import warnings
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -149,6 +150,21 @@ def test_a_last_batch_that_cannot_be_batched_stays_eager(interpreted, monkeypatc
     for _ in range(2):
         assert batched(pv.ELBO(), (DATA[:5],)).losses.shape == (2,)
     assert list(batched.functions.values()) == [None]
+
+
+def test_replicas_that_change_between_epochs_run_eagerly(interpreted):
+    """One of them is another program by now, as a number tells that no graph of theirs sees."""
+    scale = [1.0]
+    pairs = vaes(2)
+    pairs[1].model = lambda x, run=pairs[1].model: pyro.poutine.scale(run, scale=scale[0])(x)
+    batched = Batched([Compiled(eager(pair)) for pair in pairs], [1.0, 1.0])
+    for told in (False, False, True):
+        batched.look_again()
+        with pytest.warns(UserWarning, match="program has changed since") if told else nullcontext():
+            assert (batched.static(pv.ELBO()) is None) == told
+        scale[0] -= 0.5 * (batched.epochs == 2)
+    assert batched.kind == "eager"
+    assert batched(pv.ELBO(), (DATA[:50],)).losses.shape == (2,)
 
 
 # --- whole trainings -------------------------------------------------------------------------------------------------
@@ -300,7 +316,23 @@ class Refused(nn.Module):
         self.pair.guide(x)
 
 
-@pytest.mark.parametrize("make", [Branching, lambda: Refused(torch.zeros(()))], ids=["one graph", "a batched graph"])
+class Counted(pv.models.VAE):
+    """Counts its calls in a list."""
+
+    def __init__(self):
+        super().__init__((6,), latent_dim=2, hidden=(4,))
+        self.numbers = [0]
+
+    def guide(self, x):
+        self.numbers[0] += 1
+        super().guide(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Branching, lambda: Refused(torch.zeros(())), Counted],
+    ids=["one graph", "a batched graph", "a number that changes"],
+)
 def test_what_cannot_be_batched_trains_one_after_the_other_after_a_warning(make, interpreted, tmp_path):
     pairs = [make(), make()]
     start = [{k: v.clone() for k, v in p.state_dict().items()} for p in pairs]

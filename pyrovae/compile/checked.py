@@ -111,21 +111,10 @@ class Checked:
                 compare(expected, got, self.precision)
 
     def holds(self, inputs: Batch) -> bool:
-        """Whether the function still does what it did when it was compiled, for such inputs.
-
-        Where results differ, it is captured once more: rounding, too, may have grown with the values.
-        """
-        if self.compiled is None or self.graph is None:
+        """Whether the function still does what it did when it was compiled, for such inputs."""
+        if (compiled := self.compiled) is None or self.graph is None:
             return True
-        with pyro.validation_enabled(False), suppress(torch.OutOfMemoryError):  # there may be room for the graph alone
-            try:
-                self.check(self.compiled, inputs, *self.expected(inputs))
-            except CannotCompile:
-                try:
-                    return self.graph.same(self.captured(inputs))
-                except CannotCompile:
-                    return False
-        return True
+        return still(self.graph, lambda: self.check(compiled, inputs, *self.expected(inputs)), [self], inputs)
 
     def expected(self, inputs: Batch) -> tuple[list[Tensor], list[Tensor]]:
         """What the function gives on the noise of the check, and what it changes, as it leaves it."""
@@ -148,6 +137,22 @@ class Checked:
     def forget(self) -> None:
         """Make another graph, for the next inputs."""
         self.compiled = None
+
+
+def still(graph: Graph, check: Callable[[], None], functions: Iterable[Checked], inputs: Batch) -> bool:
+    """Whether functions do what they did when they became a graph, which ``check`` compares with them.
+
+    Where results differ, they are captured once more: rounding, too, may have grown with the values.
+    """
+    with pyro.validation_enabled(False), suppress(torch.OutOfMemoryError):  # there may be room for the graph alone
+        try:
+            check()
+        except CannotCompile:
+            try:
+                return all(graph.same(function.captured(inputs)) for function in functions)
+            except CannotCompile:
+                return False
+    return True
 
 
 def check_compile(compile: bool | str) -> None:

@@ -4,18 +4,22 @@ Pyro's handlers are Python over tensor operations. :func:`pyrovae.compile.graph.
 once and keeps the operations alone; Inductor compiles them. On CUDA the whole step (gather, binarisation, loss,
 gradients, clipping, optimizer) is recorded as one CUDA graph and replayed without work on the host.
 
-A compiled step is never silently wrong. Before its first use, and after 1, 2, 4, 8, ... epochs, its loss and gradients
-are compared with the eager program's on the same noise, leaving generators, parameters and buffers untouched. What
-cannot be compiled runs eagerly, after one warning that says why. Batches of another size than the first run eagerly
-until there were so many that a graph of their own pays: operation by operation first, compiled where they go on.
+A compiled step is never silently wrong. Before its first use, and after 1, 2, 4, 8, ... epochs (of 256 steps in a loop
+of one's own), its loss and gradients are compared with the eager program's on the same noise, leaving generators,
+parameters and buffers untouched. What cannot be compiled runs eagerly, after one warning that says why. Batches of
+another size than the first run eagerly until there were so many that a graph of their own pays: operation by operation
+first, compiled where they go on.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pyro.infer
@@ -57,6 +61,7 @@ CHECK_SEED = 20
 #: Eager steps of one size that take the time that a graph of it saves, after it took that to capture, and to compile
 #: (measured on a CPU: .3 to .8 s and 6 to 17 s, for 1 to 2 ms and 2 to 4 ms a step); and how many sizes are looked at.
 CAPTURED_AFTER, COMPILED_AFTER, SIZES = 300, 4000, 16
+LOOKED_AT = 256  # steps of a loop of one's own that count as an epoch
 
 #: Pyro's objectives that have equals here.
 OURS = {"Trace_ELBO": "ELBO", "TraceMeanField_ELBO": "ELBO", "TraceGraph_ELBO": "ELBO", "RenyiELBO": "Renyi"}
@@ -88,7 +93,7 @@ class Compiled:
         self.due: set[object] = set()  # those of them that are to be compared again
         self.epochs = 0
         self.graphs: dict[int, CompiledGraph] = {}
-        self.numbers: dict[tuple[int, str], float] = {}
+        self.numbers: Numbers = {}
 
     def __call__(self, objective: pyro.infer.ELBO, batch: Batch) -> Outcome:
         same = signature(batch) == self.signature
@@ -135,17 +140,13 @@ class Compiled:
         self, objective: pyro.infer.ELBO, example: Batch, *, lowered: bool = True, key: object = None
     ) -> Callable[[Batch], Outcome]:
         """The graph of an objective, compiled or not; a :class:`CannotCompile` says why it cannot be made."""
-        before = numbers_in(self.eager.state.modules)
-        if name := differing(self.numbers, before):
+        modules = self.eager.state.modules
+        if name := differing(self.numbers, numbers_in(modules)):
             raise CannotCompile(f'"{name}" has changed since the step was compiled: keep it in a buffer')
-        function, reached = self.differentiated(objective, example)
-        run = function.compile(example, lowered=lowered)
-        self.checked[key] = function
-        self.numbers = numbers_in(self.eager.state.modules)
-        if name := differing(before, self.numbers):
-            raise CannotCompile(
-                f'"{name}" changes as the program runs, which a graph would not see: keep it in a buffer'
-            )
+        with steady(modules):
+            function, reached = self.differentiated(objective, example)
+            run = function.compile(example, lowered=lowered)
+        self.checked[key], self.numbers = function, numbers_in(modules)
         others = self.others(reached)
 
         def gradients(batch: Batch) -> Outcome:
@@ -223,14 +224,36 @@ class Compiled:
         return distinct([*self.eager.parameters, *self.buffers, *([self.kl_weight] if self.anneals else [])])
 
 
-def numbers_in(modules: Iterable[nn.Module]) -> dict[tuple[int, str], float]:
-    """The Python numbers that modules hold, by module and name."""
+Numbers = dict[tuple[int, str], float]
+
+
+def numbers_in(modules: Iterable[nn.Module], *, deep: bool = False) -> Numbers:
+    """The Python numbers that modules hold, by module and name; where ``deep``, those in their lists too, and such."""
     each = {id(m): m for root in modules for m in root.modules()}.values()
-    held = ((m, name, value) for m in each for name, value in vars(m).items() if name != "training")
-    return {(id(m), f"{type(m).__name__}.{name}"): value for m, name, value in held if isinstance(value, int | float)}
+    held = [(m, f".{name}", value) for m in each for name, value in vars(m).items() if name != "training"]
+    if deep:
+        held += [(m, f"{name}[{part!r}]", inner) for m, name, value in held for part, inner in parts(value)]
+    return {(id(m), f"{type(m).__name__}{name}"): value for m, name, value in held if isinstance(value, int | float)}
 
 
-def differing(before: dict[tuple[int, str], float], now: dict[tuple[int, str], float]) -> str | None:
+def parts(value: object) -> Iterable[tuple[object, object]]:
+    """What a list, a dict or a plain object holds, by place or name."""
+    if isinstance(value, list | dict):
+        return value.items() if isinstance(value, dict) else enumerate(value)
+    plain = isinstance(value, SimpleNamespace) or is_dataclass(value)
+    return getattr(value, "__dict__", {}).items() if plain else ()
+
+
+@contextmanager
+def steady(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Refuse programs that change Python numbers of their modules inside."""
+    before = numbers_in(modules, deep=True)
+    yield
+    if name := differing(before, numbers_in(modules, deep=True)):
+        raise CannotCompile(f'"{name}" changes as the program runs, which a graph would not see: keep it in a buffer')
+
+
+def differing(before: Numbers, now: Numbers) -> str | None:
     """The name of a number that is another one, or new in a module that was there before."""
     known = {module for module, _ in before}
     changed = (key for key, value in now.items() if before.get(key) != value and value == value)
@@ -293,8 +316,8 @@ def training_step(
         check_sparse(check_optimizer(optimizer, eager.parameters), seen.modules)
         device = eager.parameters[0].device
         eager.precision = choose_precision(precision, device, rows(batch, {}) * objective.total_particles)
-        gradients = Compiled(eager)
-        gradients.functions[objective.num_particles] = gradients.compile(objective, batch)
+        gradients, number = Compiled(eager), objective.num_particles
+        gradients.functions[number] = gradients.compile(objective, batch, key=number)
     step = Step(gradients, [optimizer], clip_norm)
     return TrainingStep(Recorded(step) if device.type == "cuda" else step, objective, taken, modes)
 
@@ -306,11 +329,14 @@ class TrainingStep:
     """
 
     def __init__(self, step: Step | Recorded, objective: Objective, taken: Taken, modes: Modes) -> None:
-        self.step, self.objective, self.taken, self.modes = step, objective, taken, modes
+        self.step, self.objective, self.taken, self.modes, self.steps = step, objective, taken, modes, 0
         self.left_out = torch.zeros((), dtype=torch.long)
 
     def __call__(self, *batch: object) -> Tensor:
         """The loss, 0-d."""
+        if self.steps % LOOKED_AT == 0:
+            self.step.gradients.look_again()
+        self.steps += 1
         with in_modes(self.modes), lone_datum_advice():
             loss, self.left_out = self.step(self.objective, self.taken(batch))
             return loss

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pyrovae import runs
 from pyrovae.arguments import in_range, shown
-from pyrovae.compile.checked import Checked, compare, signature, tensors, untouched
+from pyrovae.compile.checked import Checked, compare, signature, still, tensors, untouched
 from pyrovae.compile.graph import Graph
 from pyrovae.compile.noise import CannotCompile, stacked_noise
 from pyrovae.compile.precision import full_float32
@@ -33,7 +33,7 @@ from pyrovae.objectives.base import Objective
 from pyrovae.ranks import require_alone
 from pyrovae.schedules import Schedule
 from pyrovae.train.checks import derivable
-from pyrovae.train.compiled import CHECK_SEED, Compiled, put, traceable
+from pyrovae.train.compiled import CHECK_SEED, Compiled, put, steady, traceable
 from pyrovae.train.log import Fit
 from pyrovae.train.loop import fit, train
 from pyrovae.train.optimizers import optimizer_maker
@@ -45,6 +45,13 @@ from pyrovae.train.trainee import Trainee
 
 WORTHWHILE = 100  # eager steps of one pair, about, for the price of a graph
 Differentiated = tuple[Checked, list[Tensor]]
+
+
+class Together(NamedTuple):
+    """What puts the gradients of all pairs in their places, and whether the pairs still are what it was made of."""
+
+    gradients: Callable[[Batch], Outcome]
+    holds: Callable[[], bool]
 
 
 def fit_replicas(
@@ -219,7 +226,9 @@ class Batched:
         self.each, self.factors, self.example = list(each), factors, each[0].example
         self.states, self.reached = [own.eager.state for own in each], [own.eager.reach for own in each]
         self.kind, self.compile_seconds = "replicas", 0.0
-        self.functions: dict[object, Callable[[Batch], Outcome] | None] = {}
+        self.functions: dict[object, Together | None] = {}
+        self.due: set[object] = set()  # those of them that are to be compared again
+        self.epochs = 0
         self.met: Counter[object] = Counter()  # eager steps, by number of particles and kind of batch
         self.stacked = [True] * len(each[0].inputs) + [False] * len(tensors(self.example))
         self.objectives: list[Objective] = []
@@ -266,10 +275,19 @@ class Batched:
             self.compile_seconds += time.perf_counter() - began
         for one, factor in zip(self.each, self.factors, strict=True):
             one.anneal(objective, factor)
-        return self.functions[kind]
+        together = self.functions[kind]
+        if kind in self.due:
+            self.due.remove(kind)
+            if together is not None and not together.holds():
+                warn("the program has changed since the step was compiled, running eagerly: keep what did in a buffer")
+                self.functions, self.kind, together = dict.fromkeys(self.functions), "eager", None
+        return together and together.gradients
 
     def look_again(self) -> None:
-        """Nothing: the pairs' tensors are the stacks' own."""
+        """After 1, 2, 4, 8, ... epochs compare with the pairs once more."""
+        if self.epochs.bit_count() == 1:
+            self.due = set(self.functions)
+        self.epochs += 1
 
     def weighted(self, objective: pyro.infer.ELBO) -> list[Objective]:
         """Every pair's own objective; one object each, so that it looks at its pair only once."""
@@ -286,10 +304,11 @@ class Batched:
             raise CannotCompile("a step reaches parameters that the first look did not")
         return own
 
-    def compile(self, objective: pyro.infer.ELBO) -> Callable[[Batch], Outcome]:
+    def compile(self, objective: pyro.infer.ELBO) -> Together:
         """One compiled function for all pairs, which are found to be one program."""
-        own = self.differentiated(objective)
-        captured = [function.capture(self.example) for function, _ in own]
+        with steady([module for state in self.states for module in state.modules]):
+            own = self.differentiated(objective)
+            captured = [function.capture(self.example) for function, _ in own]
         single = captured[0].graph
         for r, (graph, *_) in enumerate(captured):
             if graph.key != single.key or not all(map(torch.equal, graph.constants, single.constants)):
@@ -297,7 +316,7 @@ class Batched:
         together = single.batched(len(self.each), self.stacked).compiled()
         return self.checked(together, single, own, [results for _, *results in captured], self.example)
 
-    def other(self, objective: pyro.infer.ELBO, example: Batch) -> Callable[[Batch], Outcome]:
+    def other(self, objective: pyro.infer.ELBO, example: Batch) -> Together:
         """One function for batches of another size, operation by operation, as they come but once an epoch."""
         own = self.differentiated(objective)
         single = own[0][0].capture(example).graph
@@ -311,21 +330,24 @@ class Batched:
         own: Sequence[Differentiated],
         results: Sequence[Sequence[list[Tensor]]],
         example: Batch,
-    ) -> Callable[[Batch], Outcome]:
-        """What puts all gradients in their places, after a check of each pair's against its own eager results."""
+    ) -> Together:
+        """A function for all pairs, after a check of each pair's gradients against its own eager results."""
+        functions = [function for function, _ in own]
 
         def same_noise() -> tuple[Tensor, ...]:
             torch.manual_seed(CHECK_SEED)
             return single.noise()
 
-        with isolated_rng(), full_float32(), ExitStack() as undo:
-            for state in self.states:
-                undo.enter_context(untouched(state))
-            got = together(*self.stacks, *tensors(example), noise=stacked_noise([same_noise] * len(own)))
-            for r, ((function, _), (expected, changed)) in enumerate(zip(own, results, strict=True)):
-                compare(expected, [g[r] for g in got], function.precision)
-                compare(changed, function.changes, function.precision)
+        def check(results: Iterable[Sequence[list[Tensor]]]) -> None:
+            with isolated_rng(), full_float32(), ExitStack() as undo:
+                for state in self.states:
+                    undo.enter_context(untouched(state))
+                got = together(*self.stacks, *tensors(example), noise=stacked_noise([same_noise] * len(own)))
+                for r, (function, (expected, changed)) in enumerate(zip(functions, results, strict=True)):
+                    compare(expected, [g[r] for g in got], function.precision)
+                    compare(changed, function.changes, function.precision)
 
+        check(results)
         others = [one.others(reached) for one, (_, reached) in zip(self.each, own, strict=True)]
 
         def gradients(batch: Batch) -> Outcome:
@@ -334,4 +356,7 @@ class Batched:
                 put(reached, [g[r] for g in found], others[r])
             return Outcome(losses, left_out)
 
-        return gradients
+        def holds() -> bool:
+            return still(single, lambda: check([one.expected(example) for one in functions]), functions, example)
+
+        return Together(gradients, holds)
