@@ -29,15 +29,16 @@ from pyrovae.objectives.means import PowerMeans
 class ELBO(Objective):
     r"""Evidence lower bound, the mean of K log-weights.
 
-    .. math:: \mathrm{ELBO} = \mathbb E_{q(z \mid x)} \big[ \log p(x \mid z) + b\,(\log p(z) - \log q(z \mid x)) \big]
+    .. math:: \mathrm{ELBO}
+        = \mathbb E_{q(z \mid x)} \big[ \log p(x \mid z) + \beta\,(\log p(z) - \log q(z \mid x)) \big]
 
-    The plain VAE (b = 1), the beta-VAE (b = beta, ``kl_weight``). More particles lower the variance of its gradient,
-    not its gap :math:`\mathrm{KL}(q \| p(z \mid x))`. Shadows Pyro's abstract class of that name,
+    :math:`\beta` is ``kl_weight``: 1 in the plain VAE, other in the beta-VAE. More particles lower the variance of its
+    gradient, not its gap :math:`\mathrm{KL}(q \| p(z \mid x))`. Shadows Pyro's abstract class of that name,
     ``pyro.infer.ELBO``, of which it is a subclass.
 
     ``free_bits`` :math:`\lambda > 0` (nats per unit) stops paying for the KL of units below it:
 
-    .. math:: \text{loss} = -\sum_b \mathbb E \log p(x_b \mid z) + B\, b \sum_u \max\big(\lambda,\;
+    .. math:: \text{loss} = -\sum_b \mathbb E \log p(x_b \mid z) + B\, \beta \sum_u \max\big(\lambda,\;
         \tfrac1B \textstyle\sum_b \mathrm{KL}_{bu}\big)
 
     with the KL of each unit (one element of an independent event, else the site) in closed form given its parents,

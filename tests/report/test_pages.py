@@ -163,6 +163,7 @@ def test_a_run_that_has_not_begun_shows_its_config(copied):
     assert "note: The test data and the model: " in printed
     assert "IWAE" not in page.said
     assert "ELBO(num_particles=1)" in page.said
+    assert "β is kl_weight" in " ".join(page.said.split())
 
 
 ODD = {
