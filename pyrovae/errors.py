@@ -22,7 +22,14 @@ INTERRUPTED, TERMINATED = 130, 143
 
 
 class DataError(ValueError):
-    """The data themselves are bad or absent; a wrong *argument* is a plain ``ValueError``."""
+    """The data themselves are bad or absent; a wrong *argument* is a plain ``ValueError``.
+
+    :ivar datum: the place of the one that is at fault, where there is one.
+    """
+
+    def __init__(self, *args: object, datum: int | None = None) -> None:
+        super().__init__(*args)
+        self.datum = datum
 
 
 class CheckpointError(ValueError):

@@ -13,9 +13,12 @@ import sys
 import warnings
 import zipfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import scipy.io
 import sklearn.datasets
@@ -28,6 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import CIFAR10, Omniglot
 
+import pyrovae as pv
 from pyrovae.data import DataError, Images, as_dataset, check_support, load, published
 from pyrovae.data.fingerprint import fingerprint, repeated
 from tests.state import unwaiting
@@ -682,6 +686,24 @@ def test_npz_real_vectors(tmp_path):
     for part in (train, validation, test):
         assert torch.equal(part.x, torch.from_numpy(x)[part.labels])
     refused(load, f"npz:{tmp_path / 'a.npz'}", binarization="static", says="[0, 1]")
+
+
+def test_a_refused_datum_of_a_part_is_named_by_its_place_in_the_file(tmp_path):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Poisson(pyro.param("rate", torch.ones(2))).to_event(1), obs=x)
+
+    def guide(x):
+        pass
+
+    x = -1 - np.arange(40, dtype=np.float32).reshape(20, 2)
+    for part in load(saved(tmp_path / "a.npz", x=x), validation=4):
+        place = int(-1 - part.x[1, 0]) // 2
+        part.x[0] = 1
+        for train in (partial(pv.fit, model, guide, objective=pv.ELBO()), pv.models.RBM((2,), 3).fit):
+            for size in (1, 100):  # among the first that are looked at, and later
+                says = "data[1, 0] = ", f"(from 0, data[1] is number {place} of 'npz:"
+                refused(train, part, epochs=1, batch_size=size, says=says)
 
 
 def test_npz_labels(tmp_path):

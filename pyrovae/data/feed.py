@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,6 +27,18 @@ from pyrovae.engine.support import rows_at_a_time
 from pyrovae.errors import DataError
 
 Source = Images | Dataset[Any] | DataLoader[Any]
+
+
+@contextmanager
+def numbered(images: Images | None) -> Iterator[None]:
+    """Say of a datum of a subset, as a part of a file, that is refused meanwhile which one it is of the whole."""
+    try:
+        yield
+    except DataError as error:
+        if images is None or images.places is None or error.datum is None or error.datum >= len(images):
+            raise
+        number = int(images.places[error.datum])
+        raise DataError(f"{error} (from 0, data[{error.datum}] is number {number} of {images.name!r})") from None
 
 
 def as_dataset(data: object, *, name: str = "data", raw: bool = False) -> Source:

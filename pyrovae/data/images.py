@@ -79,6 +79,7 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
         self.x = binarized(x, binarization, seed)
         self.labels = None if labels is None else checked_labels(labels, x, name)
         self.binarization, self.name = binarization, name
+        self.places: Tensor | None = None  # of a subset's data in what it was taken from
 
     @property
     def event_shape(self) -> torch.Size:
@@ -112,8 +113,8 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
 
     def to(self, device: torch.device | str) -> Images:
         """The same data on ``device``; nothing is drawn again."""
-        labels = None if self.labels is None else self.labels.to(device)
-        return self._replace(x=self.x.to(device), labels=labels)
+        labels, places = (None if t is None else t.to(device) for t in (self.labels, self.places))
+        return self._replace(x=self.x.to(device), labels=labels, places=places)
 
     def matched(self, taken: Taken) -> Images:
         """The same data in the type that programs take."""
@@ -138,7 +139,9 @@ class Images(Dataset[Tensor | tuple[Tensor, Tensor]]):
         x = self.x[index]
         if not len(x):
             raise DataError(f"a subset needs data, but the index selects 0 of {len(self)} in {self.name!r}: widen it")
-        return self._replace(x=x, labels=None if self.labels is None else self.labels[index])
+        places = torch.arange(len(self), device=self.x.device) if self.places is None else self.places
+        labels = None if self.labels is None else self.labels[index]
+        return self._replace(x=x, labels=labels, places=places[index])
 
     def unlabelled(self) -> Images:
         """The same data without labels, as unconditional models take them."""

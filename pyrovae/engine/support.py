@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -87,15 +89,16 @@ def refusal(
     :param first: the number of the first datum.
     """
     value, support = x[bad], None if support is None else widest(support)
-    where = at("data", (first + bad[0], *bad[1:]) if bad else bad, value)
+    place = (first + bad[0], *bad[1:]) if bad else bad
+    where, refused = at("data", place, value), partial(DataError, datum=next(iter(place), None))
     if support is None or not torch.isfinite(value).all():
-        return DataError(f'{where} at site "{site}"{used}: data must be finite; {DROP}')
+        return refused(f'{where} at site "{site}"{used}: data must be finite; {DROP}')
     finite = x[x.isfinite()]
     low, high = torch.aminmax(finite)
     kind = "boolean: 0 or 1" if is_boolean(support) else repr(support)
     if isinstance(support, type(constraints.simplex)):
-        return DataError(f'{where} is outside the support of site "{site}" ({kind}{used}): {of_shares(value)}')
-    return DataError(
+        return refused(f'{where} is outside the support of site "{site}" ({kind}{used}): {of_shares(value)}')
+    return refused(
         f'{where} is outside the support of site "{site}" ({kind}{used}); '
         f"the values run from {show(low)} to {show(high)}: {advice(support, low.item(), high.item(), may_be_pixels(x))}"
     )

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from pyrovae.arguments import in_range, pick_device, positive_int
 from pyrovae.compile.checked import Checked, wanted
 from pyrovae.compile.inductor import has_compiler
-from pyrovae.data.feed import Feed
+from pyrovae.data.feed import Feed, numbered
 from pyrovae.engine.guard import Guard, last_good
 from pyrovae.engine.observed import Observed
 from pyrovae.engine.programs import nothing
@@ -169,8 +169,9 @@ class ContrastiveDivergence(Pair):
         """Data in batches, after checks."""
         feed = Feed(data, batch_size, device)
         batch = feed.first()
-        self.check(batch[0])
-        feed.watch(Observed(observe_bits, nothing, record(observe_bits, batch, {}), batch))
+        with numbered(feed.images):
+            self.check(batch[0])
+            feed.watch(Observed(observe_bits, nothing, record(observe_bits, batch, {}), batch))
         return feed
 
 

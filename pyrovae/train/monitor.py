@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae import data as datasets
-from pyrovae.data.feed import Feed, as_batch, keep_order
+from pyrovae.data.feed import Feed, as_batch, keep_order, numbered
 from pyrovae.engine.convert import first_way
 from pyrovae.engine.devices import beside, home_of
 from pyrovae.engine.kl import site_kl
@@ -176,7 +176,8 @@ def look_on(feed: Feed, model: Program, guide: Program, *, validate: bool = True
 
     if feed.observed is not None:  # looked at before, by another pair or with Pyro's checks
         return looked(batch)[1]
-    taken, (batch, seen) = first_way(batch, looked, guide, model)
-    feed.take(taken)
-    feed.watch(Observed(model, guide, seen.model, batch))
+    with numbered(feed.images):
+        taken, (batch, seen) = first_way(batch, looked, guide, model)
+        feed.take(taken)
+        feed.watch(Observed(model, guide, seen.model, batch))
     return seen
