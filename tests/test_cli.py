@@ -25,7 +25,7 @@ import pyrovae as pv
 from pyrovae.app.cli import main
 from pyrovae.app.job import as_bits, load_data, observes_bits
 from pyrovae.app.parts import Parts
-from pyrovae.app.pictures import beside
+from pyrovae.app.pictures import beside, vectors_of
 from pyrovae.app.settings import Settings
 from pyrovae.models.base import as_pair
 
@@ -102,6 +102,13 @@ def test_the_manifold_is_drawn_for_the_prior_that_lays_it_out(run, tmp_path):
     for prior in ("normal", "mixture"):
         run("train", *TINY, "--latent-dim", 2, "--set", f"prior={prior}", "--run-dir", prior)
         assert (tmp_path / prior / "manifold.png").exists() == (prior == "normal")
+
+
+def test_labels_and_bits_are_drawn_in_a_plane_where_nothing_else_is():
+    y, z, grid = torch.eye(4), torch.rand(4, 2), torch.rand(4, 2, 2)
+    assert vectors_of({"grid": grid, "y": y, "z": z}) is z
+    assert vectors_of({"y": y}) is y
+    assert vectors_of({"grid": grid}) is None
 
 
 def test_data_stand_beside_samples_by_class():

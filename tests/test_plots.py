@@ -196,6 +196,21 @@ def test_latent_plane_shows_the_units_that_vary_most():
     assert np.array_equal(picture, read(plots.latent_plane(means)))
 
 
+def test_nothing_of_a_latent_plane_is_cut_off():
+    corners = torch.tensor([[-2.26, -2.39, 0.0], [2.21, 1.15, 0.0]])
+    figure = plots.latent_plane(corners, labels=torch.arange(2))
+    figure.draw_without_rendering()
+    assert figure.get_tightbbox().x0 > 0
+
+
+@pytest.mark.parametrize("low", [0.3, 7.5])
+@pytest.mark.parametrize("times", [1.8, 30.0])
+def test_gradient_norms_have_several_ticks(low, times):
+    (axes,) = plots.curves([{"grad_norm": low}, {"grad_norm": low * times}]).axes
+    bottom, top = axes.get_ylim()
+    assert sum(bottom <= tick <= top for tick in axes.get_yticks()) >= 3
+
+
 def test_manifold_runs_left_to_right_and_bottom_to_top():
     class Decoder(nn.Module):
         def forward(self, z):

@@ -49,18 +49,24 @@ def pictures(
     some = test.subset(slice(0, PLANE_POINTS)).to(device_of(pair.model) or test.x.device)
     with torch.no_grad(), isolated_rng(seed), evaluating(pair.model, pair.guide):
         codes = {name: average.mean for name, average in mean_draws(pair.guide, some.columns).items()}
-    vectors = [mean for mean in codes.values() if mean.dim() == 2]
-    if vectors:
+    vectors = vectors_of(codes)
+    if vectors is not None:
         labels = None if classes is None else classes[:PLANE_POINTS]
-        drawn["latent_plane"] = plots.latent_plane(vectors[0].cpu(), labels=labels)
+        drawn["latent_plane"] = plots.latent_plane(vectors.cpu(), labels=labels)
         # The plane is laid out by the normal prior of a pair with this one latent, and decoded without labels.
-        planar = len(codes) == 1 and vectors[0].shape[1] == 2 and pair.likelihood_is is not None
+        planar = len(codes) == 1 and vectors.shape[1] == 2 and pair.likelihood_is is not None
         normal = not isinstance(pair.config, dict) or pair.config.get("prior", "normal") == "normal"
         if shown and planar and normal and pair.decodes and not pair.conditional:
             drawn["manifold"] = plots.manifold(pair.decode, event_shape=test.event_shape, steps=16, smooth=True)
     for name, figure in drawn.items():
         save(figure, folder / f"{name}.png")
     return [f"{name}.png" for name in drawn]
+
+
+def vectors_of(codes: Mapping[str, Tensor]) -> Tensor | None:
+    """Codes of the first latent site that has a vector for a datum; rather not labels or bits, which fill no plane."""
+    vectors = [mean for mean in codes.values() if mean.dim() == 2]
+    return next((mean for mean in vectors if (mean != mean.round()).any()), vectors[0] if vectors else None)
 
 
 def beside(training: Images, number: int, columns: int | None) -> Tensor:

@@ -164,8 +164,9 @@ def fit_axis(axes: Axes, title: str, lines: list[Line]) -> None:
 
 
 def plain_ticks(axis: Axis) -> None:
-    """1, 2, 5, 10 ... along a logarithmic axis, as they are."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """1, 2, 5, 10 ... along a logarithmic axis, as they are; within a decade, round values as on other axes."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
@@ -180,17 +181,24 @@ def scatter(axes: Axes, points: np.ndarray, classes: np.ndarray | None) -> None:
     )
     title = f"the two of {len(variances)} units that vary most" if len(variances) > 2 else ""
     dress(axes, title=title, x=across, y=along)
-    axes.set_aspect("equal", adjustable="datalim")
-    size = float(np.clip(12_000 / len(points), 1.5, 14))
     # Shuffled, so that no class covers another only because it comes later in the data.
     order = np.random.RandomState(0).permutation(len(points))
-    x, y = points[order, first], points[order, second]
+    draw_points(axes, points[order, first], points[order, second], None if classes is None else classes[order])
+    # Equal scales in a square: were limits to follow from the layout, it would not know how wide their ticks are.
+    limits = np.array([axes.get_xlim(), axes.get_ylim()])
+    (x, y), reach = limits.mean(1), np.ptp(limits, 1).max() / 2
+    axes.set(box_aspect=1, xlim=(x - reach, x + reach), ylim=(y - reach, y + reach))
+
+
+def draw_points(axes: Axes, x: np.ndarray, y: np.ndarray, classes: np.ndarray | None) -> None:
+    """Points in the colours of their classes, and what says which is which."""
+    size = float(np.clip(12_000 / len(x), 1.5, 14))
     if classes is None:
         axes.scatter(x, y, s=size, color=BLUE, alpha=0.6, linewidths=0)
         return
-    names, index = np.unique(classes[order], return_inverse=True)
+    names, index = np.unique(classes, return_inverse=True)
     if len(names) > MAX_NAMED:
-        drawn = axes.scatter(x, y, s=size, c=classes[order], cmap="viridis", alpha=0.7, linewidths=0)
+        drawn = axes.scatter(x, y, s=size, c=classes, cmap="viridis", alpha=0.7, linewidths=0)
         bar = axes.figure.colorbar(drawn, ax=axes, fraction=0.04)
         bar.outline.set_visible(False)
         dress(bar.ax, y="label", grid="")

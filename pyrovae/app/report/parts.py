@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyrovae.app.measure import as_measured, reconstruct
-from pyrovae.app.pictures import columns_for
+from pyrovae.app.pictures import columns_for, vectors_of
 from pyrovae.app.report import figures, words
 from pyrovae.app.report.drawing import pictures
 from pyrovae.app.report.figures import Drawn
@@ -187,11 +187,11 @@ def between(found: Gathered) -> list[list[str]]:
 
 
 def plane(found: Gathered) -> Drawn | None:
-    """The codes of test data by the first site that has vectors of them; None where there is none."""
+    """The codes of test data, where a site has vectors of them."""
     pair, some = found.opened, found.tested.subset(slice(0, 2 * RANKED))
     place: Any = device_of(pair.model) or some.x.device
     with torch.no_grad(), isolated_rng(found.seed), evaluating(pair.model, pair.guide):
         averages = mean_draws(pair.guide, some.to(place).columns)
-    vectors = [average.mean.cpu() for average in averages.values() if average.mean.dim() == 2]
+    vectors = vectors_of({name: average.mean.cpu() for name, average in averages.items()})
     labels = found.labels if found.labels is None or found.labels.dim() == 1 else None
-    return figures.plane(vectors[0], None if labels is None else labels[: len(some)]) if vectors else None
+    return None if vectors is None else figures.plane(vectors, None if labels is None else labels[: len(some)])
