@@ -49,6 +49,7 @@ class Content:
     curves: list[Drawn] = field(default_factory=list)
     objective: str = ""
     bound: Markup | None = None
+    symbols: list[str] = field(default_factory=list)
     family: Markup | None = None
     command: str | None = None
     network: list[tuple[str, str, str]] = field(default_factory=list)
@@ -91,7 +92,8 @@ def described(page: Content, config: Mapping[str, Any]) -> None:
     page.config = json.dumps(words.shareable(config), indent=2, ensure_ascii=False)
     with page.notes.missing("what was trained"):
         page.objective, page.command = words.objective(config), words.command(config)
-        page.bound = words.equation((config.get("objective") or {}).get("class"))
+        objective = (config.get("objective") or {}).get("class")
+        page.bound, page.symbols = words.equation(objective), words.symbols(objective)
         page.family = words.equation((config.get("model") or {}).get("class"))
 
 

@@ -24,6 +24,12 @@ PLACES = ("data_dir", "device")  # settings that are of one machine, and no one 
 #: Where a docstring has its equation: by itself, or in a line.
 EQUATIONS = (r"\.\. math::(.*?)(?:\n\s*\n|\Z)", r":math:`([^`]*=[^`]*)`")
 
+#: What letters of an objective's equation stand for, by where they occur in it.
+SYMBOLS = {
+    r"\bw(?![a-z])": "w is the weight p(x, z) / q(z | x) of a particle z drawn from q(z | x)",
+    r"\\beta\\,\(\\log p": "\N{GREEK SMALL LETTER BETA} is kl_weight, 1 unless set",
+}
+
 
 class Verdict(NamedTuple):
     """What a likelihood is worth."""
@@ -117,14 +123,22 @@ def known_class(path: object) -> Any:
     return getattr(package, name) if package is not None and name in package.__all__ else None
 
 
-def equation(path: object) -> Markup | None:
-    """The first equation of a class's documentation, or of a class's that it is made from, as MathML."""
+def tex(path: object) -> str:
+    """The first equation of a class's documentation, or of a class's that it is made from; empty if there is none."""
     cls = known_class(path)
     documented = [inspect.getdoc(each) or "" for each in cls.__mro__[:-1]] if cls else []
     found = [m for doc in documented for pattern in EQUATIONS if (m := re.search(pattern, doc, re.S))]
-    if not found:
-        return None
-    return Markup(mathml(" ".join(found[0][1].split()).replace("&", " ")))  # of our own docstrings
+    return " ".join(found[0][1].split()).replace("&", " ") if found else ""
+
+
+def equation(path: object) -> Markup | None:
+    """The same as MathML."""
+    return Markup(mathml(written)) if (written := tex(path)) else None  # of our own docstrings
+
+
+def symbols(path: object) -> list[str]:
+    """What the letters of an objective's equation stand for, where a reader may not know."""
+    return [means for pattern, means in SYMBOLS.items() if re.search(pattern, tex(path))]
 
 
 def mathml(tex: str, display: str = "block") -> str:
