@@ -6,8 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing import active_children
+from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -28,20 +27,14 @@ def restore(before: dict[signal.Signals, object]) -> None:
         signal.signal(number, handler)  # type: ignore[arg-type]
 
 
-@contextmanager
-def apart() -> Iterator[None]:
-    """Let processes that are started inside not hear signals to the group of this one.
+def apart() -> None:
+    """Put this process, a worker of a loader, into a group of its own.
 
-    A terminal and torchrun send them to all processes of a group, and torch would have it that a worker was lost, at
-    any line of ours. What is sent to a worker alone, as when it is told to leave, it hears. Where workers are not
-    forked, or groups are unknown, as on Windows, they stay in this one's.
+    A terminal and torchrun send signals to all processes of a group, and torch would have it that a worker was lost, at
+    any line of ours. What is sent to a worker alone, as when it is told to leave, it hears. Windows has no groups.
     """
-    before = active_children()
-    yield
-    for worker in active_children():
-        if worker not in before and worker.pid is not None:
-            with suppress(AttributeError, OSError):
-                os.setpgid(worker.pid, 0)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 class Interrupted(KeyboardInterrupt):

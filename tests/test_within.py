@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_a_signal_saves_and_then_does_what_it_does(tmp_path: Path) -> None:
 
 
 class Grouped(Marked):
-    """Sends a signal to all processes of its group before the last of its rows."""
+    """Sends a signal to all processes of the group that waits for the last of its rows."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -197,18 +198,26 @@ class Grouped(Marked):
     def __iter__(self) -> Iterator[Tensor]:
         for i, row in enumerate(super().__iter__()):
             if i == len(GREY) - 1:
+                time.sleep(0.3)
                 os.killpg(os.getpgid(os.getppid()), self.number)
             yield row
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
-def test_a_signal_to_workers_too(tmp_path: Path, kind: type[DataLoader[Tensor]], number: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "number", "method"),
+    [
+        (DataLoader, signal.SIGTERM, "spawn"),
+        (StatefulDataLoader, signal.SIGTERM, "fork"),
+        (StatefulDataLoader, signal.SIGINT, "fork"),
+    ],
+)
+def test_a_signal_to_workers_too(tmp_path: Path, kind: type[DataLoader[Tensor]], number: int, method: str) -> None:
     """They live on until the process that asks them has left."""
 
     def run() -> None:
         os.setpgrp()
-        trained(kind(Grouped(number), 8, num_workers=1, prefetch_factor=1), run_dir=tmp_path)
+        own: dict[str, Any] = {"num_workers": 1, "prefetch_factor": 1, "multiprocessing_context": method}
+        trained(kind(Grouped(number), 8, **own), run_dir=tmp_path)
 
     whole = trained(kind(Marked(), 8, num_workers=1))
     assert process(run) == {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 130}[number]

@@ -6,6 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain, count
 from typing import Any
 
@@ -306,9 +307,20 @@ def is_last(batch: object, loader: DataLoader[Any]) -> bool:
 
 
 def begun(loader: DataLoader[Any]) -> Iterator[object]:
-    """An epoch of a loader, whose workers leave when this process tells them to."""
-    with apart():
+    """An epoch of a loader, whose workers hear what is sent to them alone."""
+    then = loader.worker_init_fn
+    loader.worker_init_fn = partial(begin_apart, then)
+    try:
         return iter(loader)
+    finally:
+        loader.worker_init_fn = then
+
+
+def begin_apart(then: Callable[[int], object] | None, worker: int) -> None:
+    """Start a worker in a group of its own, as a loader says."""
+    apart()
+    if then is not None:
+        then(worker)
 
 
 class Seeded(Dataset[Any]):
