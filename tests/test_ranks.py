@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -135,10 +136,17 @@ def workers(job: subprocess.Popen) -> list[int]:
     return [int(pid) for task in tasks for pid in task.read_text().split()]
 
 
-def kill_one(job: subprocess.Popen, log: Path) -> None:
-    """Kill a process of a job that has logged something more, and wait until its processes are others."""
-    before = log.stat().st_mtime_ns if log.exists() else None
-    while job.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before):
+def stamp(path: Path) -> int | None:
+    """When something was written last."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_mtime_ns
+    return None
+
+
+def kill_one(job: subprocess.Popen, written: Path) -> None:
+    """Kill a process of a job that has written something more, and wait until its processes are others."""
+    before = stamp(written)
+    while job.poll() is None and stamp(written) in (None, before):
         time.sleep(0.02)
     if found := workers(job):
         os.kill(found[-1], signal.SIGKILL)
@@ -146,34 +154,40 @@ def kill_one(job: subprocess.Popen, log: Path) -> None:
         time.sleep(0.02)
 
 
+def trained(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """A job of the command line, by itself."""
+    command = [sys.executable, "-m", "pyrovae", "train", "vae", "--data", "digits", "--samples", "20"]
+    command += ["--set", "hidden=[8]", "--set", "compile=false", "--run-dir", str(folder), *more]
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200, **ENDS)
+
+
 def test_a_killed_process_ends_the_job_which_goes_on_in_others(tmp_path):
-    """Killed with SIGKILL twice: torchrun starts it again, then one process finishes it, as if by one alone."""
-    settings = ("--epochs", "40", "--batch-size", "300")
-    job = started(tmp_path / "run", "--resume", *settings)
-    for _ in range(2):
-        kill_one(job, tmp_path / "run" / "metrics.jsonl")
+    """Killed with SIGKILL twice: torchrun starts it again, then one process finishes it.
+
+    It ends with the bits of a job that nobody kills, in as many processes for as many epochs.
+    """
+    killed, calm, settings = tmp_path / "killed", tmp_path / "calm", ("--batch-size", "300", "--epochs")
+    job = started(killed, "--resume", *settings, "40")
+    kill_one(job, killed / "last")
+    kill_one(job, killed / "metrics.jsonl")
     said = job.communicate(timeout=120)
     assert job.returncode != 0, said
-    for folder, more in ((tmp_path / "run", ["--resume"]), (tmp_path / "whole", [])):
-        command = [sys.executable, "-m", "pyrovae", "train", "vae", "--data", "digits", "--samples", "20"]
-        command += ["--set", "hidden=[8]", "--set", "compile=false", "--run-dir", str(folder), *settings, *more]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200, **ENDS)
-        assert done.returncode == 0, done.stderr
-    one, other = (pv.load(tmp_path / name).state_dict() for name in ("run", "whole"))
-    assert all(torch.allclose(one[name], other[name], atol=1e-2) for name in one)
+    reached = pv.runs.Run(killed).state()["epoch"]
+    assert 1 <= reached < 40
+    done = [trained(calm, "--processes", "2", *settings, str(reached))]
+    assert json.loads((calm / "config.json").read_text())["training"]["processes"] == 2
+    done += [trained(folder, "--resume", *settings, "40") for folder in (killed, calm)]
+    assert not any(job.returncode for job in done), [job.stderr for job in done]
+    one, other = (pv.load(folder).state_dict() for folder in (killed, calm))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_command_starts_processes_itself(tmp_path):
-    """They train together, and what fails in one ends all with its exit code."""
-    job = [sys.executable, "-m", "pyrovae", "train", "vae", "--processes", "2", "--epochs", "1", "--samples", "5"]
-    job += ["--set", "hidden=[8]", "--set", "compile=false", "--run-dir", str(tmp_path / "run")]
-    codes = []
-    for _ in range(2):
-        done = subprocess.run(job, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200, **ENDS)
-        codes.append(done.returncode)
-    assert codes == [0, 2], done.stderr
+def test_what_fails_in_one_of_the_commands_processes_ends_all(tmp_path):
+    """With its exit code."""
+    (tmp_path / "config.json").write_text("{}")
+    done = trained(tmp_path, "--processes", "2", "--epochs", "1")
+    assert done.returncode == 2, done.stderr
     assert "holds a run already" in done.stderr
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["processes"] == 2
 
 
 def test_processes_in_processes_are_refused(monkeypatch):
