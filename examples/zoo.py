@@ -1,6 +1,6 @@
 """Every system of the zoo on one data set, trained, measured and put side by side in one table.
 
-    python examples/zoo.py [--data mnist] [--data-dir DIR] [--epochs 20] [--output runs/zoo]
+    python examples/zoo.py [--data mnist] [--data-dir DIR] [--epochs 50] [--output runs/zoo]
 
 On the embedded digits by default. Each system is a run of its own in the output folder, as ``pyrovae train`` makes it,
 with its pictures; what has run already is not run again. Bounds on log p(x) are marked with a sign, and what is no
@@ -37,9 +37,10 @@ SYSTEMS = {
     "semi-supervised": {"model": "semi_supervised", "settings": {"labels_per_class": LABELS}},
     "vq-vae": {
         "model": "vqvae",
-        "settings": {"num_codes": 64, "code_dim": 16, "channels": 32, "ema_decay": 0.99, "revive_below": 1.0},
+        "settings": {"num_codes": 16, "code_dim": 16, "channels": 32, "num_downsamplings": 1}
+        | {"ema_decay": 0.99, "revive_below": 1.0},
     },
-    "code prior": {"model": "code_prior", "data": "codes:{vq-vae}", "settings": {"channels": 32, "num_layers": 3}},
+    "code prior": {"model": "code_prior", "data": "codes:{vq-vae}", "settings": {"channels": 16, "num_layers": 2}},
 }
 
 
@@ -47,7 +48,7 @@ def main():
     options = head.options(
         __doc__,
         data="digits",
-        epochs=20,
+        epochs=50,
         samples=500,
         output=Path("runs/zoo"),
         only={"nargs": "*", "choices": SYSTEMS, "help": "some of the systems"},
@@ -62,6 +63,7 @@ def main():
     joined = folders["code prior"] / "vqvae"
     if joined.exists() and not (joined / RESULTS).exists():
         cli.evaluate(joined, samples=1, data_dir=options.data_dir)
+        cli.sample(joined)
     tables.compare([Run(folder) for folder in [*chosen, *([joined] if joined.exists() else [])]], out)
 
 
