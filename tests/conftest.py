@@ -45,6 +45,12 @@ def every_epoch_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyrovae.runs.run.SHARE", math.inf)
 
 
+@pytest.fixture(autouse=True)
+def freed_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that runs in the process of the tests is not to change malloc for all that follow in it."""
+    monkeypatch.setattr("pyrovae.app.cli.keep_freed_memory", lambda: None)
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Graphs run operation by operation, captured once, not compiled; the list of those that would be compiled."""
