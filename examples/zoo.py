@@ -37,8 +37,14 @@ SYSTEMS = {
     "semi-supervised": {"model": "semi_supervised", "settings": {"labels_per_class": LABELS}},
     "vq-vae": {
         "model": "vqvae",
-        "settings": {"num_codes": 16, "code_dim": 16, "channels": 32, "num_downsamplings": 1}
-        | {"ema_decay": 0.99, "revive_below": 1.0},
+        "settings": {
+            "num_codes": 16,
+            "code_dim": 16,
+            "channels": 32,
+            "num_downsamplings": 1,
+            "ema_decay": 0.99,
+            "revive_below": 1.0,
+        },
     },
     "code prior": {"model": "code_prior", "data": "codes:{vq-vae}", "settings": {"channels": 16, "num_layers": 2}},
 }

@@ -311,7 +311,7 @@ class Batched:
             captured = [function.capture(self.example) for function, _ in own]
         single = captured[0].graph
         for r, (graph, *_) in enumerate(captured):
-            if graph.key != single.key or not all(map(torch.equal, graph.constants, single.constants)):
+            if not single.same(graph):
                 raise ValueError(f"replica {r} is not the same program as replica 0: build them alike, but for weights")
         together = single.batched(len(self.each), self.stacked).compiled()
         return self.checked(together, single, own, [results for _, *results in captured], self.example)

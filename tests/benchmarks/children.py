@@ -15,7 +15,7 @@ from typing import Any
 from tests.benchmarks.options import ROOT
 
 PAUSE = 0.02  # seconds in which the threads of the last one go to sleep
-LAST = {"JAX_TRACEBACK_FILTERING": "off"}  # else the last line of an error says how to see more of it
+FRAMES = {"JAX_TRACEBACK_FILTERING": "off"}  # else the last line of an error says how to see more of it
 
 
 def run_child(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Child:
         variables = {name: value for name, value in os.environ.items() if name not in chosen}
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the child)
         self.process = subprocess.Popen(
-            _command(module, arguments), cwd=ROOT, env={**variables, **LAST, **(environment or {})}, text=True,
+            _command(module, arguments), cwd=ROOT, env={**variables, **FRAMES, **(environment or {})}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
 

@@ -123,7 +123,7 @@ def known_class(path: object) -> Any:
     return getattr(package, name) if package is not None and name in package.__all__ else None
 
 
-def tex(path: object) -> str:
+def formula(path: object) -> str:
     """The first equation of a class's documentation, or of a class's that it is made from; empty if there is none."""
     cls = known_class(path)
     documented = [inspect.getdoc(each) or "" for each in cls.__mro__[:-1]] if cls else []
@@ -132,13 +132,13 @@ def tex(path: object) -> str:
 
 
 def equation(path: object) -> Markup | None:
-    """The same as MathML."""
-    return Markup(mathml(written)) if (written := tex(path)) else None  # of our own docstrings
+    """The formula of a class as MathML."""
+    return Markup(mathml(written)) if (written := formula(path)) else None  # of our own docstrings
 
 
 def symbols(path: object) -> list[str]:
     """What the letters of an objective's equation stand for, where a reader may not know."""
-    return [means for pattern, means in SYMBOLS.items() if re.search(pattern, tex(path))]
+    return [means for pattern, means in SYMBOLS.items() if re.search(pattern, formula(path))]
 
 
 def mathml(tex: str, display: str = "block") -> str:
